@@ -1,0 +1,394 @@
+// The rows schedule on the CPU: a divergence per row of student and teacher logits [N, V], and
+// its gradient. Compiled once per instruction set.
+//
+//   p = softmax(student / T), q = softmax(teacher / T_teacher), w = log p - log q
+//   loss[n]    = T^2 weight[n] sum_v D::loss(p, q, w)
+//   grad[n, v] = T^2 weight[n] upstream[n] / divisor / T * D::grad(p, q, w)
+//
+// Two passes over blocks of kRowsBlock classes. The first reads student and teacher from memory
+// and leaves e^(z - max) of both, each computed once, and their difference in a workspace that
+// stays in L2, beside the sums. The second turns them into p, q and w, sums the loss and writes
+// the gradient. Traffic: student + teacher + gradient, once each.
+// Saved for backward: the gradient; or RowsStats, from which backward recomputes in one pass.
+#include "cpu/rows_kernel.h"
+
+#include <cmath>
+
+#include "cpu/memory.h"
+#include "math/divergence.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+// Classes between two prefetches and two stores: few enough to keep memory busy, enough to
+// pay for starting the loop (128 was 5 % slower, 512 6 %).
+constexpr int64_t kChunk = 256;
+static_assert(kRowsBlock % kChunk == 0 && kChunk % kLanes == 0);
+
+// Asks for the next row's bytes, a few lines between two chunks of arithmetic, so that memory
+// and arithmetic overlap; left alone the core does one, then the other (2048 x 32000 fp32:
+// 49 ms without, 38 ms with).
+class Prefetch {
+ public:
+  template <class T>
+  Prefetch(const RowsParams<T>& P, int64_t row, int64_t end, int passes) {
+    if (!P.prefetch || row + 1 >= end) return;
+    const int64_t calls = passes * ((P.V + kChunk - 1) / kChunk);
+    student_.start(P.student, row + 1, P.V, calls);
+    teacher_.start(P.teacher, row + 1, P.V, calls);
+  }
+  void some() {
+    student_.some();
+    teacher_.some();
+  }
+
+ private:
+  struct Stream {
+    const char* at = nullptr;
+    int64_t bytes = 0, lines = 0;
+    void start(const RowsTensor& x, int64_t row, int64_t V, int64_t calls) {
+      if (x.stride_v != 1) return;
+      at = x.row(row);
+      bytes = V * x.element_size;
+      lines = (bytes / 64 + calls) / calls;
+    }
+    void some() {
+      for (int64_t i = 0; i < lines && bytes > 0; ++i, at += 64, bytes -= 64) __builtin_prefetch(at, 0, 2);
+    }
+  };
+  Stream student_, teacher_;
+};
+
+// The constants of a row.
+template <class T>
+struct Row {
+  double inv_temperature, inv_teacher_temperature;
+  double loss_scale;              // T^2 weight
+  double grad_scale;              // T^2 weight upstream / divisor / T
+  T scale_student, scale_teacher;  // log2(e) / T
+  T a, b;                          // difference = (student - teacher) a + teacher b
+};
+
+template <class T>
+Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
+  Row<T> r;
+  const double temperature = P.temperature ? double(P.temperature[row]) : P.temperature_all;
+  r.inv_temperature = 1.0 / temperature;
+  r.inv_teacher_temperature =
+      1.0 / (P.teacher_temperature ? double(P.teacher_temperature[row]) : P.teacher_temperature_all);
+  r.loss_scale = (P.t_squared ? temperature * temperature : 1.0) * (P.weight ? double(P.weight[row]) : 1.0);
+  r.grad_scale = r.loss_scale * r.inv_temperature * P.grad_scale *
+                 (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
+  r.scale_student = T(kLog2e<double> * r.inv_temperature);
+  r.scale_teacher = T(kLog2e<double> * r.inv_teacher_temperature);
+  r.a = T(r.inv_temperature);
+  r.b = T(r.inv_temperature - r.inv_teacher_temperature);
+  return r;
+}
+
+template <class T>
+T finite_max(T m) {  // of -inf alone: anything finite will do, every exponential is 0
+  return m == -kInf<T> ? T(0) : m;
+}
+
+template <class T>
+T maximum(const T* x, int64_t n) {
+  // four maxima at once: one alone would wait for itself
+  const int64_t quarter = n / (4 * kLanes) * kLanes;
+  T m0 = -kInf<T>, m1 = m0, m2 = m0, m3 = m0;
+#pragma omp simd reduction(max : m0, m1, m2, m3)
+  for (int64_t i = 0; i < quarter; ++i) {
+    m0 = x[i] > m0 ? x[i] : m0;
+    m1 = x[quarter + i] > m1 ? x[quarter + i] : m1;
+    m2 = x[2 * quarter + i] > m2 ? x[2 * quarter + i] : m2;
+    m3 = x[3 * quarter + i] > m3 ? x[3 * quarter + i] : m3;
+  }
+#pragma omp simd reduction(max : m0)
+  for (int64_t i = 4 * quarter; i < n; ++i) m0 = x[i] > m0 ? x[i] : m0;
+  m0 = m1 > m0 ? m1 : m0;
+  m2 = m3 > m2 ? m3 : m2;
+  return m2 > m0 ? m2 : m0;
+}
+
+// sum of out[i] = e^((x[i] - max) / T), k = log2(e) / T
+template <class T>
+T exponentials(const T* x, int64_t n, T max, T k, T* out) {
+  const T lowest = exp2_lowest(k);
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const T e = exp2_scaled(x[i] - max, k, lowest);
+    out[i] = e;
+    sum += e;
+  }
+  return sum;
+}
+
+template <class T>
+void differences(const T* s, const T* t, int64_t n, T a, T b, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = (s[i] - t[i]) * a + t[i] * b;
+}
+
+inline int64_t part(int64_t begin, int64_t end, int64_t most) { return end - begin < most ? end - begin : most; }
+
+// First pass.
+template <class T>
+void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, int64_t begin, int64_t end,
+                Prefetch& ahead) {
+  alignas(64) T student_buffer[kRowsBlock], teacher_buffer[kRowsBlock];
+  const Row<T> r = row_constants(P, row);
+  const char *student = P.student.row(row), *teacher = P.teacher.row(row);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
+    const T* s = load_block(P.student, student, first, n, student_buffer);
+    const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
+    const T max_student = finite_max(maximum(s, padded(n))), max_teacher = finite_max(maximum(t, padded(n)));
+    RowsStats sums{double(max_student), 0, double(max_teacher), 0};
+    for (int64_t i = 0; i < padded(n); i += kChunk) {
+      const int64_t m = part(i, padded(n), kChunk), at = first + i;
+      sums.sum_student += exponentials(s + i, m, max_student, r.scale_student, W.exp_student + at);
+      sums.sum_teacher += exponentials(t + i, m, max_teacher, r.scale_teacher, W.exp_teacher + at);
+      differences(s + i, t + i, m, r.a, r.b, W.difference + at);
+      ahead.some();
+    }
+    W.blocks[block].stats = sums;
+  }
+}
+
+inline double rebase(double max, double max_row, double inv_temperature) {
+  return max == max_row ? 1.0 : std::exp((max - max_row) * inv_temperature);
+}
+
+// The blocks' maxima and sums, on one side, as those of the row.
+template <class T>
+void combine_side(const RowsBlock<T>* blocks, int64_t n, double RowsStats::*max, double RowsStats::*sum,
+                  double inv_temperature, RowsStats& out) {
+  double m = -kInf<double>;
+  for (int64_t b = 0; b < n; ++b) {  // a block of -inf alone has sum 0 and no maximum
+    const RowsStats& k = blocks[b].stats;
+    if (k.*sum != 0 && !(k.*max <= m)) m = k.*max;
+  }
+  out.*max = finite_max(m);
+  out.*sum = 0;
+  for (int64_t b = 0; b < n; ++b) {
+    const RowsStats& k = blocks[b].stats;
+    if (k.*sum != 0) out.*sum += k.*sum * rebase(k.*max, out.*max, inv_temperature);
+  }
+}
+
+template <class T>
+RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row) {
+  const Row<T> r = row_constants(P, row);
+  const int64_t n = rows_blocks(P.V);
+  using S = RowsStats;
+  S out;
+  combine_side(W.blocks, n, &S::max_student, &S::sum_student, r.inv_temperature, out);
+  combine_side(W.blocks, n, &S::max_teacher, &S::sum_teacher, r.inv_teacher_temperature, out);
+  return out;
+}
+
+// From exponentials and difference to p, q and w, and to the gradient.
+template <class T>
+struct Scale {
+  T p, q, offset, grad;
+};
+
+template <class T>
+Scale<T> row_scale(const Row<T>& r, const RowsStats& stats) {
+  const bool possible = stats.sum_student != 0;  // else: -inf alone, p = 0, w = -inf, a loss of +inf
+  Scale<T> k;
+  k.p = possible ? T(1 / stats.sum_student) : T(0);
+  k.q = T(1 / stats.sum_teacher);
+  // log sum e^(student / T) - log sum e^(teacher / T_teacher), from differences that are exact
+  // where the two agree
+  k.offset = possible ? T((stats.max_student - stats.max_teacher) * r.inv_temperature +
+                          stats.max_teacher * (r.inv_temperature - r.inv_teacher_temperature) +
+                          std::log(stats.sum_student / stats.sum_teacher))
+                      : T(0);
+  k.grad = possible ? T(r.grad_scale) : T(0);  // no finite step makes such a row possible
+  return k;
+}
+
+// Not inside the loops: a struct that is declared there, GCC keeps in memory, lane by lane.
+template <class T>
+FASTKD_HD Element<T> element(T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return {exp_student * k.p, exp_teacher * k.q, difference - k.offset};
+}
+template <class T, class D>
+FASTKD_HD T element_loss(T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return D::loss(element(exp_student, exp_teacher, difference, k));
+}
+template <class T, class D>
+FASTKD_HD T element_grad(T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return D::grad(element(exp_student, exp_teacher, difference, k)) * k.grad;
+}
+
+template <class T, class D, bool kGrad>
+T reduce_chunk(const T* exp_student, const T* exp_teacher, const T* difference, int64_t n, Scale<T> k, T* grad) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    sum += element_loss<T, D>(exp_student[i], exp_teacher[i], difference[i], k);
+    if constexpr (kGrad) grad[i] = element_grad<T, D>(exp_student[i], exp_teacher[i], difference[i], k);
+  }
+  return sum;
+}
+
+template <class T>
+void zero_grad(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) {
+  if (!P.grad.data) return;
+  alignas(64) const T zeros[kRowsBlock] = {};
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kRowsBlock;
+    store_block(P.grad, P.grad.row(row), first, part(first, P.V, kRowsBlock), zeros, P.stream);
+  }
+}
+
+// Second pass.
+template <class T, class D, bool kGrad>
+void reduce_blocks(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats,
+                   int64_t begin, int64_t end, Prefetch& ahead) {
+  alignas(64) T grad[kChunk];
+  const Row<T> r = row_constants(P, row);
+  const Scale<T> of_row = row_scale(r, stats);
+  char* grad_row = kGrad ? P.grad.row(row) : nullptr;
+  // Backwards: the blocks that the first pass touched last are the likeliest to be in cache.
+  for (int64_t block = end - 1; block >= begin; --block) {
+    const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
+    const RowsStats& own = W.blocks[block].stats;
+    Scale<T> k = of_row;
+    k.p *= T(rebase(own.max_student, stats.max_student, r.inv_temperature));
+    k.q *= T(rebase(own.max_teacher, stats.max_teacher, r.inv_teacher_temperature));
+    T loss = 0;
+    for (int64_t i = 0; i < padded(n); i += kChunk) {
+      const int64_t m = part(i, padded(n), kChunk), at = first + i;
+      loss += reduce_chunk<T, D, kGrad>(W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, grad);
+      if constexpr (kGrad) store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
+      ahead.some();
+    }
+    W.blocks[block].loss = loss;
+  }
+}
+
+template <class T, class D>
+void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
+            int64_t end, Prefetch& ahead) {
+  if (stats.sum_teacher == 0) {  // a teacher of -inf alone: q = 0, which contributes nothing
+    for (int64_t block = begin; block < end; ++block) W.blocks[block].loss = 0;
+    zero_grad(P, row, begin, end);
+  } else if (P.grad.data) {
+    reduce_blocks<T, D, true>(P, W, row, stats, begin, end, ahead);
+  } else {
+    reduce_blocks<T, D, false>(P, W, row, stats, begin, end, ahead);
+  }
+}
+
+template <class T>
+void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats) {
+  double loss = 0;
+  for (int64_t block = 0; block < rows_blocks(P.V); ++block) loss += double(W.blocks[block].loss);
+  P.loss[row] = T(loss * row_constants(P, row).loss_scale);
+  if (P.stats) reinterpret_cast<RowsStats*>(P.stats)[row] = stats;
+}
+
+template <class T, class D>
+void forward(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t begin, int64_t end) {
+  const int64_t blocks = rows_blocks(P.V);
+  for (int64_t row = begin; row < end; ++row) {
+    if (P.mask && !P.mask[row]) {
+      P.loss[row] = T(0);
+      if (P.stats) reinterpret_cast<RowsStats*>(P.stats)[row] = {};
+      zero_grad(P, row, 0, blocks);
+      continue;
+    }
+    Prefetch ahead(P, row, end, 2);
+    statistics(P, W, row, 0, blocks, ahead);
+    const RowsStats stats = combine(P, W, row);
+    reduce<T, D>(P, W, row, stats, 0, blocks, ahead);
+    finish(P, W, row, stats);
+  }
+  if (P.stream) stream_fence();
+}
+
+// Backward from RowsStats: the same arithmetic, chunk by chunk, with the row's own maxima.
+template <class T, class D>
+void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats, int64_t begin, int64_t end,
+                     Prefetch& ahead) {
+  alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk], exp_student[kChunk], exp_teacher[kChunk];
+  alignas(64) T difference[kChunk], grad[kChunk];
+  const Row<T> r = row_constants(P, row);
+  const Scale<T> k = row_scale(r, stats);
+  const char *student = P.student.row(row), *teacher = P.teacher.row(row);
+  char* grad_row = P.grad.row(row);
+  const int64_t last = part(0, P.V, end * kRowsBlock);
+  for (int64_t first = begin * kRowsBlock; first < last; first += kChunk) {
+    const int64_t n = part(first, last, kChunk), m = padded(n);
+    const T* s = load_block(P.student, student, first, n, student_buffer);
+    const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
+    exponentials(s, m, T(stats.max_student), r.scale_student, exp_student);
+    exponentials(t, m, T(stats.max_teacher), r.scale_teacher, exp_teacher);
+    differences(s, t, m, r.a, r.b, difference);
+    reduce_chunk<T, D, true>(exp_student, exp_teacher, difference, m, k, grad);
+    store_block(P.grad, grad_row, first, n, grad, P.stream);
+    ahead.some();
+  }
+}
+
+template <class T, class D>
+void backward_of(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end, Prefetch& ahead) {
+  const RowsStats& stats = reinterpret_cast<const RowsStats*>(P.stats)[row];
+  if ((P.mask && !P.mask[row]) || stats.sum_teacher == 0) {
+    zero_grad(P, row, begin, end);
+  } else {
+    backward_blocks<T, D>(P, row, stats, begin, end, ahead);
+  }
+}
+
+template <class T, class D>
+void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    Prefetch ahead(P, row, end, 1);
+    backward_of<T, D>(P, row, 0, rows_blocks(P.V), ahead);
+  }
+  if (P.stream) stream_fence();
+}
+
+// The parts of a row that several threads share: there is no next row to prefetch.
+template <class T>
+void statistics_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, int64_t begin, int64_t end) {
+  Prefetch none(P, row, row, 1);
+  statistics(P, W, row, begin, end, none);
+}
+template <class T, class D>
+void reduce_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats,
+                 int64_t begin, int64_t end) {
+  Prefetch none(P, row, row, 1);
+  reduce<T, D>(P, W, row, stats, begin, end, none);
+  if (P.stream) stream_fence();
+}
+
+template <class T, class D>
+void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) {
+  Prefetch none(P, row, row, 1);
+  backward_of<T, D>(P, row, begin, end, none);
+  if (P.stream) stream_fence();
+}
+
+template <class T, class D>
+const RowsKernel<T> kernel = {forward<T, D>, backward<T, D>,    statistics_part<T>, combine<T>,
+                              reduce_part<T, D>, finish<T>, backward_part<T, D>};
+
+}  // namespace
+
+template <class T>
+const RowsKernel<T>& rows_kernel(Divergence which) {
+  switch (which) {
+    case Divergence::kForwardKL: return kernel<T, ForwardKL<T>>;
+  }
+  __builtin_unreachable();  // the binding has checked
+}
+template const RowsKernel<float>& rows_kernel<float>(Divergence);
+template const RowsKernel<double>& rows_kernel<double>(Divergence);
+
+}  // namespace fastkd::FASTKD_ISA

@@ -1,0 +1,93 @@
+// Scalar building blocks: branch-free, so that a loop over them vectorises on the CPU, and
+// free of any library call, so that the same lines compile for a GPU.
+#pragma once
+#include <cstdint>
+#include <limits>
+
+#include "common/inline.h"
+
+namespace fastkd::FASTKD_ISA {
+
+template <class To, class From>
+FASTKD_HD To bits_as(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  __builtin_memcpy(&y, &x, sizeof(To));
+  return y;
+}
+
+template <class T>
+inline constexpr T kInf = std::numeric_limits<T>::infinity();
+template <class T>
+inline constexpr T kLog2e = T(1.4426950408889634073599246810019);
+
+// 2^(x k) for x <= 0, k > 0 (and NaN): 0 below 2^-127. The minimax polynomial on [-1/2, 1/2] is
+// off by 2e-9. With fused multiply-add x k is never rounded and the result is right to an ulp;
+// without, it is off by |x k| / 3 ulp more.
+FASTKD_HD float exp2_scaled(float x, float k, float lowest) {
+  const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  x = lowest > x ? lowest : x;       // in this order a NaN stays
+  const float shifted = x * k + kRound;
+  const float r = x * k - (shifted - kRound);
+  float p = 1.53458122e-4f;
+  p = p * r + 1.33999312e-3f;
+  p = p * r + 9.61848896e-3f;
+  p = p * r + 5.55032878e-2f;
+  p = p * r + 2.40226469e-1f;
+  p = p * r + 6.93147206e-1f;
+  p = p * r + 1.0f;
+  return p * bits_as<float>((bits_as<uint32_t>(shifted) << 23) + 0x3f800000u);
+}
+// Taylor's series in r ln 2 up to the 13th power (|r ln 2| < 0.35: what is left out is below 5e-18).
+FASTKD_HD double exp2_scaled(double x, double k, double lowest) {
+  const double kRound = 6755399441055744.0;  // 1.5 * 2^52
+  x = lowest > x ? lowest : x;
+  const double shifted = x * k + kRound;
+  const double r = (x * k - (shifted - kRound)) * 0.69314718055994530942;
+  double p = 1.0 / 6227020800.0;
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  p = p * r + 1.0;
+  return p * bits_as<double>((bits_as<uint64_t>(shifted) << 52) + 0x3ff0000000000000u);
+}
+// The x below which 2^(x k) is 0: there the exponent field of the scale becomes 0.
+FASTKD_HD float exp2_lowest(float k) { return -127.0f / k; }
+FASTKD_HD double exp2_lowest(double k) { return -1023.0 / k; }
+
+// (e^w - 1 - w) / w^2 for |w| < 0.3, where e^w - 1 - w itself would cancel.
+// Truncation relative to 1/2: 4e-8 (float), 3e-17 (double).
+FASTKD_HD float bregman_series(float w) {
+  float p = 1.0f / 5040.0f;
+  p = p * w + 1.0f / 720.0f;
+  p = p * w + 1.0f / 120.0f;
+  p = p * w + 1.0f / 24.0f;
+  p = p * w + 1.0f / 6.0f;
+  return p * w + 0.5f;
+}
+FASTKD_HD double bregman_series(double w) {
+  double p = 1.0 / 87178291200.0;
+  p = p * w + 1.0 / 6227020800.0;
+  p = p * w + 1.0 / 479001600.0;
+  p = p * w + 1.0 / 39916800.0;
+  p = p * w + 1.0 / 3628800.0;
+  p = p * w + 1.0 / 362880.0;
+  p = p * w + 1.0 / 40320.0;
+  p = p * w + 1.0 / 5040.0;
+  p = p * w + 1.0 / 720.0;
+  p = p * w + 1.0 / 120.0;
+  p = p * w + 1.0 / 24.0;
+  p = p * w + 1.0 / 6.0;
+  return p * w + 0.5;
+}
+
+}  // namespace fastkd::FASTKD_ISA

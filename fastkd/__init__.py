@@ -1,0 +1,13 @@
+"""Fused knowledge-distillation losses for PyTorch.
+
+``fastkd.functional`` has the losses as functions; each has a module of its own here. Which
+kernels compute them is chosen per device; ``fastkd.backend`` overrides the choice and
+``python -m fastkd`` shows it.
+"""
+
+from . import functional
+from ._backend import backend
+from .modules import KLDivLoss
+
+__all__ = ["KLDivLoss", "backend", "functional"]
+__version__ = "0.1.0"

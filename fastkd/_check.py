@@ -1,0 +1,131 @@
+"""What a loss is given, checked before anything is computed. Every error names the argument."""
+
+import math
+import numbers
+
+import torch
+
+DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+REDUCTIONS = ("none", "sum", "batchmean", "mean")
+
+
+def _tensor(name, x):
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: a torch.Tensor wanted, got {type(x).__name__}")
+
+
+def logits(student, teacher):
+    """Two tensors [*, V] of one shape, on one device, of floating dtypes."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        _tensor(name, x)
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: float16, bfloat16, float32 or float64 logits wanted, got {x.dtype}")
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name}: a dense tensor wanted, got {'a nested one' if x.is_nested else x.layout}")
+    if student.dim() == 0:
+        raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"teacher: the student's shape {list(student.shape)} wanted, got {list(teacher.shape)}"
+        )
+    if student.shape[-1] == 0:
+        raise ValueError(f"student: at least one class wanted, got shape {list(student.shape)}")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: a tensor on the student's device {student.device} wanted, got {teacher.device}")
+
+
+def _constant(name, x, student):
+    """A tensor beside the student: on its device, and without a gradient."""
+    _tensor(name, x)
+    if x.device != student.device:
+        raise ValueError(f"{name}: a tensor on the student's device {student.device} wanted, got {x.device}")
+    if x.requires_grad:
+        raise ValueError(f"{name}: no gradient flows to it; detach it")
+
+
+def _floating(name, x):
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name}: a floating dtype wanted, got {x.dtype}")
+
+
+def _values_known(x):
+    """Looking at values costs nothing only where no device has to be waited for."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def temperature(name, value, student):
+    """A positive number; or a tensor of them, broadcastable to the leading dimensions."""
+    if not isinstance(value, torch.Tensor):
+        number(name, value)
+        return
+    _constant(name, value, student)
+    _floating(name, value)
+    leading = student.shape[:-1]
+    fits = value.dim() <= len(leading) and all(
+        a in (1, b) for a, b in zip(reversed(value.shape), reversed(leading), strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{name}: a shape that broadcasts to {list(leading)} wanted, got {list(value.shape)}")
+    if _values_known(value) and not bool(((value > 0) & (value < math.inf)).all()):
+        raise ValueError(f"{name}: positive finite values wanted")
+
+
+def number(name, value):
+    """A positive finite number."""
+    if isinstance(value, torch.SymFloat | torch.SymInt):
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a number or a tensor wanted, got {type(value).__name__}")
+    if not 0 < value < math.inf:  # false for NaN
+        raise ValueError(f"{name}: a positive finite number wanted, got {value}")
+
+
+def _per_row(name, x, student):
+    _constant(name, x, student)
+    if x.shape != student.shape[:-1]:
+        raise ValueError(f"{name}: shape {list(student.shape[:-1])} wanted, one per row; got {list(x.shape)}")
+
+
+def mask(x, student):
+    _tensor("mask", x)
+    if x.dtype is not torch.bool:
+        raise TypeError(f"mask: torch.bool wanted (True: the row counts), got {x.dtype}")
+    _per_row("mask", x, student)
+
+
+def weight(x, student):
+    _tensor("weight", x)
+    _floating("weight", x)
+    _per_row("weight", x, student)
+
+
+def reduction(value):
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction: one of {', '.join(REDUCTIONS)} wanted, got {value!r}")
+
+
+def normalizer(value, student, reduction):
+    if reduction == "none":
+        raise ValueError("normalizer: reduction='none' has no divisor to replace")
+    if not isinstance(value, torch.Tensor):
+        number("normalizer", value)
+        return
+    _constant("normalizer", value, student)
+    if value.numel() != 1 or value.is_complex():
+        raise ValueError(f"normalizer: a number or a real tensor of one element wanted, got shape {list(value.shape)}")
+
+
+def inplace(student, teacher):
+    """The gradient can be written over the student's logits."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("inplace: not under torch.compile, which plans memory itself; leave it out")
+    owner = student if student._base is None else student._base
+    if owner.is_leaf and owner.requires_grad:
+        raise ValueError(
+            "inplace: the student's logits are a leaf that requires a gradient, or a view of one; "
+            "they cannot be overwritten"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(student.shape, student.stride(), strict=True)):
+        raise ValueError("inplace: the student's logits are expanded; several of them share one place in memory")
+    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr() and student.numel():
+        raise ValueError("inplace: student and teacher share their memory")

@@ -1,0 +1,1 @@
+"""One file per schedule: fakes, autograd, and the call of the compiled op."""

@@ -1,0 +1,177 @@
+"""The rows schedule: divergences between the rows of student and teacher logits."""
+
+import torch
+
+from .._check import REDUCTIONS
+from .._inplace import overwritten
+from ..reference import compute_dtype
+
+# The numbers are those of csrc/common/params.h.
+DIVERGENCES = {"kl_div": 0}
+REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
+MAX_LEADING_DIMS = 7
+NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves
+
+rows_fwd = torch.ops.fastkd.rows_fwd.default
+rows_fwd_ = torch.ops.fastkd.rows_fwd_.default
+rows_bwd = torch.ops.fastkd.rows_bwd.default
+rows_bwd_ = torch.ops.fastkd.rows_bwd_.default
+REDUCTION_AT = 10  # where an op's arguments have the reduction
+TENSORS_AT = (4, 6, 8, 9, 12)  # and the optional tensors
+
+
+def _loss_like(student, teacher, reduction):
+    shape = student.shape[:-1] if reduction == 0 else ()
+    return student.new_empty(shape, dtype=compute_dtype(student, teacher))
+
+
+@torch.library.register_fake("fastkd::rows_fwd")
+def _(student, teacher, *options):
+    save = options[-1]
+    return (
+        _loss_like(student, teacher, options[REDUCTION_AT - 2]),
+        student.new_empty(student.shape if save == GRAD else (0,)),
+        student.new_empty((*student.shape[:-1], 4) if save == STATS else (0,), dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("fastkd::rows_fwd_")
+def _(student, teacher, *options):
+    return _loss_like(student, teacher, options[REDUCTION_AT - 2])
+
+
+@torch.library.register_fake("fastkd::rows_bwd")
+def _(student, teacher, *options):
+    return student.new_empty(student.shape)
+
+
+@torch.library.register_fake("fastkd::rows_bwd_")
+def _(student, teacher, *options):
+    return None
+
+
+def _times(grad, upstream):
+    """grad * upstream, in the memory of grad where nothing else will need it."""
+    if torch.compiler.is_compiling():
+        return grad * upstream
+    if upstream.item() == 1.0:
+        return grad
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
+        return grad * upstream
+    return grad.mul_(upstream)
+
+
+class _Rows(torch.autograd.Function):
+    """The loss of a student that wants a gradient.
+
+    The gradient is computed in forward, where both logits are at hand, and saved. Where the
+    upstream gradient is one per row ("none"), or the gradient in float16 would underflow before
+    the loss scaler multiplies it, the statistics are saved and backward recomputes.
+    """
+
+    @staticmethod
+    def forward(ctx, student, teacher, inplace, *options):
+        arguments = (student, teacher, *options)
+        ctx.recompute = arguments[REDUCTION_AT] == 0 or student.dtype is torch.float16
+        ctx.inplace = inplace
+        if inplace:
+            overwritten(student)
+        if ctx.recompute:
+            loss, _, stats = rows_fwd(*arguments, STATS)
+            ctx.options = tuple(None if isinstance(x, torch.Tensor) else x for x in arguments)
+            saved = [student.detach() if inplace else student, teacher]
+            ctx.save_for_backward(*saved, *(arguments[i] for i in TENSORS_AT), stats)
+        elif inplace:
+            loss = rows_fwd_(*arguments)
+            ctx.save_for_backward(student.detach())
+        else:
+            loss, grad, _ = rows_fwd(*arguments, GRAD)
+            ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            with torch.no_grad():
+                grad = _gradient(ctx, upstream)
+            grad = _Once.apply(grad, torch.zeros((), requires_grad=True))
+        else:
+            grad = _gradient(ctx, upstream)
+        return grad, *(None for _ in ctx.needs_input_grad[1:])
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that raises when it is differentiated. The anchor requires a gradient, so that
+    autograd comes by here and does not take the second derivative for 0."""
+
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("fastkd: second derivatives of the logit losses are not implemented")
+
+
+def _gradient(ctx, upstream):
+    if not ctx.recompute:
+        return _times(*ctx.saved_tensors, upstream)
+    student, teacher, *tensors, stats = ctx.saved_tensors
+    arguments = [student, teacher, *ctx.options[2:]]
+    for i, x in zip(TENSORS_AT, tensors, strict=True):
+        arguments[i] = x
+    upstream = upstream.reshape(-1).contiguous()
+    if not ctx.inplace:
+        return rows_bwd(*arguments, stats, upstream)
+    rows_bwd_(*arguments, stats, upstream)
+    torch.autograd.graph.increment_version(student)  # another backward must not read it
+    return student
+
+
+def logits_loss(
+    divergence, student, teacher, temperature, teacher_temperature, t_squared, mask, weight, reduction,
+    normalizer, inplace,
+):  # fmt: skip
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+    if student.dim() > MAX_LEADING_DIMS + 1:
+        shape = student.shape[:-1]
+        loss = logits_loss(
+            divergence, student.flatten(0, -2), teacher.flatten(0, -2), _flat(temperature, shape),
+            _flat(teacher_temperature, shape), t_squared, _flat(mask, shape), _flat(weight, shape), reduction,
+            normalizer, inplace,
+        )  # fmt: skip
+        return loss.reshape(shape) if reduction == "none" else loss
+    dtype = compute_dtype(student, teacher)
+    leading = student.shape[:-1]
+    temperature, temperature_rows = _number_or_rows(temperature, leading, dtype)
+    teacher_temperature, teacher_temperature_rows = _number_or_rows(teacher_temperature, leading, dtype)
+    if isinstance(normalizer, torch.Tensor):
+        normalizer, normalizer_tensor = 0.0, normalizer.to(dtype).reshape(())
+    else:
+        normalizer, normalizer_tensor = float(normalizer or 0.0), None
+    options = (
+        DIVERGENCES[divergence],
+        temperature,
+        temperature_rows,
+        teacher_temperature,
+        teacher_temperature_rows,
+        t_squared,
+        None if mask is None else mask.reshape(-1).contiguous(),
+        None if weight is None else weight.to(dtype).reshape(-1).contiguous(),
+        REDUCTION_NUMBERS[reduction],
+        normalizer,
+        normalizer_tensor,
+    )
+    if student.requires_grad and torch.is_grad_enabled():
+        return _Rows.apply(student, teacher.detach(), inplace, *options)
+    return rows_fwd(student, teacher, *options, NOTHING)[0]
+
+
+def _flat(x, leading):
+    return x.expand(leading).reshape(-1) if isinstance(x, torch.Tensor) else x
+
+
+def _number_or_rows(temperature, leading, dtype):
+    if isinstance(temperature, torch.Tensor):
+        return 1.0, temperature.to(dtype).expand(leading).reshape(-1).contiguous()
+    return float(temperature), None

@@ -1,0 +1,72 @@
+"""The losses in plain PyTorch, to be read: the truth for tests and benches, and the fallback.
+
+In float64 these are what every kernel is measured against.
+"""
+
+import torch
+
+from ._inplace import overwritten
+
+
+def compute_dtype(student, teacher):
+    """float64 where an input is float64, else float32."""
+    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def _log_softmax(logits, temperature):
+    nothing = (logits == -torch.inf).all(-1, keepdim=True)  # a row without any possible class
+    log_p = torch.log_softmax(logits.masked_fill(nothing, 0.0) / temperature, -1)
+    return log_p.masked_fill(nothing, -torch.inf)
+
+
+def _kl_div(log_p, log_q):
+    q = log_q.exp()
+    return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(-1)
+
+
+DIVERGENCES = {"kl_div": _kl_div}
+
+
+def _reduce(rows, classes, mask, reduction, normalizer):
+    if reduction == "none":
+        return rows
+    valid = rows.numel() if mask is None else mask.sum()
+    total = rows.sum()
+    if normalizer is not None:
+        return torch.where(torch.as_tensor(valid, device=total.device) > 0, total / normalizer, 0.0)
+    if reduction == "sum":
+        return total
+    rows_that_count = max(valid, 1) if mask is None else valid.clamp(min=1)
+    return total / rows_that_count / (classes if reduction == "mean" else 1)
+
+
+def logits_loss(
+    divergence, student, teacher, temperature, teacher_temperature, t_squared, mask, weight, reduction,
+    normalizer, inplace,
+):  # fmt: skip
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+    dtype = compute_dtype(student, teacher)
+    s, t = student.to(dtype), teacher.detach().to(dtype)
+    if inplace and student.requires_grad and torch.is_grad_enabled():
+        s = s.clone() if s is student else s
+        overwritten(student)
+
+    def per_row(x, dims):
+        return x.to(dtype).expand(student.shape[:-1]).reshape(student.shape[:-1] + (1,) * dims)
+
+    rows_T, teacher_T, scale = temperature, teacher_temperature, temperature
+    if isinstance(temperature, torch.Tensor):
+        rows_T, scale = per_row(temperature, 1), per_row(temperature, 0)
+    if isinstance(teacher_temperature, torch.Tensor):
+        teacher_T = per_row(teacher_temperature, 1)
+    if mask is not None:  # before anything is computed: a masked row may hold NaN
+        s = torch.where(mask[..., None], s, 0.0)
+        t = torch.where(mask[..., None], t, 0.0)
+    rows = DIVERGENCES[divergence](_log_softmax(s, rows_T), _log_softmax(t, teacher_T))
+    if t_squared:
+        rows = rows * scale**2
+    if weight is not None:
+        rows = rows * weight.to(dtype)
+    if mask is not None:
+        rows = torch.where(mask, rows, 0.0)
+    return _reduce(rows, student.shape[-1], mask, reduction, normalizer)

@@ -1,0 +1,95 @@
+"""The inputs that the losses of the rows schedule are tested on, each with the reason why."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Case:
+    name: str
+    why: str
+    shape: tuple
+    make: Any = None  # (student, teacher) in float64 -> the same, changed
+    options: dict = field(default_factory=dict)  # a value that is callable is called with the shape
+
+    def inputs(self, dtype, teacher_dtype=None):
+        """Student and teacher, and the options, always the same."""
+        generator = torch.Generator().manual_seed(len(self.name) + sum(self.shape))
+        student = 2.0 * torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        teacher = 2.0 * torch.randn(self.shape, generator=generator, dtype=torch.float64)
+        if self.make:
+            student, teacher = self.make(student, teacher)
+        student, teacher = student.to(dtype), teacher.to(teacher_dtype or dtype)
+        return student, teacher, self.resolved(generator)
+
+    def resolved(self, generator):
+        leading = self.shape[:-1]
+        return {k: v(leading, generator) if callable(v) else v for k, v in self.options.items()}
+
+    def __str__(self):
+        return self.name
+
+
+def some_rows(leading, generator):
+    return torch.rand(leading, generator=generator) < 0.6
+
+
+def positive(leading, generator):
+    return 0.5 + 2.0 * torch.rand(leading, generator=generator)
+
+
+def no_rows(leading, generator):
+    return torch.zeros(leading, dtype=torch.bool)
+
+
+def holes(student, teacher):
+    """-inf on the student's side only where the teacher has it too."""
+    teacher[..., ::3] = -torch.inf
+    student[..., ::6] = -torch.inf
+    return student, teacher
+
+
+def nan_in_first_row(student, teacher):
+    student[0], teacher[0] = torch.nan, torch.inf
+    return student, teacher
+
+
+def not_first_row(leading, generator):
+    mask = torch.ones(leading, dtype=torch.bool)
+    mask[0] = False
+    return mask
+
+
+FINITE = [
+    Case("one_class", "V = 1: p = q = 1, loss and gradient are 0", (3, 1)),
+    Case("two_classes", "far below a vector's width", (5, 2), options={"temperature": 3.0}),
+    Case("digits", "V = 10, padded to one vector", (32, 10), options={"temperature": 4.0}),
+    Case("odd", "V no multiple of any vector's width", (7, 333), options={"temperature": 2.0}),
+    Case("imagenet", "V just below one block", (6, 1000), options={"temperature": 2.0}),
+    Case("one_block", "V exactly one block", (3, 1024)),
+    Case("block_and_one", "a second block of one class", (3, 1025), options={"temperature": 0.5}),
+    Case("one_long_row", "one row is shared by all threads", (1, 40001), options={"temperature": 2.0}),
+    Case("three_long_rows", "rows shared by threads, with a mask", (3, 33000), options={"mask": some_rows}),
+    Case("vector", "no leading dimension: one row", (50,), options={"temperature": 2.0}),
+    Case("sequence", "[B, L, V]", (3, 5, 65), options={"temperature": 2.0}),
+    Case("many_dims", "more leading dimensions than a kernel takes", (2, 1, 2, 1, 2, 1, 2, 1, 2, 9), options={"mask": some_rows, "temperature": positive}),
+    Case("row_temperatures", "a temperature per row", (4, 6, 37), options={"temperature": positive}),
+    Case("both_temperatures", "teacher and student at different ones, per row", (6, 130), options={"temperature": positive, "teacher_temperature": positive}),
+    Case("teacher_temperature", "a teacher that was trained sharper", (6, 130), options={"temperature": 2.0, "teacher_temperature": 3.0}),
+    Case("plain", "without the factor T^2", (6, 40), options={"temperature": 3.0, "t_squared": False}),
+    Case("masked", "half the rows count", (9, 4, 50), options={"mask": some_rows, "temperature": 2.0}),
+    Case("weighted", "a weight per row, and a mask", (20, 50), options={"mask": some_rows, "weight": positive}),
+    Case("normalized", "a divisor of the caller's", (20, 50), options={"normalizer": 7.0, "mask": some_rows}),
+    Case("normalized_by_tensor", "the same on the device", (20, 50), options={"normalizer": lambda *_: torch.tensor(7)}),
+    Case("huge_logits", "a softmax that overflows unless the maximum is subtracted", (5, 300), lambda s, t: (s * 500, t * 500)),
+    Case("shifted", "a constant added to a row changes nothing", (5, 300), lambda s, t: (s + 300, t - 200)),
+    Case("peaked", "nearly all the teacher's mass on one class", (5, 300), lambda s, t: (s, t * 20)),
+    Case("half_way", "a student that has learned something", (50, 2000), lambda s, t: (t + 0.1 * s, t)),
+    Case("impossible_classes", "-inf on both sides: q = 0 contributes 0", (6, 70), holes),
+    Case("nan_under_mask", "a masked row may hold anything", (6, 70), nan_in_first_row, {"mask": not_first_row}),
+    Case("all_masked", "loss 0, gradient 0", (6, 70), options={"mask": no_rows}),
+    Case("no_rows", "N = 0", (0, 70)),
+    Case("no_rows_in_the_middle", "N = 0 of three dimensions", (3, 0, 7)),
+]  # fmt: skip

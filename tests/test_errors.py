@@ -1,0 +1,133 @@
+"""Bad input: its own clear error, naming the argument, and nothing changed."""
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import functional
+
+S, T = torch.randn(4, 10), torch.randn(4, 10)
+
+
+def sparse():
+    return T.to_sparse()
+
+
+BAD = {
+    "student_is_no_tensor": ([1.0, 2.0], T, {}, TypeError, "student"),
+    "teacher_is_no_tensor": (S, None, {}, TypeError, "teacher"),
+    "shapes_differ": (S, T[:, :9], {}, ValueError, "teacher"),
+    "shapes_would_broadcast": (S, T[:1], {}, ValueError, "teacher"),
+    "dimensions_differ": (S, T[0], {}, ValueError, "teacher"),
+    "no_dimensions": (torch.tensor(1.0), torch.tensor(1.0), {}, ValueError, "student"),
+    "no_classes": (S[:, :0], T[:, :0], {}, ValueError, "student"),
+    "integer_student": (S.long(), T, {}, TypeError, "student"),
+    "integer_teacher": (S, T.int(), {}, TypeError, "teacher"),
+    "bool_student": (S > 0, T, {}, TypeError, "student"),
+    "complex_teacher": (S, T.cfloat(), {}, TypeError, "teacher"),
+    "float8_student": (S.to(torch.float8_e4m3fn), T, {}, TypeError, "student"),
+    "sparse_teacher": (S, T.to_sparse(), {}, TypeError, "teacher"),
+    "sparse_student": (S.to_sparse_csr(), T, {}, TypeError, "student"),
+    "nested_student": (torch.nested.nested_tensor([S[0], S[1]]), T[:2], {}, TypeError, "student"),
+    "devices_differ": (S, T.to("meta"), {}, ValueError, "teacher"),
+    "temperature_zero": (S, T, {"temperature": 0.0}, ValueError, "temperature"),
+    "temperature_negative": (S, T, {"temperature": -1}, ValueError, "temperature"),
+    "temperature_nan": (S, T, {"temperature": float("nan")}, ValueError, "temperature"),
+    "temperature_inf": (S, T, {"temperature": float("inf")}, ValueError, "temperature"),
+    "temperature_text": (S, T, {"temperature": "2"}, TypeError, "temperature"),
+    "temperature_bool": (S, T, {"temperature": True}, TypeError, "temperature"),
+    "temperature_none": (S, T, {"temperature": None}, TypeError, "temperature"),
+    "temperature_tensor_zero": (S, T, {"temperature": torch.tensor([1.0, 0, 1, 1])}, ValueError, "temperature"),
+    "temperature_tensor_nan": (S, T, {"temperature": torch.tensor(torch.nan)}, ValueError, "temperature"),
+    "temperature_tensor_shape": (S, T, {"temperature": torch.ones(3)}, ValueError, "temperature"),
+    "temperature_tensor_per_class": (S, T, {"temperature": torch.ones(4, 10)}, ValueError, "temperature"),
+    "temperature_tensor_integer": (S, T, {"temperature": torch.ones(4, dtype=torch.int)}, TypeError, "temperature"),
+    "temperature_tensor_device": (S, T, {"temperature": torch.ones(4, device="meta")}, ValueError, "temperature"),
+    "temperature_learned": (S, T, {"temperature": torch.ones(4, requires_grad=True)}, ValueError, "temperature"),
+    "teacher_temperature_zero": (S, T, {"teacher_temperature": 0.0}, ValueError, "teacher_temperature"),
+    "teacher_temperature_shape": (S, T, {"teacher_temperature": torch.ones(5)}, ValueError, "teacher_temperature"),
+    "mask_no_tensor": (S, T, {"mask": [True] * 4}, TypeError, "mask"),
+    "mask_float": (S, T, {"mask": torch.ones(4)}, TypeError, "mask"),
+    "mask_uint8": (S, T, {"mask": torch.ones(4, dtype=torch.uint8)}, TypeError, "mask"),
+    "mask_shape": (S, T, {"mask": torch.ones(5, dtype=torch.bool)}, ValueError, "mask"),
+    "mask_per_class": (S, T, {"mask": torch.ones(4, 10, dtype=torch.bool)}, ValueError, "mask"),
+    "mask_device": (S, T, {"mask": torch.ones(4, dtype=torch.bool, device="meta")}, ValueError, "mask"),
+    "weight_number": (S, T, {"weight": 2.0}, TypeError, "weight"),
+    "weight_integer": (S, T, {"weight": torch.ones(4, dtype=torch.long)}, TypeError, "weight"),
+    "weight_shape": (S, T, {"weight": torch.ones(4, 1)}, ValueError, "weight"),
+    "weight_learned": (S, T, {"weight": torch.ones(4, requires_grad=True)}, ValueError, "weight"),
+    "reduction_unknown": (S, T, {"reduction": "average"}, ValueError, "reduction"),
+    "reduction_none": (S, T, {"reduction": None}, ValueError, "reduction"),
+    "normalizer_zero": (S, T, {"normalizer": 0}, ValueError, "normalizer"),
+    "normalizer_text": (S, T, {"normalizer": "4"}, TypeError, "normalizer"),
+    "normalizer_shape": (S, T, {"normalizer": torch.ones(4)}, ValueError, "normalizer"),
+    "normalizer_without_reduction": (S, T, {"normalizer": 4, "reduction": "none"}, ValueError, "normalizer"),
+    "normalizer_learned": (S, T, {"normalizer": torch.ones((), requires_grad=True)}, ValueError, "normalizer"),
+    "inplace_leaf": (S.clone().requires_grad_(), T, {"inplace": True}, ValueError, "inplace"),
+    "inplace_view_of_leaf": (S.clone().requires_grad_()[1:], T[1:], {"inplace": True}, ValueError, "inplace"),
+    "inplace_expanded": (S[:1].clone().requires_grad_().mul(1).expand(4, 10), T, {"inplace": True}, ValueError, "inplace"),
+    "inplace_shared": (lambda: (x := S.clone().requires_grad_() * 1, x.detach()), None, {"inplace": True}, ValueError, "inplace"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
+def test_error_names_the_argument(name, backend_name):
+    student, teacher, options, error, argument = BAD[name]
+    if callable(student) and not isinstance(student, torch.Tensor):
+        student, teacher = student()
+    before = student.detach().clone() if isinstance(student, torch.Tensor) else None
+    with fastkd.backend(backend_name), pytest.raises(error, match=rf"^{argument}: .*(wanted|detach|cannot|several|share|replace)"):
+        functional.kl_div(student, teacher, **options)
+    if before is not None and before.layout is torch.strided and not before.is_nested and before.is_floating_point():
+        assert torch.equal(student.detach().float(), before.float())
+
+
+def test_options_are_keywords():
+    with pytest.raises(TypeError, match="positional"):
+        functional.kl_div(S, T, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "argument"),
+    [
+        ({"temperature": 0}, ValueError, "temperature"),
+        ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature"),
+        ({"temperature": "hot"}, TypeError, "temperature"),
+        ({"reduction": "average"}, ValueError, "reduction"),
+    ],
+)
+def test_module_checks_its_options_when_it_is_built(options, error, argument):
+    with pytest.raises(error, match=f"^{argument}: "):
+        fastkd.KLDivLoss(**options)
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_second_derivative_raises(kernel, reduction):
+    """Also where something else in the sum is differentiable: it must not count as 0."""
+    student = torch.randn(3, 5, requires_grad=True)
+    loss = functional.kl_div(student, T[:3, :5], reduction=reduction).sum()
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="second derivatives"):
+        (grad.square().sum() + student.sum()).backward()
+    assert student.grad is None
+
+
+def test_the_op_checks_its_own_contract():
+    """Called past the functions, an op still refuses what it would read out of bounds."""
+    options = (0, 1.0, None, 1.0, None, True, None, None, 2, 0.0, None)
+    fwd = torch.ops.fastkd.rows_fwd
+    with pytest.raises(RuntimeError, match="same shape"):
+        fwd(S, T[:, :5], *options, 1)
+    with pytest.raises(RuntimeError, match="reduction"):
+        fwd(S, T, *options[:8], 9, *options[9:], 1)
+    with pytest.raises(RuntimeError, match="divergence"):
+        fwd(S, T, 77, *options[1:], 1)
+    with pytest.raises(RuntimeError, match="mask"):
+        fwd(S, T, *options[:6], torch.ones(3, dtype=torch.bool), *options[7:], 1)
+    with pytest.raises(RuntimeError, match="save"):
+        fwd(S, T, *options, 3)
+    with pytest.raises(RuntimeError, match="stats"):
+        torch.ops.fastkd.rows_bwd(S, T, *options, torch.ones(2), torch.ones(()))
+    with pytest.raises(RuntimeError, match="float16, bfloat16"):
+        fwd(S.long(), T.long(), *options, 1)

@@ -1,0 +1,98 @@
+"""The scalar mathematics of csrc/math, compiled for the host, element by element."""
+
+import numpy as np
+import pytest
+import torch
+
+_testing = pytest.importorskip("fastkd.lib._testing", reason="built with FASTKD_TESTING=1")
+
+
+def test_half_to_float_is_exact_for_every_pattern():
+    bits = np.arange(2**16, dtype=np.uint16)
+    expected = bits.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(_testing.half_to_float(bits), expected)
+
+
+def test_bfloat16_to_float_is_exact_for_every_pattern():
+    bits = np.arange(2**16, dtype=np.uint16)
+    expected = torch.from_numpy(bits.view(np.int16)).view(torch.bfloat16).float().numpy()
+    np.testing.assert_array_equal(_testing.bfloat16_to_float(bits), expected)
+
+
+def floats():
+    """Every exponent, both signs, all roundings: random bits, the halves' own values and the midpoints."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 2_000_000, dtype=np.uint32).view(np.float32)
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = np.sort(halves[np.isfinite(halves)])
+    middles = (finite[1:].astype(np.float64) + finite[:-1]) / 2
+    around = np.concatenate([np.nextafter(middles.astype(np.float32), s * np.float32(np.inf)) for s in (1, -1)])
+    edges = np.array([65504, 65519.99, 65520, 65536, 2**-24, 2**-25, 2**-26, 0.0, -0.0, np.inf, -np.inf], np.float32)
+    return np.concatenate([bits, halves, middles.astype(np.float32), around, edges])
+
+
+@pytest.mark.parametrize("kind", ["half", "bfloat16"])
+def test_float_to_half_rounds_to_nearest_even(kind):
+    x = floats()
+    dtype = {"half": torch.float16, "bfloat16": torch.bfloat16}[kind]
+    out = getattr(_testing, f"float_to_{kind}")(x)
+    expected = torch.from_numpy(x).to(dtype).view(torch.int16).numpy().view(np.uint16)
+    nan = np.isnan(x)
+    np.testing.assert_array_equal(out[~nan], expected[~nan])
+    exponent = {"half": 0x7C00, "bfloat16": 0x7F80}[kind]
+    assert ((out[nan] & exponent) == exponent).all()
+    mantissa = {"half": 0x3FF, "bfloat16": 0x7F}[kind]
+    assert ((out[nan] & mantissa) != 0).all()
+
+
+@pytest.mark.parametrize(("kind", "ulp"), [("float", 2.0**-23), ("double", 2.0**-52)])
+@pytest.mark.parametrize("scale", [1.0, 0.36067376, 7.2134752])
+def test_exp2_is_as_right_as_its_argument(kind, ulp, scale):
+    dtype = {"float": np.float32, "double": np.float64}[kind]
+    lowest = {"float": -126, "double": -1022}[kind] / scale
+    x = np.linspace(lowest * 0.999, 0, 400_001).astype(dtype)
+    k = dtype(scale)
+    out = getattr(_testing, f"exp2_{kind}")(x, k)
+    exact = np.exp2(x.astype(np.longdouble) * np.longdouble(k))
+    # this module is compiled without fused multiply-add: x k is rounded once, by half an ulp of itself
+    rounding = 1.5 + np.abs(x * scale) / 2 * np.log(2)
+    assert np.max(np.abs(out - exact) / exact / rounding) <= ulp
+
+
+@pytest.mark.parametrize("kind", ["float", "double"])
+def test_exp2_at_the_ends(kind):
+    exp2 = getattr(_testing, f"exp2_{kind}")
+    dtype = {"float": np.float32, "double": np.float64}[kind]
+    assert exp2(dtype(0), dtype(1)) == 1
+    assert exp2(dtype(-np.inf), dtype(1)) == 0
+    assert exp2(dtype(-1e30), dtype(1)) == 0
+    # every NaN stays one, whatever its payload
+    payloads = np.array([0x7FC00000, 0x7FFFFFFF, 0xFFC00001, 0x7F800001], np.uint32).view(np.float32).astype(dtype)
+    assert np.isnan(exp2(payloads, dtype(1))).all()
+
+
+@pytest.mark.parametrize(("kind", "ulp"), [("float", 2.0**-23), ("double", 2.0**-52)])
+def test_forward_kl_of_a_class(kind, ulp):
+    """q (e^w - 1 - w) and q (e^w - 1), near and far, against extended precision."""
+    dtype = {"float": np.float32, "double": np.float64}[kind]
+    w = np.concatenate([np.linspace(-5, 5, 100_001), np.geomspace(1e-7, 0.3, 1000), -np.geomspace(1e-7, 0.3, 1000)])
+    w = w[w != 0].astype(dtype)
+    q = np.full_like(w, 0.01)
+    exact_w, exact_q = w.astype(np.longdouble), q.astype(np.longdouble)
+    p = (exact_q * np.exp(exact_w)).astype(dtype)
+    loss = getattr(_testing, f"forward_kl_loss_{kind}")(p, q, w)
+    grad = getattr(_testing, f"forward_kl_grad_{kind}")(p, q, w)
+    exact_grad = exact_q * np.expm1(exact_w)
+    exact_loss = exact_q * sum(exact_w**n / np.longdouble(np.prod(np.arange(1.0, n + 1))) for n in range(2, 40))
+    # just above |w| = 0.3 the far form subtracts numbers 20 times its size
+    assert np.max(np.abs(loss - exact_loss) / exact_loss) <= 40 * ulp
+    assert np.max(np.abs(grad - exact_grad) / np.abs(exact_grad)) <= 8 * ulp
+
+
+def test_forward_kl_of_impossible_classes():
+    loss, grad = _testing.forward_kl_loss_float, _testing.forward_kl_grad_float
+    assert loss(0.0, 0.0, np.nan) == 0
+    assert grad(0.0, 0.0, np.nan) == 0
+    assert loss(0.25, 0.0, np.inf) == 0.25  # the p of a class without q completes the sum to 1
+    assert grad(0.25, 0.0, np.inf) == 0.25
+    assert loss(0.0, 0.25, -np.inf) == np.inf
+    assert grad(0.0, 0.25, -np.inf) == -0.25

@@ -1,0 +1,326 @@
+"""Values and gradients of the logit losses, against the reference in float64."""
+
+import math
+
+import cases
+import hypothesis
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import FLOOR, NEAR_CONVERGENCE, TIMES_EAGER, error
+from truth import kl_div as truth
+from truth import upstream_like
+
+from fastkd import functional, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+REDUCTIONS = ["none", "sum", "batchmean", "mean"]
+
+
+def run(loss_function, student, teacher, **options):
+    student = student.detach().requires_grad_()
+    loss = loss_function(student, teacher, **options)
+    (grad,) = torch.autograd.grad(loss, student, upstream_like(loss))
+    return loss.detach(), grad
+
+
+def eager(student, teacher, temperature=1.0, reduction="batchmean"):
+    """What people write, in the dtype that they have."""
+    log_p, log_q = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
+    return F.kl_div(log_p, log_q, reduction=reduction, log_target=True) * temperature**2
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.FINITE, ids=str)
+def test_matches_float64(backend, case, dtype, reduction):
+    student, teacher, options = case.inputs(dtype)
+    if reduction == "none":
+        options.pop("normalizer", None)
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction, **options)
+    loss_ref, grad_ref = truth(student, teacher, reduction=reduction, **options)
+
+    compute = reference.compute_dtype(student, teacher)
+    assert loss.dtype == compute
+    assert grad.dtype == dtype
+    assert grad.shape == student.shape
+    tolerance = 4 * FLOOR[compute] * logit_size(student)
+    assert error(loss, loss_ref) <= tolerance * (cancellation(student, teacher, options) if backend == "torch" else 1)
+    assert error(grad, grad_ref) <= tolerance + 2 * storage_error(grad, grad_ref)
+
+
+def logit_size(student):
+    """A logit of size z is known to z units in the last place, and so is its exponential."""
+    finite = student[student.isfinite()].double()
+    return max(1.0, finite.abs().max().item() / 8) if finite.numel() else 1.0
+
+
+def cancellation(student, teacher, options):
+    """Plain PyTorch subtracts logarithms of size log V, and is off by that much more."""
+    rows = truth(student, teacher, **{**options, "reduction": "none", "normalizer": None, "t_squared": False})[0]
+    rows = rows[rows > 0]
+    return max(1.0, math.log(student.shape[-1]) / rows.min().item()) if rows.numel() else 1.0
+
+
+def storage_error(grad, ref):
+    """One rounding to the gradient's dtype, relative to the gradient's norm; in float16 many
+    gradients are so small that its smallest step, 2^-24, is what limits them."""
+    if grad.dtype in (torch.float32, torch.float64) or not ref.numel():
+        return 0.0
+    step = 2.0**-25 if grad.dtype == torch.float16 else 0.0
+    return FLOOR[grad.dtype] + step * math.sqrt(ref.numel()) / max(ref.norm().item(), 1e-30)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
+@pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 32000)], ids=str)
+def test_no_worse_than_eager(backend, shape, temperature, dtype):
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
+    ours = run(functional.kl_div, student, teacher, temperature=temperature, reduction="none")
+    ref = truth(student, teacher, temperature=temperature, reduction="none")
+    theirs = run(lambda s, t: eager(s, t, temperature, "none").sum(-1), student, teacher)
+    floor = FLOOR[reference.compute_dtype(student, teacher)], FLOOR[dtype]
+    for out, eager_out, right, least in zip(ours, theirs, ref, floor, strict=True):
+        assert error(out, right) <= max(TIMES_EAGER * error(eager_out, right), least)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+@pytest.mark.parametrize("V", [100, 5000])
+def test_near_convergence(kernel, V, shift, temperature):
+    """A loss of 5e-7: F.kl_div in float32 has lost it, the fused form has not."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = 2 * torch.randn(64, V, generator=generator)
+    student = teacher + 1e-3 * torch.randn(64, V, generator=generator) + shift
+    options = {"temperature": temperature, "t_squared": True}
+    loss, grad = run(functional.kl_div, student, teacher, **options)
+    loss_ref, grad_ref = truth(student, teacher, **options)
+    assert loss_ref < 6e-7
+    assert error(loss, loss_ref) <= NEAR_CONVERGENCE
+    assert error(eager(student, teacher, temperature), loss_ref) > 10 * NEAR_CONVERGENCE  # or this test is too easy
+    _, eager_grad = run(lambda s, t: eager(s, t, temperature), student, teacher)
+    assert error(grad, grad_ref) <= TIMES_EAGER * error(eager_grad, grad_ref)
+
+
+@pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dtypes_may_differ(backend, dtype, teacher_dtype):
+    student, teacher, _ = cases.Case("mixed", "", (5, 300)).inputs(dtype, teacher_dtype)
+    loss, grad = run(functional.kl_div, student, teacher, temperature=2.0)
+    loss_ref, grad_ref = truth(student, teacher, temperature=2.0)
+    compute = reference.compute_dtype(student, teacher)
+    assert (loss.dtype, grad.dtype) == (compute, dtype)
+    assert error(loss, loss_ref) <= 2 * FLOOR[compute]
+    assert error(grad, grad_ref) <= 2 * FLOOR[compute] + (FLOOR[dtype] if dtype != compute else 0)
+
+
+def strided(kind, x):
+    """The same values, laid out differently."""
+    if kind == "shifted":  # logits[:, :-1], as every language model's loss has it
+        return torch.cat([x, x[:, :1]], 1)[:, :-1]
+    if kind == "transposed":
+        return x.transpose(-1, 0).contiguous().transpose(-1, 0)
+    if kind == "every_other_class":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1).flatten(-2)[..., ::2]
+    if kind == "channels_first":
+        return x.movedim(-1, 1).contiguous().movedim(1, -1)
+    if kind == "misaligned":
+        return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("kind", ["shifted", "transposed", "every_other_class", "channels_first", "misaligned"])
+def test_any_strides(backend, kind, reduction, dtype):
+    student, teacher, _ = cases.Case("strided", "", (3, 4, 70)).inputs(dtype)
+    plain = run(functional.kl_div, student, teacher, reduction=reduction, temperature=2.0)
+    for s, t in ((kind, ""), ("", kind), (kind, kind)):
+        loss, grad = run(functional.kl_div, strided(s, student), strided(t, teacher), reduction=reduction, temperature=2.0)
+        assert torch.equal(loss, plain[0])
+        assert torch.equal(grad, plain[1])
+
+
+def test_expanded_teacher(backend):
+    """One teacher row for all students: stride 0."""
+    student, teacher = torch.randn(8, 40), torch.randn(40)
+    loss, grad = run(functional.kl_div, student, teacher.expand(8, 40))
+    loss2, grad2 = run(functional.kl_div, student, teacher.repeat(8, 1))
+    assert torch.equal(loss, loss2)
+    assert torch.equal(grad, grad2)
+
+
+def test_offsets_beyond_32_bits(backend):
+    """A row that begins more than 2^31 elements into its storage. The pages between are never touched."""
+    V, far = 40, 2**31 + 100
+    values = torch.randn(4, V, generator=torch.Generator().manual_seed(1)).bfloat16()
+    student = torch.empty(far + V, dtype=torch.bfloat16).as_strided((2, V), (far, 1))
+    student.copy_(values[:2])
+    teacher = values[2:]
+    loss, grad = run(functional.kl_div, student, teacher)
+    loss_compact, grad_compact = run(functional.kl_div, values[:2], teacher)
+    assert loss == loss_compact
+    assert torch.equal(grad, grad_compact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_student_without_a_possible_class_the_teacher_has(backend, reduction, dtype):
+    """p = 0 where q > 0: +inf, as the mathematics says, and a finite gradient."""
+    student, teacher = torch.randn(4, 20).to(dtype), torch.randn(4, 20).to(dtype)
+    student[1, 3] = -torch.inf
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction)
+    assert (loss if reduction == "batchmean" else loss[1]) == torch.inf
+    assert grad.isfinite().all()
+    expected = torch.softmax(student.double(), -1) - torch.softmax(teacher.double(), -1)
+    expected = expected * (upstream_like(loss).double()[:, None] if reduction == "none" else 1 / 4)
+    assert error(grad, expected) < 2 * FLOOR[dtype]
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+def test_rows_without_any_possible_class(backend, side, reduction):
+    student, teacher = torch.randn(3, 20), torch.randn(3, 20)
+    plain = run(functional.kl_div, student, teacher, reduction=reduction)
+    if side != "teacher":
+        student[1] = -torch.inf
+    if side != "student":
+        teacher[1] = -torch.inf
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction)
+    assert torch.equal(grad[1], torch.zeros(20))
+    assert torch.equal(grad[::2], plain[1][::2])
+    if reduction == "none":
+        assert loss[1] == (torch.inf if side == "student" else 0.0)
+        assert torch.equal(loss[::2], plain[0][::2])
+    else:
+        assert not loss.isnan()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_nan_and_inf_propagate(backend, side, value):
+    """A row that cannot be computed says so, and says it of itself alone."""
+    student, teacher = torch.randn(3, 2000), torch.randn(3, 2000)
+    plain = run(functional.kl_div, student, teacher, reduction="none")
+    (student if side == "student" else teacher)[1, 1500] = value
+    loss, grad = run(functional.kl_div, student, teacher, reduction="none")
+    assert loss[1].isnan()
+    assert grad[1].isnan().all()
+    assert torch.equal(loss[::2], plain[0][::2])
+    assert torch.equal(grad[::2], plain[1][::2])
+
+
+def test_equal_logits_give_nothing(kernel):
+    """Student = teacher: exactly 0, loss and gradient; plain PyTorch is off by a rounding."""
+    x = torch.randn(5, 3000)
+    loss, grad = run(functional.kl_div, x, x.clone(), temperature=3.0)
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("shape", [(64, 1000), (3, 50000), (1, 128256)], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_same_bits_whatever_the_threads(threads, shape, reduction):
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    results = []
+    for n in (1, 2, 3, 2):
+        threads(n)
+        results.append(run(functional.kl_div, student, teacher, reduction=reduction))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+def test_float16_gradients_survive_a_loss_scaler(backend):
+    """Gradients below 2^-24 times a scale of 2^16 are numbers again: they must not be rounded to
+    float16 before they are multiplied."""
+    student, teacher, _ = cases.Case("scaled", "", (512, 4000)).inputs(torch.float16)
+    s = student.requires_grad_()
+    loss = functional.kl_div(s, teacher) * 2.0**16
+    (grad,) = torch.autograd.grad(loss, s)
+    _, grad_ref = truth(student, teacher)
+    assert error(grad, grad_ref * 2.0**16) < 2 * FLOOR[torch.float16]
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, -3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_upstream_gradient_is_applied(backend, dtype, factor):
+    student, teacher, _ = cases.Case("upstream", "", (6, 50)).inputs(dtype)
+    (plain,) = torch.autograd.grad(functional.kl_div(student.requires_grad_(), teacher), student)
+    (grad,) = torch.autograd.grad(functional.kl_div(student, teacher) * factor, student)
+    assert error(grad, plain.double() * factor) <= 2 * FLOOR[dtype]
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_retained_graph_gives_the_same_again(backend, reduction, factor):
+    student, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
+    loss = (functional.kl_div(student, teacher, reduction=reduction) * factor).sum()
+    grads = [torch.autograd.grad(loss, student, retain_graph=again)[0] for again in (True, True, False)]
+    assert torch.equal(grads[0], grads[1])
+    assert torch.equal(grads[0], grads[2])
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, student)
+
+
+def test_gradients_accumulate(backend):
+    student, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
+    functional.kl_div(student, teacher).backward()
+    once = student.grad.clone()
+    functional.kl_div(student, teacher).backward()
+    assert torch.equal(student.grad, 2 * once)
+
+
+def test_the_teacher_is_a_constant(backend):
+    student, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50, requires_grad=True)
+    functional.kl_div(student, teacher).backward()
+    assert student.grad is not None
+    assert teacher.grad is None
+
+
+def test_no_gradient_is_computed_for_nobody(backend):
+    student, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
+    with torch.no_grad():
+        assert not functional.kl_div(student, teacher).requires_grad
+    assert not functional.kl_div(student.detach(), teacher).requires_grad
+
+
+def test_masked_rows_get_exactly_nothing(backend):
+    student, teacher, options = cases.Case("masked rows", "", (9, 50), options={"mask": cases.some_rows}).inputs(torch.float32)
+    for reduction in REDUCTIONS:
+        loss, grad = run(functional.kl_div, student, teacher, reduction=reduction, **options)
+        assert torch.equal(grad[~options["mask"]], torch.zeros_like(grad[~options["mask"]]))
+        assert grad[options["mask"]].abs().sum(-1).min() > 0
+        if reduction == "none":
+            assert torch.equal(loss == 0, ~options["mask"])
+
+
+def test_published_value():
+    """Two classes at T = 1, by hand: q = (3/4, 1/4), p = (1/2, 1/2)."""
+    teacher = torch.tensor([[math.log(3.0), 0.0]])
+    loss = functional.kl_div(torch.zeros(1, 2), teacher)
+    assert loss.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(data=st.data())
+def test_any_shape_and_stride(data):
+    """Slices of a larger tensor, whatever their shape, steps and order of dimensions."""
+    dims = data.draw(st.integers(1, 4))
+    order = data.draw(st.permutations(range(dims)))
+    slices = [(data.draw(st.integers(0, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20 if d == 0 else 4))) for d in range(dims)]
+
+    def view(seed):
+        sizes = [start + step * n for start, step, n in slices]
+        x = torch.randn(sizes, generator=torch.Generator().manual_seed(seed))
+        return x[tuple(slice(start, start + step * n, step) for start, step, n in slices)].permute(order)
+
+    student, teacher = view(0), view(1)
+    reduction = data.draw(st.sampled_from(REDUCTIONS))
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction)
+    loss_ref, grad_ref = truth(student, teacher, reduction=reduction)
+    # a row of one class has loss 0 and gradient 0: measured against 1
+    assert (loss.double() - loss_ref).norm() <= 8 * FLOOR[torch.float32] * max(loss_ref.norm(), 1)
+    assert (grad.double() - grad_ref).norm() <= 8 * FLOOR[torch.float32] * max(grad_ref.norm(), 1)

@@ -1,0 +1,60 @@
+"""The losses once more, by hand: values and gradients from their formulas in extended precision.
+
+Independent of fastkd.reference, and good enough to measure float64 results.
+"""
+
+import numpy as np
+import torch
+
+
+def _extended(x):
+    return x.detach().double().numpy().astype(np.longdouble)
+
+
+def _softmax(logits, temperature):
+    """Probabilities and their logarithms; a row of -inf alone has no probabilities: all 0."""
+    z = logits / temperature
+    top = z.max(-1, keepdims=True, initial=-np.inf)
+    z = z - np.where(np.isneginf(top), 0, top)
+    total = np.exp(z).sum(-1, keepdims=True)
+    log_p = np.where(total == 0, -np.inf, z - np.log(np.where(total == 0, 1, total)))
+    return np.exp(log_p), log_p
+
+
+def kl_div(
+    student, teacher, temperature=1.0, teacher_temperature=None, t_squared=True, mask=None, weight=None,
+    reduction="batchmean", normalizer=None,
+):  # fmt: skip
+    """Loss, and its gradient for the upstream gradient of ``upstream_like``, as float64 tensors."""
+    shape, V = student.shape, student.shape[-1]
+
+    def rows(x):
+        return _extended(x.expand(shape[:-1]).reshape(-1)) if isinstance(x, torch.Tensor) else np.longdouble(x)
+
+    T = rows(temperature)
+    teacher_T = T if teacher_temperature is None else rows(teacher_temperature)
+    counts = np.ones(student.numel() // V, bool) if mask is None else mask.reshape(-1).numpy()
+    s, t = (np.where(counts[:, None], _extended(x.reshape(-1, V)), 0) for x in (student, teacher))
+    with np.errstate(all="ignore"):
+        p, log_p = _softmax(s, np.reshape(T, (-1, 1)))
+        q, log_q = _softmax(t, np.reshape(teacher_T, (-1, 1)))
+        loss = np.where(q == 0, 0, q * (log_q - log_p)).sum(-1)
+    scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
+    loss = np.where(counts, loss, 0) * scale
+    grad = (p * q.sum(-1, keepdims=True) - q) * (scale / T)[:, None]
+    if reduction == "none":
+        loss, upstream = loss.reshape(shape[:-1]), _extended(upstream_like(torch.empty(shape[:-1])))
+        grad = grad * upstream.reshape(-1, 1)
+    else:
+        valid = counts.sum()
+        divisor = {"sum": 1, "batchmean": valid, "mean": valid * V}[reduction]
+        divisor = divisor if normalizer is None else np.longdouble(float(normalizer))
+        loss, grad = (x / divisor if valid else 0 * x for x in (loss.sum(), grad))
+    return torch.tensor(np.float64(loss)), torch.tensor(grad.astype(np.float64)).reshape(shape)
+
+
+def upstream_like(loss):
+    """An upstream gradient that differs from row to row; for a scalar 1, as most callers have it."""
+    if not loss.dim():
+        return torch.ones_like(loss)
+    return torch.arange(1, loss.numel() + 1).remainder(7).add(1).div(4).to(loss.dtype).reshape(loss.shape)
