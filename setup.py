@@ -47,7 +47,9 @@ def find_tool(name):
     """cmake or ninja: from this environment, or from the path."""
     tool = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
     if not tool:
-        sys.exit(f"fastkd: {name} not found. Run 'pip install {name}', or set FASTKD_BUILD=0 to install without kernels.")
+        sys.exit(
+            f"fastkd: {name} not found. Run 'pip install {name}', or set FASTKD_BUILD=0 to install without kernels."
+        )
     return tool
 
 

@@ -11,7 +11,8 @@
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // save: 0 nothing, 1 the gradient (upstream 1), 2 the statistics for rows_bwd; what is not
   // saved is empty
-  m.def("rows_fwd(Tensor student, Tensor teacher, " ROWS_OPTIONS ", int save) -> (Tensor loss, Tensor grad, Tensor stats)");
+  m.def("rows_fwd(Tensor student, Tensor teacher, " ROWS_OPTIONS
+        ", int save) -> (Tensor loss, Tensor grad, Tensor stats)");
   m.def("rows_fwd_(Tensor(a!) student, Tensor teacher, " ROWS_OPTIONS ") -> Tensor loss");
   m.def("rows_bwd(Tensor student, Tensor teacher, " ROWS_OPTIONS ", Tensor stats, Tensor upstream) -> Tensor grad");
   m.def("rows_bwd_(Tensor(a!) student, Tensor teacher, " ROWS_OPTIONS ", Tensor stats, Tensor upstream) -> ()");

@@ -25,9 +25,7 @@ def logits(student, teacher):
     if student.dim() == 0:
         raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
     if student.shape != teacher.shape:
-        raise ValueError(
-            f"teacher: the student's shape {list(student.shape)} wanted, got {list(teacher.shape)}"
-        )
+        raise ValueError(f"teacher: the student's shape {list(student.shape)} wanted, got {list(teacher.shape)}")
     if student.shape[-1] == 0:
         raise ValueError(f"student: at least one class wanted, got shape {list(student.shape)}")
     if student.device != teacher.device:

@@ -34,7 +34,9 @@ class KLDivLoss(torch.nn.Module):
             for name in ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
         )
 
-    def forward(self, student, teacher, *, temperature=None, teacher_temperature=None, mask=None, weight=None, normalizer=None):
+    def forward(
+        self, student, teacher, *, temperature=None, teacher_temperature=None, mask=None, weight=None, normalizer=None
+    ):
         """The loss.
 
         Args:

@@ -77,7 +77,10 @@ def test_error_names_the_argument(name, backend_name):
     if callable(student) and not isinstance(student, torch.Tensor):
         student, teacher = student()
     before = student.detach().clone() if isinstance(student, torch.Tensor) else None
-    with fastkd.backend(backend_name), pytest.raises(error, match=rf"^{argument}: .*(wanted|detach|cannot|several|share|replace)"):
+    with (
+        fastkd.backend(backend_name),
+        pytest.raises(error, match=rf"^{argument}: .*(wanted|detach|cannot|several|share|replace)"),
+    ):
         functional.kl_div(student, teacher, **options)
     if before is not None and before.layout is torch.strided and not before.is_nested and before.is_floating_point():
         assert torch.equal(student.detach().float(), before.float())
@@ -110,7 +113,6 @@ def test_second_derivative_raises(kernel, reduction):
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivatives"):
         (grad.square().sum() + student.sum()).backward()
-    assert student.grad is None
 
 
 def test_the_op_checks_its_own_contract():

@@ -87,11 +87,11 @@ def test_a_second_backward_is_right_or_raises(kernel, dtype, reduction):
     loss = functional.kl_div(logits, teacher, reduction=reduction, inplace=True).sum()
     (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
     first = first.clone()
-    try:
-        (second,) = torch.autograd.grad(loss, weight)
-    except RuntimeError as problem:
-        assert "modified by an inplace operation" in str(problem)
+    if reduction == "none" or dtype == torch.float16:  # the logits it would need are gone
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(loss, weight)
     else:
+        (second,) = torch.autograd.grad(loss, weight)
         assert torch.equal(first, second)
 
 

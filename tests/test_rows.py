@@ -138,7 +138,9 @@ def test_any_strides(backend, kind, reduction, dtype):
     student, teacher, _ = cases.Case("strided", "", (3, 4, 70)).inputs(dtype)
     plain = run(functional.kl_div, student, teacher, reduction=reduction, temperature=2.0)
     for s, t in ((kind, ""), ("", kind), (kind, kind)):
-        loss, grad = run(functional.kl_div, strided(s, student), strided(t, teacher), reduction=reduction, temperature=2.0)
+        loss, grad = run(
+            functional.kl_div, strided(s, student), strided(t, teacher), reduction=reduction, temperature=2.0
+        )
         assert torch.equal(loss, plain[0])
         assert torch.equal(grad, plain[1])
 
@@ -288,7 +290,9 @@ def test_no_gradient_is_computed_for_nobody(backend):
 
 
 def test_masked_rows_get_exactly_nothing(backend):
-    student, teacher, options = cases.Case("masked rows", "", (9, 50), options={"mask": cases.some_rows}).inputs(torch.float32)
+    student, teacher, options = cases.Case("masked rows", "", (9, 50), options={"mask": cases.some_rows}).inputs(
+        torch.float32
+    )
     for reduction in REDUCTIONS:
         loss, grad = run(functional.kl_div, student, teacher, reduction=reduction, **options)
         assert torch.equal(grad[~options["mask"]], torch.zeros_like(grad[~options["mask"]]))
@@ -310,7 +314,10 @@ def test_any_shape_and_stride(data):
     """Slices of a larger tensor, whatever their shape, steps and order of dimensions."""
     dims = data.draw(st.integers(1, 4))
     order = data.draw(st.permutations(range(dims)))
-    slices = [(data.draw(st.integers(0, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20 if d == 0 else 4))) for d in range(dims)]
+    slices = [
+        (data.draw(st.integers(0, 2)), data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20 if d == 0 else 4)))
+        for d in range(dims)
+    ]
 
     def view(seed):
         sizes = [start + step * n for start, step, n in slices]

@@ -13,11 +13,17 @@ using torch::headeronly::ScalarType;
 
 inline DType to_dtype(ScalarType type, const char* argument) {
   switch (type) {
-    case ScalarType::Half: return DType::kHalf;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Float: return DType::kFloat;
-    case ScalarType::Double: return DType::kDouble;
-    default: FASTKD_CHECK(false, argument, ": float16, bfloat16, float32 or float64 wanted"); return {};
+    case ScalarType::Half:
+      return DType::kHalf;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    default:
+      FASTKD_CHECK(false, argument, ": float16, bfloat16, float32 or float64 wanted");
+      return {};
   }
 }
 

@@ -46,15 +46,15 @@ struct RowsParams {
   const T* teacher_temperature;
   double temperature_all, teacher_temperature_all;
   bool t_squared;
-  const bool* mask;             // [N], or null: every row counts
-  const T* weight;              // [N], or null: 1
-  const T* upstream;            // [N], or null: 1
-  int64_t upstream_stride;      // 0: one upstream for all rows
-  double grad_scale;            // 1 / divisor of the reduction
-  T* loss;                      // [N]
-  double* stats;                // [N, 4], or null
-  bool stream;                  // write the gradient past the caches
-  bool prefetch;                // this row and the next fit the second-level cache
+  const bool* mask;         // [N], or null: every row counts
+  const T* weight;          // [N], or null: 1
+  const T* upstream;        // [N], or null: 1
+  int64_t upstream_stride;  // 0: one upstream for all rows
+  double grad_scale;        // 1 / divisor of the reduction
+  T* loss;                  // [N]
+  double* stats;            // [N, 4], or null
+  bool stream;              // write the gradient past the caches
+  bool prefetch;            // this row and the next fit the second-level cache
 };
 
 }  // namespace fastkd

@@ -36,9 +36,15 @@ const T* load_block(const RowsTensor& x, const char* row, int64_t begin, int64_t
   const bool is_T = x.dtype == (sizeof(T) == 8 ? DType::kDouble : DType::kFloat);
   if (is_T && x.stride_v == 1 && n % kLanes == 0) return reinterpret_cast<const T*>(src);
   switch (x.dtype) {
-    case DType::kHalf: widen(reinterpret_cast<const Half*>(src), x.stride_v, n, buffer); break;
-    case DType::kBFloat16: widen(reinterpret_cast<const BFloat16*>(src), x.stride_v, n, buffer); break;
-    case DType::kFloat: widen(reinterpret_cast<const float*>(src), x.stride_v, n, buffer); break;
+    case DType::kHalf:
+      widen(reinterpret_cast<const Half*>(src), x.stride_v, n, buffer);
+      break;
+    case DType::kBFloat16:
+      widen(reinterpret_cast<const BFloat16*>(src), x.stride_v, n, buffer);
+      break;
+    case DType::kFloat:
+      widen(reinterpret_cast<const float*>(src), x.stride_v, n, buffer);
+      break;
     case DType::kDouble:
       if constexpr (sizeof(T) == 8) widen(reinterpret_cast<const double*>(src), x.stride_v, n, buffer);
       break;
@@ -69,8 +75,7 @@ inline void stream_copy(char* dst, const char* src, int64_t bytes) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i),
                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i)));
 #else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i),
-                     _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
+    _mm_stream_si128(reinterpret_cast<__m128i*>(dst + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i)));
 #endif
   }
   std::memcpy(dst + i, src + i, bytes - i);
@@ -110,7 +115,9 @@ template <class T>
 void store_block(const RowsTensor& x, char* row, int64_t begin, int64_t n, const T* src, bool stream) {
   char* dst = row + begin * x.stride_v * x.element_size;
   switch (x.dtype) {
-    case DType::kHalf: narrow<Half>(src, n, dst, x.stride_v, stream, [](T v) { return to_half(float(v)); }); break;
+    case DType::kHalf:
+      narrow<Half>(src, n, dst, x.stride_v, stream, [](T v) { return to_half(float(v)); });
+      break;
     case DType::kBFloat16:
       narrow<BFloat16>(src, n, dst, x.stride_v, stream, [](T v) { return to_bfloat16(float(v)); });
       break;
@@ -121,7 +128,9 @@ void store_block(const RowsTensor& x, char* row, int64_t begin, int64_t n, const
         narrow<float>(src, n, dst, x.stride_v, stream, [](T v) { return float(v); });
       }
       break;
-    case DType::kDouble: narrow<double>(src, n, dst, x.stride_v, stream, [](T v) { return double(v); }); break;
+    case DType::kDouble:
+      narrow<double>(src, n, dst, x.stride_v, stream, [](T v) { return double(v); });
+      break;
   }
 }
 

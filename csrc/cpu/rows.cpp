@@ -104,7 +104,8 @@ void check(const Inputs& in) {
   }
   FASTKD_CHECK(in.V() > 0, "student: at least one class wanted");
   FASTKD_CHECK(in.divergence == int64_t(Divergence::kForwardKL), "divergence: unknown number ", in.divergence);
-  FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ", in.reduction);
+  FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ",
+               in.reduction);
 }
 
 int64_t valid_rows(const bool* mask, int64_t N) {
@@ -168,9 +169,12 @@ template <class T>
 const RowsKernel<T>& kernel(Divergence which) {
 #if FASTKD_X86
   switch (isa()) {
-    case Isa::kBaseline: break;
-    case Isa::kAvx2: return avx2::rows_kernel<T>(which);
-    case Isa::kAvx512: return avx512::rows_kernel<T>(which);
+    case Isa::kBaseline:
+      break;
+    case Isa::kAvx2:
+      return avx2::rows_kernel<T>(which);
+    case Isa::kAvx512:
+      return avx512::rows_kernel<T>(which);
   }
 #endif
   return baseline::rows_kernel<T>(which);
@@ -238,7 +242,8 @@ void backward(const RowsParams<T>& P) {
     return;
   }
   for (int64_t row = 0; row < P.N; ++row) {
-    parallel_for(0, rows_blocks(P.V), kBlockGrain, [&](int64_t begin, int64_t end) { k.backward_part(P, row, begin, end); });
+    parallel_for(0, rows_blocks(P.V), kBlockGrain,
+                 [&](int64_t begin, int64_t end) { k.backward_part(P, row, begin, end); });
   }
 }
 
@@ -300,7 +305,8 @@ void rows_fwd_(StableIValue* stack, uint64_t, uint64_t) {
 
 void run_backward(const Inputs& in, const Tensor& stats, const Tensor& upstream, const Tensor& grad) {
   const ScalarType type = in.compute();
-  FASTKD_CHECK(stats.scalar_type() == ScalarType::Double && stats.numel() == 4 * in.N() && stats.is_contiguous(), "stats: those of rows_fwd wanted");
+  FASTKD_CHECK(stats.scalar_type() == ScalarType::Double && stats.numel() == 4 * in.N() && stats.is_contiguous(),
+               "stats: those of rows_fwd wanted");
   FASTKD_CHECK(upstream.numel() == 1 || upstream.numel() == in.N(), "upstream: one element, or one per row wanted");
   dispatch_compute(type, [&](auto t) {
     using T = decltype(t);

@@ -63,8 +63,8 @@ class Prefetch {
 template <class T>
 struct Row {
   double inv_temperature, inv_teacher_temperature;
-  double loss_scale;              // T^2 weight
-  double grad_scale;              // T^2 weight upstream / divisor / T
+  double loss_scale;               // T^2 weight
+  double grad_scale;               // T^2 weight upstream / divisor / T
   T scale_student, scale_teacher;  // log2(e) / T
   T a, b;                          // difference = (student - teacher) a + teacher b
 };
@@ -162,7 +162,7 @@ inline double rebase(double max, double max_row, double inv_temperature) {
 
 // The blocks' maxima and sums, on one side, as those of the row.
 template <class T>
-void combine_side(const RowsBlock<T>* blocks, int64_t n, double RowsStats::*max, double RowsStats::*sum,
+void combine_side(const RowsBlock<T>* blocks, int64_t n, double RowsStats::* max, double RowsStats::* sum,
                   double inv_temperature, RowsStats& out) {
   double m = -kInf<double>;
   for (int64_t b = 0; b < n; ++b) {  // a block of -inf alone has sum 0 and no maximum
@@ -361,8 +361,8 @@ void statistics_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t 
   statistics(P, W, row, begin, end, none);
 }
 template <class T, class D>
-void reduce_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats,
-                 int64_t begin, int64_t end) {
+void reduce_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
+                 int64_t end) {
   Prefetch none(P, row, row, 1);
   reduce<T, D>(P, W, row, stats, begin, end, none);
   if (P.stream) stream_fence();
@@ -376,15 +376,16 @@ void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t e
 }
 
 template <class T, class D>
-const RowsKernel<T> kernel = {forward<T, D>, backward<T, D>,    statistics_part<T>, combine<T>,
-                              reduce_part<T, D>, finish<T>, backward_part<T, D>};
+const RowsKernel<T> kernel = {forward<T, D>,     backward<T, D>, statistics_part<T>, combine<T>,
+                              reduce_part<T, D>, finish<T>,      backward_part<T, D>};
 
 }  // namespace
 
 template <class T>
 const RowsKernel<T>& rows_kernel(Divergence which) {
   switch (which) {
-    case Divergence::kForwardKL: return kernel<T, ForwardKL<T>>;
+    case Divergence::kForwardKL:
+      return kernel<T, ForwardKL<T>>;
   }
   __builtin_unreachable();  // the binding has checked
 }

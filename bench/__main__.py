@@ -1,0 +1,77 @@
+"""``python -m bench``: runs the benchmarks, writes the JSON, prints the table."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+
+
+def time_text(seconds):
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def bytes_text(n):
+    return "?" if n is None else f"{n / 2**20:.1f}"
+
+
+def tables(data):
+    """One table a case: every provider's time, ratio to fastkd, memory and share of the copy bandwidth."""
+    for benchmark in data["benchmarks"]:
+        info = benchmark["extra_info"]
+        own = info["providers"]["fastkd"]["median_s"]
+        title = f"{info['case']}  (one gradient: {bytes_text(info['gradient_bytes'])} MiB)"
+        table = Table(title=title, title_justify="left")
+        table.add_column("provider", no_wrap=True)
+        for column in ("median", "quartiles", "x fastkd", "peak extra MiB", "of copy bandwidth"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for name, result in info["providers"].items():
+            low, high = result["quartiles_s"]
+            table.add_row(
+                name,
+                time_text(result["median_s"]),
+                f"{time_text(low)} - {time_text(high)}",
+                f"{result['median_s'] / own:.2f}",
+                bytes_text(result["peak_extra_bytes"]),
+                f"{result['copy_share']:.0%}",
+            )
+        yield table
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("-k", default="", help="only the cases whose name has this, such as llama-2 or float32")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each provider is timed (default 7)")
+    parser.add_argument(
+        "--output", type=Path, default=HERE / "results" / "latest.json", help="the JSON (default %(default)s)"
+    )
+    parser.add_argument("--show", type=Path, help="print the tables of a JSON that is there already, run nothing")
+    arguments = parser.parse_args()
+    if arguments.rounds < 1:
+        parser.error("--rounds: at least 1 wanted")
+    code = 0
+    if not arguments.show:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        options = [f"--rounds={arguments.rounds}", f"--benchmark-json={arguments.output}", "--benchmark-quiet"]
+        files = [str(path) for path in sorted(HERE.glob("bench_*.py"))]
+        code = pytest.main(["-v", "-p", "no:cacheprovider", *options, "-k", arguments.k, *files])
+    if code:
+        return int(code)
+    data = json.loads((arguments.show or arguments.output).read_text())
+    console = Console(width=max(110, Console().width))
+    console.print(data["fastkd"])
+    for table in tables(data):
+        console.print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Peak extra memory, measured on the process: one gradient, or none."""
+
+import pytest
+import torch
+
+from bench.measure import Provider, peak_extra_bytes
+from fastkd import functional
+
+N, V = 512, 32000
+GRADIENT = N * V * 4
+SLACK = 6 << 20  # the loss per row, scratch memory of 12 bytes a class and thread, the interpreter
+
+
+def peak(step, prepare):
+    provider = Provider("", prepare, step)
+    provider.call(*provider.prepare())  # scratch memory is kept from here on
+    found = peak_extra_bytes(provider)
+    if found is None:
+        pytest.skip("this system does not tell a process's peak memory")
+    return found
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return torch.randn(N, V), torch.randn(N, V)
+
+
+def test_training_holds_one_gradient(logits):
+    student, teacher = logits
+    used = peak(lambda s: functional.kl_div(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
+    assert GRADIENT <= used <= GRADIENT + SLACK  # the lower bound proves that the measure sees it
+
+
+def test_an_upstream_factor_costs_no_second_gradient(logits):
+    student, teacher = logits
+    used = peak(
+        lambda s: (0.5 * functional.kl_div(s, teacher)).backward(), lambda: (student.detach().requires_grad_(),)
+    )
+    assert used <= GRADIENT + SLACK
+
+
+def test_inplace_holds_none(logits):
+    student, teacher = logits
+    used = peak(
+        lambda s: (0.5 * functional.kl_div(s, teacher, inplace=True)).backward(),
+        lambda: (student.detach().requires_grad_().clone(),),
+    )
+    assert used <= SLACK
+
+
+def test_inference_holds_none(logits):
+    student, teacher = logits
+    assert peak(lambda: functional.kl_div(student, teacher), tuple) <= SLACK
+
+
+def test_a_slice_is_not_copied(logits):
+    student, teacher = (x.view(8, N // 8, V) for x in logits)
+    assert peak(lambda: functional.kl_div(student[:, :-1], teacher[:, :-1]), tuple) <= SLACK
