@@ -61,15 +61,11 @@ class CMakeBuild(build_ext):
         find_compiler()
         package = ROOT / "fastkd" if self.inplace else Path(self.build_lib).resolve() / "fastkd"
         folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        options = [f"-DFASTKD_TORCH={torch}", f"-DFASTKD_OUTPUT={package / 'lib'}"]
+        options = [f"-DFASTKD_TORCH={torch}", f"-DFASTKD_OUTPUT={package / 'lib'}", f"-DFASTKD_TESTING={TESTING:d}"]
         if TESTING:
             import pybind11
 
-            options += [
-                "-DFASTKD_TESTING=ON",
-                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DPython_EXECUTABLE={sys.executable}",
-            ]
+            options += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         subprocess.run(
             [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options], check=True

@@ -102,6 +102,19 @@ def test_compile_dynamic_shapes():
     assert counter.frame_count == 1
 
 
+def test_compile_with_a_temperature_that_changes():
+    """An annealed temperature becomes a symbol; what cannot be checked then, the op checks."""
+    compiled = torch.compile(lambda s, t, T: functional.kl_div(s, t, temperature=T), fullgraph=True, backend="aot_eager")
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+    for temperature in (1.0, 2.0, 3.5, 4.0):
+        loss, grad = both(lambda s, t, T=temperature: functional.kl_div(s, t, temperature=T), student, teacher)
+        compiled_loss, compiled_grad = both(compiled, student, teacher, temperature)
+        assert torch.equal(compiled_loss, loss)
+        assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    with pytest.raises((RuntimeError, ValueError), match="temperature: a positive finite number wanted"):
+        compiled(student, teacher, -1.5)
+
+
 def test_compile_refuses_inplace():
     compiled = torch.compile(lambda s, t: functional.kl_div(s * 2, t, inplace=True), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"inplace: not under torch\.compile"):

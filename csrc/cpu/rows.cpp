@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -103,6 +104,11 @@ void check(const Inputs& in) {
     FASTKD_CHECK(s.size(d) == t.size(d), "student and teacher: the same shape [*, V] wanted");
   }
   FASTKD_CHECK(in.V() > 0, "student: at least one class wanted");
+  for (const double T : {in.temperature, in.teacher_temperature}) {
+    FASTKD_CHECK(T > 0 && std::isfinite(T), "temperature: a positive finite number wanted, got ", T);
+  }
+  FASTKD_CHECK(in.normalizer >= 0 && std::isfinite(in.normalizer), "normalizer: a positive finite number wanted, got ",
+               in.normalizer);
   FASTKD_CHECK(in.divergence == int64_t(Divergence::kForwardKL), "divergence: unknown number ", in.divergence);
   FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ",
                in.reduction);
