@@ -144,7 +144,8 @@ int64_t second_level_cache() {
   return int64_t(1) << 20;
 }
 
-// Past this size a gradient is written past the caches, which it would only flush.
+// Past this size a gradient is written past the caches, which it would only flush; unless it goes
+// where the logits were just read: their lines are in cache (86 % of the copy bandwidth, against 72 %).
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 template <class T>
@@ -165,7 +166,8 @@ RowsParams<T> params(const Inputs& in, void* grad, const Tensor& grad_like) {
   P.mask = optional_data<bool>(in.mask, P.N, ScalarType::Bool, "mask");
   P.weight = optional_data<T>(in.weight, P.N, type, "weight");
   P.grad_scale = sum_scale<T>(in, P.mask);
-  P.stream = grad && P.grad.stride_v == 1 && P.N * P.V * P.grad.element_size > kStreamBytes;
+  const bool inplace = P.grad.data == P.student.data;
+  P.stream = grad && !inplace && P.grad.stride_v == 1 && P.N * P.V * P.grad.element_size > kStreamBytes;
   const int64_t footprint = 3 * int64_t(sizeof(T)) + P.student.element_size + P.teacher.element_size;
   P.prefetch = P.V * footprint <= second_level_cache();
   return P;

@@ -63,10 +63,11 @@ class Prefetch {
 template <class T>
 struct Row {
   double inv_temperature, inv_teacher_temperature;
-  double loss_scale;               // T^2 weight
-  double grad_scale;               // T^2 weight upstream / divisor / T
-  T scale_student, scale_teacher;  // log2(e) / T
-  T a, b;                          // difference = (student - teacher) a + teacher b
+  double loss_scale;                 // T^2 weight
+  double grad_scale;                 // T^2 weight upstream / divisor / T
+  T scale_student, scale_teacher;    // log2(e) / T
+  T lowest_student, lowest_teacher;  // below, the exponential is 0
+  T a, b;                            // difference = (student - teacher) a + teacher b
 };
 
 template <class T>
@@ -81,6 +82,8 @@ Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
                  (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
   r.scale_student = T(kLog2e<double> * r.inv_temperature);
   r.scale_teacher = T(kLog2e<double> * r.inv_teacher_temperature);
+  r.lowest_student = exp2_lowest(r.scale_student);
+  r.lowest_teacher = exp2_lowest(r.scale_teacher);
   r.a = T(r.inv_temperature);
   r.b = T(r.inv_temperature - r.inv_teacher_temperature);
   return r;
@@ -110,24 +113,30 @@ T maximum(const T* x, int64_t n) {
   return m2 > m0 ? m2 : m0;
 }
 
-// sum of out[i] = e^((x[i] - max) / T), k = log2(e) / T
+// What the first pass makes of a class, and of a chunk: e^((z - max) / T) of both sides, added to
+// the sums, and student / T - teacher / T_teacher.
 template <class T>
-T exponentials(const T* x, int64_t n, T max, T k, T* out) {
-  const T lowest = exp2_lowest(k);
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    const T e = exp2_scaled(x[i] - max, k, lowest);
-    out[i] = e;
-    sum += e;
-  }
-  return sum;
+FASTKD_HD void first_pass(T s, T t, const Row<T>& r, T max_student, T max_teacher, T& exp_student, T& exp_teacher,
+                          T& difference) {
+  exp_student = exp2_scaled(s - max_student, r.scale_student, r.lowest_student);
+  exp_teacher = exp2_scaled(t - max_teacher, r.scale_teacher, r.lowest_teacher);
+  difference = (s - t) * r.a + t * r.b;
 }
 
 template <class T>
-void differences(const T* s, const T* t, int64_t n, T a, T b, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = (s[i] - t[i]) * a + t[i] * b;
+void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsStats& sums, T* exp_student,
+                      T* exp_teacher, T* difference) {
+  const Row<T> k = r;  // by value: the stores below could otherwise change it
+  const T max_student = T(sums.max_student), max_teacher = T(sums.max_teacher);
+  T sum_student = 0, sum_teacher = 0;
+#pragma omp simd reduction(+ : sum_student, sum_teacher)
+  for (int64_t i = 0; i < n; ++i) {
+    first_pass(s[i], t[i], k, max_student, max_teacher, exp_student[i], exp_teacher[i], difference[i]);
+    sum_student += exp_student[i];
+    sum_teacher += exp_teacher[i];
+  }
+  sums.sum_student += double(sum_student);
+  sums.sum_teacher += double(sum_teacher);
 }
 
 inline int64_t part(int64_t begin, int64_t end, int64_t most) { return end - begin < most ? end - begin : most; }
@@ -143,13 +152,11 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
-    const T max_student = finite_max(maximum(s, padded(n))), max_teacher = finite_max(maximum(t, padded(n)));
-    RowsStats sums{double(max_student), 0, double(max_teacher), 0};
+    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0};
     for (int64_t i = 0; i < padded(n); i += kChunk) {
-      const int64_t m = part(i, padded(n), kChunk), at = first + i;
-      sums.sum_student += exponentials(s + i, m, max_student, r.scale_student, W.exp_student + at);
-      sums.sum_teacher += exponentials(t + i, m, max_teacher, r.scale_teacher, W.exp_teacher + at);
-      differences(s + i, t + i, m, r.a, r.b, W.difference + at);
+      const int64_t at = first + i;
+      first_pass_chunk(s + i, t + i, part(i, padded(n), kChunk), r, sums, W.exp_student + at, W.exp_teacher + at,
+                       W.difference + at);
       ahead.some();
     }
     W.blocks[block].stats = sums;
@@ -321,14 +328,13 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
   const Scale<T> k = row_scale(r, stats);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   char* grad_row = P.grad.row(row);
+  RowsStats sums = stats;  // the maxima are the row's own; the sums are known
   const int64_t last = part(0, P.V, end * kRowsBlock);
   for (int64_t first = begin * kRowsBlock; first < last; first += kChunk) {
     const int64_t n = part(first, last, kChunk), m = padded(n);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
-    exponentials(s, m, T(stats.max_student), r.scale_student, exp_student);
-    exponentials(t, m, T(stats.max_teacher), r.scale_teacher, exp_teacher);
-    differences(s, t, m, r.a, r.b, difference);
+    first_pass_chunk(s, t, m, r, sums, exp_student, exp_teacher, difference);
     reduce_chunk<T, D, true>(exp_student, exp_teacher, difference, m, k, grad);
     store_block(P.grad, grad_row, first, n, grad, P.stream);
     ahead.some();
