@@ -1,0 +1,444 @@
+"""A teacher teaches small students on real images: what distillation brings, and what its loss costs.
+
+scikit-learn's digits (1797 images of 8x8 pixels, nothing is downloaded) are split once into
+training and test images. The teacher, an ensemble of small ConvNets, learns from every training
+label. The students, tiny MLPs, are given the labels of a few images per class and are trained
+
+* on these labels alone;
+* with fastkd's loss as well, on the same labelled images only: what soft targets add;
+* with fastkd's loss on all training images: a teacher can also say what unlabelled images show;
+* the same with the loss in plain PyTorch: equal accuracy is expected, time and memory differ;
+* on every label, without a teacher: what the labels that the teacher saw are worth by themselves.
+
+Within a seed every student has the same initial weights, batches and labelled images, and all
+take each step in turn, so only the loss makes a difference. The settings are not chosen on the
+test images, and accuracy is that of the last epoch.
+
+    make distill                                # or, with fastkd[examples] installed,
+    python examples/distill_digits.py --help
+
+The table goes to the terminal, a figure and all numbers to outputs/.
+"""
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+
+import fastkd
+from fastkd import _backend
+
+CLASSES = 10
+TRAIN_IMAGES = 797
+BATCHES = 10  # per epoch; no more than CLASSES, so that one label per class reaches every batch
+TEACHERS = 5
+TEACHER_SEED = 10_000  # away from the students' 0, 1, 2, ...
+STUDENT_UNITS = 16
+LEARNING_RATE = 1e-2
+WARM_UP_STEPS = 20  # not timed
+UNLABELLED = -100  # F.cross_entropy ignores it
+
+
+@dataclass
+class Data:
+    """Images with labels, and for training images what the teacher says of them."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    known_labels: torch.Tensor | None = None  # those that the students are given, else UNLABELLED
+    labelled: torch.Tensor | None = None  # where they are
+    teacher: torch.Tensor | None = None  # logits
+
+    def __getitem__(self, rows):
+        return Data(*(getattr(self, field.name)[rows] for field in fields(self)))
+
+
+@dataclass
+class Method:
+    name: str
+    loss: Callable  # of a batch of student logits and its Data
+    color: str
+    line: str = "-"
+
+
+def make_methods(args):
+    """The students' losses, in the order of the table."""
+    T = args.temperature
+    fast_kl = fastkd.KLDivLoss(temperature=T)
+
+    def plain_kl(student, teacher):
+        log_p, log_q = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
+        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * T * T
+
+    def both(logits, batch, soft):
+        return args.hard_weight * F.cross_entropy(logits, batch.known_labels) + args.soft_weight * soft
+
+    def labelled_only(logits, batch):
+        return both(logits, batch, fast_kl(logits, batch.teacher, mask=batch.labelled))
+
+    return [
+        Method("few labels, no teacher", lambda s, batch: F.cross_entropy(s, batch.known_labels), "#767676"),
+        Method("+ teacher, same images: fastkd", labelled_only, "#0072b2"),
+        Method("+ teacher, all images: fastkd", lambda s, b: both(s, b, fast_kl(s, b.teacher)), "#d55e00"),
+        Method("+ teacher, all images: PyTorch", lambda s, b: both(s, b, plain_kl(s, b.teacher)), "black", ":"),
+        Method("every label, no teacher", lambda s, batch: F.cross_entropy(s, batch.labels), "#009e73", "--"),
+    ]
+
+
+def make_convnet():
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, CLASSES),
+    )  # fmt: skip
+
+
+def make_student():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, STUDENT_UNITS), nn.ReLU(), nn.Linear(STUDENT_UNITS, CLASSES))
+
+
+def parameters(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def load_data(device):
+    """Training and test images; the split is always the same."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32, device=device)[:, None] / 16
+    labels = torch.tensor(digits.target, device=device)
+    parts = train_test_split(range(len(labels)), train_size=TRAIN_IMAGES, stratify=digits.target, random_state=0)
+    return [Data(images[rows], labels[rows]) for rows in parts]
+
+
+def accuracy(logits, labels):
+    """In percent."""
+    return 100 * (logits.argmax(-1) == labels).float().mean().item()
+
+
+def batches(order):
+    """Deals the rows out, so that the labelled ones, which come first, are spread evenly."""
+    return [order[first::BATCHES] for first in range(BATCHES)]
+
+
+def train_teacher(train, epochs, advance):
+    """Networks trained on every label; what they say together is the teacher."""
+    members = []
+    for member in range(TEACHERS):
+        torch.manual_seed(TEACHER_SEED + member)
+        model = make_convnet().to(train.images.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE / 10)
+        for _ in range(epochs):
+            for rows in batches(torch.randperm(TRAIN_IMAGES)):
+                optimizer.zero_grad()
+                F.cross_entropy(model(train.images[rows]), train.labels[rows]).backward()
+                optimizer.step()
+            advance()
+        members.append(model.eval())
+    return members
+
+
+@torch.no_grad()
+def teacher_logits(members, images):
+    return torch.stack([member(images) for member in members]).mean(0)
+
+
+class Run:
+    """One student that learns by one method."""
+
+    def __init__(self, method, student):
+        self.method = method
+        self.student = copy.deepcopy(student)
+        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=LEARNING_RATE)
+        self.accuracies = []  # test accuracy after each epoch
+        self.times = []  # of the loss and its gradient, in microseconds
+
+    def step(self, batch):
+        logits = self.student(batch.images)
+        leaf = logits.detach().requires_grad_()  # the time of the loss, without the network's
+        synchronize(leaf.device)
+        start = time.perf_counter()
+        (grad,) = torch.autograd.grad(self.method.loss(leaf, batch), leaf)
+        synchronize(leaf.device)
+        self.times.append(1e6 * (time.perf_counter() - start))
+        self.optimizer.zero_grad()
+        logits.backward(grad)
+        self.optimizer.step()
+
+    def steady_times(self):
+        return self.times[min(WARM_UP_STEPS, len(self.times) // 2) :]
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def choose_labelled(labels, per_class, generator):
+    """Rows, the same number of each class."""
+    shuffled = torch.randperm(len(labels), generator=generator)
+    return torch.cat([shuffled[labels[shuffled].cpu() == c][:per_class] for c in range(CLASSES)])
+
+
+def train_students(seed, methods, train, test, args, advance):
+    """One student per method; all take the same steps in turn. Returns their runs."""
+    generator = torch.Generator().manual_seed(seed)
+    labelled = choose_labelled(train.labels.cpu(), args.labels_per_class, generator)
+    unlabelled = torch.ones(TRAIN_IMAGES, dtype=torch.bool).index_fill(0, labelled, False).nonzero().flatten()
+    known_labels = torch.full_like(train.labels, UNLABELLED)
+    known_labels[labelled] = train.labels[labelled]
+    train = replace(train, known_labels=known_labels, labelled=known_labels != UNLABELLED)
+
+    torch.manual_seed(seed)
+    student = make_student().to(train.images.device)
+    runs = [Run(method, student) for method in methods]
+    for _ in range(args.epochs):
+        shuffled = [rows[torch.randperm(len(rows), generator=generator)] for rows in (labelled, unlabelled)]
+        for rows in batches(torch.cat(shuffled)):
+            batch = train[rows]
+            for run in runs:
+                run.step(batch)
+        for run in runs:
+            with torch.no_grad():
+                run.accuracies.append(accuracy(run.student(test.images), test.labels))
+        advance()
+    return runs, batch
+
+
+@contextlib.contextmanager
+def quiet_stderr():
+    """The profiler of some torch versions writes to it when it starts and stops, from C++."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def peak_memory(method, batch):
+    """KiB that the loss of a batch and its gradient hold at most, beside logits and labels."""
+    student = torch.randn_like(batch.teacher).requires_grad_()
+
+    def loss_and_gradient():
+        return torch.autograd.grad(method.loss(student, batch), student)
+
+    if student.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loss_and_gradient()
+        return (torch.cuda.max_memory_allocated() - before) / 1024
+    with quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
+        loss_and_gradient()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    held = itertools.accumulate(e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))
+    return max(held, default=0) / 1024
+
+
+def summarize(method, runs, memory):
+    """What the table, the figure and the JSON file say of one method; one run per seed."""
+    final = [run.accuracies[-1] for run in runs]
+    return {
+        "method": method.name,
+        "accuracy_mean": statistics.mean(final),
+        "accuracy_sd": statistics.stdev(final) if len(final) > 1 else None,
+        "accuracy_per_seed_and_epoch": [run.accuracies for run in runs],
+        "loss_us_median": statistics.median(itertools.chain(*(run.steady_times() for run in runs))),
+        "loss_peak_kib": memory,
+    }
+
+
+def percent(mean, sd):
+    return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
+
+
+def describe(args, train, test):
+    """What was chosen, for the reader of the table."""
+    return {
+        "data": f"{len(train.labels)} training and {len(test.labels)} test images of 8x8 pixels, {CLASSES} classes",
+        "teacher": f"{TEACHERS} ConvNets, {TEACHERS * parameters(make_convnet())} parameters in all, "
+        f"{args.teacher_epochs} epochs on every training label",
+        "student": f"MLP, {parameters(make_student())} parameters, {args.epochs} epochs, {args.seeds} seeds",
+        "labels": f"{args.labels_per_class} per class for the students, {args.labels_per_class * CLASSES} in all",
+        "loss": f"{args.hard_weight:g} x cross-entropy + {args.soft_weight:g} x KL divergence at "
+        f"temperature {args.temperature:g}",
+        "device": f"{args.device}, one CPU thread, fastkd backend: {_backend.select(torch.device(args.device))}",
+        "versions": f"fastkd {fastkd.__version__}, torch {torch.__version__}",
+    }
+
+
+def print_results(console, results, args):
+    """The table, and what it says about where the gain comes from."""
+    table = Table(title=f"Students after {args.epochs} epochs, {args.seeds} seeds")
+    table.add_column("student")
+    for column in ("test accuracy\n% ± sd", "loss time\nµs / step", "loss peak\nKiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for result in results:
+        table.add_row(
+            result["method"],
+            percent(result["accuracy_mean"], result["accuracy_sd"]),
+            f"{result['loss_us_median']:.0f}",
+            f"{result['loss_peak_kib']:.1f}",
+        )
+    console.print(table)
+    alone, same, everything, plain, supervised = (result["accuracy_mean"] for result in results)
+    console.print(
+        f"From the teacher: {everything - alone:+.2f} points of accuracy, of which {same - alone:+.2f} by soft "
+        f"targets on the labelled images and {everything - same:+.2f} by the images that only the teacher labels. "
+        f"Beside every label without a teacher: {everything - supervised:+.2f}. "
+        f"fastkd beside plain PyTorch: {everything - plain:+.2f}.\n"
+        "Loss time: loss and its gradient to the logits, cross-entropy included, median. Loss peak: memory that "
+        "these hold at most in a step, beside logits and labels. Ten classes are few: both are mostly the cost of "
+        "calling operators here. What fusion does to large vocabularies, make bench shows.",
+        highlight=False,
+    )
+
+
+def draw(path, results, methods, teacher_accuracy, args):
+    """Accuracy over the epochs, and at the end."""
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    epochs = range(1, args.epochs + 1)
+    for row, (method, result) in enumerate(zip(methods, results, strict=True)):
+        seeds = torch.tensor(result["accuracy_per_seed_and_epoch"])
+        mean, sd = seeds.mean(0), seeds.std(0, correction=min(1, args.seeds - 1))
+        curves.plot(epochs, mean, color=method.color, linestyle=method.line, label=method.name, linewidth=2)
+        curves.fill_between(epochs, mean - sd, mean + sd, color=method.color, alpha=0.15, linewidth=0)
+        bars.barh(row, mean[-1], xerr=sd[-1], color=method.color, alpha=0.5, capsize=4)
+        text = percent(result["accuracy_mean"], result["accuracy_sd"])
+        bars.text(0.02, row, text, transform=bars.get_yaxis_transform(), va="center")
+    lowest = min(result["accuracy_mean"] for result in results)
+    low = max(0, 10 * math.floor(lowest / 10) - 10)
+    curves.axhline(teacher_accuracy, color="#cc79a7", linewidth=2, label=f"teacher, {teacher_accuracy:.1f} %")
+    bars.axvline(teacher_accuracy, color="#cc79a7", linewidth=2)
+    curves.set(xlabel="epoch", ylabel="test accuracy (%)", xlim=(1, max(2, args.epochs)), ylim=(low, 100))
+    curves.set_title(f"Over the epochs, mean and ± sd of {args.seeds} seeds")
+    curves.legend(loc="lower right")
+    curves.grid(alpha=0.3)
+    bars.set(xlabel=f"test accuracy (%), axis from {low}", xlim=(low, 100), yticks=range(len(methods)))
+    bars.set_yticklabels([method.name.replace(": ", ":\n").replace(", ", ",\n", 1) for method in methods])
+    bars.set_title(f"After epoch {args.epochs}, mean ± sd")
+    bars.invert_yaxis()
+    figure.suptitle(f"Distillation on digits, {args.labels_per_class} labels per class for the students")
+    figure.savefig(path, dpi=130)
+
+
+def number(kind, accepts, wanted):
+    """An argparse type that says in a sentence what it wants."""
+
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if accepts(value := kind(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{wanted} wanted, got {text!r}")
+
+    return parse
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    whole = number(int, lambda x: x > 0, "a whole number above 0")
+    positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
+    weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
+    parser.add_argument("--temperature", type=positive, default=4.0, help="softens student and teacher")
+    parser.add_argument("--epochs", type=whole, default=100, help="of each student")
+    parser.add_argument("--teacher-epochs", type=whole, default=30, help="of each member of the teacher")
+    parser.add_argument("--seeds", type=whole, default=5, help="how many times the students are trained")
+    parser.add_argument("--labels-per-class", type=whole, default=5, help="labels that the students are given")
+    parser.add_argument("--hard-weight", type=weight, default=0.1, help="of the cross-entropy on labels")
+    parser.add_argument("--soft-weight", type=weight, default=0.9, help="of the divergence from the teacher")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
+    args = parser.parse_args()
+    if args.hard_weight == args.soft_weight == 0:
+        parser.error("--hard-weight and --soft-weight: one of them must be above 0")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no CUDA device")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    available = load_data("cpu")[0].labels.bincount().min().item()
+    if args.labels_per_class > available:
+        parser.error(f"--labels-per-class: a class has {available} training images, got {args.labels_per_class}")
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output: {args.output} cannot be made a folder: {error.strerror}")
+    return args
+
+
+def train_all(args, methods, train, test, console):
+    """The teacher and, for each seed, a run per method; also a batch to measure memory with."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        teaching = progress.add_task("teacher epochs", total=TEACHERS * args.teacher_epochs)
+        teacher = train_teacher(train, args.teacher_epochs, lambda: progress.advance(teaching))
+        train.teacher = teacher_logits(teacher, train.images)
+        learning = progress.add_task("student epochs", total=args.seeds * args.epochs)
+        runs = []
+        for seed in range(args.seeds):
+            of_seed, batch = train_students(seed, methods, train, test, args, lambda: progress.advance(learning))
+            runs.append(of_seed)
+    return teacher, runs, batch
+
+
+def main():
+    args = parse_arguments()
+    torch.set_num_threads(1)  # networks this small are slower on more
+    torch.backends.cudnn.deterministic = True
+    console = Console()
+    train, test = load_data(args.device)
+    methods = make_methods(args)
+    settings = describe(args, train, test)
+    grid = Table.grid(padding=(0, 2))
+    for row in settings.items():
+        grid.add_row(*row)
+    console.print(grid)
+    teacher, runs, batch = train_all(args, methods, train, test, console)
+    teacher_accuracy = accuracy(teacher_logits(teacher, test.images), test.labels)
+    console.print(f"Teacher: {teacher_accuracy:.2f} % of the test images")
+    results = [
+        summarize(method, of_method, peak_memory(method, batch))
+        for method, of_method in zip(methods, zip(*runs, strict=True), strict=True)
+    ]
+    print_results(console, results, args)
+    draw(args.output / "distill_digits.png", results, methods, teacher_accuracy, args)
+    numbers = {
+        "arguments": vars(args) | {"output": str(args.output)},
+        "settings": settings,
+        "versions": {"fastkd": fastkd.__version__, "torch": torch.__version__},
+        "teacher_accuracy": teacher_accuracy,
+        "students": results,
+    }
+    (args.output / "distill_digits.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    console.print(f"Figure and numbers: {args.output}/distill_digits.png and .json", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
