@@ -25,6 +25,10 @@ class Provider:
     seconds: list = field(default_factory=list)
 
     def time_once(self, repeat):
+        # As in a training loop: the step before was one like this. Memory that lay free while
+        # another provider ran may have gone back to the system, or to the host of a virtual
+        # machine, and to fetch it again took three times as long as the loss.
+        self.call(*self.prepare())
         arguments = [self.prepare() for _ in range(repeat)]
         start = time.perf_counter()
         for a in arguments:

@@ -10,25 +10,22 @@ label. The students, tiny MLPs, are given the labels of a few images per class a
 * the same with the loss in plain PyTorch: equal accuracy is expected, time and memory differ;
 * on every label, without a teacher: what the labels that the teacher saw are worth by themselves.
 
-Within a seed every student has the same initial weights, batches and labelled images, and all
-take each step in turn, so only the loss makes a difference. The settings are not chosen on the
-test images, and accuracy is that of the last epoch.
+Within a seed all students have the same initial weights, batches and labelled images. No setting
+was chosen on the test images, and accuracy is that of the last epoch.
 
-    make distill                                # or, with fastkd[examples] installed,
-    python examples/distill_digits.py --help
-
-The table goes to the terminal, a figure and all numbers to outputs/.
+    make distill                                # a table; figure and numbers in outputs/
+    python examples/distill_digits.py --help    # the same, where fastkd[examples] is installed
 """
 
 import argparse
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -39,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -55,7 +52,7 @@ TEACHERS = 5
 TEACHER_SEED = 10_000  # away from the students' 0, 1, 2, ...
 STUDENT_UNITS = 16
 LEARNING_RATE = 1e-2
-WARM_UP_STEPS = 20  # not timed
+WARM_UP_STEPS = 20  # whose times do not count
 UNLABELLED = -100  # F.cross_entropy ignores it
 
 
@@ -90,18 +87,15 @@ def make_methods(args):
         log_p, log_q = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * T * T
 
-    def both(logits, batch, soft):
-        return args.hard_weight * F.cross_entropy(logits, batch.known_labels) + args.soft_weight * soft
-
-    def labelled_only(logits, batch):
-        return both(logits, batch, fast_kl(logits, batch.teacher, mask=batch.labelled))
+    def both(soft):
+        return lambda s, b: args.hard_weight * F.cross_entropy(s, b.known_labels) + args.soft_weight * soft(s, b)
 
     return [
-        Method("few labels, no teacher", lambda s, batch: F.cross_entropy(s, batch.known_labels), "#767676"),
-        Method("+ teacher, same images: fastkd", labelled_only, "#0072b2"),
-        Method("+ teacher, all images: fastkd", lambda s, b: both(s, b, fast_kl(s, b.teacher)), "#d55e00"),
-        Method("+ teacher, all images: PyTorch", lambda s, b: both(s, b, plain_kl(s, b.teacher)), "black", ":"),
-        Method("every label, no teacher", lambda s, batch: F.cross_entropy(s, batch.labels), "#009e73", "--"),
+        Method("few labels, no teacher", lambda s, b: F.cross_entropy(s, b.known_labels), "#767676"),
+        Method("+ teacher, same images: fastkd", both(lambda s, b: fast_kl(s, b.teacher, mask=b.labelled)), "#0072b2"),
+        Method("+ teacher, all images: fastkd", both(lambda s, b: fast_kl(s, b.teacher)), "#d55e00"),
+        Method("+ teacher, all images: PyTorch", both(lambda s, b: plain_kl(s, b.teacher)), "black", ":"),
+        Method("every label, no teacher", lambda s, b: F.cross_entropy(s, b.labels), "#009e73", "--"),
     ]
 
 
@@ -114,11 +108,7 @@ def make_convnet():
 
 
 def make_student():
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, STUDENT_UNITS), nn.ReLU(), nn.Linear(STUDENT_UNITS, CLASSES))
-
-
-def parameters(model):
-    return sum(parameter.numel() for parameter in model.parameters())
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, STUDENT_UNITS), ACT(), nn.Linear(STUDENT_UNITS, CLASSES))
 
 
 def load_data(device):
@@ -141,7 +131,7 @@ def batches(order):
 
 
 def train_teacher(train, epochs, advance):
-    """Networks trained on every label; what they say together is the teacher."""
+    """An ensemble trained on every label, as a function from images to its mean logits."""
     members = []
     for member in range(TEACHERS):
         torch.manual_seed(TEACHER_SEED + member)
@@ -154,63 +144,55 @@ def train_teacher(train, epochs, advance):
                 optimizer.step()
             advance()
         members.append(model.eval())
-    return members
-
-
-@torch.no_grad()
-def teacher_logits(members, images):
-    return torch.stack([member(images) for member in members]).mean(0)
+    return torch.no_grad()(lambda images: torch.stack([member(images) for member in members]).mean(0))
 
 
 class Run:
     """One student that learns by one method."""
 
-    def __init__(self, method, student):
+    def __init__(self, method, student, device):
         self.method = method
+        self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         self.student = copy.deepcopy(student)
         self.optimizer = torch.optim.Adam(self.student.parameters(), lr=LEARNING_RATE)
         self.accuracies = []  # test accuracy after each epoch
         self.times = []  # of the loss and its gradient, in microseconds
 
+    def gradient(self, logits):
+        return torch.autograd.grad(self.method.loss(logits, self.batch), logits)[0]
+
     def step(self, batch):
+        self.batch = batch
         logits = self.student(batch.images)
         leaf = logits.detach().requires_grad_()  # the time of the loss, without the network's
-        synchronize(leaf.device)
+        self.wait()
         start = time.perf_counter()
-        (grad,) = torch.autograd.grad(self.method.loss(leaf, batch), leaf)
-        synchronize(leaf.device)
+        gradient = self.gradient(leaf)
+        self.wait()
         self.times.append(1e6 * (time.perf_counter() - start))
         self.optimizer.zero_grad()
-        logits.backward(grad)
+        logits.backward(gradient)
         self.optimizer.step()
-
-    def steady_times(self):
-        return self.times[min(WARM_UP_STEPS, len(self.times) // 2) :]
-
-
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def choose_labelled(labels, per_class, generator):
-    """Rows, the same number of each class."""
+    """Rows to be labelled, the same number of each class, and the others."""
     shuffled = torch.randperm(len(labels), generator=generator)
-    return torch.cat([shuffled[labels[shuffled].cpu() == c][:per_class] for c in range(CLASSES)])
+    seen = F.one_hot(labels[shuffled]).cumsum(0)  # of each class, up to each row
+    chosen = seen.gather(1, labels[shuffled, None]).flatten() <= per_class
+    return shuffled[chosen], shuffled[~chosen]
 
 
 def train_students(seed, methods, train, test, args, advance):
     """One student per method; all take the same steps in turn. Returns their runs."""
     generator = torch.Generator().manual_seed(seed)
-    labelled = choose_labelled(train.labels.cpu(), args.labels_per_class, generator)
-    unlabelled = torch.ones(TRAIN_IMAGES, dtype=torch.bool).index_fill(0, labelled, False).nonzero().flatten()
+    labelled, unlabelled = choose_labelled(train.labels.cpu(), args.labels_per_class, generator)
     known_labels = torch.full_like(train.labels, UNLABELLED)
     known_labels[labelled] = train.labels[labelled]
     train = replace(train, known_labels=known_labels, labelled=known_labels != UNLABELLED)
-
     torch.manual_seed(seed)
-    student = make_student().to(train.images.device)
-    runs = [Run(method, student) for method in methods]
+    student = make_student().to(args.device)
+    runs = [Run(method, student, args.device) for method in methods]
     for _ in range(args.epochs):
         shuffled = [rows[torch.randperm(len(rows), generator=generator)] for rows in (labelled, unlabelled)]
         for rows in batches(torch.cat(shuffled)):
@@ -221,37 +203,32 @@ def train_students(seed, methods, train, test, args, advance):
             with torch.no_grad():
                 run.accuracies.append(accuracy(run.student(test.images), test.labels))
         advance()
-    return runs, batch
+    return runs
 
 
 @contextlib.contextmanager
 def quiet_stderr():
     """The profiler of some torch versions writes to it when it starts and stops, from C++."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+        os.close(nowhere)
 
 
-def peak_memory(method, batch):
+def peak_memory(run):
     """KiB that the loss of a batch and its gradient hold at most, beside logits and labels."""
-    student = torch.randn_like(batch.teacher).requires_grad_()
-
-    def loss_and_gradient():
-        return torch.autograd.grad(method.loss(student, batch), student)
-
-    if student.is_cuda:
+    logits = torch.randn_like(run.batch.teacher).requires_grad_()
+    if logits.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        loss_and_gradient()
+        run.gradient(logits)
         return (torch.cuda.max_memory_allocated() - before) / 1024
     with quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
-        loss_and_gradient()
+        run.gradient(logits)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
@@ -260,35 +237,38 @@ def peak_memory(method, batch):
     return max(held, default=0) / 1024
 
 
-def summarize(method, runs, memory):
+def summarize(runs):
     """What the table, the figure and the JSON file say of one method; one run per seed."""
     final = [run.accuracies[-1] for run in runs]
     return {
-        "method": method.name,
+        "method": runs[0].method.name,
         "accuracy_mean": statistics.mean(final),
         "accuracy_sd": statistics.stdev(final) if len(final) > 1 else None,
         "accuracy_per_seed_and_epoch": [run.accuracies for run in runs],
-        "loss_us_median": statistics.median(itertools.chain(*(run.steady_times() for run in runs))),
-        "loss_peak_kib": memory,
+        "loss_us_median": statistics.median(t for run in runs for t in run.times[WARM_UP_STEPS:] or run.times),
+        "loss_peak_kib": peak_memory(runs[0]),
     }
 
 
-def percent(mean, sd):
+def percent(result):
+    mean, sd = result["accuracy_mean"], result["accuracy_sd"]
     return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
 
 
 def describe(args, train, test):
     """What was chosen, for the reader of the table."""
+    teacher, student = (sum(p.numel() for p in model.parameters()) for model in (make_convnet(), make_student()))
     return {
         "data": f"{len(train.labels)} training and {len(test.labels)} test images of 8x8 pixels, {CLASSES} classes",
-        "teacher": f"{TEACHERS} ConvNets, {TEACHERS * parameters(make_convnet())} parameters in all, "
+        "teacher": f"{TEACHERS} ConvNets, {TEACHERS * teacher} parameters in all, "
         f"{args.teacher_epochs} epochs on every training label",
-        "student": f"MLP, {parameters(make_student())} parameters, {args.epochs} epochs, {args.seeds} seeds",
+        "student": f"MLP, {student} parameters, {args.epochs} epochs, {args.seeds} seeds",
         "labels": f"{args.labels_per_class} per class for the students, {args.labels_per_class * CLASSES} in all",
         "loss": f"{args.hard_weight:g} x cross-entropy + {args.soft_weight:g} x KL divergence at "
         f"temperature {args.temperature:g}",
         "device": f"{args.device}, one CPU thread, fastkd backend: {_backend.select(torch.device(args.device))}",
-        "versions": f"fastkd {fastkd.__version__}, torch {torch.__version__}",
+        "fastkd": fastkd.__version__,
+        "torch": torch.__version__,
     }
 
 
@@ -299,12 +279,8 @@ def print_results(console, results, args):
     for column in ("test accuracy\n% ± sd", "loss time\nµs / step", "loss peak\nKiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for result in results:
-        table.add_row(
-            result["method"],
-            percent(result["accuracy_mean"], result["accuracy_sd"]),
-            f"{result['loss_us_median']:.0f}",
-            f"{result['loss_peak_kib']:.1f}",
-        )
+        time_us, peak_kib = f"{result['loss_us_median']:.0f}", f"{result['loss_peak_kib']:.1f}"
+        table.add_row(result["method"], percent(result), time_us, peak_kib)
     console.print(table)
     alone, same, everything, plain, supervised = (result["accuracy_mean"] for result in results)
     console.print(
@@ -330,19 +306,16 @@ def draw(path, results, methods, teacher_accuracy, args):
         curves.plot(epochs, mean, color=method.color, linestyle=method.line, label=method.name, linewidth=2)
         curves.fill_between(epochs, mean - sd, mean + sd, color=method.color, alpha=0.15, linewidth=0)
         bars.barh(row, mean[-1], xerr=sd[-1], color=method.color, alpha=0.5, capsize=4)
-        text = percent(result["accuracy_mean"], result["accuracy_sd"])
-        bars.text(0.02, row, text, transform=bars.get_yaxis_transform(), va="center")
-    lowest = min(result["accuracy_mean"] for result in results)
-    low = max(0, 10 * math.floor(lowest / 10) - 10)
+        bars.text(0.02, row, percent(result), transform=bars.get_yaxis_transform(), va="center")
+    low = max(0, 10 * math.floor(min(result["accuracy_mean"] for result in results) / 10) - 10)
     curves.axhline(teacher_accuracy, color="#cc79a7", linewidth=2, label=f"teacher, {teacher_accuracy:.1f} %")
     bars.axvline(teacher_accuracy, color="#cc79a7", linewidth=2)
-    curves.set(xlabel="epoch", ylabel="test accuracy (%)", xlim=(1, max(2, args.epochs)), ylim=(low, 100))
-    curves.set_title(f"Over the epochs, mean and ± sd of {args.seeds} seeds")
+    curves.set(title="Over the epochs", xlabel="epoch", ylabel=f"test accuracy (%), mean ± sd of {args.seeds} seeds")
+    curves.set(xlim=(1, max(2, args.epochs)), ylim=(low, 100))
     curves.legend(loc="lower right")
     curves.grid(alpha=0.3)
-    bars.set(xlabel=f"test accuracy (%), axis from {low}", xlim=(low, 100), yticks=range(len(methods)))
-    bars.set_yticklabels([method.name.replace(": ", ":\n").replace(", ", ",\n", 1) for method in methods])
-    bars.set_title(f"After epoch {args.epochs}, mean ± sd")
+    bars.set(title=f"After epoch {args.epochs}", xlabel=f"test accuracy (%), axis from {low}", xlim=(low, 100))
+    bars.set_yticks(range(len(methods)), [method.name.replace(": ", ":\n").replace(", ", ",\n") for method in methods])
     bars.invert_yaxis()
     figure.suptitle(f"Distillation on digits, {args.labels_per_class} labels per class for the students")
     figure.savefig(path, dpi=130)
@@ -361,9 +334,8 @@ def number(kind, accepts, wanted):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
     whole = number(int, lambda x: x > 0, "a whole number above 0")
     positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
@@ -393,49 +365,33 @@ def parse_arguments():
     return args
 
 
-def train_all(args, methods, train, test, console):
-    """The teacher and, for each seed, a run per method; also a batch to measure memory with."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as progress:
-        teaching = progress.add_task("teacher epochs", total=TEACHERS * args.teacher_epochs)
-        teacher = train_teacher(train, args.teacher_epochs, lambda: progress.advance(teaching))
-        train.teacher = teacher_logits(teacher, train.images)
-        learning = progress.add_task("student epochs", total=args.seeds * args.epochs)
-        runs = []
-        for seed in range(args.seeds):
-            of_seed, batch = train_students(seed, methods, train, test, args, lambda: progress.advance(learning))
-            runs.append(of_seed)
-    return teacher, runs, batch
-
-
 def main():
     args = parse_arguments()
     torch.set_num_threads(1)  # networks this small are slower on more
     torch.backends.cudnn.deterministic = True
-    console = Console()
     train, test = load_data(args.device)
     methods = make_methods(args)
     settings = describe(args, train, test)
     grid = Table.grid(padding=(0, 2))
-    for row in settings.items():
-        grid.add_row(*row)
+    for setting in settings.items():
+        grid.add_row(*setting)
+    console = Console()
     console.print(grid)
-    teacher, runs, batch = train_all(args, methods, train, test, console)
-    teacher_accuracy = accuracy(teacher_logits(teacher, test.images), test.labels)
+    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("teacher epochs", total=TEACHERS * args.teacher_epochs)
+        teacher = train_teacher(train, args.teacher_epochs, functools.partial(progress.advance, task))
+        train.teacher = teacher(train.images)
+        task = progress.add_task("student epochs", total=args.seeds * args.epochs)
+        advance = functools.partial(progress.advance, task)
+        seeds = [train_students(seed, methods, train, test, args, advance) for seed in range(args.seeds)]
+    teacher_accuracy = accuracy(teacher(test.images), test.labels)
     console.print(f"Teacher: {teacher_accuracy:.2f} % of the test images")
-    results = [
-        summarize(method, of_method, peak_memory(method, batch))
-        for method, of_method in zip(methods, zip(*runs, strict=True), strict=True)
-    ]
+    results = [summarize(runs) for runs in zip(*seeds, strict=True)]
     print_results(console, results, args)
     draw(args.output / "distill_digits.png", results, methods, teacher_accuracy, args)
-    numbers = {
-        "arguments": vars(args) | {"output": str(args.output)},
-        "settings": settings,
-        "versions": {"fastkd": fastkd.__version__, "torch": torch.__version__},
-        "teacher_accuracy": teacher_accuracy,
-        "students": results,
-    }
+    numbers = {"arguments": vars(args) | {"output": str(args.output)}, "settings": settings}
+    numbers |= {"teacher_accuracy": teacher_accuracy, "students": results}
     (args.output / "distill_digits.json").write_text(json.dumps(numbers, indent=1) + "\n")
     console.print(f"Figure and numbers: {args.output}/distill_digits.png and .json", soft_wrap=True)
 

@@ -20,8 +20,7 @@ def lines():
     chosen = _backend._chosen
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
-        used = chosen or ("cpu" if device == "cpu" and not _library.cpu_missing else "torch")
-        yield f"{device} tensors use", used + (" (FASTKD_BACKEND)" if chosen else "")
+        yield f"{device} tensors use", f"{chosen} (FASTKD_BACKEND)" if chosen else _backend.automatic(device)
 
 
 def main():

@@ -58,23 +58,29 @@ def backend(name):
         _chosen = before
 
 
+def automatic(device_type):
+    """The backend that serves a kind of device when the user chose none."""
+    return "cpu" if device_type in ("cpu", "meta") and not _library.cpu_missing else "torch"
+
+
 def select(device):
     """The backend for tensors on a device."""
     if _chosen is None:
-        return automatic(device.type)
+        name = automatic(device.type)
+        if name == "torch" and device.type not in _warned and not torch.compiler.is_compiling():
+            _warn(device.type)
+        return name
     if _chosen == "cpu" and device.type not in ("cpu", "meta"):
         raise RuntimeError(f"backend: 'cpu' was chosen, but the tensors are on {device}")
     return _chosen
 
 
-def automatic(device_type):
-    if device_type in ("cpu", "meta"):
-        return "torch" if _library.cpu_missing else "cpu"
-    if device_type not in _warned and not torch.compiler.is_compiling():
-        _warned.add(device_type)
+def _warn(device_type):
+    """Once for each kind of device; of a missing library the import has told already."""
+    _warned.add(device_type)
+    if device_type not in ("cpu", "meta"):
         warnings.warn(
             f"fastkd has no kernels for {device_type!r} tensors; plain PyTorch computes the loss",
             RuntimeWarning,
             stacklevel=5,
         )
-    return "torch"

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,9 +10,39 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 
 
+class LogitsOptions(NamedTuple):
+    """What every logit loss takes beside its logits; see fastkd.functional."""
+
+    temperature: Any
+    teacher_temperature: Any
+    t_squared: bool
+    mask: Any
+    weight: Any
+    reduction: str
+    normalizer: Any
+    inplace: bool
+
+
 def _tensor(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: a torch.Tensor wanted, got {type(x).__name__}")
+
+
+def logits_loss(student, teacher, options):
+    """Everything that a logit loss is given."""
+    logits(student, teacher)
+    temperature("temperature", options.temperature, student)
+    if options.teacher_temperature is not options.temperature:
+        temperature("teacher_temperature", options.teacher_temperature, student)
+    if options.mask is not None:
+        mask(options.mask, student)
+    if options.weight is not None:
+        weight(options.weight, student)
+    reduction(options.reduction)
+    if options.normalizer is not None:
+        normalizer(options.normalizer, student, options.reduction)
+    if options.inplace:
+        inplace(student, teacher)
 
 
 def logits(student, teacher):

@@ -40,33 +40,27 @@ def _reduce(rows, classes, mask, reduction, normalizer):
     return total / rows_that_count / (classes if reduction == "mean" else 1)
 
 
-def logits_loss(
-    divergence, student, teacher, temperature, teacher_temperature, t_squared, mask, weight, reduction,
-    normalizer, inplace,
-):  # fmt: skip
+def logits_loss(divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype = compute_dtype(student, teacher)
     s, t = student.to(dtype), teacher.detach().to(dtype)
-    if inplace and student.requires_grad and torch.is_grad_enabled():
+    if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)
 
-    def per_row(x, dims):
-        return x.to(dtype).expand(student.shape[:-1]).reshape(student.shape[:-1] + (1,) * dims)
+    def per_row(x):  # [*, 1] beside the classes
+        return x.to(dtype).expand(student.shape[:-1])[..., None] if isinstance(x, torch.Tensor) else x
 
-    rows_T, teacher_T, scale = temperature, teacher_temperature, temperature
-    if isinstance(temperature, torch.Tensor):
-        rows_T, scale = per_row(temperature, 1), per_row(temperature, 0)
-    if isinstance(teacher_temperature, torch.Tensor):
-        teacher_T = per_row(teacher_temperature, 1)
+    mask, temperature = options.mask, per_row(options.temperature)
     if mask is not None:  # before anything is computed: a masked row may hold NaN
         s = torch.where(mask[..., None], s, 0.0)
         t = torch.where(mask[..., None], t, 0.0)
-    rows = DIVERGENCES[divergence](_log_softmax(s, rows_T), _log_softmax(t, teacher_T))
-    if t_squared:
-        rows = rows * scale**2
-    if weight is not None:
-        rows = rows * weight.to(dtype)
+    log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
+    rows = DIVERGENCES[divergence](log_p, log_q)
+    if options.t_squared:
+        rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
+    if options.weight is not None:
+        rows = rows * options.weight.to(dtype)
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
-    return _reduce(rows, student.shape[-1], mask, reduction, normalizer)
+    return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)

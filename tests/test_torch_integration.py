@@ -104,7 +104,9 @@ def test_compile_dynamic_shapes():
 
 def test_compile_with_a_temperature_that_changes():
     """An annealed temperature becomes a symbol; what cannot be checked then, the op checks."""
-    compiled = torch.compile(lambda s, t, T: functional.kl_div(s, t, temperature=T), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda s, t, T: functional.kl_div(s, t, temperature=T), fullgraph=True, backend="aot_eager"
+    )
     student, teacher = torch.randn(4, 10), torch.randn(4, 10)
     for temperature in (1.0, 2.0, 3.5, 4.0):
         loss, grad = both(lambda s, t, T=temperature: functional.kl_div(s, t, temperature=T), student, teacher)

@@ -12,7 +12,7 @@ enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
 enum class Divergence : int64_t { kForwardKL };
 enum class Reduction : int64_t { kNone, kSum, kBatchMean, kMean };
 
-inline constexpr int kMaxLeadingDims = 7;
+inline constexpr int kMaxLeadingDims = 16;
 
 // A tensor [*, V] with any strides, seen as N rows.
 struct RowsTensor {

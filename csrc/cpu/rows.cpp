@@ -86,13 +86,21 @@ RowsTensor rows_tensor(const Tensor& x, void* data, const char* name) {
   r.data = static_cast<char*>(data);
   r.dtype = to_dtype(x.scalar_type(), name);
   r.element_size = int32_t(x.element_size());
-  FASTKD_CHECK(x.dim() - 1 <= kMaxLeadingDims, name, ": at most ", kMaxLeadingDims, " leading dimensions");
-  r.dims = int32_t(x.dim()) - 1;
-  for (int d = 0; d < r.dims; ++d) {
-    r.size[d] = x.size(d);
-    r.stride[d] = x.stride(d);
+  const int64_t last = x.dim() - 1;
+  r.stride_v = x.stride(last);
+  for (int64_t d = 0; d < last; ++d) {  // dimensions that lie one after the other in memory are one
+    const int64_t size = x.size(d), stride = x.stride(d);
+    if (size == 1) continue;
+    if (r.dims > 0 && r.stride[r.dims - 1] == size * stride) {
+      r.size[r.dims - 1] *= size;
+      r.stride[r.dims - 1] = stride;
+      continue;
+    }
+    FASTKD_CHECK(r.dims < kMaxLeadingDims, name, ": more than ", kMaxLeadingDims, " separate leading dimensions");
+    r.size[r.dims] = size;
+    r.stride[r.dims] = stride;
+    ++r.dims;
   }
-  r.stride_v = x.stride(r.dims);
   return r;
 }
 

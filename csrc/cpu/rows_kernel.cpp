@@ -30,6 +30,7 @@ static_assert(kRowsBlock % kChunk == 0 && kChunk % kLanes == 0);
 // 49 ms without, 38 ms with).
 class Prefetch {
  public:
+  Prefetch() = default;  // nothing
   template <class T>
   Prefetch(const RowsParams<T>& P, int64_t row, int64_t end, int passes) {
     if (!P.prefetch || row + 1 >= end) return;
@@ -363,20 +364,20 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
 // The parts of a row that several threads share: there is no next row to prefetch.
 template <class T>
 void statistics_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, int64_t begin, int64_t end) {
-  Prefetch none(P, row, row, 1);
+  Prefetch none;
   statistics(P, W, row, begin, end, none);
 }
 template <class T, class D>
 void reduce_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
                  int64_t end) {
-  Prefetch none(P, row, row, 1);
+  Prefetch none;
   reduce<T, D>(P, W, row, stats, begin, end, none);
   if (P.stream) stream_fence();
 }
 
 template <class T, class D>
 void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) {
-  Prefetch none(P, row, row, 1);
+  Prefetch none;
   backward_of<T, D>(P, row, begin, end, none);
   if (P.stream) stream_fence();
 }

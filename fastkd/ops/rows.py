@@ -9,7 +9,6 @@ from ..reference import compute_dtype
 # The numbers are those of csrc/common/params.h.
 DIVERGENCES = {"kl_div": 0}
 REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
-MAX_LEADING_DIMS = 7
 NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves
 
 rows_fwd = torch.ops.fastkd.rows_fwd.default
@@ -128,47 +127,30 @@ def _gradient(ctx, upstream):
     return student
 
 
-def logits_loss(
-    divergence, student, teacher, temperature, teacher_temperature, t_squared, mask, weight, reduction,
-    normalizer, inplace,
-):  # fmt: skip
+def logits_loss(divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
-    if student.dim() > MAX_LEADING_DIMS + 1:
-        shape = student.shape[:-1]
-        loss = logits_loss(
-            divergence, student.flatten(0, -2), teacher.flatten(0, -2), _flat(temperature, shape),
-            _flat(teacher_temperature, shape), t_squared, _flat(mask, shape), _flat(weight, shape), reduction,
-            normalizer, inplace,
-        )  # fmt: skip
-        return loss.reshape(shape) if reduction == "none" else loss
-    dtype = compute_dtype(student, teacher)
-    leading = student.shape[:-1]
-    temperature, temperature_rows = _number_or_rows(temperature, leading, dtype)
-    teacher_temperature, teacher_temperature_rows = _number_or_rows(teacher_temperature, leading, dtype)
+    dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
+    temperature, temperature_rows = _number_or_rows(options.temperature, leading, dtype)
+    teacher_temperature, teacher_temperature_rows = _number_or_rows(options.teacher_temperature, leading, dtype)
+    mask, weight, normalizer, normalizer_tensor = options.mask, options.weight, options.normalizer, None
     if isinstance(normalizer, torch.Tensor):
         normalizer, normalizer_tensor = 0.0, normalizer.to(dtype).reshape(())
-    else:
-        normalizer, normalizer_tensor = float(normalizer or 0.0), None
-    options = (
+    arguments = (
         DIVERGENCES[divergence],
         temperature,
         temperature_rows,
         teacher_temperature,
         teacher_temperature_rows,
-        t_squared,
+        options.t_squared,
         None if mask is None else mask.reshape(-1).contiguous(),
         None if weight is None else weight.to(dtype).reshape(-1).contiguous(),
-        REDUCTION_NUMBERS[reduction],
-        normalizer,
+        REDUCTION_NUMBERS[options.reduction],
+        float(normalizer or 0.0),
         normalizer_tensor,
     )
     if student.requires_grad and torch.is_grad_enabled():
-        return _Rows.apply(student, teacher.detach(), inplace, *options)
-    return rows_fwd(student, teacher, *options, NOTHING)[0]
-
-
-def _flat(x, leading):
-    return x.expand(leading).reshape(-1) if isinstance(x, torch.Tensor) else x
+        return _Rows.apply(student, teacher.detach(), options.inplace, *arguments)
+    return rows_fwd(student, teacher, *arguments, NOTHING)[0]
 
 
 def _number_or_rows(temperature, leading, dtype):
