@@ -46,6 +46,36 @@ def tables(data):
         yield table
 
 
+def markdown(data):
+    """The README's table: training steps, forward and backward."""
+    columns = (
+        "logits", "fastkd", "eager", "eager, log_target", "`torch.compile`", "fastkd `inplace`",
+        "peak extra MiB: fastkd, `inplace`, eager, compile", "kernel alone, of copy bandwidth",
+    )  # fmt: skip
+    yield f"| {' | '.join(columns)} |"
+    yield "|---" * len(columns) + "|"
+    for benchmark in data["benchmarks"]:
+        info = benchmark["extra_info"]
+        if info["mode"] != "forward+backward":
+            continue
+        found = info["providers"]
+        own = found["fastkd"]["median_s"]
+        ratios = [f"{found[name]['median_s'] / own:.1f}x" for name in ("eager", "eager log_target", "torch.compile")]
+        peaks = [
+            bytes_text(found[name]["peak_extra_bytes"])
+            for name in ("fastkd", "fastkd inplace", "eager", "torch.compile")
+        ]
+        cells = [
+            f"{info['shape'][0]}x{info['shape'][1]} {info['dtype']}",
+            time_text(own),
+            *ratios,
+            time_text(found["fastkd inplace"]["median_s"]),
+            ", ".join(peaks),
+            f"{found['fastkd kernel alone']['copy_share']:.0%}",
+        ]
+        yield f"| {' | '.join(cells)} |"
+
+
 def main():
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("-k", default="", help="only the cases whose name has this, such as llama-2 or float32")
@@ -54,7 +84,12 @@ def main():
         "--output", type=Path, default=HERE / "results" / "latest.json", help="the JSON (default %(default)s)"
     )
     parser.add_argument("--show", type=Path, help="print the tables of a JSON that is there already, run nothing")
+    parser.add_argument("--markdown", action="store_true", help="with --show: the README's table instead")
     arguments = parser.parse_args()
+    if arguments.markdown and not arguments.show:
+        parser.error("--markdown: needs --show")
+    if arguments.show and not arguments.show.exists():
+        parser.error(f"--show: no file {arguments.show}")
     if arguments.rounds < 1:
         parser.error("--rounds: at least 1 wanted")
     code = 0
@@ -66,6 +101,9 @@ def main():
     if code:
         return int(code)
     data = json.loads((arguments.show or arguments.output).read_text())
+    if arguments.markdown:
+        print("\n".join(markdown(data)))
+        return 0
     console = Console(width=max(110, Console().width))
     console.print(data["fastkd"])
     for table in tables(data):

@@ -43,7 +43,6 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 import fastkd
-from fastkd import _backend
 
 CLASSES = 10
 TRAIN_IMAGES = 797
@@ -266,7 +265,7 @@ def describe(args, train, test):
         "labels": f"{args.labels_per_class} per class for the students, {args.labels_per_class * CLASSES} in all",
         "loss": f"{args.hard_weight:g} x cross-entropy + {args.soft_weight:g} x KL divergence at "
         f"temperature {args.temperature:g}",
-        "device": f"{args.device}, one CPU thread, fastkd backend: {_backend.select(torch.device(args.device))}",
+        "device": f"{args.device}, one CPU thread",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
     }

@@ -135,6 +135,20 @@ def test_readme_code_runs(tmp_path):
         assert run.returncode == 0, f"{block}\n{run.stderr}"
 
 
+def test_readme_quotes_the_measured_files():
+    """Every row of the README's table stands in a file of bench/results/."""
+    readme = (ROOT / "README.md").read_text()
+    (name,) = set(re.findall(r"bench/results/[\w.-]+\.json", readme))
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", "--show", name, "--markdown"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert run.stdout.strip() in readme
+
+
 def test_benchmarks_run(tmp_path):
     """The harness, on its smallest case: every provider has a time, in the JSON and in the table."""
     run = subprocess.run(

@@ -12,8 +12,8 @@
 
 #include "common/check.h"
 #include "common/dispatch.h"
-#include "cpu/huge_pages.h"
 #include "cpu/isa.h"
+#include "cpu/pages.h"
 #include "cpu/rows_kernel.h"
 
 namespace fastkd {
@@ -284,7 +284,11 @@ Tensor run_forward(const Inputs& in, void* grad, const Tensor& grad_like, double
 
 Tensor empty_grad(const Tensor& student) {
   Tensor grad = torch::stable::new_empty(student, student.sizes());
-  advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * int64_t(grad.element_size()));
+  const int64_t bytes = grad.numel() * int64_t(grad.element_size());
+  if (bytes > kStreamBytes) {
+    prepare_pages(grad.mutable_data_ptr(), bytes,
+                  [](int64_t pages, auto&& f) { torch::stable::parallel_for(0, pages, 1, f); });
+  }
   return grad;
 }
 
