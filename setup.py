@@ -5,7 +5,9 @@ FASTKD_TESTING=1  build the module that the tests use as well
 """
 
 import os
+import re
 import shutil
+import site
 import subprocess
 import sys
 import sysconfig
@@ -23,11 +25,13 @@ TESTING = os.environ.get("FASTKD_TESTING", "0") == "1"
 def find_torch():
     """The folder of the torch that the kernels will run with: only its headers and libraries are
     needed, so in an isolated build the one that is installed beside it serves."""
-    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     for place in places:
         folder = Path(place or ".") / "torch"
         if (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-            return folder
+            found = re.search(r"__version__ = '(\d+)\.(\d+)", (folder / "version.py").read_text())
+            if found and tuple(map(int, found.groups())) >= (2, 10):
+                return folder
     sys.exit(
         "fastkd: no torch >= 2.10 is installed here, and the kernels are compiled against it. Run "
         "'pip install torch' first, or set FASTKD_BUILD=0 to install fastkd without compiled kernels."

@@ -2,11 +2,11 @@
 #include <torch/csrc/stable/library.h>
 
 // What all ops of the rows schedule are told. *_rows: one value per row, [N], in the compute
-// dtype; normalizer 0 and no normalizer_tensor: the reduction's own divisor.
+// dtype; no normalizer and no normalizer_tensor: the reduction's own divisor.
 #define ROWS_OPTIONS                                                                               \
   "int divergence, float temperature, Tensor? temperature_rows, float teacher_temperature, "       \
   "Tensor? teacher_temperature_rows, bool t_squared, Tensor? mask, Tensor? weight, int reduction," \
-  " float normalizer, Tensor? normalizer_tensor"
+  " float? normalizer, Tensor? normalizer_tensor"
 
 STABLE_TORCH_LIBRARY(fastkd, m) {
   // save: 0 nothing, 1 the gradient (upstream 1), 2 the statistics for rows_bwd; what is not

@@ -38,6 +38,9 @@ def logits_loss(student, teacher, options):
         mask(options.mask, student)
     if options.weight is not None:
         weight(options.weight, student)
+    for name in ("t_squared", "inplace"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name}: True or False wanted, got {getattr(options, name)!r}")
     reduction(options.reduction)
     if options.normalizer is not None:
         normalizer(options.normalizer, student, options.reduction)
@@ -140,21 +143,47 @@ def normalizer(value, student, reduction):
         number("normalizer", value)
         return
     _constant("normalizer", value, student)
-    if value.numel() != 1 or value.is_complex():
-        raise ValueError(f"normalizer: a number or a real tensor of one element wanted, got shape {list(value.shape)}")
+    if value.is_complex() or value.dtype is torch.bool:
+        raise TypeError(f"normalizer: a real number or tensor wanted, got {value.dtype}")
+    if value.numel() != 1:
+        raise ValueError(f"normalizer: a number or a tensor of one element wanted, got shape {list(value.shape)}")
+    if _values_known(value) and not bool((value >= 0) & (value < math.inf)):
+        raise ValueError("normalizer: a finite value of at least 0 wanted (0 only where no row counts)")
 
 
 def inplace(student, teacher):
     """The gradient can be written over the student's logits."""
     if torch.compiler.is_compiling():
         raise RuntimeError("inplace: not under torch.compile, which plans memory itself; leave it out")
-    owner = student if student._base is None else student._base
-    if owner.is_leaf and owner.requires_grad:
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return  # nothing will be written
+    if student.is_leaf or (student._base is not None and student._base.is_leaf and student._base.requires_grad):
         raise ValueError(
             "inplace: the student's logits are a leaf that requires a gradient, or a view of one; "
             "they cannot be overwritten"
         )
-    if any(stride == 0 and size > 1 for size, stride in zip(student.shape, student.stride(), strict=True)):
-        raise ValueError("inplace: the student's logits are expanded; several of them share one place in memory")
-    if student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr() and student.numel():
+    if _overlaps_itself(student):
+        raise ValueError("inplace: several of the student's logits share one place in memory (expand, unfold)")
+    same_storage = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
+    if same_storage and student.numel() and _first(student) <= _last(teacher) and _first(teacher) <= _last(student):
         raise ValueError("inplace: student and teacher share their memory")
+
+
+def _overlaps_itself(x):
+    """Whether two elements may lie in one place: a dimension steps within what the smaller ones span."""
+    span = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def _first(x):
+    return x.data_ptr()
+
+
+def _last(x):
+    """Where the last element begins."""
+    steps = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + steps * x.element_size()

@@ -23,5 +23,8 @@ def overwritten(logits):
     To be called inside the forward of the function that overwrites them: its own edge to their
     history is drawn by then.
     """
-    with torch.enable_grad():
-        _Overwritten.apply(logits)
+    try:
+        with torch.enable_grad():
+            _Overwritten.apply(logits)
+    except RuntimeError as problem:  # a view that came with others, from chunk or unbind
+        raise ValueError(f"inplace: the student's logits cannot be overwritten: {problem}") from problem

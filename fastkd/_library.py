@@ -23,7 +23,7 @@ cpu_missing = _load(CPU_LIBRARY)
 if cpu_missing:
     warnings.warn(
         f"{cpu_missing}; losses are computed by plain PyTorch, which is right but slow. "
-        "Reinstalling with a C++ compiler at hand (pip install --no-build-isolation fastkd) builds them.",
+        "Reinstalling with a C++ compiler at hand (pip install --no-build-isolation . in its sources) builds them.",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -45,7 +45,8 @@ def kl_div(
         reduction: ``"none"`` (a loss per row, shape ``[*]``), ``"sum"``, ``"batchmean"`` (sum /
             rows that count, the default) or ``"mean"`` (sum / (rows that count x V)).
         normalizer: a positive number or a tensor of one element that replaces the divisor, for
-            gradient accumulation and several ranks. Not with ``"none"``.
+            gradient accumulation and several ranks; a tensor may be 0 where no row counts. Not with
+            ``"none"``.
         inplace: write the gradient over the student's logits, which saves the memory of one
             gradient. For logits that nothing else needs: they must not be a leaf, and a later
             differentiable use of them raises in backward. Not under ``torch.compile``.

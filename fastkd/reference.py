@@ -20,8 +20,13 @@ def _log_softmax(logits, temperature):
 
 
 def _kl_div(log_p, log_q):
-    q = log_q.exp()
-    return torch.where(q == 0, 0.0, q * (log_q - log_p)).sum(-1)
+    """sum q (log q - log p) = sum q (e^w - 1 - w) with w = log p - log q: nothing cancels."""
+    p, q = log_p.exp(), log_q.exp()
+    w = torch.where(q == 0, 0.0, log_p - log_q)
+    near = w.clamp(-1, 1)  # what is not chosen below must stay finite, or its gradient is NaN
+    terms = torch.where(w.abs() < 1, q * (torch.expm1(near) - near), p - q - q * w)
+    terms = torch.where(q == 0, p, terms)  # the p of classes without q complete the sum to 1
+    return torch.where((q == 0).all(-1), 0.0, terms.sum(-1))
 
 
 DIVERGENCES = {"kl_div": _kl_div}
@@ -33,6 +38,8 @@ def _reduce(rows, classes, mask, reduction, normalizer):
     valid = rows.numel() if mask is None else mask.sum()
     total = rows.sum()
     if normalizer is not None:
+        if isinstance(normalizer, torch.Tensor):
+            normalizer = normalizer.to(total.dtype).reshape(())
         return torch.where(torch.as_tensor(valid, device=total.device) > 0, total / normalizer, 0.0)
     if reduction == "sum":
         return total
@@ -40,10 +47,18 @@ def _reduce(rows, classes, mask, reduction, normalizer):
     return total / rows_that_count / (classes if reduction == "mean" else 1)
 
 
+def _ordinary(x):
+    """Autograd refuses to watch over tensors that were made in inference mode."""
+    if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x.is_inference():
+        return x.clone()
+    return x
+
+
 def logits_loss(divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype = compute_dtype(student, teacher)
-    s, t = student.to(dtype), teacher.detach().to(dtype)
+    options = options._replace(**{name: _ordinary(x) for name, x in options._asdict().items()})
+    s, t = student.to(dtype), _ordinary(teacher).detach().to(dtype)
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)

@@ -51,6 +51,11 @@ def holes(student, teacher):
     return student, teacher
 
 
+def impossible_block(student, teacher):
+    student[:, :1024], teacher[:, :1024] = -torch.inf, -torch.inf
+    return student - 200, teacher - 200
+
+
 def nan_in_first_row(student, teacher):
     student[0], teacher[0] = torch.nan, torch.inf
     return student, teacher
@@ -88,6 +93,8 @@ FINITE = [
     Case("peaked", "nearly all the teacher's mass on one class", (5, 300), lambda s, t: (s, t * 20)),
     Case("half_way", "a student that has learned something", (50, 2000), lambda s, t: (t + 0.1 * s, t)),
     Case("impossible_classes", "-inf on both sides: q = 0 contributes 0", (6, 70), holes),
+    Case("impossible_block", "a whole block of -inf, and a maximum far below 0", (2, 2500), impossible_block),
+    Case("impossible_block_of_a_long_row", "the same in a row that threads share", (1, 33000), impossible_block),
     Case("nan_under_mask", "a masked row may hold anything", (6, 70), nan_in_first_row, {"mask": not_first_row}),
     Case("all_masked", "loss 0, gradient 0", (6, 70), options={"mask": no_rows}),
     Case("no_rows", "N = 0", (0, 70)),

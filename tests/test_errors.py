@@ -62,6 +62,15 @@ BAD = {
     "normalizer_text": (S, T, {"normalizer": "4"}, TypeError, "normalizer"),
     "normalizer_shape": (S, T, {"normalizer": torch.ones(4)}, ValueError, "normalizer"),
     "normalizer_without_reduction": (S, T, {"normalizer": 4, "reduction": "none"}, ValueError, "normalizer"),
+    "normalizer_negative_tensor": (S, T, {"normalizer": torch.tensor(-2.0)}, ValueError, "normalizer"),
+    "normalizer_nan_tensor": (S, T, {"normalizer": torch.tensor(torch.nan)}, ValueError, "normalizer"),
+    "normalizer_bool_tensor": (S, T, {"normalizer": torch.tensor(True)}, TypeError, "normalizer"),
+    "normalizer_complex": (S, T, {"normalizer": torch.tensor(1j)}, TypeError, "normalizer"),
+    "t_squared_number": (S, T, {"t_squared": 2}, TypeError, "t_squared"),
+    "inplace_number": (S, T, {"inplace": 1}, TypeError, "inplace"),
+    "inplace_unfolded": (lambda: (torch.randn(20, requires_grad=True).mul(1).unfold(0, 10, 1)[:4], T), None, {"inplace": True}, ValueError, "inplace"),
+    "inplace_chunk": (lambda: (torch.randn(8, 10, requires_grad=True).mul(1).chunk(2)[0], T), None, {"inplace": True}, ValueError, "inplace"),
+    "inplace_leaf_that_is_a_view": (lambda: (torch.randn(5, 10)[1:].requires_grad_(), T), None, {"inplace": True}, ValueError, "inplace"),
     "normalizer_learned": (S, T, {"normalizer": torch.ones((), requires_grad=True)}, ValueError, "normalizer"),
     "inplace_leaf": (S.clone().requires_grad_(), T, {"inplace": True}, ValueError, "inplace"),
     "inplace_view_of_leaf": (S.clone().requires_grad_()[1:], T[1:], {"inplace": True}, ValueError, "inplace"),
@@ -117,7 +126,7 @@ def test_second_derivative_raises(kernel, reduction):
 
 def test_the_op_checks_its_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
-    options = (0, 1.0, None, 1.0, None, True, None, None, 2, 0.0, None)
+    options = (0, 1.0, None, 1.0, None, True, None, None, 2, None, None)
     fwd = torch.ops.fastkd.rows_fwd
     with pytest.raises(RuntimeError, match="same shape"):
         fwd(S, T[:, :5], *options, 1)
@@ -127,6 +136,10 @@ def test_the_op_checks_its_own_contract():
         fwd(S, T, 77, *options[1:], 1)
     with pytest.raises(RuntimeError, match="mask"):
         fwd(S, T, *options[:6], torch.ones(3, dtype=torch.bool), *options[7:], 1)
+    with pytest.raises(RuntimeError, match="normalizer"):
+        fwd(S, T, *options[:9], 0.0, None, 1)
+    with pytest.raises(RuntimeError, match="temperature"):
+        fwd(S, T, 0, -1.0, *options[2:], 1)
     with pytest.raises(RuntimeError, match="save"):
         fwd(S, T, *options, 3)
     with pytest.raises(RuntimeError, match="stats"):

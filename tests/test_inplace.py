@@ -104,6 +104,24 @@ def test_without_a_gradient_nothing_is_written(backend):
     assert torch.equal(logits, before)
 
 
+def test_halves_of_one_tensor(backend):
+    """Student and teacher from one storage, but not in the same places."""
+    weight, logits, _ = head(torch.float32)
+    with torch.no_grad():
+        plain = functional.kl_div(logits[:3], logits[3:])
+    loss = functional.kl_div(logits[:3], logits[3:].detach(), inplace=True)
+    loss.backward()
+    assert torch.equal(loss.detach(), plain)
+    assert weight.grad.abs().sum() > 0
+
+
+def test_validation_needs_no_other_module(backend):
+    """A leaf is no error where no gradient is wanted."""
+    leaf, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(6, 50)
+    with torch.no_grad():
+        assert functional.kl_div(leaf, teacher, inplace=True) > 0
+
+
 def test_masked_rows(kernel):
     _, logits, teacher = head(torch.float32)
     mask = torch.tensor([True, False, True, True, False, True])

@@ -72,6 +72,54 @@ def storage_error(grad, ref):
     return FLOOR[grad.dtype] + step * math.sqrt(ref.numel()) / max(ref.norm().item(), 1e-30)
 
 
+@pytest.mark.parametrize("shift", [(100.0, -100.0), (1000.0, 0.0), (-1e4, 1e4)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_no_worse_than_eager_when_shifted(kernel, shift, temperature):
+    """A constant between student and teacher must not be what the difference is rounded by."""
+    generator = torch.Generator().manual_seed(7)
+    student, teacher = (3 * torch.randn(64, 1000, generator=generator) + c for c in shift)
+    ours = run(functional.kl_div, student, teacher, temperature=temperature, reduction="none")
+    ref = truth(student, teacher, temperature=temperature, reduction="none")
+    theirs = run(lambda s, t: eager(s, t, temperature, "none").sum(-1), student, teacher)
+    for out, eager_out, right in zip(ours, theirs, ref, strict=True):
+        assert error(out, right) <= max(TIMES_EAGER * error(eager_out, right), FLOOR[torch.float32])
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_a_block_of_impossible_classes_on_one_side(backend, side, reduction):
+    """Never NaN: on the student's side +inf, on the teacher's a number."""
+    student, teacher = torch.randn(2, 2500) - 200, torch.randn(2, 2500) - 200
+    (student if side == "student" else teacher)[:, :1024] = -torch.inf
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction)
+    assert grad.isfinite().all()
+    if side == "student":
+        assert (loss == torch.inf).all()
+    else:
+        assert error(loss, truth(student, teacher, reduction=reduction)[0]) < 2 * FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_teacher_made_in_inference_mode(backend, reduction, dtype):
+    student = torch.randn(4, 20).to(dtype)
+    with torch.inference_mode():
+        teacher, mask = torch.randn(4, 20).to(dtype), torch.tensor([True, False, True, True])
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction, mask=mask)
+    expected = run(functional.kl_div, student, teacher.clone(), reduction=reduction, mask=mask.clone())
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(grad, expected[1])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_normalizer_tensors_of_any_shape_and_dtype(backend, dtype, shape):
+    student, teacher = torch.randn(4, 20), torch.randn(4, 20)
+    loss = functional.kl_div(student, teacher, normalizer=torch.full(shape, 7, dtype=dtype))
+    assert (loss.shape, loss.dtype) == ((), torch.float32)
+    assert error(loss, functional.kl_div(student, teacher, normalizer=7)) < FLOOR[torch.float32]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 32000)], ids=str)
@@ -89,7 +137,7 @@ def test_no_worse_than_eager(backend, shape, temperature, dtype):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 @pytest.mark.parametrize("V", [100, 5000])
-def test_near_convergence(kernel, V, shift, temperature):
+def test_near_convergence(backend, V, shift, temperature):
     """A loss of 5e-7: F.kl_div in float32 has lost it, the fused form has not."""
     generator = torch.Generator().manual_seed(3)
     teacher = 2 * torch.randn(64, V, generator=generator)

@@ -13,9 +13,9 @@ def op_calls():
     """Every op with arguments that it accepts."""
     student, teacher = torch.randn(3, 4, 20), torch.randn(3, 4, 20)
     rows_of = torch.rand(12) + 0.5
-    plain = (0, 2.0, None, 2.0, None, True, None, None, 2, 0.0, None)
-    full = (0, 1.0, rows_of, 3.0, None, False, torch.rand(12) < 0.7, rows_of, 0, 0.0, None)
-    normalized = (0, 2.0, None, 1.0, rows_of, True, None, None, 1, 0.0, torch.tensor(5.0))
+    plain = (0, 2.0, None, 2.0, None, True, None, None, 2, None, None)
+    full = (0, 1.0, rows_of, 3.0, None, False, torch.rand(12) < 0.7, rows_of, 0, None, None)
+    normalized = (0, 2.0, None, 1.0, rows_of, True, None, None, 1, None, torch.tensor(5.0))
     for name, options in (("plain", plain), ("full", full), ("normalized", normalized)):
         for save in (0, 1, 2):
             yield f"rows_fwd-{name}-{save}", rows.rows_fwd, (student, teacher, *options, save)
@@ -174,3 +174,15 @@ def test_meta_tensors_have_shapes():
     loss = functional.kl_div(torch.empty(4, 20, device="meta"), torch.empty(4, 20, device="meta"), reduction="none")
     assert loss.shape == (4,)
     assert loss.device.type == "meta"
+
+
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_meta_and_fake_tensors_differentiate(reduction):
+    def step(student, teacher):
+        loss = functional.kl_div(student.requires_grad_(), teacher, reduction=reduction)
+        return torch.autograd.grad((0.5 * loss).sum(), student)[0]
+
+    grad = step(torch.empty(4, 20, device="meta"), torch.empty(4, 20, device="meta"))
+    assert (grad.shape, grad.device.type) == ((4, 20), "meta")
+    with torch._subclasses.FakeTensorMode():
+        assert step(torch.empty(4, 20), torch.empty(4, 20)).shape == (4, 20)

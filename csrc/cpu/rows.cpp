@@ -48,7 +48,7 @@ struct Inputs {  // what every rows op starts with: ROWS_OPTIONS of library.cpp
         mask(a.next<OptionalTensor>()),
         weight(a.next<OptionalTensor>()),
         reduction(a.next<int64_t>()),
-        normalizer(a.next<double>()),
+        normalizer(a.next<std::optional<double>>()),
         normalizer_tensor(a.next<OptionalTensor>()) {}
 
   Tensor student, teacher;  // [*, V]
@@ -61,7 +61,7 @@ struct Inputs {  // what every rows op starts with: ROWS_OPTIONS of library.cpp
   OptionalTensor mask;    // [N]
   OptionalTensor weight;  // [N]
   int64_t reduction;
-  double normalizer;
+  std::optional<double> normalizer;
   OptionalTensor normalizer_tensor;  // []
 
   int64_t V() const { return student.size(student.dim() - 1); }
@@ -115,8 +115,8 @@ void check(const Inputs& in) {
   for (const double T : {in.temperature, in.teacher_temperature}) {
     FASTKD_CHECK(T > 0 && std::isfinite(T), "temperature: a positive finite number wanted, got ", T);
   }
-  FASTKD_CHECK(in.normalizer >= 0 && std::isfinite(in.normalizer), "normalizer: a positive finite number wanted, got ",
-               in.normalizer);
+  FASTKD_CHECK(!in.normalizer || (*in.normalizer > 0 && std::isfinite(*in.normalizer)),
+               "normalizer: a positive finite number wanted, got ", in.normalizer.value_or(0));
   FASTKD_CHECK(in.divergence == int64_t(Divergence::kForwardKL), "divergence: unknown number ", in.divergence);
   FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ",
                in.reduction);
@@ -139,7 +139,7 @@ double sum_scale(const Inputs& in, const bool* mask) {
   if (in.normalizer_tensor) {
     return 1.0 / double(*optional_data<T>(in.normalizer_tensor, 1, in.compute(), "normalizer"));
   }
-  if (in.normalizer != 0) return 1.0 / in.normalizer;
+  if (in.normalizer) return 1.0 / *in.normalizer;
   if (reduction == Reduction::kSum) return 1;
   return 1.0 / (double(valid) * (reduction == Reduction::kMean ? double(in.V()) : 1.0));
 }

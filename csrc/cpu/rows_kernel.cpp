@@ -15,50 +15,11 @@
 #include <cmath>
 
 #include "cpu/memory.h"
+#include "cpu/prefetch.h"
 #include "math/divergence.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
-
-// Classes between two prefetches and two stores: few enough to keep memory busy, enough to
-// pay for starting the loop (128 was 5 % slower, 512 6 %).
-constexpr int64_t kChunk = 256;
-static_assert(kRowsBlock % kChunk == 0 && kChunk % kLanes == 0);
-
-// Asks for the next row's bytes, a few lines between two chunks of arithmetic, so that memory
-// and arithmetic overlap; left alone the core does one, then the other (2048 x 32000 fp32:
-// 49 ms without, 38 ms with).
-class Prefetch {
- public:
-  Prefetch() = default;  // nothing
-  template <class T>
-  Prefetch(const RowsParams<T>& P, int64_t row, int64_t end, int passes) {
-    if (!P.prefetch || row + 1 >= end) return;
-    const int64_t calls = passes * ((P.V + kChunk - 1) / kChunk);
-    student_.start(P.student, row + 1, P.V, calls);
-    teacher_.start(P.teacher, row + 1, P.V, calls);
-  }
-  void some() {
-    student_.some();
-    teacher_.some();
-  }
-
- private:
-  struct Stream {
-    const char* at = nullptr;
-    int64_t bytes = 0, lines = 0;
-    void start(const RowsTensor& x, int64_t row, int64_t V, int64_t calls) {
-      if (x.stride_v != 1) return;
-      at = x.row(row);
-      bytes = V * x.element_size;
-      lines = (bytes / 64 + calls) / calls;
-    }
-    void some() {
-      for (int64_t i = 0; i < lines && bytes > 0; ++i, at += 64, bytes -= 64) __builtin_prefetch(at, 0, 2);
-    }
-  };
-  Stream student_, teacher_;
-};
 
 // The constants of a row.
 template <class T>
@@ -114,14 +75,22 @@ T maximum(const T* x, int64_t n) {
   return m2 > m0 ? m2 : m0;
 }
 
+// Where student and teacher differ by a constant, which changes nothing, the difference would be
+// rounded at the size of that constant: there both are taken from their maxima. Where they do not,
+// s - t itself is the most exact, and near convergence it is what counts.
+struct Centre {
+  double student, teacher;
+};
+inline Centre centre_of(const RowsStats& stats) {
+  const double shift = stats.max_student - stats.max_teacher;
+  return shift > 4 || shift < -4 ? Centre{stats.max_student, stats.max_teacher} : Centre{0, 0};
+}
+
 // What the first pass makes of a class, and of a chunk: e^((z - max) / T) of both sides, added to
-// the sums, and student / T - teacher / T_teacher.
+// the sums, and the difference of student / T and teacher / T_teacher, both from their centres.
 template <class T>
-FASTKD_HD void first_pass(T s, T t, const Row<T>& r, T max_student, T max_teacher, T& exp_student, T& exp_teacher,
-                          T& difference) {
-  exp_student = exp2_scaled(s - max_student, r.scale_student, r.lowest_student);
-  exp_teacher = exp2_scaled(t - max_teacher, r.scale_teacher, r.lowest_teacher);
-  difference = (s - t) * r.a + t * r.b;
+FASTKD_HD T difference_of(T s, T t, T a, T b) {
+  return (s - t) * a + t * b;
 }
 
 template <class T>
@@ -129,10 +98,13 @@ void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsSt
                       T* exp_teacher, T* difference) {
   const Row<T> k = r;  // by value: the stores below could otherwise change it
   const T max_student = T(sums.max_student), max_teacher = T(sums.max_teacher);
+  const T centre_student = T(centre_of(sums).student), centre_teacher = T(centre_of(sums).teacher);
   T sum_student = 0, sum_teacher = 0;
 #pragma omp simd reduction(+ : sum_student, sum_teacher)
   for (int64_t i = 0; i < n; ++i) {
-    first_pass(s[i], t[i], k, max_student, max_teacher, exp_student[i], exp_teacher[i], difference[i]);
+    exp_student[i] = exp2_scaled(s[i] - max_student, k.scale_student, k.lowest_student);
+    exp_teacher[i] = exp2_scaled(t[i] - max_teacher, k.scale_teacher, k.lowest_teacher);
+    difference[i] = difference_of(s[i] - centre_student, t[i] - centre_teacher, k.a, k.b);
     sum_student += exp_student[i];
     sum_teacher += exp_teacher[i];
   }
@@ -203,19 +175,31 @@ struct Scale {
 };
 
 template <class T>
-Scale<T> row_scale(const Row<T>& r, const RowsStats& stats) {
+Scale<double> row_scale(const Row<T>& r, const RowsStats& stats) {
   const bool possible = stats.sum_student != 0;  // else: -inf alone, p = 0, w = -inf, a loss of +inf
-  Scale<T> k;
-  k.p = possible ? T(1 / stats.sum_student) : T(0);
-  k.q = T(1 / stats.sum_teacher);
+  Scale<double> k;
+  k.p = possible ? 1 / stats.sum_student : 0;
+  k.q = 1 / stats.sum_teacher;
   // log sum e^(student / T) - log sum e^(teacher / T_teacher), from differences that are exact
   // where the two agree
-  k.offset = possible ? T((stats.max_student - stats.max_teacher) * r.inv_temperature +
-                          stats.max_teacher * (r.inv_temperature - r.inv_teacher_temperature) +
-                          std::log(stats.sum_student / stats.sum_teacher))
-                      : T(0);
-  k.grad = possible ? T(r.grad_scale) : T(0);  // no finite step makes such a row possible
+  k.offset = possible ? (stats.max_student - stats.max_teacher) * r.inv_temperature +
+                            stats.max_teacher * (r.inv_temperature - r.inv_teacher_temperature) +
+                            std::log(stats.sum_student / stats.sum_teacher)
+                      : 0;
+  k.grad = possible ? r.grad_scale : 0;  // no finite step makes such a row possible
   return k;
+}
+
+// The row's scale for one of its blocks, which has maxima and centres of its own.
+template <class T>
+Scale<T> block_scale(const Row<T>& r, const Scale<double>& k, const RowsStats& row, const RowsStats& own) {
+  // a block of -inf alone has no maximum to rebase from
+  const double p = own.sum_student == 0 ? 0 : k.p * rebase(own.max_student, row.max_student, r.inv_temperature);
+  const double q = own.sum_teacher == 0 ? 0 : k.q * rebase(own.max_teacher, row.max_teacher, r.inv_teacher_temperature);
+  const Centre centre = centre_of(own);
+  const double moved = (centre.student - centre.teacher) * r.inv_temperature +
+                       centre.teacher * (r.inv_temperature - r.inv_teacher_temperature);
+  return {T(p), T(q), T(k.offset - moved), T(k.grad)};
 }
 
 // Not inside the loops: a struct that is declared there, GCC keeps in memory, lane by lane.
@@ -259,15 +243,12 @@ void reduce_blocks(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t ro
                    int64_t begin, int64_t end, Prefetch& ahead) {
   alignas(64) T grad[kChunk];
   const Row<T> r = row_constants(P, row);
-  const Scale<T> of_row = row_scale(r, stats);
+  const Scale<double> of_row = row_scale(r, stats);
   char* grad_row = kGrad ? P.grad.row(row) : nullptr;
   // Backwards: the blocks that the first pass touched last are the likeliest to be in cache.
   for (int64_t block = end - 1; block >= begin; --block) {
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
-    const RowsStats& own = W.blocks[block].stats;
-    Scale<T> k = of_row;
-    k.p *= T(rebase(own.max_student, stats.max_student, r.inv_temperature));
-    k.q *= T(rebase(own.max_teacher, stats.max_teacher, r.inv_teacher_temperature));
+    const Scale<T> k = block_scale(r, of_row, stats, W.blocks[block].stats);
     T loss = 0;
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t m = part(i, padded(n), kChunk), at = first + i;
@@ -326,7 +307,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
   alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk], exp_student[kChunk], exp_teacher[kChunk];
   alignas(64) T difference[kChunk], grad[kChunk];
   const Row<T> r = row_constants(P, row);
-  const Scale<T> k = row_scale(r, stats);
+  const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   char* grad_row = P.grad.row(row);
   RowsStats sums = stats;  // the maxima are the row's own; the sums are known

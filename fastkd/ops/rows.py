@@ -51,8 +51,8 @@ def _(student, teacher, *options):
 
 def _times(grad, upstream):
     """grad * upstream, in the memory of grad where nothing else will need it."""
-    if torch.compiler.is_compiling():
-        return grad * upstream
+    if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor or upstream.device.type != "cpu":
+        return grad * upstream  # a value that cannot be looked at here
     if upstream.item() == 1.0:
         return grad
     if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
@@ -79,7 +79,10 @@ class _Rows(torch.autograd.Function):
             loss, _, stats = rows_fwd(*arguments, STATS)
             ctx.options = tuple(None if isinstance(x, torch.Tensor) else x for x in arguments)
             saved = [student.detach() if inplace else student, teacher]
-            ctx.save_for_backward(*saved, *(arguments[i] for i in TENSORS_AT), stats)
+            saved += [arguments[i] for i in TENSORS_AT]
+            # autograd refuses to watch over tensors that were made in inference mode
+            ctx.inference = tuple(x if _is_inference(x) else None for x in saved)
+            ctx.save_for_backward(*(None if _is_inference(x) else x for x in saved), stats)
         elif inplace:
             loss = rows_fwd_(*arguments)
             ctx.save_for_backward(student.detach())
@@ -112,10 +115,15 @@ class _Once(torch.autograd.Function):
         raise RuntimeError("fastkd: second derivatives of the logit losses are not implemented")
 
 
+def _is_inference(x):
+    return x is not None and not torch.compiler.is_compiling() and x.is_inference()
+
+
 def _gradient(ctx, upstream):
     if not ctx.recompute:
         return _times(*ctx.saved_tensors, upstream)
-    student, teacher, *tensors, stats = ctx.saved_tensors
+    *saved, stats = ctx.saved_tensors
+    student, teacher, *tensors = (x if y is None else y for x, y in zip(saved, ctx.inference, strict=True))
     arguments = [student, teacher, *ctx.options[2:]]
     for i, x in zip(TENSORS_AT, tensors, strict=True):
         arguments[i] = x
@@ -134,7 +142,7 @@ def logits_loss(divergence, student, teacher, options):
     teacher_temperature, teacher_temperature_rows = _number_or_rows(options.teacher_temperature, leading, dtype)
     mask, weight, normalizer, normalizer_tensor = options.mask, options.weight, options.normalizer, None
     if isinstance(normalizer, torch.Tensor):
-        normalizer, normalizer_tensor = 0.0, normalizer.to(dtype).reshape(())
+        normalizer, normalizer_tensor = None, normalizer.to(dtype).reshape(())
     arguments = (
         DIVERGENCES[divergence],
         temperature,
@@ -145,7 +153,7 @@ def logits_loss(divergence, student, teacher, options):
         None if mask is None else mask.reshape(-1).contiguous(),
         None if weight is None else weight.to(dtype).reshape(-1).contiguous(),
         REDUCTION_NUMBERS[options.reduction],
-        float(normalizer or 0.0),
+        None if normalizer is None else float(normalizer),
         normalizer_tensor,
     )
     if student.requires_grad and torch.is_grad_enabled():
