@@ -7,7 +7,7 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 
 from . import functional
 from ._backend import backend
-from .modules import KLDivLoss
+from .modules import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss
 
-__all__ = ["KLDivLoss", "backend", "functional"]
+__all__ = ["JSDivLoss", "KLDivLoss", "ReverseKLDivLoss", "SoftCrossEntropyLoss", "backend", "functional"]
 __version__ = "0.1.0"

@@ -1,6 +1,8 @@
 """Which implementation computes a loss: chosen per device, or by the user."""
 
 import contextlib
+import functools
+import importlib.util
 import os
 import warnings
 
@@ -9,6 +11,7 @@ import torch
 from . import _library
 
 NAMES = ("cuda", "triton", "cpu", "torch")
+_namespaces = {"cuda": "fastkd", "cpu": "fastkd", "triton": "fastkd_triton"}  # of the backend's ops
 _chosen = None  # the user's choice; None: automatic
 _warned = set()
 
@@ -17,9 +20,32 @@ def unavailable(name):
     """Why a backend cannot be used here: "" where it can."""
     if name == "cpu":
         return _library.cpu_missing
-    if name in ("cuda", "triton"):
-        return f"this build of fastkd has no {name} kernels"
+    if name == "cuda":
+        return _library.cuda_missing
+    if name == "triton":
+        return _triton_missing()
     return ""
+
+
+@functools.cache
+def _triton_missing():
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    return "" if torch.cuda.is_available() or _interpreted() else "Triton needs a GPU, and torch sees none"
+
+
+def _interpreted():
+    """Triton's interpreter runs kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serves(name, device_type):
+    """Whether a backend computes on a kind of device. Meta tensors have shapes alone: any will do."""
+    if name == "torch" or device_type == "meta":
+        return True
+    if name == "triton" and device_type == "cpu":
+        return _interpreted()
+    return device_type == ("cpu" if name == "cpu" else "cuda")
 
 
 def check(name, origin):
@@ -40,7 +66,8 @@ def backend(name):
     """Computes every loss inside the ``with`` block with one backend, in all threads.
 
     Args:
-        name: ``"cpu"`` (C++) or ``"torch"`` (plain PyTorch, the reference).
+        name: ``"cuda"`` (C++/CUDA), ``"triton"``, ``"cpu"`` (C++) or ``"torch"`` (plain PyTorch,
+            the reference).
 
     Raises:
         ValueError: ``name`` is no backend.
@@ -60,7 +87,8 @@ def backend(name):
 
 def automatic(device_type):
     """The backend that serves a kind of device when the user chose none."""
-    return "cpu" if device_type in ("cpu", "meta") and not _library.cpu_missing else "torch"
+    candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",), "meta": ("cpu",)}.get(device_type, ())
+    return next((name for name in candidates if not unavailable(name)), "torch")
 
 
 def select(device):
@@ -70,9 +98,24 @@ def select(device):
         if name == "torch" and device.type not in _warned and not torch.compiler.is_compiling():
             _warn(device.type)
         return name
-    if _chosen == "cpu" and device.type not in ("cpu", "meta"):
-        raise RuntimeError(f"backend: 'cpu' was chosen, but the tensors are on {device}")
+    if not serves(_chosen, device.type):
+        raise RuntimeError(f"backend: {_chosen!r} was chosen, but the tensors are on {device}")
     return _chosen
+
+
+def namespace(name):
+    """Where the ops of a backend are; they are defined when they are first asked for."""
+    found = _namespaces[name]
+    if name == "triton":
+        _define_triton()
+    return found
+
+
+@functools.cache
+def _define_triton():
+    from . import triton
+
+    triton.register()
 
 
 def _warn(device_type):

@@ -21,6 +21,7 @@ class LogitsOptions(NamedTuple):
     reduction: str
     normalizer: Any
     inplace: bool
+    parameter: float  # the divergence's own; 0.0 where it has none
 
 
 def _tensor(name, x):
@@ -110,6 +111,14 @@ def number(name, value):
         return  # the number may be a symbol; the op checks it when it runs
     if not 0 < value < math.inf:  # false for NaN
         raise ValueError(f"{name}: a positive finite number wanted, got {value}")
+
+
+def share(name, value):
+    """A number from 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a number wanted, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: a number from 0 to 1 wanted, got {value}")
 
 
 def _per_row(name, x, student):

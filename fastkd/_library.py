@@ -1,17 +1,50 @@
-"""Loads the compiled library; says why where there is none."""
+"""The ops: their schemas, and the compiled libraries that implement them; says why where there are none."""
 
 import warnings
 from pathlib import Path
 
 import torch
 
-CPU_LIBRARY = Path(__file__).parent / "lib" / "libfastkd_cpu.so"
+# What every op of the rows schedule is told. parameter: the divergence's own, where it has one;
+# *_rows, mask, weight: one value per row, [N], in the compute dtype; no normalizer and no
+# normalizer_tensor: the reduction's own divisor.
+_ROWS_OPTIONS = (
+    "int divergence, float parameter, float temperature, Tensor? temperature_rows, float teacher_temperature, "
+    "Tensor? teacher_temperature_rows, bool t_squared, Tensor? mask, Tensor? weight, int reduction, "
+    "float? normalizer, Tensor? normalizer_tensor"
+)
+SCHEMAS = (
+    # save: 0 nothing, 1 the gradient (upstream 1), 2 the statistics for rows_bwd; what is not saved is empty
+    f"rows_fwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, int save) -> (Tensor loss, Tensor grad, Tensor stats)",
+    f"rows_fwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}) -> Tensor loss",
+    f"rows_bwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> Tensor grad",
+    f"rows_bwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> ()",
+    # x *= factor, of one element; nothing where it is 1, which is seen on the device
+    "scale_(Tensor(a!) x, Tensor factor) -> ()",
+)
+_libraries = []  # a definition lasts as long as its library
 
 
-def _load(path):
+def define(namespace):
+    """Defines the ops once more, for another implementation. Here and not in C++: Triton's need no
+    compiled library."""
+    library = torch.library.Library(namespace, "DEF")
+    for schema in SCHEMAS:
+        library.define(schema)
+    _libraries.append(library)
+    return library
+
+
+define("fastkd").define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
+
+FOLDER = Path(__file__).parent / "lib"
+
+
+def _load(name):
     """Loads a library of ops. Returns "" or the reason why it cannot be used."""
+    path = FOLDER / name
     if not path.exists():
-        return "fastkd was installed without its compiled kernels"
+        return f"fastkd was installed without its compiled {'CUDA ' * ('cuda' in name)}kernels"
     try:
         torch.ops.load_library(path)
     except OSError as error:
@@ -19,7 +52,14 @@ def _load(path):
     return ""
 
 
-cpu_missing = _load(CPU_LIBRARY)
+def _load_cuda():
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    return _load("libfastkd_cuda.so")
+
+
+cpu_missing = _load("libfastkd_cpu.so")
+cuda_missing = _load_cuda()
 if cpu_missing:
     warnings.warn(
         f"{cpu_missing}; losses are computed by plain PyTorch, which is right but slow. "

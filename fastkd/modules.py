@@ -5,14 +5,15 @@ import torch
 from . import _check, functional
 
 
-class KLDivLoss(torch.nn.Module):
-    r"""Kullback-Leibler divergence of student logits from teacher logits, softened by a temperature.
-
-    See :func:`fastkd.functional.kl_div` for the formula and every option.
+class _LogitsLoss(torch.nn.Module):
+    """A logit loss; a subclass names its function of :mod:`fastkd.functional`, where the formula
+    and every option are.
 
     Args:
         temperature, teacher_temperature, t_squared, reduction, inplace: as there.
     """
+
+    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
 
     def __init__(
         self, *, temperature=1.0, teacher_temperature=None, t_squared=True, reduction="batchmean", inplace=False
@@ -29,10 +30,7 @@ class KLDivLoss(torch.nn.Module):
         self.inplace = inplace
 
     def extra_repr(self):
-        return ", ".join(
-            f"{name}={getattr(self, name)!r}"
-            for name in ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
-        )
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
     def forward(
         self, student, teacher, *, temperature=None, teacher_temperature=None, mask=None, weight=None, normalizer=None
@@ -42,17 +40,46 @@ class KLDivLoss(torch.nn.Module):
         Args:
             student, teacher: logits ``[*, V]``.
             temperature, teacher_temperature: for this call, instead of the module's (one per row).
-            mask, weight, normalizer: as in :func:`fastkd.functional.kl_div`.
+            mask, weight, normalizer: as in the function.
         """
-        return functional.kl_div(
-            student,
-            teacher,
-            temperature=self.temperature if temperature is None else temperature,
-            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
-            t_squared=self.t_squared,
-            mask=mask,
-            weight=weight,
-            reduction=self.reduction,
-            normalizer=normalizer,
-            inplace=self.inplace,
-        )
+        options = {name: getattr(self, name) for name in self._options}
+        if temperature is not None:
+            options["temperature"] = temperature
+        if teacher_temperature is not None:
+            options["teacher_temperature"] = teacher_temperature
+        return self._function(student, teacher, mask=mask, weight=weight, normalizer=normalizer, **options)
+
+
+class KLDivLoss(_LogitsLoss):
+    """:func:`fastkd.functional.kl_div` as a module: Hinton's distillation loss."""
+
+    _function = staticmethod(functional.kl_div)
+
+
+class SoftCrossEntropyLoss(_LogitsLoss):
+    """:func:`fastkd.functional.soft_cross_entropy` as a module."""
+
+    _function = staticmethod(functional.soft_cross_entropy)
+
+
+class ReverseKLDivLoss(_LogitsLoss):
+    """:func:`fastkd.functional.reverse_kl_div` as a module."""
+
+    _function = staticmethod(functional.reverse_kl_div)
+
+
+class JSDivLoss(_LogitsLoss):
+    """:func:`fastkd.functional.js_div` as a module.
+
+    Args:
+        beta: the teacher's share of the mixture, from 0 to 1. Default 0.5.
+        temperature, teacher_temperature, t_squared, reduction, inplace: as there.
+    """
+
+    _function = staticmethod(functional.js_div)
+    _options = ("beta", *_LogitsLoss._options)
+
+    def __init__(self, *, beta=0.5, **options):
+        super().__init__(**options)
+        _check.share("beta", beta)
+        self.beta = beta

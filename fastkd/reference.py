@@ -19,17 +19,59 @@ def _log_softmax(logits, temperature):
     return log_p.masked_fill(nothing, -torch.inf)
 
 
-def _kl_div(log_p, log_q):
+def _kl_div(log_p, log_q, _=None):
     """sum q (log q - log p) = sum q (e^w - 1 - w) with w = log p - log q: nothing cancels."""
     p, q = log_p.exp(), log_q.exp()
     w = torch.where(q == 0, 0.0, log_p - log_q)
     near = w.clamp(-1, 1)  # what is not chosen below must stay finite, or its gradient is NaN
     terms = torch.where(w.abs() < 1, q * (torch.expm1(near) - near), p - q - q * w)
-    terms = torch.where(q == 0, p, terms)  # the p of classes without q complete the sum to 1
-    return torch.where((q == 0).all(-1), 0.0, terms.sum(-1))
+    return torch.where(q == 0, p, terms).sum(-1)  # the p of classes without q complete the sum to 1
 
 
-DIVERGENCES = {"kl_div": _kl_div}
+def _soft_cross_entropy(log_p, log_q, _):
+    """-sum q log p = KL(q || p) - sum q log q: both of terms >= 0."""
+    return _kl_div(log_p, log_q) - (log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
+
+
+def _reverse_kl_div(log_p, log_q, _):
+    """sum p (log p - log q). Where q = 0 and p > 0 it is +inf and has no gradient: 0 stands for it."""
+    impossible = ((log_q == -torch.inf) & (log_p > -torch.inf)).any(-1, keepdim=True)
+    return torch.where(
+        impossible.squeeze(-1), torch.inf, _kl_div(torch.where(impossible, log_p.detach(), log_q), log_p)
+    )
+
+
+def _js_div(log_p, log_q, beta):
+    """beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p; u = log(m / q) and
+    v = log(m / p) from w = log p - log q: the smaller one is log(1 + share (e^-|w| - 1)), the
+    other lies |w| above it. Then sum beta q (e^u - 1 - u) + (1 - beta) p (e^v - 1 - v)."""
+    p, q = log_p.exp(), log_q.exp()
+    w = torch.where((p == 0) & (q == 0), 0.0, log_p - log_q)
+    share = torch.where(w > 0, torch.full_like(w, beta), 1 - beta)
+    lower = torch.log1p(share * torch.expm1(-w.abs()))
+    upper = lower + w.abs()
+    u, v = torch.where(w > 0, upper, lower), torch.where(w > 0, lower, upper)
+    u, v = torch.where(q == 0, 0.0, u), torch.where(p == 0, 0.0, v)
+    near_u, near_v = u.clamp(-1, 1), v.clamp(-1, 1)
+    near = beta * q * (torch.expm1(near_u) - near_u) + (1 - beta) * p * (torch.expm1(near_v) - near_v)
+    return torch.where(w.abs() < 1, near, -(beta * q * u + (1 - beta) * p * v)).sum(-1)
+
+
+# Each takes log p and log q [*, V] and its parameter, where it has one.
+DIVERGENCES = {
+    "kl_div": _kl_div,
+    "soft_cross_entropy": _soft_cross_entropy,
+    "reverse_kl_div": _reverse_kl_div,
+    "js_div": _js_div,
+}
+
+
+def _divergence(name, log_p, log_q, parameter):
+    """Of a row without any possible class: 0 where it is the teacher's, else +inf. Neither has a gradient."""
+    no_p, no_q = ((x == -torch.inf).all(-1, keepdim=True) for x in (log_p, log_q))
+    safe_p = torch.where(no_p | no_q, 0.0, log_p)
+    rows = DIVERGENCES[name](safe_p, torch.where(no_p | no_q, 0.0, log_q), parameter)
+    return torch.where(no_q.squeeze(-1), 0.0, torch.where(no_p.squeeze(-1), torch.inf, rows))
 
 
 def _reduce(rows, classes, mask, reduction, normalizer):
@@ -71,7 +113,7 @@ def logits_loss(divergence, student, teacher, options):
         s = torch.where(mask[..., None], s, 0.0)
         t = torch.where(mask[..., None], t, 0.0)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
-    rows = DIVERGENCES[divergence](log_p, log_q)
+    rows = _divergence(divergence, log_p, log_q, options.parameter)
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.weight is not None:

@@ -1,9 +1,21 @@
 """The inputs that the losses of the rows schedule are tested on, each with the reason why."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from fastkd import functional
+
+# Every logit loss; what follows a name is its parameter.
+LOSSES = {
+    "kl_div": functional.kl_div,
+    "soft_cross_entropy": functional.soft_cross_entropy,
+    "reverse_kl_div": functional.reverse_kl_div,
+    "js_div": functional.js_div,
+    "js_div-0.1": functools.partial(functional.js_div, beta=0.1),
+}
 
 
 @dataclass

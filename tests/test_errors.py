@@ -95,6 +95,35 @@ def test_error_names_the_argument(name, backend_name):
         assert torch.equal(student.detach().float(), before.float())
 
 
+@pytest.mark.parametrize(
+    ("beta", "error"),
+    [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), ("half", TypeError), (True, TypeError)],
+)
+@pytest.mark.parametrize(
+    "make",
+    [lambda beta: functional.js_div(S, T, beta=beta), lambda beta: fastkd.JSDivLoss(beta=beta)],
+    ids=["function", "module"],
+)
+def test_js_div_refuses_a_beta(make, beta, error):
+    with pytest.raises(error, match=r"^beta: a number .*wanted"):
+        make(beta)
+
+
+LOGIT_LOSSES = [functional.kl_div, functional.soft_cross_entropy, functional.reverse_kl_div, functional.js_div]
+
+
+@pytest.mark.parametrize("loss", LOGIT_LOSSES, ids=lambda f: f.__name__)
+def test_every_logit_loss_checks_what_it_is_given(loss):
+    with pytest.raises(ValueError, match=r"^teacher: the student's shape \[4, 10\] wanted, got \[4, 9\]"):
+        loss(S, T[:, :9])
+    with pytest.raises(ValueError, match=r"^temperature: a positive finite number wanted, got 0"):
+        loss(S, T, temperature=0)
+    with pytest.raises(
+        TypeError, match=f"{loss.__name__}.* unexpected keyword argument 'temprature'|unexpected keyword"
+    ):
+        loss(S, T, temprature=2.0)
+
+
 def test_options_are_keywords():
     with pytest.raises(TypeError, match="positional"):
         functional.kl_div(S, T, 2.0)
@@ -126,20 +155,22 @@ def test_second_derivative_raises(kernel, reduction):
 
 def test_the_op_checks_its_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
-    options = (0, 1.0, None, 1.0, None, True, None, None, 2, None, None)
+    options = (0, 0.0, 1.0, None, 1.0, None, True, None, None, 2, None, None)
     fwd = torch.ops.fastkd.rows_fwd
     with pytest.raises(RuntimeError, match="same shape"):
         fwd(S, T[:, :5], *options, 1)
     with pytest.raises(RuntimeError, match="reduction"):
-        fwd(S, T, *options[:8], 9, *options[9:], 1)
+        fwd(S, T, *options[:9], 9, *options[10:], 1)
     with pytest.raises(RuntimeError, match="divergence"):
         fwd(S, T, 77, *options[1:], 1)
     with pytest.raises(RuntimeError, match="mask"):
-        fwd(S, T, *options[:6], torch.ones(3, dtype=torch.bool), *options[7:], 1)
+        fwd(S, T, *options[:7], torch.ones(3, dtype=torch.bool), *options[8:], 1)
     with pytest.raises(RuntimeError, match="normalizer"):
-        fwd(S, T, *options[:9], 0.0, None, 1)
+        fwd(S, T, *options[:10], 0.0, None, 1)
     with pytest.raises(RuntimeError, match="temperature"):
-        fwd(S, T, 0, -1.0, *options[2:], 1)
+        fwd(S, T, 0, 0.0, -1.0, *options[3:], 1)
+    with pytest.raises(RuntimeError, match="parameter"):
+        fwd(S, T, 3, 1.0, *options[2:], 1)
     with pytest.raises(RuntimeError, match="save"):
         fwd(S, T, *options, 3)
     with pytest.raises(RuntimeError, match="stats"):

@@ -71,28 +71,78 @@ def test_exp2_at_the_ends(kind):
 
 
 @pytest.mark.parametrize(("kind", "ulp"), [("float", 2.0**-23), ("double", 2.0**-52)])
-def test_forward_kl_of_a_class(kind, ulp):
-    """q (e^w - 1 - w) and q (e^w - 1), near and far, against extended precision."""
+def test_log_ratio_is_right_to_its_last_digits(kind, ulp):
     dtype = {"float": np.float32, "double": np.float64}[kind]
+    x = -np.concatenate([np.geomspace(1e-30, 0.3, 100_000), np.linspace(0.3, 1 - 4 * ulp, 100_000)])
+    for a in (1.0, 0.7, 3e-5, 1.9e-20):
+        scaled = (a * x).astype(dtype)
+        scaled = scaled[(scaled > -dtype(a)) & (scaled < 0)]
+        out = getattr(_testing, f"log_ratio_{kind}")(dtype(a), scaled)
+        exact = np.log1p(scaled.astype(np.longdouble) / np.longdouble(dtype(a)))
+        # a sum that is not exact is off by half an ulp of a, which counts where it is small
+        rounding = 4 + np.exp(-exact) / np.abs(exact) / 2 * (exact < -0.3)
+        assert np.max(np.abs((out - exact) / exact) / rounding) <= ulp
+
+
+FORWARD, _, REVERSE, JENSEN_SHANNON = range(4)
+
+
+def classes(dtype):
+    """w on both sides of 0, near and far, with p = q e^w."""
     w = np.concatenate([np.linspace(-5, 5, 100_001), np.geomspace(1e-7, 0.3, 1000), -np.geomspace(1e-7, 0.3, 1000)])
     w = w[w != 0].astype(dtype)
     q = np.full_like(w, 0.01)
-    exact_w, exact_q = w.astype(np.longdouble), q.astype(np.longdouble)
-    p = (exact_q * np.exp(exact_w)).astype(dtype)
-    loss = getattr(_testing, f"forward_kl_loss_{kind}")(p, q, w)
-    grad = getattr(_testing, f"forward_kl_grad_{kind}")(p, q, w)
-    exact_grad = exact_q * np.expm1(exact_w)
-    exact_loss = exact_q * sum(exact_w**n / np.longdouble(np.prod(np.arange(1.0, n + 1))) for n in range(2, 40))
-    # just above |w| = 0.3 the far form subtracts numbers 20 times its size
-    assert np.max(np.abs(loss - exact_loss) / exact_loss) <= 40 * ulp
-    assert np.max(np.abs(grad - exact_grad) / np.abs(exact_grad)) <= 8 * ulp
+    p = (q.astype(np.longdouble) * np.exp(w.astype(np.longdouble))).astype(dtype)
+    return p, q, w
 
 
-def test_forward_kl_of_impossible_classes():
-    loss, grad = _testing.forward_kl_loss_float, _testing.forward_kl_grad_float
-    assert loss(0.0, 0.0, np.nan) == 0
-    assert grad(0.0, 0.0, np.nan) == 0
-    assert loss(0.25, 0.0, np.inf) == 0.25  # the p of a class without q completes the sum to 1
-    assert grad(0.25, 0.0, np.inf) == 0.25
-    assert loss(0.0, 0.25, -np.inf) == np.inf
-    assert grad(0.0, 0.25, -np.inf) == -0.25
+def bregman(w):
+    """e^w - 1 - w in extended precision: by its series, where it would cancel."""
+    series = sum(w**n / np.longdouble(np.prod(np.arange(1.0, n + 1))) for n in range(2, 40))
+    return np.where(np.abs(w) < 6, series, np.exp(w) - 1 - w)
+
+
+@pytest.mark.parametrize(("kind", "ulp"), [("float", 2.0**-23), ("double", 2.0**-52)])
+@pytest.mark.parametrize(
+    ("divergence", "beta"), [(FORWARD, 0), (REVERSE, 0), (JENSEN_SHANNON, 0.5), (JENSEN_SHANNON, 0.01)]
+)
+def test_divergences_of_a_class(divergence, beta, kind, ulp):
+    """Near and far, against extended precision."""
+    p, q, w = classes({"float": np.float32, "double": np.float64}[kind])
+    loss = getattr(_testing, f"loss_{kind}")(divergence, beta, p, q, w)
+    slope = getattr(_testing, f"slope_{kind}")(divergence, beta, p, q, w)
+    w, q = w.astype(np.longdouble), q.astype(np.longdouble)
+    p, b = q * np.exp(w), np.longdouble(beta)
+    if divergence == FORWARD:
+        exact_loss, exact_slope = q * bregman(w), q * np.expm1(w)
+    elif divergence == REVERSE:
+        exact_loss, exact_slope = p * bregman(-w), p * w
+    else:
+        u = np.log1p((1 - b) * np.expm1(w))
+        v = np.log1p(b * np.expm1(-w))
+        exact_loss = b * q * bregman(u) + (1 - b) * p * bregman(v)
+        exact_slope = -(1 - b) * p * v
+    # just above |w| = 0.3 the far form subtracts numbers 20 times its size, and 1 / beta times that
+    assert np.max(np.abs(loss - exact_loss) / exact_loss) <= 40 * ulp / (1 if beta in (0, 0.5) else beta)
+    near = np.abs(w) < 0.3
+    assert np.max((np.abs(loss - exact_loss) / exact_loss)[near]) <= 8 * ulp
+    assert np.max((np.abs(slope - exact_slope) / np.abs(exact_slope))[near]) <= 8 * ulp
+    assert np.max(np.abs(slope - exact_slope) / np.abs(exact_slope)) <= 8 * ulp / (1 if beta in (0, 0.5) else beta)
+
+
+def test_impossible_classes():
+    loss, slope = _testing.loss_float, _testing.slope_float
+    for divergence in (FORWARD, REVERSE, JENSEN_SHANNON):
+        assert loss(divergence, 0.5, 0.0, 0.0, np.nan) == 0
+        assert slope(divergence, 0.5, 0.0, 0.0, np.nan) == 0
+    assert loss(FORWARD, 0, 0.25, 0.0, np.inf) == 0.25  # the p of a class without q completes the sum to 1
+    assert slope(FORWARD, 0, 0.25, 0.0, np.inf) == 0.25
+    assert loss(FORWARD, 0, 0.0, 0.25, -np.inf) == np.inf
+    assert slope(FORWARD, 0, 0.0, 0.25, -np.inf) == -0.25
+    assert loss(REVERSE, 0, 0.0, 0.25, -np.inf) == 0.25
+    assert slope(REVERSE, 0, 0.0, 0.25, -np.inf) == 0
+    assert loss(REVERSE, 0, 0.25, 0.0, np.inf) == np.inf
+    assert loss(REVERSE, 0, 0.0, 0.0, np.inf) == np.inf  # a p that is too small for a number
+    assert loss(JENSEN_SHANNON, 0.5, 0.25, 0.0, np.inf) == pytest.approx(0.125 * np.log(2), rel=1e-6)
+    assert loss(JENSEN_SHANNON, 0.5, 0.0, 0.25, -np.inf) == pytest.approx(0.125 * np.log(2), rel=1e-6)
+    assert slope(JENSEN_SHANNON, 0.5, 0.25, 0.0, np.inf) == pytest.approx(0.125 * np.log(2), rel=1e-6)

@@ -1,5 +1,6 @@
 """Values and gradients of the logit losses, against the reference in float64."""
 
+import functools
 import math
 
 import cases
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from tolerances import FLOOR, NEAR_CONVERGENCE, TIMES_EAGER, error
 from truth import kl_div as truth
+from truth import truth as truth_of
 from truth import upstream_like
 
 from fastkd import functional, reference
@@ -25,29 +27,65 @@ def run(loss_function, student, teacher, **options):
     return loss.detach(), grad
 
 
-def eager(student, teacher, temperature=1.0, reduction="batchmean"):
-    """What people write, in the dtype that they have."""
+def eager(name, student, teacher, temperature=1.0):
+    """What people write, in the dtype that they have: one value per row."""
     log_p, log_q = F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1)
-    return F.kl_div(log_p, log_q, reduction=reduction, log_target=True) * temperature**2
+
+    def kl(a, b):  # of b from a, as F.kl_div has it
+        return F.kl_div(a, b, reduction="none", log_target=True).sum(-1)
+
+    name, _, beta = name.partition("-")
+    beta = float(beta or 0.5)
+    if name == "kl_div":
+        rows = kl(log_p, log_q)
+    elif name == "reverse_kl_div":
+        rows = kl(log_q, log_p)
+    elif name == "soft_cross_entropy":
+        rows = -(log_q.exp() * log_p).sum(-1)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
+        rows = beta * kl(log_m, log_q) + (1 - beta) * kl(log_m, log_p)
+    return rows * temperature**2
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases.FINITE, ids=str)
-def test_matches_float64(backend, case, dtype, reduction):
+def right(name, student, teacher, **options):
+    """The truth for one of cases.LOSSES."""
+    name, _, beta = name.partition("-")
+    return truth_of(name, student, teacher, **options, **({"beta": float(beta)} if beta else {}))
+
+
+def check(name, case, dtype, reduction, plain_pytorch):
     student, teacher, options = case.inputs(dtype)
     if reduction == "none":
         options.pop("normalizer", None)
-    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction, **options)
-    loss_ref, grad_ref = truth(student, teacher, reduction=reduction, **options)
+    loss, grad = run(cases.LOSSES[name], student, teacher, reduction=reduction, **options)
+    loss_ref, grad_ref = right(name, student, teacher, reduction=reduction, **options)
 
     compute = reference.compute_dtype(student, teacher)
     assert loss.dtype == compute
     assert grad.dtype == dtype
     assert grad.shape == student.shape
     tolerance = 4 * FLOOR[compute] * logit_size(student)
-    assert error(loss, loss_ref) <= tolerance * (cancellation(student, teacher, options) if backend == "torch" else 1)
+    assert error(loss, loss_ref) <= tolerance * (cancellation(name, student, teacher, options) if plain_pytorch else 1)
+    if name.startswith(("reverse", "js")):  # where p is all on one class the two terms of the gradient cancel
+        terms = right(name, student, teacher, reduction=reduction, terms_of_gradient=True, **options)[1]
+        tolerance *= max(1.0, (terms.norm() / grad_ref.norm()).nan_to_num(1.0, posinf=1e300).item())
     assert error(grad, grad_ref) <= tolerance + 2 * storage_error(grad, grad_ref)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.FINITE, ids=str)
+def test_kl_div_matches_float64(backend, case, dtype, reduction):
+    check("kl_div", case, dtype, reduction, backend == "torch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases.FINITE, ids=str)
+@pytest.mark.parametrize("name", list(cases.LOSSES)[1:])
+def test_others_match_float64(backend, name, case, dtype):
+    for reduction in ("none", "batchmean"):
+        check(name, case, dtype, reduction, backend == "torch")
 
 
 def logit_size(student):
@@ -56,10 +94,10 @@ def logit_size(student):
     return max(1.0, finite.abs().max().item() / 8) if finite.numel() else 1.0
 
 
-def cancellation(student, teacher, options):
+def cancellation(name, student, teacher, options):
     """Plain PyTorch subtracts logarithms of size log V, and is off by that much more."""
-    rows = truth(student, teacher, **{**options, "reduction": "none", "normalizer": None, "t_squared": False})[0]
-    rows = rows[rows > 0]
+    rows = right(name, student, teacher, **{**options, "reduction": "none", "normalizer": None, "t_squared": False})[0]
+    rows = rows[(rows > 0) & rows.isfinite()]
     return max(1.0, math.log(student.shape[-1]) / rows.min().item()) if rows.numel() else 1.0
 
 
@@ -74,29 +112,34 @@ def storage_error(grad, ref):
 
 @pytest.mark.parametrize("shift", [(100.0, -100.0), (1000.0, 0.0), (-1e4, 1e4)], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_no_worse_than_eager_when_shifted(kernel, shift, temperature):
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_no_worse_than_eager_when_shifted(kernel, name, shift, temperature):
     """A constant between student and teacher must not be what the difference is rounded by."""
     generator = torch.Generator().manual_seed(7)
     student, teacher = (3 * torch.randn(64, 1000, generator=generator) + c for c in shift)
-    ours = run(functional.kl_div, student, teacher, temperature=temperature, reduction="none")
-    ref = truth(student, teacher, temperature=temperature, reduction="none")
-    theirs = run(lambda s, t: eager(s, t, temperature, "none").sum(-1), student, teacher)
-    for out, eager_out, right in zip(ours, theirs, ref, strict=True):
-        assert error(out, right) <= max(TIMES_EAGER * error(eager_out, right), FLOOR[torch.float32])
+    ours = run(cases.LOSSES[name], student, teacher, temperature=temperature, reduction="none")
+    ref = right(name, student, teacher, temperature=temperature, reduction="none")
+    theirs = run(lambda s, t: eager(name, s, t, temperature), student, teacher)
+    for out, eager_out, exact in zip(ours, theirs, ref, strict=True):
+        assert error(out, exact) <= max(TIMES_EAGER * error(eager_out, exact), FLOOR[torch.float32])
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
-def test_a_block_of_impossible_classes_on_one_side(backend, side, reduction):
-    """Never NaN: on the student's side +inf, on the teacher's a number."""
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (1.0, 2.0), (2.0, 1.0)], ids=str)
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_a_block_of_impossible_classes_on_one_side(backend, name, temperatures, side, reduction):
+    """Never NaN: +inf where a class is impossible for one and the divergence asks for it of the other."""
     student, teacher = torch.randn(2, 2500) - 200, torch.randn(2, 2500) - 200
     (student if side == "student" else teacher)[:, :1024] = -torch.inf
-    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction)
-    assert grad.isfinite().all()
-    if side == "student":
-        assert (loss == torch.inf).all()
-    else:
-        assert error(loss, truth(student, teacher, reduction=reduction)[0]) < 2 * FLOOR[torch.float32]
+    options = {"reduction": reduction, "temperature": temperatures[0], "teacher_temperature": temperatures[1]}
+    loss, grad = run(cases.LOSSES[name], student, teacher, **options)
+    endless = {"student": ("kl_div", "soft_cross_entropy"), "teacher": ("reverse_kl_div",)}[side]
+    assert bool(loss.isinf().all()) == (name in endless)
+    loss_ref, grad_ref = right(name, student, teacher, **options)
+    tolerance = 2 * FLOOR[torch.float32] * logit_size(student)
+    assert error(loss, loss_ref) < tolerance
+    assert error(grad, grad_ref) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -123,32 +166,37 @@ def test_normalizer_tensors_of_any_shape_and_dtype(backend, dtype, shape):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 32000)], ids=str)
-def test_no_worse_than_eager(backend, shape, temperature, dtype):
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_no_worse_than_eager(backend, name, shape, temperature, dtype):
     generator = torch.Generator().manual_seed(7)
     student, teacher = (3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
-    ours = run(functional.kl_div, student, teacher, temperature=temperature, reduction="none")
-    ref = truth(student, teacher, temperature=temperature, reduction="none")
-    theirs = run(lambda s, t: eager(s, t, temperature, "none").sum(-1), student, teacher)
+    ours = run(cases.LOSSES[name], student, teacher, temperature=temperature, reduction="none")
+    ref = right(name, student, teacher, temperature=temperature, reduction="none")
+    theirs = run(lambda s, t: eager(name, s, t, temperature), student, teacher)
     floor = FLOOR[reference.compute_dtype(student, teacher)], FLOOR[dtype]
-    for out, eager_out, right, least in zip(ours, theirs, ref, floor, strict=True):
-        assert error(out, right) <= max(TIMES_EAGER * error(eager_out, right), least)
+    for out, eager_out, exact, least in zip(ours, theirs, ref, floor, strict=True):
+        assert error(out, exact) <= max(TIMES_EAGER * error(eager_out, exact), least)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 @pytest.mark.parametrize("V", [100, 5000])
-def test_near_convergence(backend, V, shift, temperature):
+@pytest.mark.parametrize(
+    "name", [name for name in cases.LOSSES if name != "soft_cross_entropy"]
+)  # its loss does not go to 0
+def test_near_convergence(backend, name, V, shift, temperature):
     """A loss of 5e-7: F.kl_div in float32 has lost it, the fused form has not."""
     generator = torch.Generator().manual_seed(3)
+    size = 2e-3 if "js" in name else 1e-3  # a Jensen-Shannon divergence is 4 times as small, and more
     teacher = 2 * torch.randn(64, V, generator=generator)
-    student = teacher + 1e-3 * torch.randn(64, V, generator=generator) + shift
+    student = teacher + size * torch.randn(64, V, generator=generator) + shift
     options = {"temperature": temperature, "t_squared": True}
-    loss, grad = run(functional.kl_div, student, teacher, **options)
-    loss_ref, grad_ref = truth(student, teacher, **options)
+    loss, grad = run(cases.LOSSES[name], student, teacher, **options)
+    loss_ref, grad_ref = right(name, student, teacher, **options)
     assert loss_ref < 6e-7
     assert error(loss, loss_ref) <= NEAR_CONVERGENCE
-    assert error(eager(student, teacher, temperature), loss_ref) > 10 * NEAR_CONVERGENCE  # or this test is too easy
-    _, eager_grad = run(lambda s, t: eager(s, t, temperature), student, teacher)
+    eager_loss, eager_grad = run(lambda s, t: eager(name, s, t, temperature).mean(), student, teacher)
+    assert error(eager_loss, loss_ref) > 5 * NEAR_CONVERGENCE  # or this test is too easy
     assert error(grad, grad_ref) <= TIMES_EAGER * error(eager_grad, grad_ref)
 
 
@@ -231,14 +279,15 @@ def test_student_without_a_possible_class_the_teacher_has(backend, reduction, dt
 
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])
-def test_rows_without_any_possible_class(backend, side, reduction):
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_rows_without_any_possible_class(backend, name, side, reduction):
     student, teacher = torch.randn(3, 20), torch.randn(3, 20)
-    plain = run(functional.kl_div, student, teacher, reduction=reduction)
+    plain = run(cases.LOSSES[name], student, teacher, reduction=reduction)
     if side != "teacher":
         student[1] = -torch.inf
     if side != "student":
         teacher[1] = -torch.inf
-    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction)
+    loss, grad = run(cases.LOSSES[name], student, teacher, reduction=reduction)
     assert torch.equal(grad[1], torch.zeros(20))
     assert torch.equal(grad[::2], plain[1][::2])
     if reduction == "none":
@@ -250,34 +299,37 @@ def test_rows_without_any_possible_class(backend, side, reduction):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_nan_and_inf_propagate(backend, side, value):
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_nan_and_inf_propagate(backend, name, side, value):
     """A row that cannot be computed says so, and says it of itself alone."""
     student, teacher = torch.randn(3, 2000), torch.randn(3, 2000)
-    plain = run(functional.kl_div, student, teacher, reduction="none")
+    plain = run(cases.LOSSES[name], student, teacher, reduction="none")
     (student if side == "student" else teacher)[1, 1500] = value
-    loss, grad = run(functional.kl_div, student, teacher, reduction="none")
+    loss, grad = run(cases.LOSSES[name], student, teacher, reduction="none")
     assert loss[1].isnan()
     assert grad[1].isnan().all()
     assert torch.equal(loss[::2], plain[0][::2])
     assert torch.equal(grad[::2], plain[1][::2])
 
 
-def test_equal_logits_give_nothing(kernel):
+@pytest.mark.parametrize("name", [name for name in cases.LOSSES if name != "soft_cross_entropy"])
+def test_equal_logits_give_nothing(kernel, name):
     """Student = teacher: exactly 0, loss and gradient; plain PyTorch is off by a rounding."""
     x = torch.randn(5, 3000)
-    loss, grad = run(functional.kl_div, x, x.clone(), temperature=3.0)
+    loss, grad = run(cases.LOSSES[name], x, x.clone(), temperature=3.0)
     assert loss == 0
     assert torch.equal(grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("shape", [(64, 1000), (3, 50000), (1, 128256)], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
-def test_same_bits_whatever_the_threads(threads, shape, reduction):
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_same_bits_whatever_the_threads(threads, name, shape, reduction):
     student, teacher = torch.randn(shape), torch.randn(shape)
     results = []
     for n in (1, 2, 3, 2):
         threads(n)
-        results.append(run(functional.kl_div, student, teacher, reduction=reduction))
+        results.append(run(cases.LOSSES[name], student, teacher, reduction=reduction))
     for loss, grad in results[1:]:
         assert torch.equal(loss, results[0][0])
         assert torch.equal(grad, results[0][1])
@@ -347,6 +399,40 @@ def test_masked_rows_get_exactly_nothing(backend):
         assert grad[options["mask"]].abs().sum(-1).min() > 0
         if reduction == "none":
             assert torch.equal(loss == 0, ~options["mask"])
+
+
+def test_js_div_ends_are_the_kl_divergences(backend):
+    student, teacher = torch.randn(6, 50), torch.randn(6, 50)
+    for beta, same in ((0, functional.kl_div), (1, functional.reverse_kl_div)):
+        ours, theirs = (
+            run(functools.partial(functional.js_div, beta=beta), student, teacher),
+            run(same, student, teacher),
+        )
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("beta", [1e-3, 0.25, 0.9, 0.999])
+def test_js_div_of_any_beta(backend, beta):
+    student, teacher, _ = cases.Case("beta", "", (8, 300)).inputs(torch.float32)
+    loss, grad = run(functools.partial(functional.js_div, beta=beta), student, teacher)
+    ref = truth_of("js_div", student, teacher, beta=beta)
+    theirs = run(lambda s, t: eager(f"js_div-{beta}", s, t).mean(), student, teacher)
+    for out, eager_out, exact in zip((loss, grad), theirs, ref, strict=True):
+        tolerance = max(TIMES_EAGER * error(eager_out, exact), 4 * FLOOR[torch.float32])
+        if backend == "torch":  # autograd's terms with q and with p cancel
+            tolerance /= min(beta, 1 - beta)
+        assert error(out, exact) < tolerance
+
+
+def test_a_probability_that_vanishes_where_the_teacher_has_none(backend):
+    """p = e^-200 is 0 in float32, but not nothing: reverse KL is +inf there all the same."""
+    student, teacher = torch.zeros(2, 5), torch.zeros(2, 5)
+    student[0, 3], teacher[0, 3] = -200.0, -torch.inf
+    loss, grad = run(functional.reverse_kl_div, student, teacher, reduction="none")
+    assert loss[0] == torch.inf
+    assert torch.equal(grad[0], torch.zeros(5))
+    assert loss[1] == 0
 
 
 def test_published_value():

@@ -1,7 +1,9 @@
 """What torch asks of an operator: schemas, fakes, gradcheck, compile, export, autocast."""
 
+import cases
 import pytest
 import torch
+import torch._dynamo.testing
 from tolerances import FLOOR, error
 
 import fastkd
@@ -11,21 +13,24 @@ from fastkd.ops import rows
 
 def op_calls():
     """Every op with arguments that it accepts."""
+    ops = rows.OPS["fastkd"]
     student, teacher = torch.randn(3, 4, 20), torch.randn(3, 4, 20)
     rows_of = torch.rand(12) + 0.5
-    plain = (0, 2.0, None, 2.0, None, True, None, None, 2, None, None)
-    full = (0, 1.0, rows_of, 3.0, None, False, torch.rand(12) < 0.7, rows_of, 0, None, None)
-    normalized = (0, 2.0, None, 1.0, rows_of, True, None, None, 1, None, torch.tensor(5.0))
+    plain = (0, 0.0, 2.0, None, 2.0, None, True, None, None, 2, None, None)
+    full = (2, 0.0, 1.0, rows_of, 3.0, None, False, torch.rand(12) < 0.7, rows_of, 0, None, None)
+    normalized = (3, 0.3, 2.0, None, 1.0, rows_of, True, None, None, 1, None, torch.tensor(5.0))
     for name, options in (("plain", plain), ("full", full), ("normalized", normalized)):
         for save in (0, 1, 2):
-            yield f"rows_fwd-{name}-{save}", rows.rows_fwd, (student, teacher, *options, save)
-        yield f"rows_fwd_-{name}", rows.rows_fwd_, (student.clone(), teacher, *options)
-        stats = rows.rows_fwd(student, teacher, *options, rows.STATS)[2]
-        upstream = torch.rand(12) if options[8] == 0 else torch.rand(())
-        yield f"rows_bwd-{name}", rows.rows_bwd, (student, teacher, *options, stats, upstream)
-        yield f"rows_bwd_-{name}", rows.rows_bwd_, (student.clone(), teacher, *options, stats, upstream)
+            yield f"rows_fwd-{name}-{save}", ops.fwd, (student, teacher, *options, save)
+        yield f"rows_fwd_-{name}", ops.fwd_, (student.clone(), teacher, *options)
+        stats = ops.fwd(student, teacher, *options, rows.STATS)[2]
+        upstream = torch.rand(12) if options[9] == 0 else torch.rand(())
+        yield f"rows_bwd-{name}", ops.bwd, (student, teacher, *options, stats, upstream)
+        yield f"rows_bwd_-{name}", ops.bwd_, (student.clone(), teacher, *options, stats, upstream)
     half = student.bfloat16().transpose(0, 1)
-    yield "rows_fwd-bfloat16", rows.rows_fwd, (half, teacher.transpose(0, 1), *plain, 1)
+    for factor in (1.0, 0.5):
+        yield f"scale_-{factor}", ops.scale_, (student.clone(), torch.tensor(factor))
+    yield "rows_fwd-bfloat16", ops.fwd, (half, teacher.transpose(0, 1), *plain, 1)
 
 
 CALLS = {name: (op, arguments) for name, op, arguments in op_calls()}
@@ -38,7 +43,9 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
-def test_gradcheck(backend, reduction):
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_gradcheck(backend, name, reduction):
+    loss_function = cases.LOSSES[name]
     student, teacher = (
         torch.randn(3, 7, dtype=torch.float64, requires_grad=True),
         torch.randn(3, 7, dtype=torch.float64),
@@ -50,8 +57,8 @@ def test_gradcheck(backend, reduction):
         "weight": torch.rand(3, dtype=torch.float64),
         "reduction": reduction,
     }
-    assert torch.autograd.gradcheck(lambda s: functional.kl_div(s, teacher, **options), student)
-    assert torch.autograd.gradcheck(lambda s: functional.kl_div(s, teacher), student)
+    assert torch.autograd.gradcheck(lambda s: loss_function(s, teacher, **options), student)
+    assert torch.autograd.gradcheck(lambda s: loss_function(s, teacher), student)
 
 
 def both(function, student, teacher, *rest):

@@ -21,11 +21,50 @@ def _softmax(logits, temperature):
     return np.exp(log_p), log_p
 
 
-def kl_div(
-    student, teacher, temperature=1.0, teacher_temperature=None, t_squared=True, mask=None, weight=None,
-    reduction="batchmean", normalizer=None,
+def _x_log(x, ratio):
+    """x log(ratio), 0 where x is."""
+    return np.where(x == 0, 0, x * np.log(np.where(x == 0, 1, ratio)))
+
+
+def _forward(p, q, log_p, log_q):
+    return np.where(q == 0, 0, q * (log_q - log_p)), -q
+
+
+def _cross_entropy(p, q, log_p, log_q):
+    return np.where(q == 0, 0, -q * log_p), -q
+
+
+def _reverse(p, q, log_p, log_q):
+    terms = np.where(p == 0, 0, p * (log_p - log_q))
+    return terms, terms + p
+
+
+def _jensen_shannon(p, q, log_p, log_q, beta=0.5):
+    if beta in (0, 1):
+        return (_reverse if beta else _forward)(p, q, log_p, log_q)
+    beta = np.longdouble(beta)
+    m = beta * q + (1 - beta) * p
+    student = _x_log(p, p / m)
+    return beta * _x_log(q, q / m) + (1 - beta) * student, (1 - beta) * student
+
+
+# Each class's share of the divergence, and the derivative of the whole with respect to log p.
+DIVERGENCES = {
+    "kl_div": _forward,
+    "soft_cross_entropy": _cross_entropy,
+    "reverse_kl_div": _reverse,
+    "js_div": _jensen_shannon,
+}
+
+
+def truth(
+    name, student, teacher, temperature=1.0, teacher_temperature=None, t_squared=True, mask=None, weight=None,
+    reduction="batchmean", normalizer=None, terms_of_gradient=False, **parameter,
 ):  # fmt: skip
-    """Loss, and its gradient for the upstream gradient of ``upstream_like``, as float64 tensors."""
+    """Loss, and its gradient for the upstream gradient of ``upstream_like``, as float64 tensors.
+
+    ``terms_of_gradient``: instead of the gradient, the size of the two terms whose difference it is.
+    """
     shape, V = student.shape, student.shape[-1]
 
     def rows(x):
@@ -38,10 +77,17 @@ def kl_div(
     with np.errstate(all="ignore"):
         p, log_p = _softmax(s, np.reshape(T, (-1, 1)))
         q, log_q = _softmax(t, np.reshape(teacher_T, (-1, 1)))
-        loss = np.where(q == 0, 0, q * (log_q - log_p)).sum(-1)
+        terms, slope = DIVERGENCES[name](p, q, log_p, log_q, **parameter)
+        loss = terms.sum(-1)
+        shift = p * slope.sum(-1, keepdims=True)
+        grad = np.abs(slope) + np.abs(shift) if terms_of_gradient else slope - shift
+    no_p, no_q = (~x.any(-1) for x in (p, q))  # a row of -inf alone
+    loss = np.where(no_q, 0, np.where(no_p, np.inf, loss))
+    endless = slope.sum(-1) == np.inf  # no finite gradient: 0 stands for it
+    grad = np.where((no_p | no_q | endless)[:, None], 0, grad)
     scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
-    loss = np.where(counts, loss, 0) * scale
-    grad = (p * q.sum(-1, keepdims=True) - q) * (scale / T)[:, None]
+    loss = np.where(counts, loss * scale, 0)
+    grad = grad * (scale / T)[:, None]
     if reduction == "none":
         loss, upstream = loss.reshape(shape[:-1]), _extended(upstream_like(torch.empty(shape[:-1])))
         grad = grad * upstream.reshape(-1, 1)
@@ -51,6 +97,10 @@ def kl_div(
         divisor = divisor if normalizer is None else np.longdouble(float(normalizer))
         loss, grad = (x / divisor if valid else 0 * x for x in (loss.sum(), grad))
     return torch.tensor(np.float64(loss)), torch.tensor(grad.astype(np.float64)).reshape(shape)
+
+
+def kl_div(student, teacher, **options):
+    return truth("kl_div", student, teacher, **options)
 
 
 def upstream_like(loss):

@@ -9,8 +9,24 @@ namespace fastkd {
 enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
 
 // The numbers are those of fastkd/ops/rows.py.
-enum class Divergence : int64_t { kForwardKL };
+enum class Divergence : int64_t { kForwardKL, kSoftCrossEntropy, kReverseKL, kJensenShannon };
+inline constexpr int64_t kDivergences = 4;
 enum class Reduction : int64_t { kNone, kSum, kBatchMean, kMean };
+
+// What a divergence has beside p and q. Series in w for |w| < 0.3, by rising powers.
+template <class T>
+struct DivergenceParameter {
+  static constexpr int kTerms = sizeof(T) == 8 ? 16 : 7;
+  T value, rest;  // rest = 1 - value
+  T loss_series[kTerms], slope_series[kTerms];
+};
+
+// Of a row, or a part of one: the maximum logit and the sum of e^((z - max) / T); and of the row
+// the sum of its slopes. Saved for backward, [N, 5]. In double whatever is computed in: the sums'
+// error is the whole row's.
+struct RowsStats {
+  double max_student, sum_student, max_teacher, sum_teacher, slope;
+};
 
 inline constexpr int kMaxLeadingDims = 16;
 
@@ -39,6 +55,7 @@ struct RowsTensor {
 template <class T>
 struct RowsParams {
   Divergence divergence;
+  DivergenceParameter<T> parameter;
   int64_t N, V;
   RowsTensor student, teacher;  // [N, V]
   RowsTensor grad;              // [N, V], the student's dtype; the student itself when in place
@@ -51,8 +68,9 @@ struct RowsParams {
   const T* upstream;        // [N], or null: 1
   int64_t upstream_stride;  // 0: one upstream for all rows
   double grad_scale;        // 1 / divisor of the reduction
+  const double* scale;      // the same in memory, where the host does not know it; or null
   T* loss;                  // [N]
-  double* stats;            // [N, 4], or null
+  RowsStats* stats;         // [N], or null
   bool stream;              // write the gradient past the caches
   bool prefetch;            // this row and the next fit the second-level cache
 };

@@ -7,71 +7,16 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
-#include <optional>
 #include <vector>
 
-#include "common/check.h"
-#include "common/dispatch.h"
+#include "common/rows_inputs.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/rows_kernel.h"
+#include "math/jensen_shannon_series.h"
 
 namespace fastkd {
 namespace {
-
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Reads an op's arguments off the dispatcher's stack, in the schema's order.
-class Arguments {
- public:
-  explicit Arguments(StableIValue* stack) : stack_(stack) {}
-  template <class T>
-  T next() {
-    return torch::stable::detail::to<T>(*stack_++);
-  }
-
- private:
-  StableIValue* stack_;
-};
-
-struct Inputs {  // what every rows op starts with: ROWS_OPTIONS of library.cpp
-  explicit Inputs(Arguments& a)
-      : student(a.next<Tensor>()),
-        teacher(a.next<Tensor>()),
-        divergence(a.next<int64_t>()),
-        temperature(a.next<double>()),
-        temperature_rows(a.next<OptionalTensor>()),
-        teacher_temperature(a.next<double>()),
-        teacher_temperature_rows(a.next<OptionalTensor>()),
-        t_squared(a.next<bool>()),
-        mask(a.next<OptionalTensor>()),
-        weight(a.next<OptionalTensor>()),
-        reduction(a.next<int64_t>()),
-        normalizer(a.next<std::optional<double>>()),
-        normalizer_tensor(a.next<OptionalTensor>()) {}
-
-  Tensor student, teacher;  // [*, V]
-  int64_t divergence;
-  double temperature;
-  OptionalTensor temperature_rows;  // [N]
-  double teacher_temperature;
-  OptionalTensor teacher_temperature_rows;  // [N]
-  bool t_squared;
-  OptionalTensor mask;    // [N]
-  OptionalTensor weight;  // [N]
-  int64_t reduction;
-  std::optional<double> normalizer;
-  OptionalTensor normalizer_tensor;  // []
-
-  int64_t V() const { return student.size(student.dim() - 1); }
-  int64_t N() const { return V() == 0 ? 0 : student.numel() / V(); }
-  ScalarType compute() const { return compute_type(student.scalar_type(), teacher.scalar_type()); }
-  std::vector<int64_t> leading() const {
-    const auto sizes = student.sizes();
-    return {sizes.begin(), sizes.end() - 1};
-  }
-};
 
 template <class T>
 const T* optional_data(const OptionalTensor& x, int64_t N, ScalarType type, const char* name) {
@@ -79,47 +24,6 @@ const T* optional_data(const OptionalTensor& x, int64_t N, ScalarType type, cons
   FASTKD_CHECK(x->is_cpu() && x->scalar_type() == type && x->numel() == N && x->is_contiguous(), name,
                ": a contiguous CPU tensor with one element of the right dtype per row wanted");
   return static_cast<const T*>(x->const_data_ptr());
-}
-
-RowsTensor rows_tensor(const Tensor& x, void* data, const char* name) {
-  RowsTensor r{};
-  r.data = static_cast<char*>(data);
-  r.dtype = to_dtype(x.scalar_type(), name);
-  r.element_size = int32_t(x.element_size());
-  const int64_t last = x.dim() - 1;
-  r.stride_v = x.stride(last);
-  for (int64_t d = 0; d < last; ++d) {  // dimensions that lie one after the other in memory are one
-    const int64_t size = x.size(d), stride = x.stride(d);
-    if (size == 1) continue;
-    if (r.dims > 0 && r.stride[r.dims - 1] == size * stride) {
-      r.size[r.dims - 1] *= size;
-      r.stride[r.dims - 1] = stride;
-      continue;
-    }
-    FASTKD_CHECK(r.dims < kMaxLeadingDims, name, ": more than ", kMaxLeadingDims, " separate leading dimensions");
-    r.size[r.dims] = size;
-    r.stride[r.dims] = stride;
-    ++r.dims;
-  }
-  return r;
-}
-
-void check(const Inputs& in) {
-  const Tensor &s = in.student, &t = in.teacher;
-  FASTKD_CHECK(s.is_cpu() && t.is_cpu(), "student and teacher: CPU tensors wanted");
-  FASTKD_CHECK(s.dim() >= 1 && s.dim() == t.dim(), "student and teacher: the same shape [*, V] wanted");
-  for (int64_t d = 0; d < s.dim(); ++d) {
-    FASTKD_CHECK(s.size(d) == t.size(d), "student and teacher: the same shape [*, V] wanted");
-  }
-  FASTKD_CHECK(in.V() > 0, "student: at least one class wanted");
-  for (const double T : {in.temperature, in.teacher_temperature}) {
-    FASTKD_CHECK(T > 0 && std::isfinite(T), "temperature: a positive finite number wanted, got ", T);
-  }
-  FASTKD_CHECK(!in.normalizer || (*in.normalizer > 0 && std::isfinite(*in.normalizer)),
-               "normalizer: a positive finite number wanted, got ", in.normalizer.value_or(0));
-  FASTKD_CHECK(in.divergence == int64_t(Divergence::kForwardKL), "divergence: unknown number ", in.divergence);
-  FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ",
-               in.reduction);
 }
 
 int64_t valid_rows(const bool* mask, int64_t N) {
@@ -131,7 +35,7 @@ int64_t valid_rows(const bool* mask, int64_t N) {
 
 // What the sum over rows is multiplied by; 0 where no row counts.
 template <class T>
-double sum_scale(const Inputs& in, const bool* mask) {
+double sum_scale(const RowsInputs& in, const bool* mask) {
   const Reduction reduction = Reduction(in.reduction);
   if (reduction == Reduction::kNone) return 1;
   const int64_t valid = valid_rows(mask, in.N());
@@ -157,10 +61,11 @@ int64_t second_level_cache() {
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 template <class T>
-RowsParams<T> params(const Inputs& in, void* grad, const Tensor& grad_like) {
+RowsParams<T> params(const RowsInputs& in, void* grad, const Tensor& grad_like) {
   RowsParams<T> P{};
   const ScalarType type = in.compute();
   P.divergence = Divergence(in.divergence);
+  P.parameter = divergence_parameter<T>(P.divergence, in.parameter);
   P.N = in.N();
   P.V = in.V();
   P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");
@@ -243,8 +148,13 @@ void forward(const RowsParams<T>& P) {
       continue;
     }
     parallel_for(0, blocks, kBlockGrain, [&](int64_t begin, int64_t end) { k.statistics(P, W, row, begin, end); });
-    const RowsStats stats = k.combine(P, W, row);
+    RowsStats stats = k.combine(P, W, row);
     parallel_for(0, blocks, kBlockGrain, [&](int64_t begin, int64_t end) { k.reduce(P, W, row, stats, begin, end); });
+    if (k.add_slopes) {
+      k.add_slopes(P, W, stats);
+      parallel_for(0, blocks, kBlockGrain,
+                   [&](int64_t begin, int64_t end) { k.gradient(P, W, row, stats, begin, end); });
+    }
     k.finish(P, W, row, stats);
   }
 }
@@ -265,7 +175,7 @@ void backward(const RowsParams<T>& P) {
 
 // Runs the forward pass into a new loss; grad and stats where they are wanted.
 template <class T>
-Tensor run_forward(const Inputs& in, void* grad, const Tensor& grad_like, double* stats) {
+Tensor run_forward(const RowsInputs& in, void* grad, const Tensor& grad_like, RowsStats* stats) {
   RowsParams<T> P = params<T>(in, grad, grad_like);
   P.stats = stats;
   const bool scalar = Reduction(in.reduction) != Reduction::kNone;
@@ -294,20 +204,20 @@ Tensor empty_grad(const Tensor& student) {
 
 void rows_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const Inputs in(arguments);
+  const RowsInputs in(arguments);
   const int64_t save = arguments.next<int64_t>();
   check(in);
   FASTKD_CHECK(save >= 0 && save <= 2, "save: 0, 1 or 2 wanted, got ", save);
   const Tensor nothing = torch::stable::new_empty(in.student, {0});
   const Tensor grad = save == 1 ? empty_grad(in.student) : nothing;
   std::vector<int64_t> stats_shape = in.leading();
-  stats_shape.push_back(4);
+  stats_shape.push_back(sizeof(RowsStats) / sizeof(double));
   const Tensor stats = save == 2 ? torch::stable::new_empty(in.student, stats_shape, ScalarType::Double)
                                  : torch::stable::new_empty(in.student, {0}, ScalarType::Double);
   const Tensor loss = dispatch_compute(in.compute(), [&](auto t) {
     using T = decltype(t);
     return run_forward<T>(in, save == 1 ? grad.mutable_data_ptr() : nullptr, grad,
-                          save == 2 ? static_cast<double*>(stats.mutable_data_ptr()) : nullptr);
+                          save == 2 ? static_cast<RowsStats*>(stats.mutable_data_ptr()) : nullptr);
   });
   stack[0] = torch::stable::detail::from(loss);
   stack[1] = torch::stable::detail::from(grad);
@@ -316,22 +226,22 @@ void rows_fwd(StableIValue* stack, uint64_t, uint64_t) {
 
 void rows_fwd_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const Inputs in(arguments);
+  const RowsInputs in(arguments);
   check(in);
   stack[0] = torch::stable::detail::from(dispatch_compute(in.compute(), [&](auto t) {
     return run_forward<decltype(t)>(in, in.student.mutable_data_ptr(), in.student, nullptr);
   }));
 }
 
-void run_backward(const Inputs& in, const Tensor& stats, const Tensor& upstream, const Tensor& grad) {
+void run_backward(const RowsInputs& in, const Tensor& stats, const Tensor& upstream, const Tensor& grad) {
   const ScalarType type = in.compute();
-  FASTKD_CHECK(stats.scalar_type() == ScalarType::Double && stats.numel() == 4 * in.N() && stats.is_contiguous(),
+  FASTKD_CHECK(stats.scalar_type() == ScalarType::Double && stats.numel() == 5 * in.N() && stats.is_contiguous(),
                "stats: those of rows_fwd wanted");
   FASTKD_CHECK(upstream.numel() == 1 || upstream.numel() == in.N(), "upstream: one element, or one per row wanted");
   dispatch_compute(type, [&](auto t) {
     using T = decltype(t);
     RowsParams<T> P = params<T>(in, grad.mutable_data_ptr(), grad);
-    P.stats = static_cast<double*>(const_cast<void*>(stats.const_data_ptr()));
+    P.stats = static_cast<RowsStats*>(const_cast<void*>(stats.const_data_ptr()));
     P.upstream = optional_data<T>(upstream, upstream.numel(), type, "upstream");
     P.upstream_stride = upstream.numel() == 1 ? 0 : 1;
     backward(P);
@@ -340,7 +250,7 @@ void run_backward(const Inputs& in, const Tensor& stats, const Tensor& upstream,
 
 void rows_bwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const Inputs in(arguments);
+  const RowsInputs in(arguments);
   const Tensor stats = arguments.next<Tensor>(), upstream = arguments.next<Tensor>();
   check(in);
   const Tensor grad = empty_grad(in.student);
@@ -350,7 +260,7 @@ void rows_bwd(StableIValue* stack, uint64_t, uint64_t) {
 
 void rows_bwd_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const Inputs in(arguments);
+  const RowsInputs in(arguments);
   const Tensor stats = arguments.next<Tensor>(), upstream = arguments.next<Tensor>();
   check(in);
   run_backward(in, stats, upstream, in.student);

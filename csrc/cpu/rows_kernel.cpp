@@ -2,13 +2,14 @@
 // its gradient. Compiled once per instruction set.
 //
 //   p = softmax(student / T), q = softmax(teacher / T_teacher), w = log p - log q
-//   loss[n]    = T^2 weight[n] sum_v D::loss(p, q, w)
-//   grad[n, v] = T^2 weight[n] upstream[n] / divisor / T * D::grad(p, q, w)
+//   loss[n]    = T^2 weight[n] sum_v loss(p, q, w)                      (+ the teacher's entropy)
+//   grad[n, v] = T^2 weight[n] upstream[n] / divisor / T * (slope(p, q, w) - p sum_v slope)
 //
 // Two passes over blocks of kRowsBlock classes. The first reads student and teacher from memory
 // and leaves e^(z - max) of both, each computed once, and their difference in a workspace that
 // stays in L2, beside the sums. The second turns them into p, q and w, sums the loss and writes
-// the gradient. Traffic: student + teacher + gradient, once each.
+// the gradient; where the sum of the slopes is not 0 it leaves the slopes in the workspace instead,
+// and a third pass writes the gradient. Traffic: student + teacher + gradient, once each.
 // Saved for backward: the gradient; or RowsStats, from which backward recomputes in one pass.
 #include "cpu/rows_kernel.h"
 
@@ -86,13 +87,16 @@ inline Centre centre_of(const RowsStats& stats) {
   return shift > 4 || shift < -4 ? Centre{stats.max_student, stats.max_teacher} : Centre{0, 0};
 }
 
-// What the first pass makes of a class, and of a chunk: e^((z - max) / T) of both sides, added to
-// the sums, and the difference of student / T and teacher / T_teacher, both from their centres.
+// student / T - teacher / T_teacher, of logits that are taken from their centres. A teacher's -inf
+// makes s - t what it should be, and must not meet b = 0 or a b > 0.
 template <class T>
 FASTKD_HD T difference_of(T s, T t, T a, T b) {
-  return (s - t) * a + t * b;
+  const T lowest = T(-1e30);
+  return (s - t) * a + (t > lowest ? t : lowest) * b;
 }
 
+// What the first pass makes of a chunk: e^((z - max) / T) of both sides, added to the sums, and
+// the difference of student and teacher.
 template <class T>
 void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsStats& sums, T* exp_student,
                       T* exp_teacher, T* difference) {
@@ -112,27 +116,38 @@ void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsSt
   sums.sum_teacher += double(sum_teacher);
 }
 
+// sum e^((t - max) / T_teacher) (max - t), every term >= 0
+template <class T>
+double entropy_chunk(const T* t, const T* exp_teacher, int64_t n, T max_teacher) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp_teacher[i] == T(0) ? T(0) : exp_teacher[i] * (max_teacher - t[i]);
+  return double(sum);
+}
+
 inline int64_t part(int64_t begin, int64_t end, int64_t most) { return end - begin < most ? end - begin : most; }
 
 // First pass.
-template <class T>
+template <class T, class D>
 void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, int64_t begin, int64_t end,
                 Prefetch& ahead) {
   alignas(64) T student_buffer[kRowsBlock], teacher_buffer[kRowsBlock];
+  constexpr bool kEntropy = D::kTeacherEntropy;
   const Row<T> r = row_constants(P, row);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
-    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0};
+    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0};
+    double entropy = 0;
     for (int64_t i = 0; i < padded(n); i += kChunk) {
-      const int64_t at = first + i;
-      first_pass_chunk(s + i, t + i, part(i, padded(n), kChunk), r, sums, W.exp_student + at, W.exp_teacher + at,
-                       W.difference + at);
+      const int64_t at = first + i, m = part(i, padded(n), kChunk);
+      first_pass_chunk(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
+      if constexpr (kEntropy) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
       ahead.some();
     }
-    W.blocks[block].stats = sums;
+    W.blocks[block] = {sums, 0, 0, entropy};
   }
 }
 
@@ -141,9 +156,8 @@ inline double rebase(double max, double max_row, double inv_temperature) {
 }
 
 // The blocks' maxima and sums, on one side, as those of the row.
-template <class T>
-void combine_side(const RowsBlock<T>* blocks, int64_t n, double RowsStats::* max, double RowsStats::* sum,
-                  double inv_temperature, RowsStats& out) {
+inline void combine_side(const RowsBlock* blocks, int64_t n, double RowsStats::* max, double RowsStats::* sum,
+                         double inv_temperature, RowsStats& out) {
   double m = -kInf<double>;
   for (int64_t b = 0; b < n; ++b) {  // a block of -inf alone has sum 0 and no maximum
     const RowsStats& k = blocks[b].stats;
@@ -162,16 +176,28 @@ RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row
   const Row<T> r = row_constants(P, row);
   const int64_t n = rows_blocks(P.V);
   using S = RowsStats;
-  S out;
+  S out{};
   combine_side(W.blocks, n, &S::max_student, &S::sum_student, r.inv_temperature, out);
   combine_side(W.blocks, n, &S::max_teacher, &S::sum_teacher, r.inv_teacher_temperature, out);
   return out;
 }
 
+// The entropy of the teacher's row.
+inline double teacher_entropy(const RowsBlock* blocks, int64_t n, double inv_temperature, const RowsStats& row) {
+  double sum = 0;
+  for (int64_t b = 0; b < n; ++b) {
+    const RowsStats& k = blocks[b].stats;
+    if (k.sum_teacher == 0) continue;
+    sum += (blocks[b].entropy + k.sum_teacher * (row.max_teacher - k.max_teacher)) * inv_temperature *
+           rebase(k.max_teacher, row.max_teacher, inv_temperature);
+  }
+  return sum / row.sum_teacher + std::log(row.sum_teacher);
+}
+
 // From exponentials and difference to p, q and w, and to the gradient.
 template <class T>
 struct Scale {
-  T p, q, offset, grad;
+  T p, q, offset, slope, grad;
 };
 
 template <class T>
@@ -186,6 +212,7 @@ Scale<double> row_scale(const Row<T>& r, const RowsStats& stats) {
                             stats.max_teacher * (r.inv_temperature - r.inv_teacher_temperature) +
                             std::log(stats.sum_student / stats.sum_teacher)
                       : 0;
+  k.slope = stats.slope;
   k.grad = possible ? r.grad_scale : 0;  // no finite step makes such a row possible
   return k;
 }
@@ -199,7 +226,7 @@ Scale<T> block_scale(const Row<T>& r, const Scale<double>& k, const RowsStats& r
   const Centre centre = centre_of(own);
   const double moved = (centre.student - centre.teacher) * r.inv_temperature +
                        centre.teacher * (r.inv_temperature - r.inv_teacher_temperature);
-  return {T(p), T(q), T(k.offset - moved), T(k.grad)};
+  return {T(p), T(q), T(k.offset - moved), T(k.slope), T(k.grad)};
 }
 
 // Not inside the loops: a struct that is declared there, GCC keeps in memory, lane by lane.
@@ -208,23 +235,61 @@ FASTKD_HD Element<T> element(T exp_student, T exp_teacher, T difference, Scale<T
   return {exp_student * k.p, exp_teacher * k.q, difference - k.offset};
 }
 template <class T, class D>
-FASTKD_HD T element_loss(T exp_student, T exp_teacher, T difference, Scale<T> k) {
-  return D::loss(element(exp_student, exp_teacher, difference, k));
+FASTKD_HD T element_loss(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return divergence.loss(element(exp_student, exp_teacher, difference, k));
 }
 template <class T, class D>
-FASTKD_HD T element_grad(T exp_student, T exp_teacher, T difference, Scale<T> k) {
-  return D::grad(element(exp_student, exp_teacher, difference, k)) * k.grad;
+FASTKD_HD T element_slope(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return divergence.slope(element(exp_student, exp_teacher, difference, k));
 }
 
-template <class T, class D, bool kGrad>
-T reduce_chunk(const T* exp_student, const T* exp_teacher, const T* difference, int64_t n, Scale<T> k, T* grad) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
+template <class T, class D>
+void gradient_chunk(D divergence, const T* exp_student, const T* exp_teacher, const T* difference, int64_t n,
+                    Scale<T> k, T* grad) {
+#pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    sum += element_loss<T, D>(exp_student[i], exp_teacher[i], difference[i], k);
-    if constexpr (kGrad) grad[i] = element_grad<T, D>(exp_student[i], exp_teacher[i], difference[i], k);
+    const T slope = element_slope(divergence, exp_student[i], exp_teacher[i], difference[i], k);
+    grad[i] = (D::kCentred ? slope : slope - exp_student[i] * k.p * k.slope) * k.grad;
   }
-  return sum;
+}
+
+// Adds to the block's loss; and, where they have a sum, to that of its slopes, which take the
+// place of the difference.
+template <class T, class D>
+void reduce_chunk(D divergence, const T* exp_student, const T* exp_teacher, T* difference, int64_t n, Scale<T> k,
+                  RowsBlock& block) {
+  T loss = 0, slopes = 0;
+#pragma omp simd reduction(+ : loss, slopes)
+  for (int64_t i = 0; i < n; ++i) {
+    loss += element_loss(divergence, exp_student[i], exp_teacher[i], difference[i], k);
+    if constexpr (!D::kCentred) {
+      const T slope = element_slope(divergence, exp_student[i], exp_teacher[i], difference[i], k);
+      slopes += slope;
+      difference[i] = slope;
+    }
+  }
+  block.loss += double(loss);
+  block.slope += double(slopes);
+}
+
+// The same for a divergence whose slopes add up to 0, with the gradient.
+template <class T, class D>
+void reduce_chunk_to_grad(D divergence, const T* exp_student, const T* exp_teacher, const T* difference, int64_t n,
+                          Scale<T> k, RowsBlock& block, T* grad) {
+  T loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t i = 0; i < n; ++i) {
+    loss += element_loss(divergence, exp_student[i], exp_teacher[i], difference[i], k);
+    grad[i] = element_slope(divergence, exp_student[i], exp_teacher[i], difference[i], k) * k.grad;
+  }
+  block.loss += double(loss);
+}
+
+// From slopes to the gradient.
+template <class T>
+void slopes_chunk(const T* exp_student, const T* slope, int64_t n, Scale<T> k, T* grad) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) grad[i] = (slope[i] - exp_student[i] * k.p * k.slope) * k.grad;
 }
 
 template <class T>
@@ -237,48 +302,83 @@ void zero_grad(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) 
   }
 }
 
-// Second pass.
-template <class T, class D, bool kGrad>
-void reduce_blocks(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats,
-                   int64_t begin, int64_t end, Prefetch& ahead) {
-  alignas(64) T grad[kChunk];
-  const Row<T> r = row_constants(P, row);
-  const Scale<double> of_row = row_scale(r, stats);
-  char* grad_row = kGrad ? P.grad.row(row) : nullptr;
-  // Backwards: the blocks that the first pass touched last are the likeliest to be in cache.
-  for (int64_t block = end - 1; block >= begin; --block) {
-    const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
-    const Scale<T> k = block_scale(r, of_row, stats, W.blocks[block].stats);
-    T loss = 0;
-    for (int64_t i = 0; i < padded(n); i += kChunk) {
-      const int64_t m = part(i, padded(n), kChunk), at = first + i;
-      loss += reduce_chunk<T, D, kGrad>(W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, grad);
-      if constexpr (kGrad) store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
-      ahead.some();
-    }
-    W.blocks[block].loss = loss;
-  }
-}
-
+// Second pass. Backwards: the blocks that the first pass touched last are the likeliest to be in cache.
 template <class T, class D>
 void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
             int64_t end, Prefetch& ahead) {
   if (stats.sum_teacher == 0) {  // a teacher of -inf alone: q = 0, which contributes nothing
-    for (int64_t block = begin; block < end; ++block) W.blocks[block].loss = 0;
-    zero_grad(P, row, begin, end);
-  } else if (P.grad.data) {
-    reduce_blocks<T, D, true>(P, W, row, stats, begin, end, ahead);
-  } else {
-    reduce_blocks<T, D, false>(P, W, row, stats, begin, end, ahead);
+    if (D::kCentred) zero_grad(P, row, begin, end);
+    return;
+  }
+  alignas(64) T grad[kChunk];
+  const D divergence(P.parameter);
+  const Row<T> r = row_constants(P, row);
+  const Scale<double> of_row = row_scale(r, stats);
+  const bool to_grad = D::kCentred && P.grad.data;
+  char* grad_row = to_grad ? P.grad.row(row) : nullptr;
+  for (int64_t block = end - 1; block >= begin; --block) {
+    const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
+    RowsBlock& sums = W.blocks[block];
+    const Scale<T> k = block_scale(r, of_row, stats, sums.stats);
+    for (int64_t i = 0; i < padded(n); i += kChunk) {
+      const int64_t m = part(i, padded(n), kChunk), at = first + i;
+      if (to_grad) {
+        reduce_chunk_to_grad(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums, grad);
+        store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
+      } else {
+        reduce_chunk(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums);
+      }
+      ahead.some();
+    }
   }
 }
 
+// The sum of the slopes, which the gradient of a divergence that is not centred needs.
 template <class T>
+void add_slopes(const RowsParams<T>& P, const RowsWorkspace<T>& W, RowsStats& stats) {
+  for (int64_t block = 0; block < rows_blocks(P.V); ++block) stats.slope += W.blocks[block].slope;
+}
+
+// A row that has no gradient: a side without a possible class, or an infinite loss whose slopes
+// have no finite sum.
+inline bool no_gradient(const RowsStats& stats) {
+  return stats.sum_teacher == 0 || stats.sum_student == 0 || stats.slope == kInf<double>;
+}
+
+// Third pass, forwards again.
+template <class T>
+void gradient(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
+              int64_t end, Prefetch& ahead) {
+  if (!P.grad.data) return;
+  if (no_gradient(stats)) return zero_grad(P, row, begin, end);
+  alignas(64) T grad[kChunk];
+  const Row<T> r = row_constants(P, row);
+  const Scale<double> of_row = row_scale(r, stats);
+  char* grad_row = P.grad.row(row);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
+    const Scale<T> k = block_scale(r, of_row, stats, W.blocks[block].stats);
+    for (int64_t i = 0; i < padded(n); i += kChunk) {
+      const int64_t at = first + i;
+      slopes_chunk(W.exp_student + at, W.difference + at, part(i, padded(n), kChunk), k, grad);
+      store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
+      ahead.some();
+    }
+  }
+}
+
+template <class T, class D>
 void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats) {
+  const Row<T> r = row_constants(P, row);
+  const int64_t blocks = rows_blocks(P.V);
   double loss = 0;
-  for (int64_t block = 0; block < rows_blocks(P.V); ++block) loss += double(W.blocks[block].loss);
-  P.loss[row] = T(loss * row_constants(P, row).loss_scale);
-  if (P.stats) reinterpret_cast<RowsStats*>(P.stats)[row] = stats;
+  if (stats.sum_teacher != 0) {
+    for (int64_t block = 0; block < blocks; ++block) loss += W.blocks[block].loss;
+    if constexpr (D::kTeacherEntropy) loss += teacher_entropy(W.blocks, blocks, r.inv_teacher_temperature, stats);
+    if (stats.sum_student == 0) loss = kInf<double>;
+  }
+  P.loss[row] = T(loss * r.loss_scale);
+  if (P.stats) P.stats[row] = stats;
 }
 
 template <class T, class D>
@@ -287,15 +387,19 @@ void forward(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t begin, i
   for (int64_t row = begin; row < end; ++row) {
     if (P.mask && !P.mask[row]) {
       P.loss[row] = T(0);
-      if (P.stats) reinterpret_cast<RowsStats*>(P.stats)[row] = {};
+      if (P.stats) P.stats[row] = {};
       zero_grad(P, row, 0, blocks);
       continue;
     }
-    Prefetch ahead(P, row, end, 2);
-    statistics(P, W, row, 0, blocks, ahead);
-    const RowsStats stats = combine(P, W, row);
+    Prefetch ahead(P, row, end, D::kCentred || !P.grad.data ? 2 : 3);
+    statistics<T, D>(P, W, row, 0, blocks, ahead);
+    RowsStats stats = combine(P, W, row);
     reduce<T, D>(P, W, row, stats, 0, blocks, ahead);
-    finish(P, W, row, stats);
+    if constexpr (!D::kCentred) {
+      add_slopes(P, W, stats);
+      gradient(P, W, row, stats, 0, blocks, ahead);
+    }
+    finish<T, D>(P, W, row, stats);
   }
   if (P.stream) stream_fence();
 }
@@ -306,6 +410,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
                      Prefetch& ahead) {
   alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk], exp_student[kChunk], exp_teacher[kChunk];
   alignas(64) T difference[kChunk], grad[kChunk];
+  const D divergence(P.parameter);
   const Row<T> r = row_constants(P, row);
   const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
@@ -317,7 +422,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
     first_pass_chunk(s, t, m, r, sums, exp_student, exp_teacher, difference);
-    reduce_chunk<T, D, true>(exp_student, exp_teacher, difference, m, k, grad);
+    gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);
     store_block(P.grad, grad_row, first, n, grad, P.stream);
     ahead.some();
   }
@@ -325,8 +430,8 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
 
 template <class T, class D>
 void backward_of(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end, Prefetch& ahead) {
-  const RowsStats& stats = reinterpret_cast<const RowsStats*>(P.stats)[row];
-  if ((P.mask && !P.mask[row]) || stats.sum_teacher == 0) {
+  const RowsStats& stats = P.stats[row];
+  if ((P.mask && !P.mask[row]) || no_gradient(stats)) {
     zero_grad(P, row, begin, end);
   } else {
     backward_blocks<T, D>(P, row, stats, begin, end, ahead);
@@ -343,16 +448,23 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
 }
 
 // The parts of a row that several threads share: there is no next row to prefetch.
-template <class T>
+template <class T, class D>
 void statistics_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, int64_t begin, int64_t end) {
   Prefetch none;
-  statistics(P, W, row, begin, end, none);
+  statistics<T, D>(P, W, row, begin, end, none);
 }
 template <class T, class D>
 void reduce_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
                  int64_t end) {
   Prefetch none;
   reduce<T, D>(P, W, row, stats, begin, end, none);
+  if (P.stream) stream_fence();
+}
+template <class T>
+void gradient_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats,
+                   int64_t begin, int64_t end) {
+  Prefetch none;
+  gradient(P, W, row, stats, begin, end, none);
   if (P.stream) stream_fence();
 }
 
@@ -364,18 +476,16 @@ void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t e
 }
 
 template <class T, class D>
-const RowsKernel<T> kernel = {forward<T, D>,     backward<T, D>, statistics_part<T>, combine<T>,
-                              reduce_part<T, D>, finish<T>,      backward_part<T, D>};
+const RowsKernel<T> kernel = {forward<T, D>,    backward<T, D>,    statistics_part<T, D>,
+                              combine<T>,       reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T>,
+                              gradient_part<T>, finish<T, D>,      backward_part<T, D>};
 
 }  // namespace
 
 template <class T>
 const RowsKernel<T>& rows_kernel(Divergence which) {
-  switch (which) {
-    case Divergence::kForwardKL:
-      return kernel<T, ForwardKL<T>>;
-  }
-  __builtin_unreachable();  // the binding has checked
+  return dispatch_divergence<T>(
+      which, [](auto divergence) -> const RowsKernel<T>& { return kernel<T, typename decltype(divergence)::type>; });
 }
 template const RowsKernel<float>& rows_kernel<float>(Divergence);
 template const RowsKernel<double>& rows_kernel<double>(Divergence);

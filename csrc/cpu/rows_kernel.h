@@ -7,18 +7,11 @@ namespace fastkd {
 inline constexpr int64_t kRowsBlock = 1024;  // classes whose maximum is shared
 FASTKD_HD constexpr int64_t rows_blocks(int64_t V) { return (V + kRowsBlock - 1) / kRowsBlock; }
 
-// Of a row or a block: the maximum logit and the sum of e^((z - max) / T). Saved for backward,
-// [N, 4]. In double whatever is computed in: the sums' error is the whole row's.
-struct RowsStats {
-  double max_student, sum_student, max_teacher, sum_teacher;
-};
-
 // A block is summed by itself, so that the result does not depend on how blocks are dealt out
 // to threads.
-template <class T>
 struct RowsBlock {
   RowsStats stats;
-  T loss;
+  double loss, slope, entropy;
 };
 
 // What the first pass leaves for the second: [blocks * kRowsBlock] each, and [blocks].
@@ -26,17 +19,17 @@ template <class T>
 struct RowsWorkspace {
   T* exp_student;
   T* exp_teacher;
-  T* difference;  // student / T - teacher / T_teacher
-  RowsBlock<T>* blocks;
+  T* difference;  // student / T - teacher / T_teacher; then the slopes
+  RowsBlock* blocks;
 
   static FASTKD_HD constexpr int64_t bytes(int64_t V) {
-    return rows_blocks(V) * (3 * kRowsBlock * int64_t(sizeof(T)) + int64_t(sizeof(RowsBlock<T>)));
+    return rows_blocks(V) * (3 * kRowsBlock * int64_t(sizeof(T)) + int64_t(sizeof(RowsBlock)));
   }
   FASTKD_HD RowsWorkspace(void* memory, int64_t V) {
     exp_student = static_cast<T*>(memory);
     exp_teacher = exp_student + rows_blocks(V) * kRowsBlock;
     difference = exp_teacher + rows_blocks(V) * kRowsBlock;
-    blocks = reinterpret_cast<RowsBlock<T>*>(difference + rows_blocks(V) * kRowsBlock);
+    blocks = reinterpret_cast<RowsBlock*>(difference + rows_blocks(V) * kRowsBlock);
   }
 };
 
@@ -47,10 +40,13 @@ struct RowsKernel {
   // rows begin .. end
   void (*forward)(const Params&, const Workspace&, int64_t begin, int64_t end);
   void (*backward)(const Params&, int64_t begin, int64_t end);
-  // the same for one row, in parts: blocks begin .. end of each pass, and what stands between
+  // the same for one row, in parts: blocks begin .. end of each pass, and what stands between;
+  // add_slopes is null where the second pass writes the gradient, and there is no third
   void (*statistics)(const Params&, const Workspace&, int64_t row, int64_t begin, int64_t end);
   RowsStats (*combine)(const Params&, const Workspace&, int64_t row);
   void (*reduce)(const Params&, const Workspace&, int64_t row, const RowsStats&, int64_t begin, int64_t end);
+  void (*add_slopes)(const Params&, const Workspace&, RowsStats&);
+  void (*gradient)(const Params&, const Workspace&, int64_t row, const RowsStats&, int64_t begin, int64_t end);
   void (*finish)(const Params&, const Workspace&, int64_t row, const RowsStats&);
   void (*backward_part)(const Params&, int64_t row, int64_t begin, int64_t end);
 };

@@ -4,6 +4,7 @@
 
 #include "math/divergence.h"
 #include "math/half.h"
+#include "math/jensen_shannon_series.h"
 
 namespace py = pybind11;
 using namespace fastkd::FASTKD_ISA;
@@ -23,11 +24,24 @@ template <class T>
 T bregman_of(T w) {
   return bregman_series(w);
 }
+template <class T>
+T log_ratio_of(T a, T x) {
+  return log_ratio(a + x, a, x);
+}
 
-template <class T, template <class> class D>
-void divergence(py::module_& m, const char* loss, const char* grad) {
-  m.def(loss, py::vectorize([](T p, T q, T w) { return D<T>::loss({p, q, w}); }));
-  m.def(grad, py::vectorize([](T p, T q, T w) { return D<T>::grad({p, q, w}); }));
+template <class T>
+T loss(int64_t divergence, double parameter, T p, T q, T w) {
+  return dispatch_divergence<T>(fastkd::Divergence(divergence), [&](auto d) {
+    return typename decltype(d)::type(fastkd::divergence_parameter<T>(fastkd::Divergence(divergence), parameter))
+        .loss({p, q, w});
+  });
+}
+template <class T>
+T slope(int64_t divergence, double parameter, T p, T q, T w) {
+  return dispatch_divergence<T>(fastkd::Divergence(divergence), [&](auto d) {
+    return typename decltype(d)::type(fastkd::divergence_parameter<T>(fastkd::Divergence(divergence), parameter))
+        .slope({p, q, w});
+  });
 }
 
 }  // namespace
@@ -41,6 +55,10 @@ PYBIND11_MODULE(_testing, m) {
   m.def("exp2_double", py::vectorize(exp2_of<double>));
   m.def("bregman_series_float", py::vectorize(bregman_of<float>));
   m.def("bregman_series_double", py::vectorize(bregman_of<double>));
-  divergence<float, ForwardKL>(m, "forward_kl_loss_float", "forward_kl_grad_float");
-  divergence<double, ForwardKL>(m, "forward_kl_loss_double", "forward_kl_grad_double");
+  m.def("log_ratio_float", py::vectorize(log_ratio_of<float>));
+  m.def("log_ratio_double", py::vectorize(log_ratio_of<double>));
+  m.def("loss_float", py::vectorize(loss<float>));
+  m.def("loss_double", py::vectorize(loss<double>));
+  m.def("slope_float", py::vectorize(slope<float>));
+  m.def("slope_double", py::vectorize(slope<double>));
 }

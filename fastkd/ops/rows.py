@@ -1,22 +1,34 @@
 """The rows schedule: divergences between the rows of student and teacher logits."""
 
+from typing import Any, NamedTuple
+
 import torch
 
 from .._check import REDUCTIONS
 from .._inplace import overwritten
-from ..reference import compute_dtype
+from ..reference import DIVERGENCES, compute_dtype
 
 # The numbers are those of csrc/common/params.h.
-DIVERGENCES = {"kl_div": 0}
+DIVERGENCE_NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
 REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
 NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves
+STATS_SIZE = 5  # doubles a row
 
-rows_fwd = torch.ops.fastkd.rows_fwd.default
-rows_fwd_ = torch.ops.fastkd.rows_fwd_.default
-rows_bwd = torch.ops.fastkd.rows_bwd.default
-rows_bwd_ = torch.ops.fastkd.rows_bwd_.default
-REDUCTION_AT = 10  # where an op's arguments have the reduction
-TENSORS_AT = (4, 6, 8, 9, 12)  # and the optional tensors
+REDUCTION_AT = 11  # where an op's arguments have the reduction
+TENSORS_AT = (5, 7, 9, 10, 13)  # and the optional tensors
+
+
+class Ops(NamedTuple):
+    """One implementation of the ops of the schedule."""
+
+    fwd: Any
+    fwd_: Any
+    bwd: Any
+    bwd_: Any
+    scale_: Any
+
+
+OPS = {}  # by namespace
 
 
 def _loss_like(student, teacher, reduction):
@@ -24,40 +36,48 @@ def _loss_like(student, teacher, reduction):
     return student.new_empty(shape, dtype=compute_dtype(student, teacher))
 
 
-@torch.library.register_fake("fastkd::rows_fwd")
-def _(student, teacher, *options):
+def _fake_fwd(student, teacher, *options):
     save = options[-1]
     return (
         _loss_like(student, teacher, options[REDUCTION_AT - 2]),
         student.new_empty(student.shape if save == GRAD else (0,)),
-        student.new_empty((*student.shape[:-1], 4) if save == STATS else (0,), dtype=torch.float64),
+        student.new_empty((*student.shape[:-1], STATS_SIZE) if save == STATS else (0,), dtype=torch.float64),
     )
 
 
-@torch.library.register_fake("fastkd::rows_fwd_")
-def _(student, teacher, *options):
+def _fake_fwd_(student, teacher, *options):
     return _loss_like(student, teacher, options[REDUCTION_AT - 2])
 
 
-@torch.library.register_fake("fastkd::rows_bwd")
-def _(student, teacher, *options):
+def _fake_bwd(student, *_):
     return student.new_empty(student.shape)
 
 
-@torch.library.register_fake("fastkd::rows_bwd_")
-def _(student, teacher, *options):
+def _fake_nothing(*_):
     return None
 
 
-def _times(grad, upstream):
-    """grad * upstream, in the memory of grad where nothing else will need it."""
-    if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor or upstream.device.type != "cpu":
-        return grad * upstream  # a value that cannot be looked at here
-    if upstream.item() == 1.0:
-        return grad
+def use_namespace(namespace):
+    """Makes the ops of a namespace, which _library has defined, known here."""
+    fakes = (_fake_fwd, _fake_fwd_, _fake_bwd, _fake_nothing, _fake_nothing)
+    names = ("rows_fwd", "rows_fwd_", "rows_bwd", "rows_bwd_", "scale_")
+    for name, fake in zip(names, fakes, strict=True):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in names))
+
+
+use_namespace("fastkd")
+
+
+def _times(scale_, grad, upstream):
+    """grad * upstream, in the memory of grad where nothing else will need it. Whether upstream is 1
+    is looked at where it lies: the host waits for no device."""
+    if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor:
+        return grad * upstream
     if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
         return grad * upstream
-    return grad.mul_(upstream)
+    scale_(grad, upstream)
+    return grad
 
 
 class _Rows(torch.autograd.Function):
@@ -69,14 +89,15 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, student, teacher, inplace, *options):
-        arguments = (student, teacher, *options)
+    def forward(ctx, namespace, student, teacher, inplace, *options):
+        arguments, ops = (student, teacher, *options), OPS[namespace]
+        ctx.ops = ops
         ctx.recompute = arguments[REDUCTION_AT] == 0 or student.dtype is torch.float16
         ctx.inplace = inplace
         if inplace:
             overwritten(student)
         if ctx.recompute:
-            loss, _, stats = rows_fwd(*arguments, STATS)
+            loss, _, stats = ops.fwd(*arguments, STATS)
             ctx.options = tuple(None if isinstance(x, torch.Tensor) else x for x in arguments)
             saved = [student.detach() if inplace else student, teacher]
             saved += [arguments[i] for i in TENSORS_AT]
@@ -84,10 +105,10 @@ class _Rows(torch.autograd.Function):
             ctx.inference = tuple(x if _is_inference(x) else None for x in saved)
             ctx.save_for_backward(*(None if _is_inference(x) else x for x in saved), stats)
         elif inplace:
-            loss = rows_fwd_(*arguments)
+            loss = ops.fwd_(*arguments)
             ctx.save_for_backward(student.detach())
         else:
-            loss, grad, _ = rows_fwd(*arguments, GRAD)
+            loss, grad, _ = ops.fwd(*arguments, GRAD)
             ctx.save_for_backward(grad)
         return loss
 
@@ -99,7 +120,7 @@ class _Rows(torch.autograd.Function):
             grad = _Once.apply(grad, torch.zeros((), requires_grad=True))
         else:
             grad = _gradient(ctx, upstream)
-        return grad, *(None for _ in ctx.needs_input_grad[1:])
+        return None, grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
 class _Once(torch.autograd.Function):
@@ -121,7 +142,7 @@ def _is_inference(x):
 
 def _gradient(ctx, upstream):
     if not ctx.recompute:
-        return _times(*ctx.saved_tensors, upstream)
+        return _times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
     *saved, stats = ctx.saved_tensors
     student, teacher, *tensors = (x if y is None else y for x, y in zip(saved, ctx.inference, strict=True))
     arguments = [student, teacher, *ctx.options[2:]]
@@ -129,13 +150,13 @@ def _gradient(ctx, upstream):
         arguments[i] = x
     upstream = upstream.reshape(-1).contiguous()
     if not ctx.inplace:
-        return rows_bwd(*arguments, stats, upstream)
-    rows_bwd_(*arguments, stats, upstream)
+        return ctx.ops.bwd(*arguments, stats, upstream)
+    ctx.ops.bwd_(*arguments, stats, upstream)
     torch.autograd.graph.increment_version(student)  # another backward must not read it
     return student
 
 
-def logits_loss(divergence, student, teacher, options):
+def logits_loss(namespace, divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     temperature, temperature_rows = _number_or_rows(options.temperature, leading, dtype)
@@ -144,7 +165,8 @@ def logits_loss(divergence, student, teacher, options):
     if isinstance(normalizer, torch.Tensor):
         normalizer, normalizer_tensor = None, normalizer.to(dtype).reshape(())
     arguments = (
-        DIVERGENCES[divergence],
+        DIVERGENCE_NUMBERS[divergence],
+        options.parameter,
         temperature,
         temperature_rows,
         teacher_temperature,
@@ -157,8 +179,8 @@ def logits_loss(divergence, student, teacher, options):
         normalizer_tensor,
     )
     if student.requires_grad and torch.is_grad_enabled():
-        return _Rows.apply(student, teacher.detach(), options.inplace, *arguments)
-    return rows_fwd(student, teacher, *arguments, NOTHING)[0]
+        return _Rows.apply(namespace, student, teacher.detach(), options.inplace, *arguments)
+    return OPS[namespace].fwd(student, teacher, *arguments, NOTHING)[0]
 
 
 def _number_or_rows(temperature, leading, dtype):
