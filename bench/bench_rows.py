@@ -1,36 +1,65 @@
-"""The rows schedule: kl_div from logits to loss, and to the student's gradient.
+"""The rows schedule: the logit losses, and their gradient to the student.
 
 Bytes by the minimal-traffic model: forward reads student and teacher once, forward+backward
 writes the gradient as well. Their rate is shown as a share of what ``copy_`` of the student's
 logits reaches in the same run.
 """
 
+import contextlib
+import functools
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import fastkd
 from fastkd import _backend, functional
 from fastkd.ops import rows
 
 from .measure import Provider, interleave
+from .peers import first_line, peers
+from .truth import Truth, wrong
 
 TEMPERATURE = 2.0
 SHAPES = {  # named after what has them
     "digits": (32, 10),
     "imagenet-256": (256, 1000),
     "imagenet-4096": (4096, 1000),
+    "imagenet-65536": (65536, 1000),
     "llama-2": (2048, 32000),
+    "llama-2-4096": (4096, 32000),
+    "llama-2-8192": (8192, 32000),
     "llama-3": (512, 128256),
+    "llama-3-16": (16, 128256),
+    "llama-3-8192": (8192, 128256),
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STEP = "forward+backward"
+ON_CPU = ("digits", "imagenet-256", "imagenet-4096", "llama-2", "llama-3")
+ON_GPU = (
+    ("llama-3-8192", "bfloat16"),
+    ("llama-2-8192", "bfloat16"),
+    ("llama-2-4096", "float32"),
+    ("imagenet-65536", "bfloat16"),
+    ("llama-3-16", "bfloat16"),
+    ("digits", "float32"),
+)
+CASES = {  # loss, shape, dtype, mode
+    "cpu": [
+        *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
+        *itertools.product(["soft_cross_entropy", "reverse_kl_div", "js_div"], ["llama-2"], ["float32"], [STEP]),
+    ],
+    "cuda": [
+        *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
+        *itertools.product(["reverse_kl_div", "js_div"], ["llama-3-8192"], ["bfloat16"], [STEP]),
+    ],
+}
 
 
-def fast(student, teacher):
-    return functional.kl_div(student, teacher, temperature=TEMPERATURE)
-
-
-def fast_inplace(student, teacher):
-    return functional.kl_div(student, teacher, temperature=TEMPERATURE, inplace=True)
+def logarithms(student, teacher):
+    return F.log_softmax(student / TEMPERATURE, -1), F.log_softmax(teacher / TEMPERATURE, -1)
 
 
 def eager(student, teacher):
@@ -41,64 +70,183 @@ def eager(student, teacher):
 
 def eager_log_target(student, teacher):
     """The same with the teacher's logarithms, which is often faster."""
-    log_p, log_q = F.log_softmax(student / TEMPERATURE, -1), F.log_softmax(teacher / TEMPERATURE, -1)
+    log_p, log_q = logarithms(student, teacher)
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * TEMPERATURE**2
 
 
-def kernel_alone(student, teacher):
+def eager_soft_cross_entropy(student, teacher):
+    return F.cross_entropy(student / TEMPERATURE, F.softmax(teacher / TEMPERATURE, -1)) * TEMPERATURE**2
+
+
+def eager_reverse(student, teacher):
+    log_p, log_q = logarithms(student, teacher)
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) * TEMPERATURE**2
+
+
+def eager_jensen_shannon(student, teacher):
+    log_p, log_q = logarithms(student, teacher)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    divergences = (F.kl_div(log_m, x, reduction="batchmean", log_target=True) for x in (log_q, log_p))
+    return sum(divergences) / 2 * TEMPERATURE**2
+
+
+EAGER = {  # the last one is compiled
+    "kl_div": {"eager": eager, "eager log_target": eager_log_target},
+    "soft_cross_entropy": {"eager": eager_soft_cross_entropy},
+    "reverse_kl_div": {"eager": eager_reverse},
+    "js_div": {"eager": eager_jensen_shannon},
+}
+
+
+def own_backends(device):
+    """Of fastkd, under the names that the tables have for them; and of the others why not."""
+    if device == "cpu":
+        return {"fastkd": "cpu"}, {}
+    reasons = {f"fastkd {name}": _backend.unavailable(name) for name in ("cuda", "triton")}
+    found = {name: name.split()[1] for name, reason in reasons.items() if not reason}
+    return found, {name: reason for name, reason in reasons.items() if reason}
+
+
+def own(name, backend, **options):
+    loss = functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options)
+
+    def chosen(student, teacher):
+        with fastkd.backend(backend):
+            return loss(student, teacher)
+
+    return loss if backend == "cpu" else chosen  # there it is the automatic choice
+
+
+def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing allocated."""
-    ops = rows.OPS[_backend.namespace(_backend.select(student.device))]
-    ops.fwd_(student, teacher, 0, 0.0, TEMPERATURE, None, TEMPERATURE, None, True, None, None, 2, None, None)
+    ops = rows.OPS[_backend.namespace(backend)]
+    head = (rows.DIVERGENCE_NUMBERS[name], 0.5 if name == "js_div" else 0.0)
+    tail = (TEMPERATURE, None, TEMPERATURE, None, True, None, None, rows.REDUCTION_NUMBERS["batchmean"], None, None)
+    return lambda student, teacher: ops.fwd_(student, teacher, *head, *tail)
 
 
-def providers(shape, dtype, mode):
-    torch._dynamo.reset()
-    compiled = torch.compile(eager_log_target, dynamic=False)
-    student, teacher = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    target = torch.empty_like(student)
+def enough_sets(unit, device):
+    """On a GPU inputs that would stay in its L2 from call to call are taken in turns."""
+    if device == "cpu":
+        return 1
+    room = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    return 1 if 2 * unit > room else min(max(2, -(-room // (2 * unit))), 16)
 
-    def leaf():
+
+class Inputs:
+    """Logits of student and teacher, and a place to copy to; what a provider is called with."""
+
+    def __init__(self, shape, dtype, device):
+        unit = shape[0] * shape[1] * dtype.itemsize
+
+        def logits():
+            return torch.randn(shape, device=device).to(dtype)
+
+        sets = [(logits(), logits(), torch.empty(shape, dtype=dtype, device=device))
+                for _ in range(enough_sets(unit, device))]  # fmt: skip
+        self.first, self._next = sets[0][:2], functools.partial(next, itertools.cycle(sets))
+
+    def leaf(self):
+        student, teacher, _ = self._next()
         return student.detach().requires_grad_(), teacher
 
-    def from_a_model():  # logits that are no leaf, as inplace wants them
-        return leaf()[0].clone(), teacher
+    def from_a_model(self):
+        """Logits that are no leaf, as inplace wants them."""
+        student, teacher = self.leaf()
+        return student.clone(), teacher
 
-    def step(loss):
-        return lambda *logits: loss(*logits).backward()
+    def overwritten(self):
+        student, teacher, _ = self._next()
+        return student.clone(), teacher
 
-    def inference(loss):
-        def call(*logits):
-            with torch.no_grad():
-                loss(*logits)
-
-        return call
-
-    losses = {"fastkd": fast, "eager": eager, "eager log_target": eager_log_target, "torch.compile": compiled}
-    wrap = {"forward": inference, "forward+backward": step}[mode]
-    found = [Provider(name, leaf, wrap(loss)) for name, loss in losses.items()]
-    if mode == "forward+backward":
-        found.append(Provider("fastkd inplace", from_a_model, step(fast_inplace)))
-        found.append(Provider("fastkd kernel alone", lambda: (student.clone(), teacher), kernel_alone))
-    found.append(Provider("copy", lambda: (target, student), lambda a, b: a.copy_(b)))
-    return found
+    def copied(self):
+        student, _, target = self._next()
+        return target, student
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", SHAPES)
-def test_kl_div(benchmark, model, dtype, mode, rounds):
-    shape = SHAPES[model]
-    elements = shape[0] * shape[1]
+def provide(name, loss, inputs, mode, inplace=False):
+    """A loss as it is used: with its backward, or without a gradient."""
+    student, teacher = inputs.first
+
+    def step(*logits):
+        loss(*logits).backward()
+
+    def inference(*logits):
+        with torch.no_grad():
+            loss(*logits)
+
+    def answer():
+        leaf = student.detach().requires_grad_()
+        with contextlib.nullcontext() if mode == STEP else torch.no_grad():
+            found = loss(leaf.clone() if inplace else leaf, teacher)
+        if mode == STEP:
+            found.backward()
+        return found.detach(), leaf.grad
+
+    call = step if mode == STEP else inference
+    return Provider(name, inputs.from_a_model if inplace else inputs.leaf, call, answer)
+
+
+def provide_kernel(name, kernel, inputs):
+    def answer():
+        grad = inputs.first[0].clone()
+        return kernel(grad, inputs.first[1]), grad
+
+    return Provider(name, inputs.overwritten, kernel, answer)
+
+
+def providers(name, inputs, mode, device):
+    """All that can run here, and of the others why not."""
+    torch._dynamo.reset()
+    backends, missing = own_backends(device)
+    others = dict(EAGER[name])
+    others["torch.compile"] = torch.compile(list(others.values())[-1], dynamic=False)
+    if device == "cuda":
+        found, without = peers(name, TEMPERATURE)
+        others |= found
+        missing |= without
+    plain = {**{label: own(name, backend) for label, backend in backends.items()}, **others}
+    found = [provide(label, loss, inputs, mode) for label, loss in plain.items()]
+    if mode == STEP:
+        for label, backend in backends.items():
+            in_place = own(name, backend, inplace=True)
+            found.append(provide(f"{label} inplace", in_place, inputs, mode, inplace=True))
+            found.append(provide_kernel(f"{label} kernel alone", kernel_alone(name, backend), inputs))
+    found.append(Provider("copy", inputs.copied, lambda target, x: target.copy_(x)))
+    return found, missing
+
+
+def judge(found, missing, truth):
+    """The errors of all that answer. What is not ours and fails is left out, with its reason."""
+    errors = {}
+    for provider in [p for p in found if p.answer]:
+        try:
+            errors[provider.name] = truth.errors(*provider.answer())
+        except Exception as error:
+            if provider.name.startswith("fastkd"):
+                raise
+            missing[provider.name] = first_line(error)
+            found.remove(provider)
+    return errors
+
+
+def test_rows(benchmark, case, rounds, device):
+    name, model, dtype, mode = case
+    shape, elements = SHAPES[model], SHAPES[model][0] * SHAPES[model][1]
+    inputs = Inputs(shape, DTYPES[dtype], device)
+    found, missing = providers(name, inputs, mode, device)
+    errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE))
     repeat = 50 if elements < 10_000 else 1
-    results = interleave(
-        benchmark, providers(shape, DTYPES[dtype], mode), rounds * (4 if elements < 10**7 else 1), repeat
-    )
+    results = interleave(benchmark, found, rounds * (4 if elements < 10**7 else 1), repeat, device)
     unit = elements * DTYPES[dtype].itemsize
     copy_rate = 2 * unit / results["copy"]["median_s"]
-    for name, result in results.items():
-        units = 2 if name == "copy" or mode == "forward" else 3
-        result["copy_share"] = units * unit / result["median_s"] / copy_rate
+    for label, result in results.items():
+        units = 2 if label == "copy" or mode == "forward" else 3
+        result.update(copy_share=units * unit / result["median_s"] / copy_rate, **errors.get(label, {}))
     benchmark.extra_info.update(
-        case=f"kl_div {shape[0]}x{shape[1]} {dtype} {mode}", model=model, shape=shape, dtype=dtype, mode=mode,
-        gradient_bytes=unit, providers=results,
+        case=f"{name} {shape[0]}x{shape[1]} {dtype} {mode}", loss=name, model=model, shape=shape, dtype=dtype,
+        mode=mode, gradient_bytes=unit, copy_bytes_per_s=copy_rate, providers=results, missing=missing,
     )  # fmt: skip
+    bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype])}
+    if bad:  # measured all the same, to be seen in the file
+        pytest.fail(f"wrong beyond what a kernel may be: {bad}")

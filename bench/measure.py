@@ -1,8 +1,12 @@
 """Times providers side by side: interleaved in one run, fresh inputs, medians; and peak memory."""
 
+import datetime
 import gc
+import importlib.util
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 import fastkd
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+LEAD_CYCLES = 1_000_000  # of the GPU's clock, about half a millisecond
 
 
 @dataclass
@@ -22,22 +27,71 @@ class Provider:
     name: str
     prepare: Any
     call: Any
+    answer: Any = None  # () -> loss and gradient (or None), to be held against the truth
     seconds: list = field(default_factory=list)
-
-    def time_once(self, repeat):
-        # As in a training loop: the step before was one like this. Memory that lay free while
-        # another provider ran may have gone back to the system, or to the host of a virtual
-        # machine, and to fetch it again took three times as long as the loss.
-        self.call(*self.prepare())
-        arguments = [self.prepare() for _ in range(repeat)]
-        start = time.perf_counter()
-        for a in arguments:
-            self.call(*a)
-        self.seconds.append((time.perf_counter() - start) / repeat)
 
     def summary(self):
         quartiles = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
         return {"median_s": quartiles[1], "quartiles_s": [quartiles[0], quartiles[2]], "rounds": len(self.seconds)}
+
+
+class Processor:
+    """The CPU: time and memory as the process sees them."""
+
+    def time_once(self, provider, repeat):
+        # As in a training loop: the step before was one like this. Memory that lay free while
+        # another provider ran may have gone back to the system, or to the host of a virtual
+        # machine, and to fetch it again took three times as long as the loss.
+        provider.call(*provider.prepare())
+        arguments = [provider.prepare() for _ in range(repeat)]
+        start = time.perf_counter()
+        for a in arguments:
+            provider.call(*a)
+        provider.seconds.append((time.perf_counter() - start) / repeat)
+
+    def peak_extra_bytes(self, provider):
+        """How far the process's resident memory rises above where it was, during one call; None where
+        the system does not tell."""
+        try:
+            arguments = provider.prepare()
+            gc.collect()
+            CLEAR.write_text("5")  # the high-water mark starts again from here
+            before = _resident("VmRSS")
+            provider.call(*arguments)
+            return max(_resident("VmHWM") - before, 0)
+        except OSError:
+            return None
+
+
+class Gpu:
+    """A GPU: time between two events of its stream, memory as torch's allocator counts it."""
+
+    def time_once(self, provider, repeat):
+        provider.call(*provider.prepare())
+        arguments = [provider.prepare() for _ in range(repeat)]
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        if repeat == 1:
+            # In training the host runs ahead of the GPU: the launches are queued before they are
+            # due. What is so small that it is timed in series is bound by the host, and shown so.
+            torch.cuda._sleep(LEAD_CYCLES)
+        start.record()
+        for a in arguments:
+            provider.call(*a)
+        stop.record()
+        torch.cuda.synchronize()
+        provider.seconds.append(start.elapsed_time(stop) / 1e3 / repeat)
+
+    def peak_extra_bytes(self, provider):
+        arguments = provider.prepare()
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        provider.call(*arguments)
+        return torch.cuda.max_memory_allocated() - before
+
+
+CLOCKS = {"cpu": Processor(), "cuda": Gpu()}
 
 
 def _resident(key):
@@ -47,48 +101,73 @@ def _resident(key):
     raise OSError(f"{STATUS} has no {key}")
 
 
-def peak_extra_bytes(provider):
-    """How far the process's resident memory rises above where it was, during one call; None where
-    the system does not tell."""
-    try:
-        arguments = provider.prepare()
-        gc.collect()
-        CLEAR.write_text("5")  # the high-water mark starts again from here
-        before = _resident("VmRSS")
-        provider.call(*arguments)
-        return max(_resident("VmHWM") - before, 0)
-    except OSError:
-        return None
-
-
-def interleave(benchmark, providers, rounds, repeat):
+def interleave(benchmark, providers, rounds, repeat, device):
     """Times all providers in turn, round by round. pytest-benchmark's own clock is on the first."""
+    clock = CLOCKS[device]
     first, *others = providers
     for provider in providers:  # warm-up: compilation, thread pools, scratch memory
         provider.call(*provider.prepare())
         provider.call(*provider.prepare())
-    peaks = {provider.name: peak_extra_bytes(provider) for provider in providers}
+    peaks = {provider.name: clock.peak_extra_bytes(provider) for provider in providers}
 
     def one_round():
         for provider in others:
-            provider.time_once(repeat)
+            clock.time_once(provider, repeat)
 
-    benchmark.pedantic(first.time_once, args=(repeat,), setup=one_round, rounds=rounds, iterations=1)
+    benchmark.pedantic(clock.time_once, args=(first, repeat), setup=one_round, rounds=rounds, iterations=1)
     return {p.name: {**p.summary(), "peak_extra_bytes": peaks[p.name]} for p in providers}
 
 
-def machine():
+def _output(*command):
+    """What a command prints; None where it cannot be run."""
+    if not shutil.which(command[0]):
+        return None
+    run = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def _sources():
+    status = _output("git", "status", "--porcelain")
+    return {"commit": _output("git", "rev-parse", "HEAD"), "clean": None if status is None else not status}
+
+
+def _gpu():
+    properties = torch.cuda.get_device_properties(0)
+    version = None
+    if importlib.util.find_spec("triton"):
+        import triton
+
+        version = triton.__version__
+    drivers = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": properties.L2_cache_size / 2**20,
+        "driver": drivers.splitlines()[0] if drivers else None,
+        "cuda": torch.version.cuda,
+        "triton": version,
+    }
+
+
+def machine(device):
     """What a figure depends on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
+    isa = {} if fastkd._library.cpu_missing else {"instruction_set": torch.ops.fastkd.cpu_isa("?")}
     return {
+        "device": device,
+        **(_gpu() if device == "cuda" else {}),
         "cpu": model,
         "threads": torch.get_num_threads(),
-        "instruction_set": torch.ops.fastkd.cpu_isa("?"),
+        **isa,
         "torch": torch.__version__,
         "fastkd": fastkd.__version__,
         "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        **_sources(),
     }

@@ -1,10 +1,20 @@
 import contextlib
+import importlib.util
+import os
 
 import pytest
 import torch
 
-import fastkd
-from fastkd import _library
+GPU = torch.cuda.is_available()
+TRITON = importlib.util.find_spec("triton") is not None
+if TRITON and not GPU:  # before any kernel is defined
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton_interpreter  # noqa: F401  mends it
+
+import elsewhere  # noqa: E402
+
+import fastkd  # noqa: E402
+from fastkd import _library  # noqa: E402
 
 
 def cpu_levels():
@@ -20,7 +30,19 @@ def cpu_levels():
     return levels
 
 
-KERNELS = cpu_levels()
+def gpu_backends():
+    """The GPU's kernels: on the GPU where there is one, else run on the host."""
+    found = []
+    if GPU and not _library.cuda_missing:
+        found.append("cuda-gpu")
+    elif not GPU and elsewhere.CUSIM.exists():
+        found.append("cuda-cusim")
+    if TRITON:
+        found.append("triton-gpu" if GPU else "triton-interpreter")
+    return found
+
+
+KERNELS = [*cpu_levels(), *gpu_backends()]
 BACKENDS = [*KERNELS, "torch"]
 
 
@@ -31,15 +53,16 @@ def pytest_sessionstart(session):
 
 @contextlib.contextmanager
 def use(name):
-    name, _, level = name.partition("-")
-    if level:
-        torch.ops.fastkd.cpu_isa(level)
-    try:
-        with fastkd.backend(name):
-            yield
-    finally:
-        if level:
-            torch.ops.fastkd.cpu_isa("")
+    """Computes with one backend: name, and which of its kernels or where."""
+    name, _, which = name.partition("-")
+    with contextlib.ExitStack() as stack:
+        if name == "cpu" and which:
+            torch.ops.fastkd.cpu_isa(which)
+            stack.callback(torch.ops.fastkd.cpu_isa, "")
+        if which in ("cusim", "gpu"):
+            stack.enter_context(elsewhere.in_place_of(name, which))
+        stack.enter_context(fastkd.backend(name))
+        yield
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,10 +1,19 @@
 """What the tests of the CUDA sources need of NVIDIA's tools: where they are, or why a test is skipped."""
 
+import importlib.util
 import os
+import platform
+import shutil
+import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).parents[1]
+CUSIM = Path("csrc/testing/cusim")
+BUILDS = {"plain": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
+ORDERS = {"forward": ("0", "0"), "reverse": ("1", "0"), "random": ("2", "1"), "random again": ("2", "2")}
 
 
 def cuda_include():
@@ -34,3 +43,62 @@ def require_cuda_include():
     if include is None:
         missing("CUDA headers in $CUDA_HOME, /usr/local/cuda or site-packages/nvidia/cu13")
     return include
+
+
+def find_tool(name):
+    """nvcc or cuobjdump: NVIDIA's own, or of the packages that bring it; skips where there is none."""
+    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", *pip_roots()]
+    places = [str(Path(folder) / "bin") for folder in filter(None, folders)]
+    triton = importlib.util.find_spec("triton")
+    if triton:  # it carries cuobjdump
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    tool = shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+    if tool is None:
+        missing(f"{name} on the path, in $CUDA_HOME, /usr/local/cuda, site-packages/nvidia/cu13 or Triton's package")
+    return tool
+
+
+class HostCompiler:
+    """Compiles CUDA sources for the host, into a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.command = os.environ.get("CXX", "g++").split()
+        if shutil.which(self.command[0]) is None:
+            missing(f"C++ compiler '{self.command[0]}'")
+        # nvcc lets a float* be read as a uint4*
+        self.flags = ["-std=c++20", "-g", "-fno-strict-aliasing", f"-I{CUSIM / 'include'}", "-Icsrc"]
+        self.flags += ["-isystem", require_cuda_include()]
+        self.warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+        self.built = {}
+
+    def __call__(self, *arguments):
+        command = [*self.command, *self.flags, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    def build(self, name, *arguments):
+        """The file that is compiled under this name, once."""
+        if name not in self.built:
+            run = self(*self.warnings, *arguments, "-o", self.folder / name)
+            self.built[name] = run.stderr if run.returncode else self.folder / name
+        built = self.built[name]
+        if isinstance(built, str):
+            pytest.fail(built)
+        return built
+
+    def cusim(self):
+        """The runtime, which is never instrumented."""
+        return self.build("cusim.o", "-O2", "-fPIC", "-c", CUSIM / "cusim.cpp")
+
+
+def execute(command, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+
+
+def run_program(command):
+    """What a program and the sanitizer in it print."""
+    result = execute(command)
+    if "unexpected memory mapping" in result.stderr:  # ThreadSanitizer and many bits of random addresses
+        result = execute(["setarch", platform.machine(), "-R", *command])
+    return result.stdout + result.stderr

@@ -1,61 +1,20 @@
 """cusim, which runs the CUDA kernels on the host: right kernels pass, planted faults are found."""
 
-import os
-import platform
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
-from cuda_tools import missing, require_cuda_include
+from cuda_tools import BUILDS, ORDERS, HostCompiler, execute, run_program
 
-ROOT = Path(__file__).parents[1]
-CUSIM = Path("csrc/testing/cusim")
 KERNELS = "tests/cusim/kernels.cu"
-BUILDS = {"plain": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
-ORDERS = {"forward": ("0", "0"), "reverse": ("1", "0"), "random": ("2", "1"), "random again": ("2", "2")}
 
 
-class Compiler:
-    def __init__(self, folder):
-        self.folder = folder
-        self.command = os.environ.get("CXX", "g++").split()
-        if shutil.which(self.command[0]) is None:
-            missing(f"C++ compiler '{self.command[0]}'")
-        # nvcc lets a float* be read as a uint4*
-        self.flags = ["-std=c++20", "-g", "-fno-strict-aliasing", f"-I{CUSIM / 'include'}"]
-        self.flags += ["-isystem", require_cuda_include()]
-        self.warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-        self.built = {}
-
-    def __call__(self, *arguments):
-        command = [*self.command, *self.flags, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    def build(self, name, *arguments):
-        """The file that is compiled under this name, once."""
-        if name not in self.built:
-            run = self(*self.warnings, *arguments, "-o", self.folder / name)
-            self.built[name] = run.stderr if run.returncode else self.folder / name
-        built = self.built[name]
-        if isinstance(built, str):
-            pytest.fail(built)
-        return built
-
-    def kernels(self, build):
-        runtime = self.build("cusim.o", "-O2", "-fPIC", "-c", CUSIM / "cusim.cpp")
-        return self.build(build, "-O1", *BUILDS[build], "-x", "c++", KERNELS, "-x", "none", runtime)
+def kernels(compiler, build):
+    return compiler.build(build, "-O1", *BUILDS[build], "-x", "c++", KERNELS, "-x", "none", compiler.cusim())
 
 
 @pytest.fixture(scope="session")
 def compiler(tmp_path_factory):
-    return Compiler(tmp_path_factory.mktemp("cusim"))
-
-
-def execute(command, **environment):
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+    return HostCompiler(tmp_path_factory.mktemp("cusim"))
 
 
 @pytest.fixture
@@ -63,11 +22,7 @@ def run(compiler):
     """Runs a case of tests/cusim/kernels.cu in one order; what it and the sanitizer print."""
 
     def run(case, build, order):
-        command = [compiler.kernels(build), case, *ORDERS[order]]
-        result = execute(command)
-        if "unexpected memory mapping" in result.stderr:  # ThreadSanitizer and many bits of random addresses
-            result = execute(["setarch", platform.machine(), "-R", *command])
-        return result.stdout + result.stderr
+        return run_program([kernels(compiler, build), case, *ORDERS[order]])
 
     return run
 
@@ -129,7 +84,7 @@ def test_a_failed_launch_leaves_nothing_behind(run, build):
 
 
 def test_launches_and_queries_return_what_cuda_returns(compiler):
-    assert execute([compiler.kernels("plain"), "launches"]).stdout.splitlines() == [
+    assert execute([kernels(compiler, "plain"), "launches"]).stdout.splitlines() == [
         "cluster of 4: 0",
         "grid of 8 in clusters of 3: 9",
         "cluster of 16: 1",

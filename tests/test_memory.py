@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench.measure import Provider, peak_extra_bytes
+from bench.measure import CLOCKS, Provider
 from fastkd import functional
 
 N, V = 512, 32000
@@ -14,7 +14,7 @@ SLACK = 6 << 20  # the loss per row, scratch memory of 12 bytes a class and thre
 def peak(step, prepare):
     provider = Provider("", prepare, step)
     provider.call(*provider.prepare())  # scratch memory is kept from here on
-    found = peak_extra_bytes(provider)
+    found = CLOCKS["cpu"].peak_extra_bytes(provider)
     if found is None:
         pytest.skip("this system does not tell a process's peak memory")
     return found

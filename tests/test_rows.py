@@ -54,6 +54,9 @@ def right(name, student, teacher, **options):
     return truth_of(name, student, teacher, **options, **({"beta": float(beta)} if beta else {}))
 
 
+SKEWED = 5  # js_div at beta = 0.1: its two terms, and log(m / p), are 1 / beta times what they leave
+
+
 def check(name, case, dtype, reduction, plain_pytorch):
     student, teacher, options = case.inputs(dtype)
     if reduction == "none":
@@ -66,6 +69,8 @@ def check(name, case, dtype, reduction, plain_pytorch):
     assert grad.dtype == dtype
     assert grad.shape == student.shape
     tolerance = 4 * FLOOR[compute] * logit_size(student)
+    if name == "js_div-0.1":
+        tolerance *= SKEWED
     assert error(loss, loss_ref) <= tolerance * (cancellation(name, student, teacher, options) if plain_pytorch else 1)
     if name.startswith(("reverse", "js")):  # where p is all on one class the two terms of the gradient cancel
         terms = right(name, student, teacher, reduction=reduction, terms_of_gradient=True, **options)[1]
@@ -175,7 +180,8 @@ def test_no_worse_than_eager(backend, name, shape, temperature, dtype):
     theirs = run(lambda s, t: eager(name, s, t, temperature), student, teacher)
     floor = FLOOR[reference.compute_dtype(student, teacher)], FLOOR[dtype]
     for out, eager_out, exact, least in zip(ours, theirs, ref, floor, strict=True):
-        assert error(out, exact) <= max(TIMES_EAGER * error(eager_out, exact), least)
+        skewed = SKEWED if name == "js_div-0.1" else 1
+        assert error(out, exact) <= max(TIMES_EAGER * error(eager_out, exact), least * skewed)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -237,8 +243,12 @@ def test_any_strides(backend, kind, reduction, dtype):
         loss, grad = run(
             functional.kl_div, strided(s, student), strided(t, teacher), reduction=reduction, temperature=2.0
         )
-        assert torch.equal(loss, plain[0])
-        assert torch.equal(grad, plain[1])
+        if backend.startswith(("cuda", "triton")):  # the order of a sum follows the alignment
+            assert error(loss, plain[0]) <= 2 * FLOOR[loss.dtype]
+            assert error(grad, plain[1]) <= 2 * FLOOR[dtype]
+        else:
+            assert torch.equal(loss, plain[0])
+            assert torch.equal(grad, plain[1])
 
 
 def test_expanded_teacher(backend):

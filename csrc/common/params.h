@@ -9,8 +9,10 @@ namespace fastkd {
 enum class DType : int32_t { kHalf, kBFloat16, kFloat, kDouble };
 
 // The numbers are those of fastkd/ops/rows.py.
-enum class Divergence : int64_t { kForwardKL, kSoftCrossEntropy, kReverseKL, kJensenShannon };
-inline constexpr int64_t kDivergences = 4;
+// Every divergence, as its functor of math/divergence.h is named.
+#define FASTKD_FOR_EACH_DIVERGENCE(X) X(ForwardKL) X(SoftCrossEntropy) X(ReverseKL) X(JensenShannon)
+#define FASTKD_ENUMERATOR(name) k##name,
+enum class Divergence : int64_t { FASTKD_FOR_EACH_DIVERGENCE(FASTKD_ENUMERATOR) kCount };
 enum class Reduction : int64_t { kNone, kSum, kBatchMean, kMean };
 
 // What a divergence has beside p and q. Series in w for |w| < 0.3, by rising powers.

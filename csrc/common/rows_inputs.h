@@ -105,7 +105,8 @@ inline void check(const RowsInputs& in) {
   }
   FASTKD_CHECK(!in.normalizer || (*in.normalizer > 0 && std::isfinite(*in.normalizer)),
                "normalizer: a positive finite number wanted, got ", in.normalizer.value_or(0));
-  FASTKD_CHECK(in.divergence >= 0 && in.divergence < kDivergences, "divergence: unknown number ", in.divergence);
+  FASTKD_CHECK(in.divergence >= 0 && in.divergence < int64_t(Divergence::kCount), "divergence: unknown number ",
+               in.divergence);
   FASTKD_CHECK(Divergence(in.divergence) != Divergence::kJensenShannon || (in.parameter > 0 && in.parameter < 1),
                "parameter: a number between 0 and 1 wanted, got ", in.parameter);
   FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ",

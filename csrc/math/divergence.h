@@ -98,7 +98,11 @@ struct JensenShannon {
   static FASTKD_HD T times(T probability, T log) { return probability == T(0) ? T(0) : probability * log; }
   static FASTKD_HD T polynomial(const T (&series)[DivergenceParameter<T>::kTerms], T w) {
     T y = series[DivergenceParameter<T>::kTerms - 1];
+#if defined(__CUDACC__)
+#pragma unroll
+#else
 #pragma GCC unroll 16
+#endif
     for (int i = DivergenceParameter<T>::kTerms - 2; i >= 0; --i) y = y * w + series[i];
     return y;
   }
@@ -118,16 +122,15 @@ struct DivergenceType {
 // f(DivergenceType<D>()): the only place where a number becomes a divergence.
 template <class T, class F>
 decltype(auto) dispatch_divergence(Divergence which, F&& f) {
+#define FASTKD_CASE(name)   \
+  case Divergence::k##name: \
+    return f(DivergenceType<name<T>>());
   switch (which) {
-    case Divergence::kForwardKL:
-      return f(DivergenceType<ForwardKL<T>>());
-    case Divergence::kSoftCrossEntropy:
-      return f(DivergenceType<SoftCrossEntropy<T>>());
-    case Divergence::kReverseKL:
-      return f(DivergenceType<ReverseKL<T>>());
-    case Divergence::kJensenShannon:
-      return f(DivergenceType<JensenShannon<T>>());
+    FASTKD_FOR_EACH_DIVERGENCE(FASTKD_CASE)
+    case Divergence::kCount:
+      break;
   }
+#undef FASTKD_CASE
   __builtin_unreachable();  // the binding has checked
 }
 

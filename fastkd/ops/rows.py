@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     scale_: Any
 
 
+NAMES = ("rows_fwd", "rows_fwd_", "rows_bwd", "rows_bwd_", "scale_")
 OPS = {}  # by namespace
 
 
@@ -60,10 +61,9 @@ def _fake_nothing(*_):
 def use_namespace(namespace):
     """Makes the ops of a namespace, which _library has defined, known here."""
     fakes = (_fake_fwd, _fake_fwd_, _fake_bwd, _fake_nothing, _fake_nothing)
-    names = ("rows_fwd", "rows_fwd_", "rows_bwd", "rows_bwd_", "scale_")
-    for name, fake in zip(names, fakes, strict=True):
+    for name, fake in zip(NAMES, fakes, strict=True):
         torch.library.register_fake(f"{namespace}::{name}", fake)
-    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in names))
+    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
 
 
 use_namespace("fastkd")

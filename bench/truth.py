@@ -1,0 +1,43 @@
+"""How far a provider's loss and gradient are from the reference in float64, at the size that is timed."""
+
+import torch
+
+import fastkd
+from fastkd import functional
+
+ELEMENTS = 2**23  # held in float64 at a time, and of the gradient compared
+# ||out - ref|| / ||ref||: float32 sums for the loss, one rounding of the stored type for the gradient
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+
+
+class Truth:
+    """The loss over all rows, and the gradient of as many first rows as fit in ELEMENTS."""
+
+    def __init__(self, name, student, teacher, temperature):
+        N, V = student.shape
+        step, total = max(ELEMENTS // V, 1), 0.0
+        for start in range(0, N, step):
+            s, t = (x[start : start + step].detach().double() for x in (student, teacher))
+            with fastkd.backend("torch"):
+                loss = getattr(functional, name)(
+                    s.requires_grad_(start == 0), t, temperature=temperature, reduction="sum"
+                )
+            if start == 0:
+                loss.backward()
+                self.grad = s.grad / N
+            total += loss.item()
+        self.loss = total / N
+
+    def errors(self, loss, grad):
+        found = {"loss_error": abs(loss.item() - self.loss) / abs(self.loss), "gradient_error": None}
+        if grad is not None:
+            difference = grad[: len(self.grad)].double() - self.grad
+            found["gradient_error"] = (difference.norm() / self.grad.norm()).item()
+        return found
+
+
+def wrong(errors, dtype):
+    """Whether errors are beyond what a kernel may have."""
+    gradient = errors["gradient_error"] or 0.0
+    return not (errors["loss_error"] <= LOSS_TOLERANCE and gradient <= GRADIENT_TOLERANCE[dtype])

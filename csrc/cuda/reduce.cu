@@ -1,0 +1,102 @@
+// What stands around the rows: the divisor where the host does not know it, the sum of the rows'
+// losses, and the upstream factor. One block each for the first two: N values, in one order.
+#include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/rows_launch.h"
+#include "cuda/vec.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+constexpr int kThreads = 1024;
+
+struct Double {
+  double value;
+  static __device__ Double empty() { return {0.0}; }
+  static __device__ Double combine(Double x) { return {warp_sum(x.value)}; }
+};
+
+__device__ double block_sum(double x) {
+  Double* room = reinterpret_cast<Double*>(ptx::dynamic_shared());
+  return combine_over_row(Double{x}, room, 0, kThreads / 32, kThreads / 32).value;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) rows_scale_kernel(RowsScale R) {
+  double valid = 0;
+  for (int64_t n = threadIdx.x; R.mask && n < R.N; n += kThreads) valid += R.mask[n];
+  valid = R.mask ? block_sum(valid) : double(R.N);
+  if (threadIdx.x) return;
+  double divisor = R.divisor * (R.per_row ? valid : 1.0);
+  if (R.normalizer) divisor = double(*static_cast<const T*>(R.normalizer));
+  *R.scale = valid == 0 ? 0.0 : 1.0 / divisor;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    rows_sum_kernel(const T* __restrict__ loss, int64_t N, double scale, const double* scale_in_memory, T* sum) {
+  double x = 0;
+  for (int64_t n = threadIdx.x; n < N; n += kThreads) x += double(loss[n]);
+  x = block_sum(x);
+  if (scale_in_memory) scale = *scale_in_memory;
+  if (threadIdx.x == 0) *sum = scale == 0 ? T(0) : T(x * scale);
+}
+
+template <class T>
+__global__ void __launch_bounds__(256) scale_kernel(char* x, DType type, int size, int64_t n, const T* factor) {
+  const T f = *factor;
+  if (f == T(1)) return;
+  const int64_t begin = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+  const int64_t packs = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? n / kPack : 0;
+  T v[kPack];
+  for (int64_t i = begin; i < packs; i += step) {
+    char* at = x + i * kPack * size;
+    load_pack<AnyType, Memory::kGlobalLast>(at, type, v);
+#pragma unroll
+    for (int k = 0; k < kPack; ++k) v[k] *= f;
+    store_pack<AnyType>(at, type, v);
+  }
+  for (int64_t i = packs * kPack + begin; i < n; i += step) {
+    store_one<AnyType>(x + i * size, type, load_one<AnyType, T>(x + i * size, type) * f);
+  }
+}
+
+constexpr int64_t kRoom = (kThreads / 32 + 1) * sizeof(Double);
+
+}  // namespace
+
+cudaError_t current_device(Device& device) {
+  int index = 0;
+  FASTKD_CUDA_RETURN(cudaGetDevice(&index));
+  FASTKD_CUDA_RETURN(cudaDeviceGetAttribute(&device.multiprocessors, cudaDevAttrMultiProcessorCount, index));
+  FASTKD_CUDA_RETURN(cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index));
+  FASTKD_CUDA_RETURN(cudaDeviceGetAttribute(&device.l2_cache, cudaDevAttrL2CacheSize, index));
+  return cudaDeviceGetAttribute(&device.compute_major, cudaDevAttrComputeCapabilityMajor, index);
+}
+
+template <class T>
+cudaError_t rows_scale(const RowsScale& R, cudaStream_t stream) {
+  return Launch(1, dim3(kThreads), kRoom, stream)(rows_scale_kernel<T>, R);
+}
+template <class T>
+cudaError_t rows_sum(const T* loss, int64_t N, double scale, const double* scale_in_memory, T* sum,
+                     cudaStream_t stream) {
+  return Launch(1, dim3(kThreads), kRoom, stream)(rows_sum_kernel<T>, loss, N, scale, scale_in_memory, sum);
+}
+template <class T>
+cudaError_t scale(void* x, DType type, int64_t n, const T* factor, const Device& device, cudaStream_t stream) {
+  if (n == 0) return cudaSuccess;
+  const int64_t wanted = (n / kPack + 255) / 256 + 1, most = 8 * int64_t(device.multiprocessors);
+  const int size = type == DType::kDouble ? 8 : type == DType::kFloat ? 4 : 2;
+  return Launch(wanted < most ? wanted : most, dim3(256), 0, stream)(scale_kernel<T>, static_cast<char*>(x), type, size,
+                                                                     n, factor);
+}
+
+#define FASTKD_INSTANTIATE(T)                                                                   \
+  template cudaError_t rows_scale<T>(const RowsScale&, cudaStream_t);                           \
+  template cudaError_t rows_sum<T>(const T*, int64_t, double, const double*, T*, cudaStream_t); \
+  template cudaError_t scale<T>(void*, DType, int64_t, const T*, const Device&, cudaStream_t);
+FASTKD_INSTANTIATE(float)
+FASTKD_INSTANTIATE(double)
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,103 @@
+// Launches of the rows schedule, for one divergence: FASTKD_DIVERGENCE names it.
+#include "cuda/launch.cuh"
+#include "cuda/rows_plan.h"
+#include "cuda/rows_split.cuh"
+
+namespace fastkd::cuda {
+namespace {
+
+template <class T>
+struct Storages {
+  template <class F>
+  static cudaError_t dispatch(const RowsParams<T>& P, F&& f) {
+    // mixtures, and everything in double, look at the type for each pack
+    if constexpr (sizeof(T) == 4) {
+      if (P.student.dtype == P.teacher.dtype) {
+        switch (P.student.dtype) {
+          case DType::kHalf:
+            return f(__half());
+          case DType::kBFloat16:
+            return f(__nv_bfloat16());
+          case DType::kFloat:
+            return f(float());
+          case DType::kDouble:
+            break;
+        }
+      }
+    }
+    return f(AnyType());
+  }
+};
+
+template <class T>
+using Functor = FASTKD_DIVERGENCE<T>;
+
+template <class T>
+RowsParts<T> parts_in(void* workspace, int64_t N, int splits) {
+  RowsParts<T> parts;
+  parts.splits = splits;
+  parts.sums = static_cast<Sums<T>*>(workspace);
+  parts.losses = reinterpret_cast<LossSums<T>*>(parts.sums + N * splits);
+  return parts;
+}
+
+template <class T, class S>
+cudaError_t on_chip(const RowsParams<T>& P, const RowsPlan& plan, cudaStream_t stream) {
+  static_assert(sizeof(RowsRoom<T, true>) <= kRoomBytes);
+  Launch launch((P.N + plan.rows_of_block - 1) / plan.rows_of_block * plan.cluster,
+                dim3(plan.threads, plan.rows_of_block), plan.shared_bytes, stream);
+  launch.cluster(plan.cluster);
+  return launch(rows_kernel<T, S, S, Functor<T>>, P, plan.packs);
+}
+
+template <class T, class S>
+cudaError_t split(const RowsParams<T>& P, const RowsPlan& plan, void* workspace, cudaStream_t stream) {
+  using D = Functor<T>;
+  const RowsParts<T> parts = parts_in<T>(workspace, P.N, plan.splits);
+  for (int64_t row = 0; row < P.N; row += plan.wave_rows) {
+    const int64_t rows = std::min(plan.wave_rows, P.N - row);
+    const Launch launch(rows * plan.splits, dim3(plan.threads), plan.shared_bytes, stream);
+    FASTKD_CUDA_RETURN(launch(rows_statistics_kernel<T, S, S, D::kTeacherEntropy>, P, parts, row));
+    FASTKD_CUDA_RETURN(launch(rows_reduce_kernel<T, S, S, D>, P, parts, row));
+    if (!D::kCentred && P.grad.data) {
+      FASTKD_CUDA_RETURN(launch(rows_gradient_kernel<T, S, S, D>, P, parts, row, row + rows));
+    }
+  }
+  return Launch(P.N, dim3(32), 0, stream)(rows_finish_kernel<T, D>, P, parts);
+}
+
+}  // namespace
+
+template <Divergence kWhich, class T>
+cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* workspace, cudaStream_t stream) {
+  const RowsPlan plan = rows_plan(P, device);
+  return Storages<T>::dispatch(P, [&](auto storage) {
+    using S = decltype(storage);
+    return plan.on_chip ? on_chip<T, S>(P, plan, stream) : split<T, S>(P, plan, workspace, stream);
+  });
+}
+
+template <Divergence kWhich, class T>
+cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStream_t stream) {
+  const int64_t packs = P.V / kPack;
+  RowsParts<T> parts{nullptr, nullptr, splits_for(P.N, packs, device)};
+  const int threads = threads_for(packs / parts.splits);
+  const int rows = parts.splits > 1 ? 1 : std::max(1, 128 / threads);
+  return Storages<T>::dispatch(P, [&](auto storage) {
+    using S = decltype(storage);
+    const Launch launch((P.N + rows - 1) / rows * parts.splits, dim3(threads, rows), 0, stream);
+    return launch(rows_gradient_kernel<T, S, S, Functor<T>>, P, parts, int64_t(0), P.N);
+  });
+}
+
+#define FASTKD_ENUMERATOR_OF_(name) Divergence::k##name
+#define FASTKD_ENUMERATOR_OF(name) FASTKD_ENUMERATOR_OF_(name)
+#define FASTKD_INSTANTIATE(T)                                                                                         \
+  template cudaError_t rows_forward<FASTKD_ENUMERATOR_OF(FASTKD_DIVERGENCE), T>(const RowsParams<T>&, const Device&,  \
+                                                                                void*, cudaStream_t);                 \
+  template cudaError_t rows_backward<FASTKD_ENUMERATOR_OF(FASTKD_DIVERGENCE), T>(const RowsParams<T>&, const Device&, \
+                                                                                 cudaStream_t);
+FASTKD_INSTANTIATE(float)
+FASTKD_INSTANTIATE(double)
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,203 @@
+// The rows schedule on the GPU: a divergence per row of student and teacher logits [N, V], and its
+// gradient; the formulas are those of csrc/cpu/rows_kernel.cpp.
+//
+// rows_kernel keeps a row on chip. A group of threads shares it: a warp or more of a block, or a
+// cluster of up to 8 blocks, each with its part of the row in its shared memory. Copies into it
+// are asynchronous and all in flight at once; then three passes read shared memory alone: online
+// maxima and sums; loss (and gradient, where the slopes add up to 0); else the gradient.
+// Traffic: student + teacher + gradient, once each.
+//
+// Where a row does not fit, or few rows would leave the GPU idle (before clusters), the passes are
+// kernels of their own, several blocks a row, over as many rows at a time as the L2 holds: the
+// second kernel finds there what the first has read. Traffic as above, and L2.
+//
+// Sums are exchanged through shared or global memory and combined in one order: the same bits, run
+// after run. Saved for backward: the gradient; or RowsStats, from which rows_gradient_kernel
+// recomputes in one pass.
+#pragma once
+#include "cuda/rows_math.cuh"
+
+namespace fastkd::cuda {
+
+inline constexpr int kMaxThreads = 256;
+
+// ---- one class, or one pack of them
+
+template <class S, class U, Memory kMemory, class T>
+__device__ __forceinline__ void load(const char* student, const char* teacher, const RowsParams<T>& P, T (&s)[kPack],
+                                     T (&t)[kPack]) {
+  load_pack<S, kMemory>(student, P.student.dtype, s);
+  load_pack<U, kMemory>(teacher, P.teacher.dtype, t);
+}
+
+template <class S, class U, class T>
+__device__ __forceinline__ void load_class(const RowLayout<S, U>& L, const RowsParams<T>& P, int64_t v, T (&s)[1],
+                                           T (&t)[1]) {
+  s[0] = load_one<S, T>(L.student + v * P.student.stride_v * element_size<S>(P.student), P.student.dtype);
+  t[0] = load_one<U, T>(L.teacher + v * P.teacher.stride_v * element_size<U>(P.teacher), P.teacher.dtype);
+}
+template <class S, class U, class T>
+__device__ __forceinline__ void store_class(const RowLayout<S, U>& L, const RowsParams<T>& P, int64_t v, T grad) {
+  store_one<S>(L.grad + v * P.grad.stride_v * element_size<S>(P.grad), P.grad.dtype, grad);
+}
+
+// The second pass over some classes: adds to the sums, and leaves the gradient where it is final.
+template <class T, class D, int kCount>
+__device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
+                                       const D& divergence, T grad_scale, LossSums<T>& sums, T (&grad)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const Element<T> e = softmax(s[i], t[i]);
+    const T slope = divergence.slope(e);
+    sums.loss += divergence.loss(e);
+    if constexpr (D::kCentred) {
+      grad[i] = slope * grad_scale;
+    } else {
+      sums.slope += slope;
+    }
+  }
+}
+
+// The gradient once the sum of the slopes is known.
+template <class T, class D, int kCount>
+__device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
+                                         const D& divergence, T grad_scale, T slopes, T (&grad)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const Element<T> e = softmax(s[i], t[i]);
+    const T slope = divergence.slope(e);
+    grad[i] = (D::kCentred ? slope : slope - e.p * slopes) * grad_scale;
+  }
+}
+
+// A row without a gradient: a side without a possible class, or slopes without a finite sum.
+template <class T>
+__device__ __forceinline__ bool no_gradient(T sum_student, T sum_teacher, T slopes) {
+  return sum_student == T(0) || sum_teacher == T(0) || slopes == kInf<T>;
+}
+
+template <class T, class D>
+__device__ __forceinline__ T row_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r) {
+  if (k.sum_teacher == T(0)) return T(0);
+  if (k.sum_student == T(0)) return kInf<T> * r.loss_scale;
+  T loss = sums.loss;
+  if constexpr (D::kTeacherEntropy) {
+    loss += k.entropy * r.inv_teacher_temperature / k.sum_teacher + log_of(k.sum_teacher);
+  }
+  return loss * r.loss_scale;
+}
+
+template <class T>
+__device__ void save(const RowsParams<T>& P, int64_t row, const Sums<T>& k, T slopes, T loss) {
+  P.loss[row] = loss;
+  if (P.stats) P.stats[row] = {k.max_student, k.sum_student, k.max_teacher, k.sum_teacher, slopes};
+}
+
+template <class S, class U, class T>
+__device__ void zero_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t begin, int64_t end, bool edges,
+                          int rank, int threads) {
+  const T zeros[kPack] = {};
+  for (int64_t i = begin + rank; i < end; i += threads) {
+    store_pack<S>(L.grad + L.pack(i) * element_size<S>(P.grad), P.grad.dtype, zeros);
+  }
+  for (int64_t i = rank; edges && i < L.edges; i += threads) store_class(L, P, L.edge(i), T(0));
+}
+
+// ---- a row on chip
+
+// Shared memory of rows_kernel.
+template <class T, bool kEntropy>
+struct RowsRoom {
+  SharedSums<T, kEntropy> sums[kMaxThreads / 32 + 1];
+  LossSums<T> losses[kMaxThreads / 32 + 1];
+};
+
+// grid (ceil(N / rows of a block) * blocks of a cluster), block (threads of a row, rows).
+// packs: of a row that this block keeps.
+template <class T, class S, class U, class D>
+__global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
+                                               : D::kCentred              ? 3
+                                                                          : 2)
+    rows_kernel(const __grid_constant__ RowsParams<T> P, int packs) {
+  using Shared = SharedSums<T, D::kTeacherEntropy>;
+  using Room = RowsRoom<T, D::kTeacherEntropy>;
+  const int rank = threadIdx.x, threads = blockDim.x;
+  const int warps = threads / 32, first_warp = threadIdx.y * warps, block_warps = warps * blockDim.y;
+  const unsigned part = ptx::cluster_rank();
+  const int64_t row = int64_t(blockIdx.x / ptx::cluster_size()) * blockDim.y + threadIdx.y;
+  Room& room = *reinterpret_cast<Room*>(ptx::dynamic_shared());
+  const int size_student = element_size<S>(P.student), size_teacher = element_size<U>(P.teacher);
+  char* student = ptx::dynamic_shared() + (sizeof(Room) + 15) / 16 * 16 +
+                  int64_t(threadIdx.y) * packs * kPack * (size_student + size_teacher);
+  char* teacher = student + int64_t(packs) * kPack * size_student;
+
+  const bool exists = row < P.N, counts = exists && (!P.mask || P.mask[row]);
+  const RowLayout<S, U> L(P, exists ? row : 0);
+  const int64_t first = part * int64_t(packs), rest = L.packs - first;
+  const int mine = !exists || rest < 0 ? 0 : rest < packs ? int(rest) : packs;
+  const bool edges = exists && part == 0;
+
+  // Each thread reads back only what it has copied itself: no barrier.
+  for (int i = rank; counts && i < mine; i += threads) {
+    const int64_t v = L.pack(first + i);
+    for (int word = 0; word < kPack * size_student / 16; ++word) {
+      ptx::copy_async_16(student + i * kPack * size_student + word * 16, L.student + v * size_student + word * 16);
+    }
+    for (int word = 0; word < kPack * size_teacher / 16; ++word) {
+      ptx::copy_async_16(teacher + i * kPack * size_teacher + word * 16, L.teacher + v * size_teacher + word * 16);
+    }
+  }
+  const RowConstants<T> r = row_constants(P, exists ? row : 0);
+  Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
+  T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
+  for (int64_t i = rank; counts && edges && i < L.edges; i += threads) {
+    load_class(L, P, L.edge(i), s1, t1);
+    add<T, 1, D::kTeacherEntropy>(own.sums, s1, t1, r);
+  }
+  ptx::copy_async_wait();
+  for (int i = rank; counts && i < mine; i += threads) {
+    load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
+    add<T, kPack, D::kTeacherEntropy>(own.sums, s, t, r);
+  }
+  const Sums<T> k = combine_over_row(own, room.sums, first_warp, warps, block_warps).sums;
+
+  const bool write = P.grad.data != nullptr, possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0);
+  const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
+  const D divergence(P.parameter);
+  LossSums<T> sums = LossSums<T>::empty();
+  for (int64_t i = rank; possible && edges && i < L.edges; i += threads) {
+    load_class(L, P, L.edge(i), s1, t1);
+    reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
+    if (D::kCentred && write) store_class(L, P, L.edge(i), grad1[0]);
+  }
+  for (int i = rank; possible && i < mine; i += threads) {
+    load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
+    reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+    if (D::kCentred && write) store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
+  }
+  sums = combine_over_row(sums, room.losses, first_warp, warps, block_warps);
+  if (edges && rank == 0) {
+    if (counts) {
+      save(P, row, k, sums.slope, row_loss<T, D>(k, sums, r));
+    } else {
+      save(P, row, Sums<T>{}, T(0), T(0));
+    }
+  }
+  if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
+    zero_grad(P, L, first, first + mine, edges, rank, threads);
+  } else if (write && !D::kCentred) {
+    for (int64_t i = rank; edges && i < L.edges; i += threads) {
+      load_class(L, P, L.edge(i), s1, t1);
+      gradient(s1, t1, softmax, divergence, r.grad_scale, sums.slope, grad1);
+      store_class(L, P, L.edge(i), grad1[0]);
+    }
+    for (int i = rank; i < mine; i += threads) {
+      load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
+      gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, grad);
+      store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
+    }
+  }
+  if (ptx::cluster_size() > 1) ptx::cluster_barrier();  // others may still read this block's room
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,189 @@
+// What the kernels of the rows schedule share: a row's constants, its geometry in memory, the
+// online sums over its classes, and the step from logits to loss and gradient.
+#pragma once
+#include "common/params.h"
+#include "cuda/ptx.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/vec.cuh"
+#include "math/divergence.h"
+
+namespace fastkd::cuda {
+
+using namespace fastkd::FASTKD_ISA;
+
+__device__ __forceinline__ float exp2_of(float x) { return ptx::exp2_approx(x); }
+// a call: inlined eight times it would take more registers than there are
+FASTKD_NOINLINE __device__ inline double exp2_of(double x) { return exp2(x); }
+__device__ __forceinline__ float log_of(float x) { return logf(x); }
+__device__ __forceinline__ double log_of(double x) { return log(x); }
+
+// Below every logit: the maximum of nothing. Finite, so that x - kNone is no NaN for x = -inf.
+template <class T>
+inline constexpr T kNone = sizeof(T) == 8 ? T(-1.7976931348623157e308) : T(-3.40282346e38f);
+
+template <class T>
+struct RowConstants {
+  T inv_temperature, inv_teacher_temperature;
+  T exp2_student, exp2_teacher;  // log2(e) / T
+  T b;                           // 1 / T - 1 / T_teacher
+  T loss_scale;                  // T^2 weight
+  T grad_scale;                  // T^2 weight upstream / divisor / T
+};
+
+template <class T>
+__device__ RowConstants<T> row_constants(const RowsParams<T>& P, int64_t row) {
+  RowConstants<T> r;
+  const T temperature = P.temperature ? P.temperature[row] : T(P.temperature_all);
+  const T teacher_temperature = P.teacher_temperature ? P.teacher_temperature[row] : T(P.teacher_temperature_all);
+  r.inv_temperature = T(1) / temperature;
+  r.inv_teacher_temperature = T(1) / teacher_temperature;
+  r.exp2_student = kLog2e<T> * r.inv_temperature;
+  r.exp2_teacher = kLog2e<T> * r.inv_teacher_temperature;
+  r.b = temperature == teacher_temperature ? T(0) : r.inv_temperature - r.inv_teacher_temperature;
+  r.loss_scale = (P.t_squared ? temperature * temperature : T(1)) * (P.weight ? P.weight[row] : T(1));
+  r.grad_scale = r.loss_scale * r.inv_temperature * T(P.scale ? *P.scale : P.grad_scale) *
+                 (P.upstream ? P.upstream[row * P.upstream_stride] : T(1));
+  return r;
+}
+
+// Where a row lies, and how it falls into packs that are 16-byte aligned on every side, and the
+// edges before and after them. Rows that cannot be aligned together are edges from end to end.
+template <class S, class U>
+struct RowLayout {
+  const char *student, *teacher;
+  char* grad;
+  int64_t head, packs, edges;
+
+  template <class T>
+  __device__ RowLayout(const RowsParams<T>& P, int64_t row)
+      : student(P.student.row(row)), teacher(P.teacher.row(row)), grad(P.grad.data ? P.grad.row(row) : nullptr) {
+    head = P.V;
+    const bool dense = P.student.stride_v == 1 && P.teacher.stride_v == 1 && (!grad || P.grad.stride_v == 1);
+    for (int h = 0; dense && h < kPack && h < P.V; ++h) {
+      const auto aligned = [h](const char* p, int size) {
+        return (reinterpret_cast<uintptr_t>(p) + h * size) % 16 == 0;
+      };
+      if (aligned(student, element_size<S>(P.student)) && aligned(teacher, element_size<U>(P.teacher)) &&
+          (!grad || aligned(grad, element_size<S>(P.grad)))) {
+        head = h;
+        break;
+      }
+    }
+    packs = (P.V - head) / kPack;
+    edges = P.V - packs * kPack;
+  }
+  __device__ int64_t pack(int64_t i) const { return head + i * kPack; }                  // its first class
+  __device__ int64_t edge(int64_t i) const { return i < head ? i : i + packs * kPack; }  // its class
+};
+
+// Maxima and sums over classes seen so far, or over those of several threads.
+template <class T>
+struct Sums {
+  T max_student, sum_student, max_teacher, sum_teacher;
+  T entropy;  // sum e^((t - max) / T_teacher) (max - t)
+
+  static __device__ Sums empty() { return {kNone<T>, T(0), kNone<T>, T(0), T(0)}; }
+};
+
+// Moves one side's maximum up: what was summed counts less.
+template <class T>
+__device__ __forceinline__ T moved(T& max, T& sum, T higher, T exp2_scale) {
+  const T factor = exp2_of((max - higher) * exp2_scale);
+  max = higher;
+  sum *= factor;
+  return factor;
+}
+
+template <class T, int kCount, bool kEntropy>
+__device__ __forceinline__ void add(Sums<T>& sums, const T (&s)[kCount], const T (&t)[kCount],
+                                    const RowConstants<T>& r) {
+  T max_student = s[0], max_teacher = t[0];
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) {
+    max_student = s[i] > max_student ? s[i] : max_student;
+    max_teacher = t[i] > max_teacher ? t[i] : max_teacher;
+  }
+  if (max_student > sums.max_student) moved(sums.max_student, sums.sum_student, max_student, r.exp2_student);
+  if (max_teacher > sums.max_teacher) {
+    const T up = max_teacher - sums.max_teacher, before = sums.sum_teacher;
+    const T factor = moved(sums.max_teacher, sums.sum_teacher, max_teacher, r.exp2_teacher);
+    if constexpr (kEntropy) sums.entropy = before == T(0) ? T(0) : factor * (sums.entropy + before * up);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    sums.sum_student += exp2_of((s[i] - sums.max_student) * r.exp2_student);
+    const T e = exp2_of((t[i] - sums.max_teacher) * r.exp2_teacher);
+    sums.sum_teacher += e;
+    if constexpr (kEntropy) sums.entropy += e == T(0) ? T(0) : e * (sums.max_teacher - t[i]);
+  }
+}
+
+// Sums that the lanes of a warp combine, for combine_over_row.
+template <class T, bool kEntropy>
+struct SharedSums {
+  Sums<T> sums;
+  T exp2_student, exp2_teacher;
+
+  static __device__ SharedSums empty() { return {Sums<T>::empty(), T(0), T(0)}; }
+  static __device__ SharedSums combine(SharedSums x) {
+    Sums<T>& k = x.sums;
+    // an empty lane has no scale of its own
+    x.exp2_student = warp_max(x.exp2_student);
+    x.exp2_teacher = warp_max(x.exp2_teacher);
+    const T max_student = warp_max(k.max_student), max_teacher = warp_max(k.max_teacher);
+    const T up = max_teacher - k.max_teacher, before = k.sum_teacher;
+    moved(k.max_student, k.sum_student, max_student, x.exp2_student);
+    const T factor = moved(k.max_teacher, k.sum_teacher, max_teacher, x.exp2_teacher);
+    k.sum_student = warp_sum(k.sum_student);
+    k.sum_teacher = warp_sum(k.sum_teacher);
+    if constexpr (kEntropy) k.entropy = warp_sum(before == T(0) ? T(0) : factor * (k.entropy + before * up));
+    return x;
+  }
+};
+
+// What the second pass adds up.
+template <class T>
+struct LossSums {
+  T loss, slope;
+
+  static __device__ LossSums empty() { return {T(0), T(0)}; }
+  static __device__ LossSums combine(LossSums x) { return {warp_sum(x.loss), warp_sum(x.slope)}; }
+};
+
+// From logits to p, q and w of a row whose sums are known.
+template <class T>
+struct RowSoftmax {
+  T max_student, max_teacher, log2_student, log2_teacher;
+  T exp2_student, exp2_teacher;
+  T centre_student, centre_teacher, a, b, offset;
+
+  __device__ RowSoftmax(const RowConstants<T>& r, T max_student, T sum_student, T max_teacher, T sum_teacher)
+      : max_student(max_student),
+        max_teacher(max_teacher),
+        exp2_student(r.exp2_student),
+        exp2_teacher(r.exp2_teacher),
+        a(r.inv_temperature),
+        b(r.b) {
+    log2_student = log_of(sum_student) * kLog2e<T>;
+    log2_teacher = log_of(sum_teacher) * kLog2e<T>;
+    // Where student and teacher differ by a constant, which changes nothing, s - t would be
+    // rounded at the size of that constant: there both are taken from their maxima. Else s - t
+    // itself is the most exact, and near convergence it is what counts.
+    const T shift = max_student - max_teacher;
+    const bool centred = b != T(0) || shift > T(4) || shift < T(-4);
+    centre_student = centred ? max_student : T(0);
+    centre_teacher = centred ? max_teacher : T(0);
+    offset = (centred ? T(0) : shift * a) + log_of(sum_student / sum_teacher);
+  }
+  __device__ __forceinline__ Element<T> operator()(T s, T t) const {
+    Element<T> e;
+    e.p = exp2_of((s - max_student) * exp2_student - log2_student);
+    e.q = exp2_of((t - max_teacher) * exp2_teacher - log2_teacher);
+    const T x = s - centre_student, y = t - centre_teacher;
+    const T lowest = T(-1e30);  // a teacher's -inf must not meet b = 0 or a b > 0
+    e.w = (x - y) * a + ((y > lowest ? y : lowest) * b - offset);
+    return e;
+  }
+};
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,68 @@
+// How rows are dealt to blocks. Host code, by arithmetic alone.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "common/params.h"
+#include "cuda/rows_launch.h"
+
+namespace fastkd::cuda {
+
+inline constexpr int64_t kPlanPack = 8;
+inline constexpr int kPlanThreads = 256;
+inline constexpr int64_t kRoomBytes = 1024;  // for the exchange between warps
+// Three blocks a multiprocessor: while one copies another computes and a third stores.
+inline constexpr int64_t kSharedAimed = 72 << 10;
+inline constexpr int kMaxCluster = 8;  // what every GPU that has clusters can do
+
+struct RowsPlan {
+  bool on_chip;
+  int threads, rows_of_block, cluster, packs;  // packs: of a row that a block keeps
+  int64_t shared_bytes;
+  int splits;         // of a row, where it is not on chip
+  int64_t wave_rows;  // at a time
+};
+
+inline int threads_for(int64_t packs) {  // at least four packs a thread, in warps
+  int threads = 32;
+  while (threads < kPlanThreads && threads * 4 < packs) threads *= 2;
+  return threads;
+}
+
+inline int splits_for(int64_t rows, int64_t packs, const Device& device) {
+  // four blocks a multiprocessor, but no split without work for its threads
+  const int64_t wanted = (4 * int64_t(device.multiprocessors) + rows - 1) / rows;
+  const int64_t useful = std::max<int64_t>(packs / kPlanThreads, 1);
+  return int(std::clamp<int64_t>(std::min(wanted, useful), 1, 32));
+}
+
+template <class T>
+RowsPlan rows_plan(const RowsParams<T>& P, const Device& device) {
+  RowsPlan plan{};
+  const int64_t pack_bytes = kPlanPack * (P.student.element_size + P.teacher.element_size);
+  const int64_t packs = P.V / kPlanPack;
+  const int most = device.compute_major >= 9 ? kMaxCluster : 1;
+  const auto part = [&](int cluster) { return (packs + cluster - 1) / cluster; };
+  int cluster = 1;
+  while (cluster < most && part(cluster) * pack_bytes > kSharedAimed) cluster *= 2;
+  while (cluster < most && P.N * cluster < device.multiprocessors && part(2 * cluster) >= kPlanThreads) cluster *= 2;
+  const bool fits = part(cluster) * pack_bytes + kRoomBytes <= device.shared_memory;
+  const bool idle = cluster == most && most == 1 && 2 * P.N <= device.multiprocessors && packs >= 4 * kPlanThreads;
+  plan.on_chip = fits && !idle;
+  if (plan.on_chip) {
+    plan.cluster = cluster;
+    plan.packs = int(part(cluster));
+    plan.threads = threads_for(plan.packs);
+    plan.rows_of_block = cluster > 1 ? 1 : std::max(1, 128 / plan.threads);
+    plan.shared_bytes = kRoomBytes + plan.rows_of_block * plan.packs * pack_bytes;
+    return plan;
+  }
+  const int64_t row_bytes = std::max<int64_t>(P.V * (P.student.element_size + P.teacher.element_size), 1);
+  plan.wave_rows = std::clamp<int64_t>(device.l2_cache / 2 / row_bytes, 1, std::max<int64_t>(P.N, 1));
+  plan.splits = splits_for(plan.wave_rows, packs, device);
+  plan.threads = kPlanThreads;
+  plan.shared_bytes = kRoomBytes;
+  return plan;
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,167 @@
+// The passes of the rows schedule as kernels of their own, several blocks a row; see rows_kernel.cuh.
+// All have grid (splits * rows) and take the rows from `first_row` on.
+#pragma once
+#include "cuda/rows_kernel.cuh"
+
+namespace fastkd::cuda {
+
+// What a pass leaves for the next.
+template <class T>
+struct RowsParts {
+  Sums<T>* sums;        // [N, splits]
+  LossSums<T>* losses;  // [N, splits]
+  int splits;           // of a row, at most 32: one a lane
+};
+
+// The packs of a row that one of its blocks takes; the edges are the first block's.
+template <class S, class U>
+struct Slice {
+  int64_t begin, end;
+  bool edges;
+  __device__ Slice(const RowLayout<S, U>& L, int split, int splits) : edges(split == 0) {
+    const int64_t each = (L.packs + splits - 1) / splits;
+    begin = split * each < L.packs ? split * each : L.packs;
+    end = begin + each < L.packs ? begin + each : L.packs;
+  }
+};
+
+template <class T, bool kEntropy>
+__device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
+  const int lane = threadIdx.x % 32;
+  const Sums<T> mine = lane < parts.splits ? parts.sums[row * parts.splits + lane] : Sums<T>::empty();
+  return SharedSums<T, kEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums;
+}
+
+template <class T>
+__device__ LossSums<T> row_losses(const RowsParts<T>& parts, int64_t row) {
+  const int lane = threadIdx.x % 32;
+  return LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty());
+}
+
+template <class T, class S, class U, bool kEntropy>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    rows_statistics_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts, int64_t first_row) {
+  using Shared = SharedSums<T, kEntropy>;
+  const int split = blockIdx.x % parts.splits, rank = threadIdx.x, threads = blockDim.x;
+  const int64_t row = first_row + blockIdx.x / parts.splits;
+  if (P.mask && !P.mask[row]) return;
+  const RowLayout<S, U> L(P, row);
+  const Slice<S, U> slice(L, split, parts.splits);
+  const RowConstants<T> r = row_constants(P, row);
+  Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
+  T s[kPack], t[kPack], s1[1], t1[1];
+  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+    load_class(L, P, L.edge(i), s1, t1);
+    add<T, 1, kEntropy>(own.sums, s1, t1, r);
+  }
+  for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
+    const int64_t v = L.pack(i);
+    load<S, U, Memory::kGlobal>(L.student + v * element_size<S>(P.student), L.teacher + v * element_size<U>(P.teacher),
+                                P, s, t);
+    add<T, kPack, kEntropy>(own.sums, s, t, r);
+  }
+  Shared* room = reinterpret_cast<Shared*>(ptx::dynamic_shared());
+  const Sums<T> k = combine_over_row(own, room, 0, threads / 32, threads / 32).sums;
+  if (rank == 0) parts.sums[row * parts.splits + split] = k;
+}
+
+template <class T, class S, class U, class D>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    rows_reduce_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts, int64_t first_row) {
+  const int split = blockIdx.x % parts.splits, rank = threadIdx.x, threads = blockDim.x;
+  const int64_t row = first_row + blockIdx.x / parts.splits;
+  const RowLayout<S, U> L(P, row);
+  const Slice<S, U> slice(L, split, parts.splits);
+  const bool write = D::kCentred && P.grad.data;
+  const bool counts = !P.mask || P.mask[row];
+  const RowConstants<T> r = row_constants(P, row);
+  const Sums<T> k = counts ? row_sums<T, D::kTeacherEntropy>(parts, row, r) : Sums<T>{};
+  if (k.sum_student == T(0) || k.sum_teacher == T(0)) {
+    if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
+    if (write) zero_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads);
+    return;
+  }
+  const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
+  const D divergence(P.parameter);
+  LossSums<T> sums = LossSums<T>::empty();
+  T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
+  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+    load_class(L, P, L.edge(i), s1, t1);
+    reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
+    if (write) store_class(L, P, L.edge(i), grad1[0]);
+  }
+  // Backwards: what the pass before touched last is the likeliest to be in the L2.
+  for (int64_t i = slice.end - 1 - rank; i >= slice.begin; i -= threads) {
+    const int64_t v = L.pack(i);
+    const char *student = L.student + v * element_size<S>(P.student),
+               *teacher = L.teacher + v * element_size<U>(P.teacher);
+    load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
+    reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+    if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
+  }
+  LossSums<T>* room = reinterpret_cast<LossSums<T>*>(ptx::dynamic_shared());
+  sums = combine_over_row(sums, room, 0, threads / 32, threads / 32);
+  if (rank == 0) parts.losses[row * parts.splits + split] = sums;
+}
+
+// The gradient from the parts, or (parts.sums null) from the statistics that forward saved.
+// block (threads of a row, rows).
+template <class T, class S, class U, class D>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    rows_gradient_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts, int64_t first_row,
+                         int64_t end_row) {
+  const int split = blockIdx.x % parts.splits, rank = threadIdx.x, threads = blockDim.x;
+  const int64_t row = first_row + int64_t(blockIdx.x / parts.splits) * blockDim.y + threadIdx.y;
+  if (row >= end_row) return;
+  const RowLayout<S, U> L(P, row);
+  const Slice<S, U> slice(L, split, parts.splits);
+  const RowConstants<T> r = row_constants(P, row);
+  Sums<T> k{};
+  T slopes = 0;
+  if (!P.mask || P.mask[row]) {
+    if (parts.sums) {
+      k = row_sums<T, false>(parts, row, r);
+      slopes = row_losses(parts, row).slope;
+    } else {
+      const RowsStats& saved = P.stats[row];
+      k = {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
+      slopes = T(saved.slope);
+    }
+  }
+  if (no_gradient(k.sum_student, k.sum_teacher, slopes)) {
+    zero_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads);
+    return;
+  }
+  const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
+  const D divergence(P.parameter);
+  T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
+  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+    load_class(L, P, L.edge(i), s1, t1);
+    gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, grad1);
+    store_class(L, P, L.edge(i), grad1[0]);
+  }
+  for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
+    const int64_t v = L.pack(i);
+    const char *student = L.student + v * element_size<S>(P.student),
+               *teacher = L.teacher + v * element_size<U>(P.teacher);
+    load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
+    gradient(s, t, softmax, divergence, r.grad_scale, slopes, grad);
+    store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
+  }
+}
+
+// A row's loss from its parts: a warp a row.
+template <class T, class D>
+__global__ void rows_finish_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts) {
+  const int64_t row = blockIdx.x;
+  if (P.mask && !P.mask[row]) {
+    if (threadIdx.x == 0) save(P, row, Sums<T>{}, T(0), T(0));
+    return;
+  }
+  const RowConstants<T> r = row_constants(P, row);
+  const Sums<T> k = row_sums<T, D::kTeacherEntropy>(parts, row, r);
+  const LossSums<T> sums = row_losses(parts, row);
+  if (threadIdx.x == 0) save(P, row, k, sums.slope, row_loss<T, D>(k, sums, r));
+}
+
+}  // namespace fastkd::cuda

@@ -1,0 +1,2 @@
+// What stands around the rows, as host code.
+#include "cuda/reduce.cu"

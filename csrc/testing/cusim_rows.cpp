@@ -1,0 +1,2 @@
+// The launches of one divergence as host code.
+#include "cuda/rows.cu"

@@ -1,0 +1,203 @@
+// The launches of the rows schedule as a program without torch, for the sanitizers.
+//   rows_main DIVERGENCE DTYPE N V CLUSTERS MODE SEED  prints "right" or what is wrong
+// DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; MODE and SEED: the order
+// of the threads. The truth is computed in double from the formulas, without any of the kernels' code.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "cuda/rows_launch.h"
+#include "cuda/rows_plan.h"
+#include "math/jensen_shannon_series.h"
+
+extern "C" void cusim_order(int mode, unsigned seed);
+extern "C" void cusim_device(int attribute, int value);
+
+using namespace fastkd;
+
+namespace {
+
+constexpr double kBeta = 0.3, kTemperature = 2.0;
+
+// Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen.
+template <class S>
+struct Matrix {
+  Matrix(int64_t N, int64_t V)
+      : N(N), V(V), data(static_cast<S*>(aligned_alloc(16, (N * V * sizeof(S) + 15) / 16 * 16))) {}
+  ~Matrix() { free(data); }
+  Matrix(const Matrix&) = delete;
+  RowsTensor rows(DType type) const {
+    RowsTensor r{};
+    r.data = reinterpret_cast<char*>(data);
+    r.dtype = type;
+    r.element_size = sizeof(S);
+    r.dims = 1;
+    r.size[0] = N;
+    r.stride[0] = V;
+    r.stride_v = 1;
+    return r;
+  }
+  int64_t N, V;
+  S* data;
+};
+
+// The standard library's generators are templates, which the linker would share with cusim's.
+struct Normal {
+  uint64_t state = 7;
+  float operator()() {  // nearly: of twelve uniform numbers
+    float sum = -6;
+    for (int i = 0; i < 12; ++i) {
+      state = state * 6364136223846793005u + 1442695040888963407u;
+      sum += float(state >> 40) / float(1 << 24);
+    }
+    return 2 * sum;
+  }
+};
+
+std::vector<double> log_softmax(const std::vector<double>& logits) {
+  double max = -INFINITY, sum = 0;
+  for (double x : logits) max = std::fmax(max, x / kTemperature);
+  for (double x : logits) sum += std::exp(x / kTemperature - max);
+  std::vector<double> out;
+  for (double x : logits) out.push_back(x / kTemperature - max - std::log(sum));
+  return out;
+}
+
+// The row's loss, and its gradient with respect to student / T.
+double truth(Divergence which, const std::vector<double>& s, const std::vector<double>& t, std::vector<double>& grad) {
+  const std::vector<double> log_p = log_softmax(s), log_q = log_softmax(t);
+  double loss = 0, slopes = 0;
+  std::vector<double> slope;
+  for (size_t v = 0; v < s.size(); ++v) {
+    const double p = std::exp(log_p[v]), q = std::exp(log_q[v]), m = kBeta * q + (1 - kBeta) * p;
+    switch (which) {
+      case Divergence::kForwardKL:
+        loss += q * (log_q[v] - log_p[v]);
+        slope.push_back(-q);
+        break;
+      case Divergence::kSoftCrossEntropy:
+        loss -= q * log_p[v];
+        slope.push_back(-q);
+        break;
+      case Divergence::kReverseKL:
+        loss += p * (log_p[v] - log_q[v]);
+        slope.push_back(p * (log_p[v] - log_q[v]) + p);
+        break;
+      default:
+        loss += kBeta * q * (log_q[v] - std::log(m)) + (1 - kBeta) * p * (log_p[v] - std::log(m));
+        slope.push_back((1 - kBeta) * p * (log_p[v] - std::log(m)));
+    }
+    slopes += slope.back();
+  }
+  for (size_t v = 0; v < s.size(); ++v) grad.push_back(slope[v] - std::exp(log_p[v]) * slopes);
+  return loss;
+}
+
+template <Divergence kWhich>
+cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
+                             const RowsParams<float>& back) {
+  if (const cudaError_t e = cuda::rows_forward<kWhich>(P, device, workspace, nullptr)) return e;
+  return cuda::rows_backward<kWhich>(back, device, nullptr);
+}
+
+template <class S, DType kType>
+int run(Divergence which, int64_t N, int64_t V) {
+  Matrix<S> student(N, V), teacher(N, V), grad(N, V), again(N, V);
+  Normal normal;
+  for (int64_t i = 0; i < N * V; ++i) {
+    student.data[i] = S(normal());
+    teacher.data[i] = S(normal());
+    grad.data[i] = again.data[i] = S(NAN);
+  }
+  const std::unique_ptr<bool[]> mask(new bool[N]);
+  for (int64_t n = 0; n < N; ++n) mask[n] = n != 1;
+  std::vector<float> loss(N, NAN);
+  std::vector<RowsStats> stats(N);
+  cuda::Device device;
+  if (cuda::current_device(device)) return std::puts("no device"), 1;
+  double scale = NAN;
+  float sum = NAN;
+  if (cuda::rows_scale<float>({mask.get(), N, nullptr, 1.0, true, &scale}, nullptr))
+    return std::puts(cudaGetErrorString(cudaGetLastError())), 1;
+
+  RowsParams<float> P{};
+  P.divergence = which;
+  P.parameter = divergence_parameter<float>(which, kBeta);
+  P.N = N;
+  P.V = V;
+  P.student = student.rows(kType);
+  P.teacher = teacher.rows(kType);
+  P.grad = grad.rows(kType);
+  P.temperature_all = P.teacher_temperature_all = kTemperature;
+  P.t_squared = true;
+  P.mask = mask.get();
+  P.scale = &scale;
+  P.loss = loss.data();
+  P.stats = stats.data();
+  RowsParams<float> back = P;
+  back.grad = again.rows(kType);
+  const cuda::RowsPlan plan = cuda::rows_plan(P, device);
+  std::vector<float> workspace(plan.on_chip ? 0 : 7 * N * plan.splits);
+  cudaError_t e = cudaSuccess;
+#define FASTKD_CASE(name) \
+  if (which == Divergence::k##name) e = forward_backward<Divergence::k##name>(P, device, workspace.data(), back);
+  FASTKD_FOR_EACH_DIVERGENCE(FASTKD_CASE)
+  if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
+  const float factor = 0.5f;
+  if (!e) e = cuda::scale<float>(again.data, kType, N * V, &factor, device, nullptr);
+  if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
+
+  double worst = 0, total = 0, counted = 0;
+  const double rounding = kType == DType::kFloat ? 1e-6 : kType == DType::kHalf ? 1e-3 : 8e-3;
+  for (int64_t n = 0; n < N; ++n) {
+    std::vector<double> s, t, exact;
+    for (int64_t v = 0; v < V; ++v) {
+      s.push_back(float(student.data[n * V + v]));
+      t.push_back(float(teacher.data[n * V + v]));
+    }
+    const double row = mask[n] ? truth(which, s, t, exact) * kTemperature * kTemperature : 0;
+    if (std::fabs(loss[n] - row) > 4e-6 * std::fmax(row, 1)) worst = INFINITY;
+    total += row;
+    counted += mask[n];
+    double size = 1e-30;
+    for (double x : exact) size = std::fmax(size, std::fabs(x));
+    for (int64_t v = 0; v < V; ++v) {
+      const double right = mask[n] ? exact[v] * kTemperature * scale : 0, unit = size * kTemperature * scale;
+      for (const auto& [found, wanted] :
+           {std::pair{double(float(grad.data[n * V + v])), right}, {double(float(again.data[n * V + v])), right / 2}}) {
+        const double off = std::fabs(found - wanted) / (mask[n] ? unit : 1e-30) / rounding;
+        if (!(off <= worst)) worst = off;
+      }
+    }
+  }
+  if (!(std::fabs(sum - total / counted) <= 4e-6 * std::fmax(total / counted, 1))) worst = INFINITY;
+  if (!(worst < 4)) return std::printf("wrong: off by %g\n", worst), 1;
+  return std::puts("right"), 0;
+}
+
+}  // namespace
+
+int main(int count, char** argument) {
+  if (count != 8) return std::puts("rows_main DIVERGENCE DTYPE N V CLUSTERS MODE SEED"), 2;
+  const auto which = Divergence(atoi(argument[1]));
+  const int64_t N = atoi(argument[3]), V = atoi(argument[4]);
+  if (!atoi(argument[5])) {
+    cusim_device(int(cudaDevAttrComputeCapabilityMajor), 8);
+    cusim_device(int(cudaDevAttrMaxSharedMemoryPerBlockOptin), 48 << 10);
+  }
+  cusim_order(atoi(argument[6]), unsigned(atoi(argument[7])));
+  switch (atoi(argument[2])) {
+    case 0:
+      return run<__half, DType::kHalf>(which, N, V);
+    case 1:
+      return run<__nv_bfloat16, DType::kBFloat16>(which, N, V);
+    default:
+      return run<float, DType::kFloat>(which, N, V);
+  }
+}

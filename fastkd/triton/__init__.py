@@ -1,0 +1,17 @@
+"""The schedules in Triton: kernels for NVIDIA and AMD, behind ops of a namespace of their own."""
+
+from .. import _library
+
+NAMESPACE = "fastkd_triton"
+
+
+def register():
+    """Defines the ops, for tensors on GPUs; for the interpreter, which has those of the CPU, as well."""
+    from ..ops import rows as schedule
+    from . import rows
+
+    library = _library.define(NAMESPACE)
+    for key in ("CUDA", "CPU"):
+        for name in schedule.NAMES:
+            library.impl(name, getattr(rows, name), key)
+    schedule.use_namespace(NAMESPACE)

@@ -1,0 +1,625 @@
+"""The rows schedule in Triton: a divergence per row of student and teacher logits [N, V], and its gradient.
+
+    p = softmax(student / T), q = softmax(teacher / T_teacher), w = log p - log q
+    loss[n]    = T^2 weight[n] sum_v loss(p, q, w)
+    grad[n, v] = T^2 weight[n] upstream[n] / divisor / T * (slope(p, q, w) - p sum_v slope)
+
+A row that fits one tile is read once and stays in registers. A longer one is walked twice: an
+online walk for maxima and sums, then, backwards because the last tiles are the likeliest to be in
+cache, one for the loss and the gradient; where the slopes do not add up to 0, the gradient takes a
+third. Traffic: student + teacher + gradient, once each, as far as the L2 cache holds long rows.
+Saved for backward: the gradient; or the statistics, from which backward recomputes in one pass.
+
+A row that is masked out is never read: it is taken for -inf alone.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import compute_dtype
+from .divergences import CENTRED, SOFT_CROSS_ENTROPY, log1p, loss_and_slope
+
+NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves; the numbers are those of fastkd/ops/rows.py
+NONE, SUM, BATCHMEAN, MEAN = 0, 1, 2, 3  # reductions; the numbers are those of csrc/common/params.h
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+
+# In the kernels
+#   inputs  what _load needs: pointers to the rows [ROWS] and the step between classes, for
+#           student and teacher; which rows to read [ROWS]; V
+#   of_row  constants of a row, [ROWS] each: a = 1 / T, b = 1 / T - 1 / T_teacher, the maxima and
+#           the sums of e^((z - max) / T) of student and teacher
+
+
+@triton.jit
+def _row_offsets(row, here, index, inner, outer_stride, stride):
+    """Where rows begin: see _Layout."""
+    if index is not None:
+        offsets = tl.load(index + row, mask=here, other=0) * stride
+    elif inner is not None:
+        offsets = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * stride
+    else:
+        offsets = row.to(tl.int64) * stride
+    return offsets
+
+
+@triton.jit
+def _per_row(values, value_of_all, row, read, dtype: tl.constexpr):
+    return tl.full(row.shape, value_of_all, dtype) if values is None else tl.load(values + row, mask=read, other=1.0)
+
+
+@triton.jit
+def _temperatures(
+    temperature_rows, temperature, teacher_temperature_rows, teacher_temperature, row, read,
+    dtype: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+):  # fmt: skip
+    """T, and of_row's a and b."""
+    T = _per_row(temperature_rows, temperature, row, read, dtype)
+    a = 1.0 / T
+    b = tl.zeros_like(a)
+    if not SAME_TEMPERATURE:
+        b = a - 1.0 / _per_row(teacher_temperature_rows, teacher_temperature, row, read, dtype)
+    return T, a, b
+
+
+@triton.jit
+def _load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
+    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
+    mask = read[:, None] & (columns < V)[None, :]
+    return tl.load(pointers, mask=mask, other=-INF, eviction_policy=EVICT).to(dtype)
+
+
+@triton.jit
+def _load(inputs, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
+    """[ROWS, BLOCK] logits of student and teacher; -inf where there are none."""
+    student, student_step, teacher, teacher_step, read, V = inputs
+    s = _load_side(student, student_step, read, V, columns, dtype, EVICT)
+    t = _load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
+    return s, t
+
+
+@triton.jit
+def _store(grad, step, live, V, columns, values):
+    pointers = grad[:, None] + (columns.to(tl.int64) * step)[None, :]
+    mask = live[:, None] & (columns < V)[None, :]
+    tl.store(pointers, values.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def _finite(maximum):
+    """Of -inf alone anything finite will do: every exponential is 0."""
+    return tl.where(maximum == -INF, 0.0, maximum)
+
+
+@triton.jit
+def _exp(z, maximum, inv_temperature):
+    """e^((z - maximum) / T)"""
+    return tl.exp2((z - maximum[:, None]) * (inv_temperature * LOG2E)[:, None])
+
+
+@triton.jit
+def _accumulate(z, maximum, total, inv_temperature):
+    """The running maximum, and the running sum of e^((z - maximum) / T)."""
+    larger = tl.maximum(maximum, tl.max(z, 1))
+    base = _finite(larger)
+    total = total * tl.exp2((maximum - base) * (inv_temperature * LOG2E)) + tl.sum(_exp(z, base, inv_temperature), 1)
+    return larger, total
+
+
+@triton.jit
+def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
+    """p, q and w of a tile. A class that is not there has p = q = 0."""
+    a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
+    p = _exp(s, max_student, a) * tl.where(sum_student == 0.0, 0.0, 1.0 / sum_student)[:, None]
+    q = _exp(t, max_teacher, a - b) * tl.where(sum_teacher == 0.0, 0.0, 1.0 / sum_teacher)[:, None]
+    # Where student and teacher differ by a constant, which changes nothing, the difference would be
+    # rounded at the size of that constant: there both are taken from their maxima. Where they do
+    # not, s - t itself is the most exact, and near convergence it is what counts.
+    shifted = tl.abs(max_student - max_teacher) > 4.0
+    offset = log1p((sum_student - sum_teacher) / sum_teacher)  # log(sum_student / sum_teacher)
+    offset += tl.where(shifted, 0.0, (max_student - max_teacher) * a + max_teacher * b)
+    from_centre = t - tl.where(shifted, max_teacher, 0.0)[:, None]
+    difference = (s - tl.where(shifted, max_student, 0.0)[:, None]) - from_centre
+    w = difference * a[:, None] - offset[:, None]
+    if not SAME_TEMPERATURE:
+        w += tl.where(t == -INF, 0.0, from_centre * b[:, None])
+    return p, q, w
+
+
+@triton.jit
+def _visit(s, t, of_row, beta, rest, DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr):
+    """[ROWS, BLOCK] each: loss, slope and p of the classes of a tile."""
+    p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE)
+    loss, slope = loss_and_slope(p, q, w, beta, rest, DIVERGENCE)
+    if DIVERGENCE == SOFT_CROSS_ENTROPY:  # the teacher's entropy is this and log sum_teacher
+        a, b, _max_student, _sum_student, max_teacher, _sum_teacher = of_row
+        loss += tl.where(q == 0.0, 0.0, q * ((max_teacher[:, None] - t) * (a - b)[:, None]))
+    return loss, slope, p
+
+
+@triton.jit
+def _grad(slope, p, sum_slope, of_row, scale):
+    """The gradient of a tile. None where a row has no possible class, nor out of an infinite loss:
+    no finite step changes that."""
+    _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
+    nothing = (sum_teacher == 0.0) | ((sum_student == 0.0) & (sum_teacher > 0.0)) | (sum_slope == INF)
+    scale += 0.0 * (sum_student + sum_teacher)  # a NaN anywhere in a row is one everywhere in it
+    return tl.where(nothing[:, None], 0.0, (slope - p * sum_slope[:, None]) * scale[:, None])
+
+
+@triton.jit
+def _row_loss(total, of_row, scale, DIVERGENCE: tl.constexpr):
+    _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
+    if DIVERGENCE == SOFT_CROSS_ENTROPY:
+        total += log1p(sum_teacher - 1.0)
+    total = tl.where(sum_student == 0.0, INF, total) + 0.0 * (sum_student + sum_teacher)  # NaN: as in _grad
+    return tl.where(sum_teacher == 0.0, 0.0, total * scale)
+
+
+@triton.jit
+def _rows_to_read(mask, row, live):
+    read = live
+    if mask is not None:
+        read = live & (tl.load(mask + row, mask=live, other=0) != 0)
+    return read
+
+
+@triton.jit
+def _walk_for_statistics(inputs, a, b, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """of_row of rows longer than a tile."""
+    V = inputs[5]
+    max_student, sum_student = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
+    max_teacher, sum_teacher = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
+    for first in range(0, V, BLOCK):
+        s, t = _load(inputs, first + tl.arange(0, BLOCK), dtype, "evict_last")
+        max_student, sum_student = _accumulate(s, max_student, sum_student, a)
+        max_teacher, sum_teacher = _accumulate(t, max_teacher, sum_teacher, a - b)
+    return a, b, _finite(max_student), sum_student, _finite(max_teacher), sum_teacher
+
+
+@triton.jit
+def _walk_for_loss(
+    inputs, of_row, beta, rest, grad, grad_step, live, grad_scale,
+    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of losses and slopes over rows longer than a tile; the gradient where it needs no sum of slopes."""
+    V = inputs[5]
+    total, sum_slope = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
+    last = (V - 1) // BLOCK * BLOCK
+    for first in range(0, V, BLOCK):
+        columns = last - first + tl.arange(0, BLOCK)
+        s, t = _load(inputs, columns, dtype, "evict_first" if IS_CENTRED else "evict_last")
+        losses, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+        total += tl.sum(losses, 1)
+        if not IS_CENTRED:
+            sum_slope += tl.sum(slopes, 1)
+        elif grad is not None:
+            _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
+    return total, sum_slope
+
+
+@triton.jit
+def _walk_for_grad(
+    inputs, of_row, beta, rest, grad, grad_step, live, grad_scale, sum_slope,
+    DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    V = inputs[5]
+    for first in range(0, V, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        s, t = _load(inputs, columns, dtype, "evict_first")
+        _losses, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+        _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
+
+
+@triton.jit
+def _store_statistics(stats, row, live, of_row, sum_slope):
+    _a, _b, max_student, sum_student, max_teacher, sum_teacher = of_row
+    stats += row.to(tl.int64) * 5
+    tl.store(stats, max_student.to(tl.float64), mask=live)
+    tl.store(stats + 1, sum_student.to(tl.float64), mask=live)
+    tl.store(stats + 2, max_teacher.to(tl.float64), mask=live)
+    tl.store(stats + 3, sum_teacher.to(tl.float64), mask=live)
+    tl.store(stats + 4, tl.where(sum_teacher == 0.0, 0.0, sum_slope).to(tl.float64), mask=live)
+
+
+@triton.jit
+def rows_fwd_kernel(
+    student, student_index, student_inner, student_outer, student_stride, student_step,  # [N, V]
+    teacher, teacher_index, teacher_inner, teacher_outer, teacher_stride, teacher_step,  # [N, V]
+    grad, grad_index, grad_inner, grad_outer, grad_stride, grad_step,  # [N, V], or None
+    temperature_rows, temperature: tl.float64,  # [N], or None: one for all rows
+    teacher_temperature_rows, teacher_temperature: tl.float64,
+    mask,  # [N], or None
+    weight,  # [N], or None
+    scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
+    beta: tl.float64,
+    loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
+    stats,  # [N, 5], or None
+    N, V,
+    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
+    PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = loss.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    read = _rows_to_read(mask, row, live)
+    T, a, b = _temperatures(
+        temperature_rows, temperature, teacher_temperature_rows, teacher_temperature, row, read, dtype, SAME_TEMPERATURE
+    )
+    loss_scale = _per_row(weight, 1.0, row, read, dtype)
+    if T_SQUARED:
+        loss_scale *= T * T
+    grad_scale = loss_scale * a * _per_row(None, scale, row, read, dtype)
+    if scale_tensor is not None:
+        grad_scale *= tl.load(scale_tensor)
+    student += _row_offsets(row, read, student_index, student_inner, student_outer, student_stride)
+    teacher += _row_offsets(row, read, teacher_index, teacher_inner, teacher_outer, teacher_stride)
+    if grad is not None:
+        grad += _row_offsets(row, live, grad_index, grad_inner, grad_outer, grad_stride)
+    inputs = (student, student_step, teacher, teacher_step, read, V)
+    rest = tl.full((1, 1), 1.0 - beta, dtype)
+    beta = tl.full((1, 1), beta, dtype)
+
+    if ONE_TILE:
+        columns = tl.arange(0, BLOCK)
+        s, t = _load(inputs, columns, dtype, "evict_first")
+        max_student, max_teacher = _finite(tl.max(s, 1)), _finite(tl.max(t, 1))
+        sum_student, sum_teacher = tl.sum(_exp(s, max_student, a), 1), tl.sum(_exp(t, max_teacher, a - b), 1)
+        of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
+        losses, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+        total = tl.sum(losses, 1)
+        sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
+        if grad is not None:
+            _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
+    else:
+        of_row = _walk_for_statistics(inputs, a, b, dtype, ROWS, BLOCK)
+        total, sum_slope = _walk_for_loss(
+            inputs, of_row, beta, rest, grad, grad_step, live, grad_scale,
+            DIVERGENCE, IS_CENTRED, SAME_TEMPERATURE, dtype, ROWS, BLOCK,
+        )  # fmt: skip
+        if grad is not None and not IS_CENTRED:
+            _walk_for_grad(
+                inputs, of_row, beta, rest, grad, grad_step, live, grad_scale, sum_slope,
+                DIVERGENCE, SAME_TEMPERATURE, dtype, BLOCK,
+            )  # fmt: skip
+
+    total = _row_loss(total, of_row, loss_scale, DIVERGENCE)
+    if PER_ROW:
+        tl.store(loss + row, total, mask=live)
+    else:
+        tl.store(loss + tl.program_id(0), tl.sum(total, 0))
+    if stats is not None:
+        _store_statistics(stats, row, live, of_row, sum_slope)
+
+
+@triton.jit
+def rows_bwd_kernel(
+    student, student_index, student_inner, student_outer, student_stride, student_step,  # [N, V]
+    teacher, teacher_index, teacher_inner, teacher_outer, teacher_stride, teacher_step,  # [N, V]
+    grad, grad_index, grad_inner, grad_outer, grad_stride, grad_step,  # [N, V]
+    temperature_rows, temperature: tl.float64,  # [N], or None: one for all rows
+    teacher_temperature_rows, teacher_temperature: tl.float64,
+    mask,  # [N], or None
+    weight,  # [N], or None
+    scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
+    beta: tl.float64,
+    stats,  # [N, 5]
+    upstream, upstream_stride,  # [N], or [1] with stride 0
+    N, V,
+    DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = upstream.dtype.element_ty
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < N
+    read = _rows_to_read(mask, row, live)
+    T, a, b = _temperatures(
+        temperature_rows, temperature, teacher_temperature_rows, teacher_temperature, row, read, dtype, SAME_TEMPERATURE
+    )
+    grad_scale = _per_row(weight, 1.0, row, read, dtype) * (T if T_SQUARED else a)
+    grad_scale *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
+    grad_scale *= _per_row(None, scale, row, read, dtype)
+    if scale_tensor is not None:
+        grad_scale *= tl.load(scale_tensor)
+    student += _row_offsets(row, read, student_index, student_inner, student_outer, student_stride)
+    teacher += _row_offsets(row, read, teacher_index, teacher_inner, teacher_outer, teacher_stride)
+    grad += _row_offsets(row, live, grad_index, grad_inner, grad_outer, grad_stride)
+    stats += row.to(tl.int64) * 5
+    max_student = tl.load(stats, mask=read, other=0.0).to(dtype)
+    sum_student = tl.load(stats + 1, mask=read, other=0.0).to(dtype)
+    max_teacher = tl.load(stats + 2, mask=read, other=0.0).to(dtype)
+    sum_teacher = tl.load(stats + 3, mask=read, other=0.0).to(dtype)
+    sum_slope = tl.load(stats + 4, mask=read, other=0.0).to(dtype)
+    of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
+
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    s, t = _load((student, student_step, teacher, teacher_step, read, V), columns, dtype, "evict_first")
+    rest = tl.full((1, 1), 1.0 - beta, dtype)
+    beta = tl.full((1, 1), beta, dtype)
+    _loss, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+    _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
+
+
+@triton.jit
+def scale_of_valid_rows_kernel(
+    mask,  # [N], or None: every row counts
+    normalizer,  # [1], or None
+    scale,  # [1]: 1 / (normalizer, or valid rows x each); 0 where no row counts
+    each: tl.float64, N,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    valid = tl.full((), N, tl.int64)
+    if mask is not None:
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for first in range(0, N, BLOCK):
+            row = first + tl.arange(0, BLOCK)
+            counts += tl.load(mask + row, mask=row < N, other=0).to(tl.int32)
+        valid = tl.sum(counts.to(tl.int64), 0)
+    divisor = valid.to(tl.float64) * each if normalizer is None else tl.load(normalizer).to(tl.float64)
+    result = tl.where(valid == 0, 0.0, 1.0 / tl.where(valid == 0, 1.0, divisor))
+    tl.store(scale, result.to(scale.dtype.element_ty))
+
+
+@triton.jit
+def sum_kernel(
+    parts,  # [n]
+    scale_tensor, scale: tl.float64,  # [1], or None
+    out,  # []
+    n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    total = tl.zeros((BLOCK,), tl.float64)
+    for first in range(0, n, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        total += tl.load(parts + at, mask=at < n, other=0.0).to(tl.float64)
+    result = tl.sum(total, 0) * scale
+    if scale_tensor is not None:
+        result *= tl.load(scale_tensor).to(tl.float64)
+    tl.store(out, result.to(out.dtype.element_ty))
+
+
+@triton.jit
+def scale_kernel(
+    x,  # [n]
+    factor,  # [1]
+    n,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    by = tl.load(factor).to(dtype)
+    if by != 1.0:  # NaN is not
+        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            values = tl.load(x + at, mask=at < n, other=0.0).to(dtype) * by
+            tl.store(x + at, values.to(x.dtype.element_ty), mask=at < n)
+
+
+# By the bytes of the wider of student's and teacher's elements. The first: a row of 8192 takes 128 registers of
+# each of 512 threads. The second: a longer row is walked in 59 to 101, few rows sharing the L2 cache.
+ONE_TILE = {2: 8192, 4: 8192, 8: 2048}  # the longest row that is kept in registers
+TILE = {2: 8192, 4: 8192, 8: 2048}  # of a longer row
+TILE_OF_BACKWARD = {2: 4096, 4: 4096, 8: 1024}  # of any row: tiles do not wait for each other
+PER_THREAD = {2: 16, 4: 16, 8: 8}  # elements: with fewer, too little is under way; with more, registers run out
+ELEMENTS = 2048  # of a program, as far as rows are shorter
+SUM_BLOCK = 4096
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 4096
+
+
+class Configuration(NamedTuple):
+    rows: int  # of a program
+    block: int  # classes of a tile
+    warps: int
+
+
+def configuration(V, element_size):
+    """The schedule of the forward pass; all in one tile where block >= V."""
+    if ONE_TILE[element_size] >= V:
+        return _whole_rows(V, element_size)
+    block = TILE[element_size]
+    return Configuration(1, block, _warps(block, element_size))
+
+
+def backward_configuration(V, element_size):
+    block = TILE_OF_BACKWARD[element_size]
+    if block >= V:
+        return _whole_rows(V, element_size)
+    return Configuration(1, block, _warps(block, element_size))
+
+
+def _whole_rows(V, element_size):
+    block = max(16, triton.next_power_of_2(V))
+    rows = max(1, ELEMENTS // block)
+    return Configuration(rows, block, _warps(rows * block, element_size))
+
+
+def _warps(elements, element_size):
+    return min(16, max(1, elements // (32 * PER_THREAD[element_size])))
+
+
+class Options(NamedTuple):
+    """What every rows op takes after student and teacher."""
+
+    divergence: int
+    parameter: float
+    temperature: float
+    temperature_rows: torch.Tensor | None  # [N]
+    teacher_temperature: float
+    teacher_temperature_rows: torch.Tensor | None  # [N]
+    t_squared: bool
+    mask: torch.Tensor | None  # [N]
+    weight: torch.Tensor | None  # [N]
+    reduction: int
+    normalizer: float | None
+    normalizer_tensor: torch.Tensor | None  # [1]
+
+    @property
+    def same_temperature(self):
+        if self.temperature_rows is None and self.teacher_temperature_rows is None:
+            return self.temperature == self.teacher_temperature
+        return self.temperature_rows is self.teacher_temperature_rows
+
+
+class Layout(NamedTuple):
+    """Where the rows of a tensor [*, V] are, in elements: row n begins at index[n] * stride, where
+    there is an index; else at n // inner * outer_stride + n % inner * stride, where there is an
+    inner; else at n * stride. So the compiler sees by which powers of 2 the strides divide."""
+
+    data: torch.Tensor | None
+    index: torch.Tensor | None = None  # [N]
+    inner: int | None = None
+    outer_stride: int | None = None
+    stride: int = 0
+    step: int = 1  # between classes
+
+
+def layout_of(x):
+    dims = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if dims and dims[-1][1] == size * stride:  # dimensions that lie one after the other in memory are one
+            dims[-1] = (dims[-1][0] * size, stride)
+        elif size != 1:
+            dims.append((size, stride))
+    step = x.stride(-1)
+    if not dims:
+        return Layout(x, step=step)
+    if len(dims) == 1:
+        return Layout(x, stride=dims[0][1], step=step)
+    if len(dims) == 2:
+        return Layout(x, None, dims[1][0], dims[0][1], dims[1][1], step)
+    unit = math.gcd(*(stride for _, stride in dims)) or 1
+    index = torch.zeros((), dtype=torch.int64, device=x.device)
+    for size, stride in dims:
+        index = index[..., None] + torch.arange(size, device=x.device) * (stride // unit)
+    return Layout(x, index.reshape(-1), stride=unit, step=step)
+
+
+NO_LAYOUT = Layout(None)
+
+
+class _Call:
+    """What forward and backward have in common."""
+
+    def __init__(self, student, teacher, options):
+        self.student, self.teacher, self.options = student, teacher, options
+        self.V = student.shape[-1]
+        self.N = student.numel() // self.V
+        self.dtype = compute_dtype(student, teacher)
+        self.element_size = max(student.element_size(), teacher.element_size())
+
+    def arguments(self, grad, scale):
+        """Those that both kernels begin with."""
+        o = self.options
+        return (
+            *layout_of(self.student),
+            *layout_of(self.teacher),
+            *(NO_LAYOUT if grad is None else layout_of(grad)),
+            o.temperature_rows,
+            o.temperature,
+            o.teacher_temperature_rows,
+            o.teacher_temperature,
+            o.mask,
+            o.weight,
+            *scale,
+            o.parameter,
+        )
+
+    def scale(self):
+        """1 / divisor of the reduction: a tensor or None, and a number."""
+        o = self.options
+        if o.reduction == NONE:
+            return None, 1.0
+        each = self.V if o.reduction == MEAN else 1
+        if o.normalizer_tensor is None:
+            if o.normalizer is not None:
+                return None, 1.0 / o.normalizer
+            if o.reduction == SUM:
+                return None, 1.0
+            if o.mask is None:
+                return None, 1.0 / (self.N * each)
+        scale = self.student.new_empty(1, dtype=self.dtype)
+        scale_of_valid_rows_kernel[(1,)](
+            o.mask, o.normalizer_tensor, scale, float(each), self.N, BLOCK=SUM_BLOCK, num_warps=8
+        )
+        return scale, 1.0
+
+    def forward(self, grad, stats):
+        o, per_row = self.options, self.options.reduction == NONE
+        loss = self.student.new_empty(self.student.shape[:-1] if per_row else (), dtype=self.dtype)
+        if self.N == 0:
+            return loss.zero_()
+        rows, block, warps = configuration(self.V, self.element_size)
+        programs = triton.cdiv(self.N, rows)
+        parts = loss if per_row else loss.new_empty(programs)
+        with torch.cuda.device_of(self.student):
+            scale = self.scale()
+            rows_fwd_kernel[(programs,)](
+                *self.arguments(grad, scale), parts, stats, self.N, self.V,
+                DIVERGENCE=o.divergence, IS_CENTRED=o.divergence in CENTRED, SAME_TEMPERATURE=o.same_temperature,
+                T_SQUARED=o.t_squared, PER_ROW=per_row, ONE_TILE=block >= self.V, ROWS=rows, BLOCK=block,
+                num_warps=warps,
+            )  # fmt: skip
+            if not per_row:
+                sum_kernel[(1,)](parts, *scale, loss, programs, BLOCK=SUM_BLOCK, num_warps=8)
+        return loss
+
+    def backward(self, grad, stats, upstream):
+        if self.N == 0:
+            return
+        o = self.options
+        rows, block, warps = backward_configuration(self.V, self.element_size)
+        with torch.cuda.device_of(self.student):
+            rows_bwd_kernel[(triton.cdiv(self.N, rows), triton.cdiv(self.V, block))](
+                *self.arguments(grad, self.scale()), stats, upstream, int(upstream.numel() > 1), self.N, self.V,
+                DIVERGENCE=o.divergence, SAME_TEMPERATURE=o.same_temperature, T_SQUARED=o.t_squared,
+                ROWS=rows, BLOCK=block, num_warps=warps,
+            )  # fmt: skip
+
+
+def _empty_grad(student):
+    return student.new_empty(student.shape)
+
+
+def rows_fwd(student, teacher, *options_and_save):
+    """Loss, gradient for an upstream gradient of 1, statistics; what is not saved is empty."""
+    *options, save = options_and_save
+    grad = _empty_grad(student) if save == GRAD else None
+    stats = student.new_empty((*student.shape[:-1], 5), dtype=torch.float64) if save == STATS else None
+    loss = _Call(student, teacher, Options(*options)).forward(grad, stats)
+    return (
+        loss,
+        student.new_empty(0) if grad is None else grad,
+        student.new_empty(0, dtype=torch.float64) if stats is None else stats,
+    )
+
+
+def rows_fwd_(student, teacher, *options):
+    """Loss; the gradient is written over the student."""
+    return _Call(student, teacher, Options(*options)).forward(student, None)
+
+
+def rows_bwd(student, teacher, *options_and_tensors):
+    *options, stats, upstream = options_and_tensors
+    grad = _empty_grad(student)
+    _Call(student, teacher, Options(*options)).backward(grad, stats, upstream)
+    return grad
+
+
+def rows_bwd_(student, teacher, *options_and_tensors):
+    *options, stats, upstream = options_and_tensors
+    _Call(student, teacher, Options(*options)).backward(student, stats, upstream)
+
+
+def scale_(x, factor):
+    """x *= factor, which is read on the device."""
+    if not x.is_contiguous():
+        x.mul_(factor.reshape(()))
+    elif x.numel():
+        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+        with torch.cuda.device_of(x):
+            scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

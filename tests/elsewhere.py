@@ -1,0 +1,64 @@
+"""Kernels for the GPU, given CPU tensors: so that every test runs them as it runs the others.
+
+cusim: the CUDA kernels as host code. gpu: on the GPU, to which an op's tensors are copied as they
+lie, strides, offset and all, and its results back.
+"""
+
+import contextlib
+import functools
+
+import torch
+
+from fastkd import _backend, _library
+from fastkd.ops import rows
+
+CUSIM = _library.FOLDER / "_cusim.so"
+
+
+@functools.cache
+def _define(name, which):
+    """The namespace of the ops that a backend shall use."""
+    namespace = f"fastkd_{name}_{which}" if which == "gpu" else "fastkd_cusim"
+    library = _library.define(namespace)
+    if which == "cusim":
+        torch.ops.load_library(CUSIM)
+    else:
+        real = _backend.namespace(name)
+        for op in rows.NAMES:
+            library.impl(op, functools.partial(_on_gpu, getattr(getattr(torch.ops, real), op).default), "CPU")
+    rows.use_namespace(namespace)
+    return namespace
+
+
+def _there(x):
+    """The same tensor on the GPU: its whole storage, so that it lies as it does here."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    storage = x.untyped_storage().cuda()
+    return torch.empty(0, dtype=x.dtype, device="cuda").set_(storage, x.storage_offset(), x.shape, x.stride())
+
+
+def _on_gpu(op, *arguments):
+    there = [_there(x) for x in arguments]
+    results = op(*there)
+    if op._schema.arguments[0].alias_info is not None:  # written in place
+        arguments[0].copy_(there[0])
+    if isinstance(results, tuple):
+        return tuple(x.cpu() for x in results)
+    return results if results is None else results.cpu()
+
+
+@contextlib.contextmanager
+def in_place_of(name, which):
+    """Lets a backend compute CPU tensors by other ops."""
+    before = _backend._namespaces[name], _backend.serves, _library.cuda_missing
+    namespace = _define(name, which)
+    real_namespace = _backend.namespace
+    _backend.namespace = lambda asked: namespace if asked == name else real_namespace(asked)
+    _backend.serves = lambda *_: True
+    _library.cuda_missing = ""
+    try:
+        yield
+    finally:
+        _backend._namespaces[name], _backend.serves, _library.cuda_missing = before
+        _backend.namespace = real_namespace

@@ -1,0 +1,264 @@
+"""What Triton's compiler makes of the kernels, without a GPU; and the interpreter that runs them in the other tests.
+
+The compiler and the interpreter exclude each other in one process: this file, run as a script, compiles.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import pytest
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "sm_120": ("cuda", 120, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}  # fmt: skip
+KL_DIV, JS_DIV, NOTHING, GRAD, STATS, BATCHMEAN = 0, 3, 0, 1, 2, 2
+ONE_TILE, TILED = 4096, 128256
+# Of 65536 registers 128 leave room for two programs of 256 threads, or one of 512: 8192 classes under way on each
+# side. On gfx942, with 512 registers per lane of a SIMD, for four waves.
+REGISTERS = 128
+# Bytes. In loops over tiles ptxas prefers 64 registers (twice the programs) and keeps some of the row's constants,
+# which a tile needs once or not at all, in memory; were the tile's values there, it would be hundreds.
+STACK = {ONE_TILE: 0, TILED: 16}
+# What is not logits: the loss of a program; a row's statistics and the upstream gradient; the factor.
+NARROW_LOADS = {"rows_fwd_kernel": 0, "rows_bwd_kernel": 6, "scale_kernel": 1}
+NARROW_STORES = {"rows_fwd_kernel": 1, "rows_bwd_kernel": 0, "scale_kernel": 0}
+
+
+def options(divergence, reduction=BATCHMEAN, **changed):
+    """OPTIONS of fastkd.triton.rows, by position."""
+    plain = {
+        "divergence": divergence, "parameter": 0.5, "temperature": 2.0, "temperature_rows": None,
+        "teacher_temperature": 2.0, "teacher_temperature_rows": None, "t_squared": True, "mask": None, "weight": None,
+        "reduction": reduction, "normalizer": None, "normalizer_tensor": None,
+    }  # fmt: skip
+    return tuple({**plain, **changed}.values())
+
+
+def launches(rows):
+    """Calls by name: every kernel of the rows schedule, as users' calls launch them."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for V in (ONE_TILE, TILED):
+            x = torch.empty(1, V, dtype=dtype)
+            for divergence in (KL_DIV, JS_DIV):
+                name = f"{str(dtype)[6:]}/{V}/{divergence}"
+                calls[name + "/fwd"] = lambda x=x, d=divergence: rows.rows_fwd(x, x, *options(d), GRAD)
+        stats, upstream = torch.empty(1, 5, dtype=torch.float64), torch.empty(1)
+        y = torch.empty(1, ONE_TILE, dtype=dtype)
+        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = lambda y=y, s=stats, u=upstream: rows.rows_bwd(
+            y, y, *options(KL_DIV), s, u
+        )
+        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: rows.scale_(y, u)
+    return calls
+
+
+def other_launches(rows):
+    """That they compile at all: every option a tensor, strides of every kind, half and double precision."""
+    x = torch.empty(2, 3, 2, 200, dtype=torch.bfloat16)[:, 1:, :, :-1].movedim(-1, 1)
+    teacher = torch.empty(x.shape, dtype=torch.float64)
+    row = torch.empty(x.numel() // x.shape[-1], dtype=torch.float64)
+    everything = options(
+        1, temperature_rows=row, teacher_temperature_rows=row.clone(), weight=row, mask=row > 0,
+        normalizer_tensor=row[:1], t_squared=False,
+    )  # fmt: skip
+    stats, half = torch.empty(*x.shape[:-1], 5, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
+    return {
+        "other/everything": lambda: rows.rows_fwd(x, teacher, *everything, STATS),
+        "other/everything_bwd": lambda: rows.rows_bwd_(x, teacher, *everything, stats, row),
+        "other/masked": lambda: rows.rows_fwd_(half, half, *options(2, mask=torch.ones(3, dtype=torch.bool))),
+        "other/double": lambda: rows.rows_fwd(half.double(), half, *options(3, 0), NOTHING),
+    }
+
+
+def compile_for(target_name):
+    """Runs the calls with a driver that compiles and launches nothing; prints what came out as JSON."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from fastkd.triton import rows
+
+    class Driver:
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget(*TARGETS[target_name])
+
+    triton.runtime.driver.set_active(Driver())
+    run, found = triton.runtime.jit.JITFunction.run, {}
+
+    def compile_only(self, *args, **options):
+        kernel = run(self, *args, **{**options, "warmup": True})
+        found[name, self.fn.__name__] = report(kernel)
+
+    triton.runtime.jit.JITFunction.run = compile_only
+    calls = launches(rows) | (other_launches(rows) if target_name in ("sm_90", "gfx942") else {})
+    for name, call in calls.items():  # noqa: B007 - compile_only reads it
+        call()
+    print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
+
+
+def report(kernel):
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        wide, load, store = "dwordx4", r"(?:global|buffer)_load_(\w+)", r"(?:global|buffer)_store_(\w+)"
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
+        stack = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text)[1])
+    else:
+        text = kernel.asm["ptx"]
+        wide, load, store = "v4.b32", r"ld\.global(\S+)", r"st\.global(\S+)"
+        usage = resource_usage(kernel.asm["cubin"])
+        registers, stack = int(usage["REG"]), int(usage["STACK"]) + int(usage["LOCAL"])
+    widths = {
+        what: [wide in width for width in re.findall(pattern, text)]
+        for what, pattern in (("loads", load), ("stores", store))
+    }
+    numbers = {"registers": registers, "stack": stack}
+    for what, are_wide in widths.items():
+        numbers |= {f"wide_{what}": sum(are_wide), f"narrow_{what}": len(are_wide) - sum(are_wide)}
+    return numbers
+
+
+def resource_usage(cubin):
+    import triton
+
+    cuobjdump = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def compiled(request, tmp_path_factory):
+    """(dtype/V/divergence/call, kernel, numbers) for a target."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    root = str(pathlib.Path(__file__).resolve().parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, __file__, request.param], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return [entry for entry in json.loads(done.stdout.splitlines()[-1]) if entry[1] in NARROW_LOADS]
+
+
+def test_registers_suffice(compiled):
+    for name, kernel, numbers in compiled:
+        if not name.startswith("other"):
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] <= STACK[int(name.split("/")[1])], (name, kernel, numbers)
+
+
+def test_logits_move_in_128_bits(compiled):
+    for name, kernel, numbers in compiled:
+        if not name.startswith("other"):
+            assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+            assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
+            assert numbers["narrow_loads"] <= NARROW_LOADS[kernel], (name, kernel, numbers)
+            assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
+
+
+if __name__ == "__main__":
+    compile_for(sys.argv[1])
+    sys.exit()
+
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+import triton_interpreter  # noqa: E402, F401 - before any kernel
+
+from fastkd.triton import rows  # noqa: E402
+
+
+@triton.jit
+def copy_kernel(source, target, n, offset, BLOCK: tl.constexpr):
+    at = offset + tl.arange(0, BLOCK)
+    tl.store(target + at, tl.load(source + at, mask=at < n, other=0.0).to(target.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def dot_kernel(a, b, out):
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    tl.store(out + i * 16 + j, tl.dot(tl.load(a + i * 16 + j), tl.load(b + i * 16 + j)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_interpreter_rounds_to_bfloat16(dtype):
+    """To the nearest, ties to even; not towards 0, and a float64's bits are no bfloat16."""
+    tie = 2.0**-8
+    values = [1 + tie, 1 + 3 * tie, 1 + 1.25 * tie, -1 - 3 * tie, 0.1, 6e4, torch.inf, -torch.inf, torch.nan]
+    x = torch.tensor(values, dtype=dtype)
+    out = torch.empty(len(x), dtype=torch.bfloat16)
+    copy_kernel[(1,)](x, out, len(x), 0, 16)
+    assert torch.equal(out.nan_to_num(7.0), x.bfloat16().nan_to_num(7.0))
+
+
+def test_interpreter_multiplies_bfloat16_as_numbers():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(16, 16, generator=generator).bfloat16() for _ in range(2))
+    out = torch.empty(16, 16)
+    dot_kernel[(1,)](a, b, out)
+    torch.testing.assert_close(out, a.float() @ b.float())
+
+
+@pytest.mark.parametrize("offset", [-16, 10])
+@pytest.mark.parametrize("short", ["source", "target"])
+def test_interpreter_raises_out_of_bounds(short, offset):
+    memory = torch.zeros(96)  # the neighbours are the process's own
+    inside, beyond = torch.zeros(64), memory[32:48]
+    source, target = (beyond, inside) if short == "source" else (inside, beyond)
+    with pytest.raises(Exception, match="out of bounds"):
+        copy_kernel[(1,)](source, target, 64, offset, 16)
+    copy_kernel[(1,)](source, target, 64, 0, 16)
+
+
+@pytest.mark.parametrize("version", ["3.5.0", "4.0.0"])
+def test_interpreter_of_an_unknown_triton_is_refused(version):
+    code = f"import triton; triton.__version__ = {version!r}; import triton_interpreter"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert f"not that of {version}" in done.stderr
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, torch.nan])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_scale(dtype, factor, contiguous):
+    x = torch.randn(7, 1300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    x = x if contiguous else x.t()
+    expected = x * factor
+    rows.scale_(x, torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+    assert torch.equal(x.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_scale_in_several_rounds(monkeypatch):
+    """More elements than one round of all programs takes."""
+    monkeypatch.setattr(rows, "SCALE_PROGRAMS", 2)
+    x = torch.randn(5 * rows.SCALE_BLOCK + 3)
+    expected = x * 0.5
+    rows.scale_(x, torch.tensor([0.5]))
+    assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("V", [1, 100, 8192, 8193, 128256])
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+def test_configurations_fit_the_hardware(element_size, V):
+    for rows_of_program, block, warps in (
+        rows.configuration(V, element_size),
+        rows.backward_configuration(V, element_size),
+    ):
+        assert warps in (1, 2, 4, 8, 16)  # 16 warps of 64 are what a CDNA program may have
+        assert block & (block - 1) == 0
+        assert rows_of_program * block <= 32 * warps * 32  # classes a thread: more do not fit its registers
