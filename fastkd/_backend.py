@@ -21,10 +21,18 @@ def unavailable(name):
     if name == "cpu":
         return _library.cpu_missing
     if name == "cuda":
-        return _library.cuda_missing
+        return _library.cuda_missing or _cuda_too_old()
     if name == "triton":
         return _triton_missing()
     return ""
+
+
+@functools.cache
+def _cuda_too_old():
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    capability = torch.cuda.get_device_capability()
+    return "" if capability >= (8, 0) else f"compute capability 8.0 wanted, the GPU has {capability[0]}.{capability[1]}"
 
 
 @functools.cache
@@ -85,6 +93,7 @@ def backend(name):
         _chosen = before
 
 
+@torch.compiler.assume_constant_result  # looks at the machine, which is not to be traced
 def automatic(device_type):
     """The backend that serves a kind of device when the user chose none."""
     candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",), "meta": ("cpu",)}.get(device_type, ())
@@ -103,6 +112,7 @@ def select(device):
     return _chosen
 
 
+@torch.compiler.assume_constant_result
 def namespace(name):
     """Where the ops of a backend are; they are defined when they are first asked for."""
     found = _namespaces[name]

@@ -6,6 +6,7 @@ lie, strides, offset and all, and its results back.
 
 import contextlib
 import functools
+import unittest.mock
 
 import torch
 
@@ -51,14 +52,11 @@ def _on_gpu(op, *arguments):
 @contextlib.contextmanager
 def in_place_of(name, which):
     """Lets a backend compute CPU tensors by other ops."""
-    before = _backend._namespaces[name], _backend.serves, _library.cuda_missing
-    namespace = _define(name, which)
-    real_namespace = _backend.namespace
-    _backend.namespace = lambda asked: namespace if asked == name else real_namespace(asked)
-    _backend.serves = lambda *_: True
-    _library.cuda_missing = ""
-    try:
+    namespace, real = _define(name, which), _backend.namespace
+    with unittest.mock.patch.multiple(
+        _backend,
+        namespace=lambda asked: namespace if asked == name else real(asked),
+        serves=lambda *_: True,
+        unavailable=lambda _: "",
+    ):
         yield
-    finally:
-        _backend._namespaces[name], _backend.serves, _library.cuda_missing = before
-        _backend.namespace = real_namespace

@@ -7,13 +7,17 @@ import torch._dynamo.testing
 from tolerances import FLOOR, error
 
 import fastkd
-from fastkd import functional
+from fastkd import _backend, functional
 from fastkd.ops import rows
 
+without_triton = pytest.mark.skipif(bool(_backend.unavailable("triton")), reason=_backend.unavailable("triton"))
+if torch.cuda.is_available():  # these tests have CPU tensors, which Triton takes under its interpreter only
+    without_triton = pytest.mark.skip(reason="Triton computes on the GPU here; test_gpu.py has these")
 
-def op_calls():
+
+def op_calls(backend_name):
     """Every op with arguments that it accepts."""
-    ops = rows.OPS["fastkd"]
+    ops = rows.OPS[_backend.namespace(backend_name)]
     student, teacher = torch.randn(3, 4, 20), torch.randn(3, 4, 20)
     rows_of = torch.rand(12) + 0.5
     plain = (0, 0.0, 2.0, None, 2.0, None, True, None, None, 2, None, None)
@@ -33,7 +37,12 @@ def op_calls():
     yield "rows_fwd-bfloat16", ops.fwd, (half, teacher.transpose(0, 1), *plain, 1)
 
 
-CALLS = {name: (op, arguments) for name, op, arguments in op_calls()}
+CALLS = {
+    f"{backend_name}-{name}": (op, arguments)
+    for backend_name in ("cpu", "triton")
+    if not _backend.unavailable(backend_name) and _backend.serves(backend_name, "cpu")
+    for name, op, arguments in op_calls(backend_name)
+}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -73,7 +82,7 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
+@pytest.mark.parametrize("backend_name", ["cpu", "torch", pytest.param("triton", marks=without_triton)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 def test_compile_fullgraph(reduction, dtype, backend_name):

@@ -29,7 +29,7 @@ class Arguments {
   StableIValue* stack_;
 };
 
-// What every rows op starts with: ROWS_OPTIONS of fastkd/_library.py.
+// What every rows op starts with: _ROWS_OPTIONS of fastkd/_library.py.
 struct RowsInputs {
   explicit RowsInputs(Arguments& a)
       : student(a.next<Tensor>()),

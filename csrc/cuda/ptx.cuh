@@ -45,7 +45,7 @@ __device__ __forceinline__ unsigned cluster_size() {
   return n;
 }
 __device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // Where p of this block's shared memory lies in the block `rank` of the cluster.
 template <class T>

@@ -160,7 +160,9 @@ def logits_loss(namespace, divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     temperature, temperature_rows = _number_or_rows(options.temperature, leading, dtype)
-    teacher_temperature, teacher_temperature_rows = _number_or_rows(options.teacher_temperature, leading, dtype)
+    teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
+    if options.teacher_temperature is not options.temperature:
+        teacher_temperature, teacher_temperature_rows = _number_or_rows(options.teacher_temperature, leading, dtype)
     mask, weight, normalizer, normalizer_tensor = options.mask, options.weight, options.normalizer, None
     if isinstance(normalizer, torch.Tensor):
         normalizer, normalizer_tensor = None, normalizer.to(dtype).reshape(())
