@@ -83,6 +83,8 @@ def architectures(torch_list):
         if not match:
             sys.exit(f"TORCH_CUDA_ARCH_LIST: numbers such as 9.0 or 12.0+PTX wanted, got {name!r}")
         major, minor, variant, ptx = match.groups()
+        if ptx and int(major) < 9:  # on a newer GPU it would be compiled without the clusters that are launched there
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: +PTX wanted from 9.0 on alone, got {name!r}")
         found.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
     return ";".join(found)
 

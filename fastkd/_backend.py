@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 
 import torch
@@ -14,6 +15,7 @@ NAMES = ("cuda", "triton", "cpu", "torch")
 _namespaces = {"cuda": "fastkd", "cpu": "fastkd", "triton": "fastkd_triton"}  # of the backend's ops
 _chosen = None  # the user's choice; None: automatic
 _warned = set()
+_defining = threading.Lock()
 
 
 def unavailable(name):
@@ -117,7 +119,8 @@ def namespace(name):
     """Where the ops of a backend are; they are defined when they are first asked for."""
     found = _namespaces[name]
     if name == "triton":
-        _define_triton()
+        with _defining:
+            _define_triton()
     return found
 
 

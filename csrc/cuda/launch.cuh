@@ -13,7 +13,9 @@ namespace fastkd::cuda {
 
 class Launch {
  public:
-  Launch(int64_t blocks, dim3 threads, int64_t shared_bytes, cudaStream_t stream) {
+  // most_shared: what a block can have on this device, where shared_bytes may be beyond 48 KB
+  Launch(int64_t blocks, dim3 threads, int64_t shared_bytes, cudaStream_t stream, int most_shared = 0)
+      : most_shared_(most_shared) {
     config_.gridDim = dim3(unsigned(blocks));
     config_.blockDim = threads;
     config_.dynamicSmemBytes = size_t(shared_bytes);
@@ -33,8 +35,8 @@ class Launch {
   cudaError_t operator()(void (*kernel)(P...), const A&... arguments) const {
     if (!fits_) return cudaErrorInvalidConfiguration;
     if (config_.dynamicSmemBytes > (48u << 10)) {
-      FASTKD_CUDA_RETURN(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config_.dynamicSmemBytes)));
+      // The kernel's limit, not this launch's: always the same, so that threads cannot lower each other's.
+      FASTKD_CUDA_RETURN(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_));
     }
     cudaLaunchConfig_t config = config_;
     cudaLaunchAttribute attribute = attribute_;
@@ -48,6 +50,7 @@ class Launch {
  private:
   cudaLaunchConfig_t config_{};
   cudaLaunchAttribute attribute_{};
+  int most_shared_;
   bool clusters_ = false, fits_ = true;
 };
 

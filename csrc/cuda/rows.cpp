@@ -37,6 +37,7 @@ class Context {
   explicit Context(const Tensor&) { FASTKD_CUDA_CHECK(cuda::current_device(device)); }
 #else
   explicit Context(const Tensor& x) : guard_(x.get_device_index()) {
+    FASTKD_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
     void* current = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);

@@ -42,10 +42,10 @@ RowsParts<T> parts_in(void* workspace, int64_t N, int splits) {
 }
 
 template <class T, class S>
-cudaError_t on_chip(const RowsParams<T>& P, const RowsPlan& plan, cudaStream_t stream) {
+cudaError_t on_chip(const RowsParams<T>& P, const RowsPlan& plan, const Device& device, cudaStream_t stream) {
   static_assert(sizeof(RowsRoom<T, true>) <= kRoomBytes);
   Launch launch((P.N + plan.rows_of_block - 1) / plan.rows_of_block * plan.cluster,
-                dim3(plan.threads, plan.rows_of_block), plan.shared_bytes, stream);
+                dim3(plan.threads, plan.rows_of_block), plan.shared_bytes, stream, device.shared_memory);
   launch.cluster(plan.cluster);
   return launch(rows_kernel<T, S, S, Functor<T>>, P, plan.packs);
 }
@@ -73,7 +73,7 @@ cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* wor
   const RowsPlan plan = rows_plan(P, device);
   return Storages<T>::dispatch(P, [&](auto storage) {
     using S = decltype(storage);
-    return plan.on_chip ? on_chip<T, S>(P, plan, stream) : split<T, S>(P, plan, workspace, stream);
+    return plan.on_chip ? on_chip<T, S>(P, plan, device, stream) : split<T, S>(P, plan, workspace, stream);
   });
 }
 

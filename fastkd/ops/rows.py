@@ -161,7 +161,8 @@ def logits_loss(namespace, divergence, student, teacher, options):
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     temperature, temperature_rows = _number_or_rows(options.temperature, leading, dtype)
     teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
-    if options.teacher_temperature is not options.temperature:
+    # under torch.compile an autograd.Function takes no tensor twice
+    if options.teacher_temperature is not options.temperature or torch.compiler.is_compiling():
         teacher_temperature, teacher_temperature_rows = _number_or_rows(options.teacher_temperature, leading, dtype)
     mask, weight, normalizer, normalizer_tensor = options.mask, options.weight, options.normalizer, None
     if isinstance(normalizer, torch.Tensor):
