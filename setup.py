@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 BUILD = os.environ.get("FASTKD_BUILD", "1") != "0"
 TESTING = os.environ.get("FASTKD_TESTING", "0") == "1"
-CUDA = os.environ.get("FASTKD_CUDA", "auto")
+CUDA = os.environ.get("FASTKD_CUDA") or "auto"
 
 
 def find_torch():
@@ -78,15 +78,28 @@ def find_cuda(wanted):
 def architectures(torch_list):
     """CMake's form of TORCH_CUDA_ARCH_LIST: 9.0 is 90-real, 9.0+PTX is 90."""
     found = []
-    for name in re.split(r"[;\s]+", torch_list.strip()):
+    for name in filter(None, re.split(r"[;\s]+", torch_list)):
         match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
         if not match:
             sys.exit(f"TORCH_CUDA_ARCH_LIST: numbers such as 9.0 or 12.0+PTX wanted, got {name!r}")
         major, minor, variant, ptx = match.groups()
+        if int(major) < 8:
+            print(
+                f"fastkd: TORCH_CUDA_ARCH_LIST: {name} is left out, the kernels are for 8.0 and newer", file=sys.stderr
+            )
+            continue
         if ptx and int(major) < 9:  # on a newer GPU it would be compiled without the clusters that are launched there
             sys.exit(f"TORCH_CUDA_ARCH_LIST: +PTX wanted from 9.0 on alone, got {name!r}")
         found.append(f"{major}{minor}{variant}" + ("" if ptx else "-real"))
+    if not found:
+        sys.exit(f"TORCH_CUDA_ARCH_LIST: at least one of 8.0 and newer wanted, got {torch_list!r}")
     return ";".join(found)
+
+
+def nvcc_version(nvcc):
+    run = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    found = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    return tuple(map(int, found.groups())) if found else (0, 0)
 
 
 def cuda_options():
@@ -95,9 +108,15 @@ def cuda_options():
         sys.exit(f"FASTKD_CUDA: auto, 0 or 1 wanted, got {CUDA!r}")
     options = []
     root = find_cuda("bin/nvcc") if CUDA != "0" else None
+    if root and nvcc_version(root / "bin" / "nvcc") < (12, 8):  # the first that knows 10.0 and 12.0
+        old = f"fastkd: nvcc 12.8 or newer wanted, {root / 'bin' / 'nvcc'} is older"
+        if CUDA == "1":
+            sys.exit(old)
+        print(f"{old}: the CUDA kernels are not built", file=sys.stderr)
+        root = None
     if root:
         options += [f"-DFASTKD_NVCC={root / 'bin' / 'nvcc'}", f"-DCUDAToolkit_ROOT={root}"]
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0;12.0+PTX"
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or "8.0;9.0;10.0;12.0+PTX"
         options += [f"-DCMAKE_CUDA_ARCHITECTURES={architectures(wanted)}"]
     elif CUDA == "1":
         sys.exit("fastkd: FASTKD_CUDA=1, but there is no nvcc in $CUDA_HOME, PATH, /usr/local/cuda or PyPI's packages.")

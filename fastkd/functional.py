@@ -151,7 +151,8 @@ js_div.__doc__ = _DOCSTRING.format(
     title="Generalised Jensen-Shannon divergence between student and teacher.",
     formula=r"\left(\beta \sum_v q_v (\log q_v - \log m_v) + (1 - \beta) \sum_v p_v (\log p_v - \log m_v)\right), "
     r"\quad m = \beta q + (1 - \beta) p",
-    notes="bounded by log 2 before T^2; symmetric at beta = 0.5.",
+    notes="bounded by log 2 before T^2; symmetric at beta = 0.5. In float32 its relative error far from convergence\n"
+    "    is about 1e-7 / min(beta, 1 - beta).",
     parameter="\n        beta: the teacher's share of the mixture, from 0 to 1. By convention 0 is ``kl_div`` and\n"
     "            1 is ``reverse_kl_div`` (the formula itself goes to 0 at both ends). Default 0.5.",
     extremes="a class that one side cannot give is like any other.",

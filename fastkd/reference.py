@@ -47,9 +47,13 @@ def _js_div(log_p, log_q, beta):
     other lies |w| above it. Then sum beta q (e^u - 1 - u) + (1 - beta) p (e^v - 1 - v)."""
     p, q = log_p.exp(), log_q.exp()
     w = torch.where((p == 0) & (q == 0), 0.0, log_p - log_q)
-    share = torch.where(w > 0, torch.full_like(w, beta), 1 - beta)
-    lower = torch.log1p(share * torch.expm1(-w.abs()))
-    upper = lower + w.abs()
+    distance = torch.where(w > 0, w, -w)  # abs has no slope at 0, where this has one
+    least = torch.finfo(w.dtype).tiny  # m is not 0 where p or q is not
+    teacher, student = w.new_tensor(max(beta, least)), w.new_tensor(max(1 - beta, least))
+    share, rest = torch.where(w > 0, teacher, student), torch.where(w > 0, student, teacher)
+    near_lower = torch.log1p(share * torch.expm1(-distance.clamp(max=1)))
+    lower = torch.where(distance < 1, near_lower, torch.log(rest + share * torch.exp(-distance)))
+    upper = lower + distance
     u, v = torch.where(w > 0, upper, lower), torch.where(w > 0, lower, upper)
     u, v = torch.where(q == 0, 0.0, u), torch.where(p == 0, 0.0, v)
     near_u, near_v = u.clamp(-1, 1), v.clamp(-1, 1)

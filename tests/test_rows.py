@@ -14,6 +14,7 @@ from truth import kl_div as truth
 from truth import truth as truth_of
 from truth import upstream_like
 
+import fastkd
 from fastkd import functional, reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -420,6 +421,26 @@ def test_js_div_ends_are_the_kl_divergences(backend):
         )
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1 - 1e-9])
+def test_js_div_of_a_beta_that_rounds_to_an_end(backend, beta):
+    student, teacher = torch.tensor([[200.0, 0.0, -200.0]] * 2), torch.tensor([[-200.0, 0.0, 200.0]] * 2)
+    student[1, 0] = teacher[1, 1] = -torch.inf
+    loss, grad = run(functools.partial(functional.js_div, beta=beta), student, teacher, reduction="none")
+    assert ((loss > -1e-6) & (loss < math.log(2))).all()
+    assert grad.isfinite().all()
+
+
+def test_second_derivatives_of_the_reference():
+    student = torch.randn(2, 4, dtype=torch.float64)
+    for loss in cases.LOSSES.values():
+        for teacher in (torch.randn(2, 4, dtype=torch.float64), student.clone()):
+            with fastkd.backend("torch"):
+                hessian = torch.autograd.functional.hessian(lambda s, f=loss, t=teacher: f(s, t), student).reshape(8, 8)
+                step = 1e-5 * torch.eye(8, dtype=torch.float64).reshape(8, 2, 4)
+                slopes = [run(loss, student + h, teacher)[1] - run(loss, student - h, teacher)[1] for h in step]
+            assert error(hessian, torch.stack(slopes).reshape(8, 8) / 2e-5) < 1e-5
 
 
 @pytest.mark.parametrize("beta", [1e-3, 0.25, 0.9, 0.999])
