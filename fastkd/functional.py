@@ -158,3 +158,121 @@ js_div.__doc__ = _DOCSTRING.format(
     extremes="a class that one side cannot give is like any other.",
     source='Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2024.',
 )
+
+
+_RELATIONAL = r"""{title}
+
+    .. math:: {formula}
+
+    {notes}
+
+    Args:
+        student: embeddings ``[N, D_s]``, any strides; float16, bfloat16, float32 or float64.
+        teacher: embeddings ``[N, D_t]``; width and dtype may differ. A constant: no gradient flows to it.{options}
+
+    Returns:
+        The loss, float64 where an input is float64, else float32. Fewer than two samples: 0.
+
+    The gradient has the student's dtype; it is computed in forward. {equal} A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+            Embeddings that are not finite are an error on the CPU; on other devices, where looking
+            would cost a synchronisation, they give NaN.
+
+    Source: {source}
+    """
+_RKD_SOURCE = 'Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.'
+_RKD_EQUAL = "Equal samples have no gradient from each other."
+
+
+def _relational_loss(name, student, teacher, *options):
+    """Hands a relational loss, whose arguments have been checked, to the backend."""
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return getattr(reference, name)(student, teacher, *options)
+    from .ops import relations
+
+    return getattr(relations, name)(_backend.namespace(backend), student, teacher, *options)
+
+
+def rkd_distance(student, teacher, *, normalize="mean", delta=1.0):
+    _check.embeddings(student, teacher)
+    _check.normalize(normalize)
+    _check.number("delta", delta)
+    return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta))
+
+
+rkd_distance.__doc__ = _RELATIONAL.format(
+    title="Distance-wise relational distillation: the student's samples keep the teacher's relative distances.",
+    formula=r"\frac{1}{N^2} \sum_{ij} \mathrm{Huber}_\delta"
+    r"\left(\frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t}\right),\quad d_{ij} = \sqrt{\max(\|x_i - x_j\|^2, 10^{-12})},\ d_{ii} = 0",
+    notes="with the mean distance mu of different samples; the gradient flows through the student's mean.\n"
+    "    No matrix [N, N] is held: beside the inputs a few arrays of their size and tiles of fixed size.",
+    options="""
+        normalize: ``"mean"``, the default: distances are divided by their mean; None: they are not.
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.""",
+    equal=_RKD_EQUAL,
+    source=_RKD_SOURCE,
+)
+
+
+def rkd_angle(student, teacher, *, delta=1.0):
+    _check.embeddings(student, teacher)
+    _check.number("delta", delta)
+    return _relational_loss("rkd_angle", student, teacher, float(delta))
+
+
+rkd_angle.__doc__ = _RELATIONAL.format(
+    title="Angle-wise relational distillation: the student's triplets keep the teacher's angles.",
+    formula=r"\frac{1}{N^3} \sum_{aik} \mathrm{Huber}_\delta(\psi^s_{aik} - \psi^t_{aik}),\quad"
+    r"\psi_{aik} = \left\langle \frac{x_i - x_a}{\|x_i - x_a\|}, \frac{x_k - x_a}{\|x_k - x_a\|} \right\rangle",
+    notes="the cosine at a of every triplet, 0 where a is i or k or equals one. O(N^2 D + N^3) work, no\n"
+    "    tensor [N, N, N]: beside the inputs a few arrays of their size and strips [512, N] or [1024, N].",
+    options="""
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.""",
+    equal=_RKD_EQUAL,
+    source=_RKD_SOURCE,
+)
+
+
+def rkd_loss(
+    student, teacher, *, distance_weight=25.0, angle_weight=50.0, distance_delta=1.0, angle_delta=1.0
+):  # fmt: skip
+    _check.embeddings(student, teacher)
+    _check.at_least_zero("distance_weight", distance_weight)
+    _check.at_least_zero("angle_weight", angle_weight)
+    _check.number("distance_delta", distance_delta)
+    _check.number("angle_delta", angle_delta)
+    options = (float(angle_weight), float(angle_delta), float(distance_weight), float(distance_delta))
+    return _relational_loss("rkd_loss", student, teacher, *options)
+
+
+rkd_loss.__doc__ = _RELATIONAL.format(
+    title="Relational distillation by distances and angles together, which share their work.",
+    formula=r"w_d\, \mathrm{rkd\_distance} + w_a\, \mathrm{rkd\_angle}",
+    notes="see :func:`rkd_distance` and :func:`rkd_angle`.",
+    options="""
+        distance_weight, angle_weight: finite numbers of at least 0; a loss of weight 0 is not computed.
+            Defaults 25 and 50.
+        distance_delta, angle_delta: where Huber's losses turn from quadratic to linear. Default 1.""",
+    equal=_RKD_EQUAL,
+    source=_RKD_SOURCE,
+)
+
+
+def similarity_preserving(student, teacher):
+    _check.embeddings(student, teacher)
+    return _relational_loss("similarity_preserving", student, teacher)
+
+
+similarity_preserving.__doc__ = _RELATIONAL.format(
+    title="Similarity-preserving distillation: samples that excite the teacher alike do so in the student.",
+    formula=r"\frac{1}{N^2} \sum_i \left\| \frac{G^s_i}{\|G^s_i\|} - \frac{G^t_i}{\|G^t_i\|} \right\|^2,"
+    r"\quad G = X X^T",
+    notes="computed from products [N, D] x [D, D] where N is large, else from blocks of rows of G: the cheaper way.\n"
+    "    Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.",
+    options="",
+    equal="A sample of zeros has a row of zeros in G, and no gradient.",
+    source='Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.',
+)

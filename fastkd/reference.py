@@ -125,3 +125,56 @@ def logits_loss(divergence, student, teacher, options):
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
     return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)
+
+
+def _embeddings(student, teacher):
+    dtype = compute_dtype(student, teacher)
+    return student.to(dtype), _ordinary(teacher).detach().to(dtype)
+
+
+def _distances(x, normalize):
+    """[N, N], by differences. Off the diagonal at least 1e-6, where there is no gradient."""
+    d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6)
+    d = d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
+    pairs = len(x) * (len(x) - 1)
+    return d / (d.sum() / pairs) if normalize and pairs else d
+
+
+def rkd_distance(student, teacher, normalize, delta):
+    """Holds matrices [N, N]."""
+    s, t = _embeddings(student, teacher)
+    if len(s) < 2:
+        return (s * 0).sum()
+    return torch.nn.functional.huber_loss(_distances(s, normalize), _distances(t, normalize), delta=delta)
+
+
+def _cosines(x):
+    """[N, N, N]: of the angle at a between i and k, 0 where a is i or k, or equals them."""
+    difference = x[:, None] - x[None]
+    length = difference.square().sum(-1, keepdim=True)
+    length = torch.where(length == 0, 1.0, length).sqrt()  # what is not differentiated must stay finite
+    unit = difference / length
+    return unit @ unit.transpose(1, 2)
+
+
+def rkd_angle(student, teacher, delta):
+    """Holds [N, N, D] and [N, N, N]."""
+    s, t = _embeddings(student, teacher)
+    if len(s) < 2:
+        return (s * 0).sum()
+    return torch.nn.functional.huber_loss(_cosines(s), _cosines(t), delta=delta)
+
+
+def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta):
+    loss = (student * 0).sum().to(compute_dtype(student, teacher))
+    if angle_weight:
+        loss = loss + angle_weight * rkd_angle(student, teacher, angle_delta)
+    if distance_weight:
+        loss = loss + distance_weight * rkd_distance(student, teacher, True, distance_delta)
+    return loss
+
+
+def similarity_preserving(student, teacher):
+    """Holds matrices [N, N]."""
+    s, t = (torch.nn.functional.normalize(x @ x.T, dim=1) for x in _embeddings(student, teacher))
+    return (s - t).square().sum() / max(len(s), 1) ** 2

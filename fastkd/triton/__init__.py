@@ -8,10 +8,11 @@ NAMESPACE = "fastkd_triton"
 def register():
     """Defines the ops, for tensors on GPUs; for the interpreter, which has those of the CPU, as well."""
     from ..ops import rows as schedule
-    from . import rows
+    from . import pairs, rows
 
+    implementations = {name: getattr(rows, name) for name in schedule.NAMES} | {"pairs_fwd": pairs.pairs_fwd}
     library = _library.define(NAMESPACE)
     for key in ("CUDA", "CPU"):
-        for name in schedule.NAMES:
-            library.impl(name, getattr(rows, name), key)
+        for name, implementation in implementations.items():
+            library.impl(name, implementation, key)
     schedule.use_namespace(NAMESPACE)

@@ -1,0 +1,317 @@
+// The pairs schedule on the CPU: tiles of the Gram matrices come from the BLAS, become distances and
+// weights while they are in cache, and go back to it as W X.
+//
+// Sweep 1, all tiles with i <= j: distances; their sums, and those of d_s^2 and d_s d_t.
+// Sweep 2: distances once more, the loss, W and W X. Its C = mean(u^2 - u v) is known from sweep 1
+//   unless a pair was clamped; the true one is found on the way, and where it differs
+// Sweep 3 adds the rest, (C' - C) sum_j (x_i - x_j) / d_ij.
+// With student and teacher of width D: 2 N^2 D flops in sweep 1, 4 in sweep 2, 3 in sweep 3.
+// Where all tiles fit into kKept bytes their distances stay, and only W X needs the BLAS again.
+//
+// Memory: both centred copies, W X [N, D], two tiles a thread or kKept bytes. Sums do not depend on the
+// number of threads: a tile is summed by itself, and where two tiles would add to the same rows of
+// W X they are computed one after the other, as in the rounds of a tournament.
+#include "cpu/pairs.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <vector>
+
+#include "common/relations_inputs.h"
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/pairs_kernel.h"
+#include "cpu/scratch.h"
+
+namespace fastkd {
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t kBlock = 256;  // rows: products of smaller tiles are slower, larger tiles leave the cache
+constexpr int64_t kWhole = 512;  // up to here one tile holds all pairs, and the threads share it
+constexpr int64_t kRows = 16;    // of that tile, dealt to a thread at once
+constexpr int64_t kKept = int64_t(16) << 20;
+
+template <class T>
+const PairsKernel<T>& kernel() {
+#if FASTKD_X86
+  switch (isa()) {
+    case Isa::kBaseline:
+      break;
+    case Isa::kAvx2:
+      return avx2::pairs_kernel<T>();
+    case Isa::kAvx512:
+      return avx512::pairs_kernel<T>();
+  }
+#endif
+  return baseline::pairs_kernel<T>();
+}
+
+template <class T>
+class Pairs {
+ public:
+  Pairs(const Centred<T>& student, const Centred<T>& teacher)
+      : student_(student),
+        teacher_(teacher),
+        N_(student.N),
+        blocks_(N_ <= kWhole ? 1 : (N_ + kBlock - 1) / kBlock),
+        block_((N_ + blocks_ - 1) / blocks_),
+        tiles_(blocks_ * (blocks_ + 1) / 2),
+        keeps_(tiles_ * tile_bytes() <= kKept),
+        sums_(whole() ? (N_ + kRows - 1) / kRows : tiles_),
+        student_norms_(norms(student)),
+        teacher_norms_(norms(teacher)) {
+    if (keeps_) kept_ = make_buffer<char>(tiles_ * tile_bytes());
+  }
+
+  double run(const PairsOptions& options, T* grad) {
+    const double pairs = double(N_) * double(N_ - 1), divisor = double(N_) * double(N_);
+    PairsStatistics<T> all{1, 1, 0, T(options.delta)};
+    double mean = 1, shift = 0;
+    if (options.normalize || keeps_) {
+      const PairsSums sums = sweep([&](const PairsTile<T>&, int64_t, int64_t, PairsSums&) {}, true);
+      if (options.normalize) {
+        mean = sums.student / pairs;
+        all.student_scale = T(1 / mean);
+        all.teacher_scale = T(pairs / sums.teacher);
+        shift = (sums.student_squared * all.student_scale - sums.product * all.teacher_scale) / mean / pairs;
+      }
+    }
+    if (!grad || keeps_) {
+      const PairsSums sums = sweep([&](const PairsTile<T>& tile, int64_t begin, int64_t end,
+                                       PairsSums& sums) { k_.loss(tile, all, begin, end, sums); },
+                                   !keeps_);
+      if (options.normalize) shift = sums.shift / pairs;
+      if (!grad) return sums.loss / divisor;
+    }
+    all.shift = T(shift);
+    weight_sums_.assign(N_, 0.0);
+    product_ = make_buffer<T>(N_ * student_.D);
+    const PairsSums sums = weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& sums, T* row,
+                                     T* column) { k_.weights(tile, all, begin, end, sums, row, column); });
+    write(grad, 2 / (divisor * mean), false);
+    const double rest = sums.shift / pairs - all.shift;
+    if (options.normalize && !keeps_ && matters(rest, sums.loss / divisor)) {
+      weight_sums_.assign(N_, 0.0);
+      weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums&, T* row, T* column) {
+        k_.inverses(tile, begin, end, row, column);
+      });
+      write(grad, -2 / (divisor * mean) * rest, true);
+    }
+    return sums.loss / divisor;
+  }
+
+ private:
+  struct Block {
+    int64_t begin, n;
+  };
+  bool whole() const { return blocks_ == 1; }
+  int64_t tile_bytes() const { return 2 * block_ * block_ * int64_t(sizeof(T)); }
+  Block block(int64_t i) const { return {i * block_, std::min(block_, N_ - i * block_)}; }
+  // tiles (i, j), i <= j, column by column of the upper triangle
+  static int64_t tile_number(int64_t i, int64_t j) { return j * (j + 1) / 2 + i; }
+
+  // What an error of C by `rest` does to the gradient, beside the r of this loss, at the most: the
+  // sum over j grows like N, that of the r, which have both signs, like its root.
+  bool matters(double rest, double loss) const {
+    return std::abs(rest) * std::sqrt(double(N_)) > kRest * std::sqrt(2 * loss);
+  }
+  static constexpr double kRest = sizeof(T) == 8 ? 1e-15 : 1e-6;
+
+  Buffer<T> norms(const Centred<T>& x) const {
+    Buffer<T> out = make_buffer<T>(N_);
+    parallel_for(0, N_, 65536 / x.D + 1,
+                 [&](int64_t begin, int64_t end) { k_.norms(x.row(begin), end - begin, x.D, out.get() + begin); });
+    return out;
+  }
+
+  Matrix<T> rows(const Centred<T>& x, Block b) const { return {x.row(b.begin), b.n, x.D, x.D}; }
+  Matrix<T> matrix(const T* data, const PairsTile<T>& tile) const {
+    return {data, tile.rows, tile.columns, tile.stride};
+  }
+
+  PairsTile<T> tile(int64_t i, int64_t j) const {
+    T* memory = reinterpret_cast<T*>(keeps_ ? kept_.get() + tile_number(i, j) * tile_bytes() : scratch(tile_bytes()));
+    const Block bi = block(i), bj = block(j);
+    auto side = [&](const Centred<T>& x, const Buffer<T>& norms, T* data) {
+      return PairsSide<T>{data, x.row(bi.begin), x.row(bj.begin), norms.get() + bi.begin, norms.get() + bj.begin, x.D};
+    };
+    return {side(student_, student_norms_, memory),
+            side(teacher_, teacher_norms_, memory + block_ * block_),
+            bi.n,
+            bj.n,
+            block_,
+            i == j ? 0 : -1};
+  }
+  void gram(const PairsTile<T>& tile, int64_t i, int64_t j) const {
+    gemm(matrix(tile.student.tile, tile), rows(student_, block(i)), rows(student_, block(j)).transposed());
+    gemm(matrix(tile.teacher.tile, tile), rows(teacher_, block(i)), rows(teacher_, block(j)).transposed());
+  }
+
+  // f(tile, begin, end, sums) over all rows of all tiles; the tiles' distances are computed before
+  // where they are not there yet.
+  template <class F>
+  PairsSums sweep(F&& f, bool compute) {
+    if (whole()) {
+      const PairsTile<T> all = tile(0, 0);
+      if (compute) gram(all, 0, 0);
+      parallel_for(0, int64_t(sums_.size()), 1, [&](int64_t first, int64_t last) {
+        for (int64_t part = first; part < last; ++part) {
+          PairsSums sums;
+          const int64_t begin = part * kRows, end = std::min(begin + kRows, N_);
+          if (compute) k_.distances(all, begin, end, sums);
+          f(all, begin, end, sums);
+          sums_[part] = sums;
+        }
+      });
+    } else {
+      parallel_for(0, tiles_, 1, [&](int64_t first, int64_t last) {
+        int64_t j = int64_t((std::sqrt(8.0 * double(first) + 1) - 1) / 2);
+        while (tile_number(0, j + 1) <= first) ++j;
+        while (tile_number(0, j) > first) --j;
+        for (int64_t number = first, i = first - tile_number(0, j); number < last; ++number, ++i) {
+          if (i > j) i = 0, ++j;
+          one_tile(f, i, j, compute);
+        }
+      });
+    }
+    return total();
+  }
+
+  template <class F>
+  PairsTile<T> one_tile(F&& f, int64_t i, int64_t j, bool compute) {
+    const PairsTile<T> t = tile(i, j);
+    PairsSums sums;
+    if (compute) {
+      gram(t, i, j);
+      k_.distances(t, 0, t.rows, sums);
+    }
+    f(t, 0, t.rows, sums);
+    PairsSums& to = sums_[tile_number(i, j)];
+    to = PairsSums();
+    to.add(sums, i == j ? 1 : 2);
+    return t;
+  }
+
+  PairsSums total() const {
+    PairsSums sums;
+    for (const PairsSums& s : sums_) sums.add(s, 1);
+    return sums;
+  }
+
+  // f(tile, begin, end, sums, row_sums, column_sums) turns distances into weights; then
+  // product_ = W X and weight_sums_ = W 1.
+  template <class F>
+  PairsSums weigh(F&& f) {
+    if (whole()) {
+      const PairsSums sums = sweep(
+          [&](const PairsTile<T>& t, int64_t begin, int64_t end, PairsSums& sums) {
+            T row[kRows] = {};
+            f(t, begin, end, sums, row - begin, static_cast<T*>(nullptr));
+            for (int64_t i = begin; i < end; ++i) weight_sums_[i] = double(row[i - begin]);
+          },
+          !keeps_);
+      gemm(Matrix<T>{product_.get(), N_, student_.D, student_.D}, matrix(tile(0, 0).student.tile, tile(0, 0)),
+           rows(student_, block(0)));
+      return sums;
+    }
+    parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) add_tile(f, i, i, 0);
+    });
+    // Every two blocks meet once in even - 1 rounds: the last one stands still, the others turn.
+    const int64_t even = blocks_ + blocks_ % 2, turning = even - 1;
+    for (int64_t round = 0; round < turning; ++round) {
+      parallel_for(0, even / 2, 1, [&](int64_t first, int64_t last) {
+        for (int64_t match = first; match < last; ++match) {
+          const int64_t a = match ? (round + match) % turning : turning, b = (round + turning - match) % turning;
+          if (std::max(a, b) < blocks_) add_tile(f, std::min(a, b), std::max(a, b), 1);
+        }
+      });
+    }
+    return total();
+  }
+
+  template <class F>
+  void add_tile(F&& f, int64_t i, int64_t j, double beta) {
+    T row[kBlock] = {}, column[kBlock] = {};
+    const PairsTile<T> t = one_tile(
+        [&](const PairsTile<T>& t, int64_t begin, int64_t end, PairsSums& sums) {
+          f(t, begin, end, sums, row, i == j ? nullptr : column);
+        },
+        i, j, !keeps_);
+    const Matrix<T> W = matrix(t.student.tile, t);
+    add_product(i, W, j, row, beta);
+    if (i != j) add_product(j, W.transposed(), i, column, beta);
+  }
+  void add_product(int64_t i, const Matrix<T>& W, int64_t j, const T* sums, double beta) {
+    const Block to = block(i);
+    const Matrix<T> out{product_.get() + to.begin * student_.D, to.n, student_.D, student_.D};
+    gemm(out, W, rows(student_, block(j)), 1, beta);
+    for (int64_t k = 0; k < to.n; ++k) weight_sums_[to.begin + k] += double(sums[k]);
+  }
+
+  // grad (+)= scale (diag(W 1) X - W X)
+  void write(T* grad, double scale, bool add) const {
+    const int64_t D = student_.D;
+    parallel_for(0, N_, 65536 / D + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T sum = T(weight_sums_[i] * scale), factor = T(scale);
+        const T *x = student_.row(i), *product = product_.get() + i * D;
+        T* out = grad + i * D;
+        if (add) {
+          for (int64_t k = 0; k < D; ++k) out[k] += sum * x[k] - factor * product[k];
+        } else {
+          for (int64_t k = 0; k < D; ++k) out[k] = sum * x[k] - factor * product[k];
+        }
+      }
+    });
+  }
+
+  const Centred<T>&student_, &teacher_;
+  const PairsKernel<T>& k_ = kernel<T>();
+  const int64_t N_, blocks_, block_, tiles_;
+  const bool keeps_;
+  std::vector<PairsSums> sums_;  // a tile's, or of a tile that is shared a part's
+  const Buffer<T> student_norms_, teacher_norms_;
+  Buffer<char> kept_;
+  Buffer<T> product_;
+  std::vector<double> weight_sums_;
+};
+
+void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const PairsInputs in(arguments);
+  check(in);
+  Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
+  dispatch_compute(in.compute(), [&](auto zero) {
+    using T = decltype(zero);
+    const Centred<T> student = centre<T>(in.student), teacher = centre<T>(in.teacher);
+    const bool direct = in.save && grad.scalar_type() == in.compute();
+    Tensor wide = in.save && !direct ? torch::stable::new_empty(grad, grad.sizes(), in.compute()) : grad;
+    T* to = in.save ? static_cast<T*>(wide.mutable_data_ptr()) : nullptr;
+    *static_cast<T*>(loss.mutable_data_ptr()) =
+        T(pairs_loss(student, teacher, PairsOptions{in.delta, in.normalize}, to));
+    if (in.save && !direct) torch::stable::copy_(grad, wide);
+  });
+  stack[0] = torch::stable::detail::from(loss);
+  stack[1] = torch::stable::detail::from(grad);
+}
+
+}  // namespace
+
+template <class T>
+double pairs_loss(const Centred<T>& student, const Centred<T>& teacher, const PairsOptions& options, T* grad) {
+  if (student.N < 2) {
+    if (grad) std::fill_n(grad, student.N * student.D, T(0));
+    return 0;
+  }
+  return Pairs<T>(student, teacher).run(options, grad);
+}
+template double pairs_loss(const Centred<float>&, const Centred<float>&, const PairsOptions&, float*);
+template double pairs_loss(const Centred<double>&, const Centred<double>&, const PairsOptions&, double*);
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("pairs_fwd", &pairs_fwd); }
+
+}  // namespace fastkd
