@@ -10,14 +10,15 @@
 // in cache; it is kept in the strip, or multiplied with X at once. Memory: both embeddings, centred, in
 // double, W X and the strip; O(N).
 //
-// Squared distances are rounded once, from double. psi cancels by d_ai / d_ak: where the spread of the
-// distances is large, or could leave the range of float, all is computed in double.
+// Distances, and what those of student and teacher differ by, are rounded once, from double. psi cancels
+// by d_ai / d_ak, psi_student - psi_teacher by what a distance grew: where either is large, all is
+// computed in double.
 //
 // Sums do not depend on the number of threads. Blocks and parts of a strip have fixed sizes. In round r
 // block i meets block (r - i) mod blocks, so that a block occurs once in a round and its alpha and beta
-// have one writer. Products run inside parallel regions, of two tasks at the least, and so on one
-// thread each.
+// have one writer. Products run on one thread each.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cmath>
@@ -44,8 +45,8 @@ constexpr int64_t kParts = 8;                     // of a strip's vertices, deal
 constexpr int64_t kFeatures = 256;                // columns of W X that are computed at once
 constexpr int64_t kPadding = 16;                  // rows and columns of tiles are padded to it
 
-// Beyond these a float has too few digits, or too small a range.
-constexpr double kMostSpread = 1024, kLargest = 1e30;
+// Of squared distances, in all pairs and from teacher to student; beyond, a float has too few digits.
+constexpr double kMostSpread = 1024, kMostGrowth = 64;
 
 template <class T>
 const TriplesKernel<T>& kernel() {
@@ -60,6 +61,15 @@ const TriplesKernel<T>& kernel() {
   }
 #endif
   return baseline::triples_kernel<T>();
+}
+
+// f(0) .. f(tasks - 1), each on one thread, also where it multiplies matrices: a parallel region has two
+// tasks at the least.
+template <class F>
+void for_each(int64_t tasks, F&& f) {
+  parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < std::min(end, tasks); ++task) f(task);
+  });
 }
 
 int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
@@ -78,7 +88,7 @@ class Angles {
         block_(std::min(kBlock, padded(N_))),
         blocks_((N_ + block_ - 1) / block_),
         stride_(padded(N_) + kPadding) {
-    for (int side = 0; side < 2; ++side) norms_[side] = norms(*sides_[side]);
+    for (int side = 0; side < 2; ++side) measure(side);
   }
 
   // False where T does not suffice, and nothing is done. grad [N, D], where it is not null:
@@ -94,17 +104,15 @@ class Angles {
       std::fill_n(product_.get(), N_ * D_, T(0));
       sums_.assign(blocks_ * block_, 0.0);
     }
-    TriplesSpread spreads[2] = {{INFINITY, 0}, {INFINITY, 0}};
+    TriplesRange range{INFINITY, 0, INFINITY, 0, 0};
     for (int64_t begin = 0; begin < N_; begin += vertices) {
       strip_ = {memory_.get(), stride_, begin, std::min(vertices, N_ - begin)};
-      fill_strip(spreads);
-      for (const TriplesSpread& s : spreads) {
-        if (sizeof(T) == 4 && (s.largest > kMostSpread * s.least || s.largest > kLargest)) return false;
-      }
+      fill_strip(range);
+      if (sizeof(T) == 4 && !suffices(range)) return false;
       for (int64_t round = 0; round < blocks_; ++round) sum += play(round, grad != nullptr);
       if (grad) multiply_strip();
     }
-    if (grad) write(grad, 2 * weight / triples);
+    if (grad) write(grad, 2 * weight / triples * scale_[0]);
     loss = weight * sum / triples;
     return true;
   }
@@ -124,35 +132,48 @@ class Angles {
     return first(block) >= strip_.begin && first(block) < strip_.begin + strip_.vertices;
   }
 
-  Buffer<double> norms(const Centred<double>& x) const {
-    Buffer<double> out = make_buffer<double>(N_);
+  static bool suffices(const TriplesRange& r) {
+    return !(r.largest_student > kMostSpread * r.least_student || r.largest_teacher > kMostSpread * r.least_teacher ||
+             r.largest_ratio > kMostGrowth);
+  }
+
+  // Norms, and the scale that makes squared distances 2 in the mean.
+  void measure(int side) {
+    const Centred<double>& x = *sides_[side];
+    norms_[side] = make_buffer<double>(N_);
+    double* norms = norms_[side].get();
     parallel_for(0, N_, 65536 / x.D + 1,
-                 [&](int64_t begin, int64_t end) { k_.norms(x.row(begin), end - begin, x.D, out.get() + begin); });
-    return out;
+                 [&](int64_t begin, int64_t end) { k_.norms(x.row(begin), end - begin, x.D, norms + begin); });
+    double sum = 0;
+    for (int64_t i = 0; i < N_; ++i) sum += norms[i];
+    scale_[side] = sum > 0 ? double(N_) / sum : 1;
   }
 
   // The squared distances of a tile, in the calling thread's scratch memory.
-  TriplesGram distances(int side, Pair p, TriplesSpread* spread = nullptr) const {
-    const Centred<double>& x = *sides_[side];
-    const double* norms = norms_[side].get();
-    const TriplesGram gram{static_cast<double*>(scratch(tile_size() * int64_t(sizeof(double)))),
-                           x.row(first(p.i)),
-                           x.row(first(p.k)),
-                           norms + first(p.i),
-                           norms + first(p.k),
-                           rows(p.i),
-                           rows(p.k),
-                           x.D,
-                           p.i == p.k};
-    gemm(Matrix<double>{gram.tile, gram.rows, gram.columns, gram.columns},
-         Matrix<double>{gram.x_i, gram.rows, x.D, x.D}, Matrix<double>{gram.x_k, gram.columns, x.D, x.D}.transposed());
-    const TriplesSpread found = k_.distances(gram);
-    if (spread) *spread = found;
-    return gram;
+  TriplesSides distances(Pair p) const {
+    double* memory = static_cast<double*>(scratch(2 * tile_size() * int64_t(sizeof(double))));
+    for (int side = 0; side < 2; ++side) {
+      const Centred<double>& x = *sides_[side];
+      const double* norms = norms_[side].get();
+      const TriplesGram gram{memory + side * tile_size(),
+                             x.row(first(p.i)),
+                             x.row(first(p.k)),
+                             norms + first(p.i),
+                             norms + first(p.k),
+                             rows(p.i),
+                             rows(p.k),
+                             x.D,
+                             p.i == p.k};
+      gemm(Matrix<double>{gram.tile, gram.rows, gram.columns, gram.columns},
+           Matrix<double>{gram.x_i, gram.rows, x.D, x.D},
+           Matrix<double>{gram.x_k, gram.columns, x.D, x.D}.transposed());
+      k_.distances(gram);
+    }
+    return {memory, memory + tile_size(), scale_[0], scale_[1], rows(p.i), rows(p.k)};
   }
 
-  // h and q of the strip's vertices with all rows, and zeros for what is summed.
-  void fill_strip(TriplesSpread (&spreads)[2]) {
+  // The strip's vertices with all rows, and zeros for what is summed.
+  void fill_strip(TriplesRange& range) {
     parallel_for(0, strip_.vertices, 65536 / stride_ + 1, [&](int64_t begin, int64_t end) {
       for (int64_t a = begin; a < end; ++a) {
         for (int64_t array = 0; array < kAlpha; ++array)
@@ -166,25 +187,21 @@ class Angles {
         if (k >= i || !in_strip(k)) tiles.push_back({i, k});
       }
     }
-    const int64_t tasks = 2 * int64_t(tiles.size());
-    std::vector<TriplesSpread> found(tasks);
-    parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) fill_tile(task % 2, tiles[task / 2], found[task]);
-    });
-    for (int64_t task = 0; task < tasks; ++task) {
-      TriplesSpread& all = spreads[task % 2];
-      all = {std::min(all.least, found[task].least), std::max(all.largest, found[task].largest)};
+    std::vector<TriplesRange> found(tiles.size());
+    for_each(int64_t(tiles.size()), [&](int64_t tile) { fill_tile(tiles[tile], found[tile]); });
+    for (const TriplesRange& r : found) {
+      range = {std::min(range.least_student, r.least_student), std::max(range.largest_student, r.largest_student),
+               std::min(range.least_teacher, r.least_teacher), std::max(range.largest_teacher, r.largest_teacher),
+               std::max(range.largest_ratio, r.largest_ratio)};
     }
   }
 
-  void fill_tile(int side, Pair p, TriplesSpread& spread) {
-    const int64_t half = side ? kTeacherHalf : kStudentHalf, inverse = side ? kTeacherInverse : kStudentInverse;
-    const int64_t vertex = first(p.i) - strip_.begin, step = kTriplesArrays * stride_;
-    k_.halves(distances(side, p, &spread), strip_.row(vertex, half) + first(p.k),
-              strip_.row(vertex, inverse) + first(p.k), step);
+  void fill_tile(Pair p, TriplesRange& range) {
+    const int64_t vertex = first(p.i) - strip_.begin, mirrored = first(p.k) - strip_.begin;
+    range = k_.fill(distances(p), strip_, vertex, first(p.k));
     if (p.i == p.k || !in_strip(p.k)) return;
-    const int64_t mirrored = first(p.k) - strip_.begin;
-    for (const int64_t array : {half, inverse}) {
+    const int64_t step = kTriplesArrays * stride_;
+    for (int64_t array = 0; array < kAlpha; ++array) {
       const T* from = strip_.row(vertex, array) + first(p.k);
       T* to = strip_.row(mirrored, array) + first(p.i);
       for (int64_t k = 0; k < rows(p.k); ++k) {
@@ -201,41 +218,38 @@ class Angles {
       if (i <= k) pairs.push_back({i, k});
     }
     const int64_t tiles = int64_t(pairs.size());
-    parallel_for(0, 2 * tiles, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) fill_halves(task % 2, pairs[task / 2], task / 2);
-    });
+    for_each(tiles, [&](int64_t tile) { fill_halves(pairs[tile], tile); });
     std::vector<double> losses(tiles * kParts);
-    parallel_for(0, tiles * kParts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        losses[task] = sweep(pairs[task % tiles], task % tiles, task / tiles, grad);
-      }
-    });
+    for_each(tiles * kParts,
+             [&](int64_t task) { losses[task] = sweep(pairs[task % tiles], task % tiles, task / tiles, grad); });
     double sum = 0;
     for (const double x : losses) sum += x;
     if (grad) {
-      parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t tile = begin; tile < end; ++tile) add_parts(pairs[tile], tile);
-      });
-      parallel_for(0, 2 * tiles, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) multiply_tile(task % 2, pairs[task / 2], task / 2);
+      for_each(tiles, [&](int64_t tile) {
+        add_parts(pairs[tile], tile);
+        if (!in_strip(pairs[tile].i)) multiply_tile(pairs[tile], tile);
       });
     }
     return sum;
   }
 
   // h_ik of a tile, padded with 0
-  void fill_halves(int side, Pair p, int64_t tile) {
-    T* out = tile_array(tile, side);
+  void fill_halves(Pair p, int64_t tile) {
+    const int64_t n = rows(p.k);
+    T *half = tile_array(tile, 0), *difference = tile_array(tile, 1);
     if (in_strip(p.i)) {
-      const int64_t array = side ? kTeacherHalf : kStudentHalf;
       for (int64_t i = 0; i < rows(p.i); ++i) {
-        std::copy_n(strip_.row(first(p.i) - strip_.begin + i, array) + first(p.k), rows(p.k), out + i * block_);
+        const int64_t vertex = first(p.i) - strip_.begin + i;
+        std::copy_n(strip_.row(vertex, kHalf) + first(p.k), n, half + i * block_);
+        std::copy_n(strip_.row(vertex, kHalfDifference) + first(p.k), n, difference + i * block_);
       }
     } else {
-      k_.halves(distances(side, p), out, nullptr, block_);
+      k_.halves(distances(p), half, difference, block_);
     }
-    for (int64_t i = 0; i < rows(p.i); ++i) std::fill(out + i * block_ + rows(p.k), out + (i + 1) * block_, T(0));
-    std::fill(out + rows(p.i) * block_, out + padded(rows(p.i)) * block_, T(0));
+    for (T* out : {half, difference}) {
+      for (int64_t i = 0; i < rows(p.i); ++i) std::fill(out + i * block_ + n, out + (i + 1) * block_, T(0));
+      std::fill(out + rows(p.i) * block_, out + padded(rows(p.i)) * block_, T(0));
+    }
   }
 
   double sweep(Pair p, int64_t tile, int64_t part, bool grad) const {
@@ -250,47 +264,44 @@ class Angles {
 
   // K of the strip's vertices: into the strip, or into the tile's first part.
   void add_parts(Pair p, int64_t tile) {
-    const T factor = p.i == p.k ? T(0.5) : T(1);
     for (int64_t i = 0; i < rows(p.i); ++i) {
       T* parts = tile_array(tile, 2) + i * block_;
       T* out = in_strip(p.i) ? strip_.row(first(p.i) - strip_.begin + i, kKappa) + first(p.k) : parts;
       for (int64_t k = 0; k < rows(p.k); ++k) {
         T sum = parts[k];
         for (int64_t part = 1; part < kParts; ++part) sum += parts[part * tile_size() + k];
-        out[k] = factor * sum;
+        out[k] = sum;
       }
     }
   }
 
-  // What of K is not in the strip. side 0: product_i -= K X_k; side 1: product_k -= K^T X_i.
-  void multiply_tile(int side, Pair p, int64_t tile) {
-    if (in_strip(p.i) || (side == 1 && p.i == p.k)) return;
-    const double factor = p.i == p.k ? -2 : -1;
+  // product_i -= K X_k and product_k -= K^T X_i
+  void multiply_tile(Pair p, int64_t tile) {
     const Matrix<T> kappa{tile_array(tile, 2), rows(p.i), rows(p.k), block_};
-    const Matrix<T> K = side ? kappa.transposed() : kappa;
-    const int64_t to = first(side ? p.k : p.i), from = first(side ? p.i : p.k);
-    gemm(Matrix<T>{product_.get() + to * D_, K.rows, D_, D_}, K, Matrix<T>{x_ + from * D_, K.columns, D_, D_}, factor,
-         1);
-    for (int64_t i = 0; i < K.rows; ++i) {
+    subtract_product(p.i, kappa, p.k);
+    subtract_product(p.k, kappa.transposed(), p.i);
+  }
+  void subtract_product(int64_t to, const Matrix<T>& kappa, int64_t from) {
+    const Matrix<T> out{product_.get() + first(to) * D_, kappa.rows, D_, D_};
+    gemm(out, kappa, Matrix<T>{x_ + first(from) * D_, kappa.columns, D_, D_}, -1, 1);
+    for (int64_t i = 0; i < kappa.rows; ++i) {
       double sum = 0;
-      for (int64_t k = 0; k < K.columns; ++k) sum += double(K.data[i * K.row_stride + k * K.column_stride]);
-      sums_[to + i] += factor * sum;
+      for (int64_t k = 0; k < kappa.columns; ++k) {
+        sum += double(kappa.data[i * kappa.row_stride + k * kappa.column_stride]);
+      }
+      sums_[first(to) + i] -= sum;
     }
   }
 
   // product_ += (M + M^T) X and sums_ += (M + M^T) 1, where M are the strip's rows.
   void multiply_strip() {
-    parallel_for(0, blocks_, 1, [&](int64_t begin, int64_t end) {
-      k_.weights(strip_, first(begin), first(end - 1) + rows(end - 1), sums_.data());
-    });
-    const int64_t pieces = std::max<int64_t>(2, (D_ + kFeatures - 1) / kFeatures);
-    const int64_t width = padded((D_ + pieces - 1) / pieces);
-    parallel_for(0, blocks_ * pieces, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t block = task / pieces, d = task % pieces * width;
-        if (d == 0) add_row_sums(block);
-        if (d < D_) multiply_rows(block, d, std::min(width, D_ - d));
-      }
+    for_each(blocks_,
+             [&](int64_t block) { k_.weights(strip_, first(block), first(block) + rows(block), sums_.data()); });
+    const int64_t pieces = (D_ + kFeatures - 1) / kFeatures;
+    for_each(blocks_ * pieces, [&](int64_t task) {
+      const int64_t block = task / pieces, d = task % pieces * kFeatures;
+      if (d == 0) add_row_sums(block);
+      multiply_rows(block, d, std::min(kFeatures, D_ - d));
     });
   }
   void add_row_sums(int64_t block) {
@@ -314,10 +325,10 @@ class Angles {
   void write(T* grad, double scale) const {
     parallel_for(0, N_, 65536 / D_ + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T sum = T(sums_[i] * scale), factor = T(scale);
+        const double sum = sums_[i];
         const T *x = x_ + i * D_, *product = product_.get() + i * D_;
         T* out = grad + i * D_;
-        for (int64_t d = 0; d < D_; ++d) out[d] += sum * x[d] - factor * product[d];
+        for (int64_t d = 0; d < D_; ++d) out[d] += T(scale * (sum * double(x[d]) - double(product[d])));
       }
     });
   }
@@ -328,6 +339,7 @@ class Angles {
   const T delta_;
   const int64_t N_, D_, block_, blocks_, stride_;
   Buffer<double> norms_[2];  // [N]
+  double scale_[2];
   Buffer<T> memory_;
   TriplesStrip<T> strip_;
   Buffer<T> tiles_;           // of one round

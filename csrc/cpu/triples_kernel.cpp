@@ -2,12 +2,15 @@
 // instruction set.
 //
 //   psi_aik = q_ai q_ak (h_ai + h_ak - h_ik)    h = |x - y|^2 / 2, q = 1 / |x - y|
-//   r = clamp(psi_student - psi_teacher, -delta, delta), loss = sum Huber
+//   e = psi_student - psi_teacher, r = clamp(e, -delta, delta), loss = sum Huber(e)
 //   alpha_ai = sum_k r q_ak, beta_ai = sum_k r psi, K_ik = sum_a r q_ai q_ak
 //
+// With A the sum in brackets e is (A_s - A_t) q_t q_t + A_s (q_s q_s - q_t q_t), from differences of the
+// sides that are rounded once: near convergence psi_student - psi_teacher itself has no digit left.
+//
 // psi is symmetric in i and k: every pair (i, k) is visited once and counted for both. For 16 triples
-// 17 instructions on vectors of 16, and of memory two tiles, K, and the vertex's arrays for four rows i
-// at once: strips of kStep rows of the tiles stay in L1 for all vertices.
+// 21 instructions on vectors of 16; of memory two tiles, K, and the vertex's arrays for four rows i at
+// once. kStep rows of the tiles stay in L1 for all vertices.
 #include "cpu/triples_kernel.h"
 
 #include <cmath>
@@ -38,8 +41,7 @@ double squared_distance(const double* x, const double* y, int64_t D) {
   return sum;
 }
 
-TriplesSpread distances(const TriplesGram& g) {
-  double least = INFINITY, largest = 0;
+void distances(const TriplesGram& g) {
   const double* norms_k = g.norms_k;
   for (int64_t i = 0; i < g.rows; ++i) {
     double* d = g.tile + i * g.columns;
@@ -52,56 +54,96 @@ TriplesSpread distances(const TriplesGram& g) {
       d[k] = squared;
     }
     if (g.diagonal) d[i] = d[i] == d[i] ? 0 : d[i];
-    if (near > g.diagonal) {
-      for (int64_t k = 0; k < g.columns; ++k) {
-        if (d[k] < kNear * (norm + norms_k[k])) d[k] = squared_distance(g.x_i + i * g.D, g.x_k + k * g.D, g.D);
-      }
-    }
-#pragma omp simd reduction(min : least) reduction(max : largest)
+    if (near <= g.diagonal) continue;
     for (int64_t k = 0; k < g.columns; ++k) {
-      const double size = d[k] < kLeast ? double(INFINITY) : d[k];
-      least = size < least ? size : least;
-      largest = d[k] > largest ? d[k] : largest;
+      if (d[k] < kNear * (norm + norms_k[k])) d[k] = squared_distance(g.x_i + i * g.D, g.x_k + k * g.D, g.D);
     }
   }
-  return {least, largest};
+}
+
+template <class T>
+void halves_of_row(const double* s, const double* t, int64_t n, const TriplesSides& sides, T* half, T* difference) {
+  const double student_scale = sides.student_scale / 2, teacher_scale = sides.teacher_scale / 2;
+#pragma omp simd
+  for (int64_t k = 0; k < n; ++k) {
+    half[k] = T(s[k] * student_scale);
+    difference[k] = T(s[k] * student_scale - t[k] * teacher_scale);
+  }
 }
 
 template <class T>
-void halves(const TriplesGram& g, T* half, T* inverse, int64_t stride) {
-  for (int64_t i = 0; i < g.rows; ++i) {
-    const double* d = g.tile + i * g.columns;
-    T* h = half + i * stride;
+void halves(const TriplesSides& sides, T* half, T* difference, int64_t stride) {
+  for (int64_t i = 0; i < sides.rows; ++i) {
+    const int64_t at = i * sides.columns;
+    halves_of_row(sides.student + at, sides.teacher + at, sides.columns, sides, half + i * stride,
+                  difference + i * stride);
+  }
+}
+
+template <class T>
+TriplesRange fill(const TriplesSides& sides, const TriplesStrip<T>& strip, int64_t vertex, int64_t column) {
+  double least_s = INFINITY, largest_s = 0, least_t = INFINITY, largest_t = 0, ratio = 0;
+  for (int64_t i = 0; i < sides.rows; ++i) {
+    const double *s = sides.student + i * sides.columns, *t = sides.teacher + i * sides.columns;
+    T *q = strip.row(vertex + i, kStudentInverse) + column, *p = strip.row(vertex + i, kTeacherInverse) + column,
+      *difference = strip.row(vertex + i, kInverseDifference) + column;
+    halves_of_row(s, t, sides.columns, sides, strip.row(vertex + i, kHalf) + column,
+                  strip.row(vertex + i, kHalfDifference) + column);
 #pragma omp simd
-    for (int64_t k = 0; k < g.columns; ++k) h[k] = T(d[k] / 2);
-    if (!inverse) continue;
-    T* q = inverse + i * stride;
-#pragma omp simd
-    for (int64_t k = 0; k < g.columns; ++k) {
-      const double inverse_k = 1 / std::sqrt(d[k]);
-      q[k] = d[k] < kLeast ? T(0) : T(inverse_k);
+    for (int64_t k = 0; k < sides.columns; ++k) {
+      const double inverse_s = 1 / std::sqrt(s[k] * sides.student_scale);
+      const double inverse_t = 1 / std::sqrt(t[k] * sides.teacher_scale);
+      const double q_s = s[k] < kLeast ? 0 : inverse_s, q_t = t[k] < kLeast ? 0 : inverse_t;
+      q[k] = T(q_s);
+      p[k] = T(q_t);
+      difference[k] = T(q_s - q_t);
+    }
+#pragma omp simd reduction(min : least_s, least_t) reduction(max : largest_s, largest_t, ratio)
+    for (int64_t k = 0; k < sides.columns; ++k) {
+      const double from_s = s[k] < kLeast ? double(INFINITY) : s[k], from_t = t[k] < kLeast ? double(INFINITY) : t[k];
+      const double ratio_k = s[k] / from_t;
+      least_s = from_s < least_s ? from_s : least_s;
+      least_t = from_t < least_t ? from_t : least_t;
+      largest_s = s[k] > largest_s ? s[k] : largest_s;
+      largest_t = t[k] > largest_t ? t[k] : largest_t;
+      ratio = ratio_k > ratio ? ratio_k : ratio;
+    }
+  }
+  return {least_s, largest_s, least_t, largest_t, ratio * sides.student_scale / sides.teacher_scale};
+}
+
+// Of a pair of rows, as the arrays of a strip say it.
+template <class T>
+struct Edge {
+  T q, teacher_q, q_difference, h, h_difference;
+};
+
+// One triple; what is its i's goes to alpha_i and beta_i, where kBoth, what is its k's to alpha_k and beta_k.
+template <bool kGrad, bool kBoth, class T>
+FASTKD_HD void triple(const Edge<T>& ai, const Edge<T>& ak, T h_ik, T h_difference_ik, T delta, T& loss, T& alpha_i,
+                      T& beta_i, T& alpha_k, T& beta_k, T& kappa) {
+  // a difference of like numbers first: it is exact, or nearly so
+  const T h = ai.h + (ak.h - h_ik), h_difference = ai.h_difference + (ak.h_difference - h_difference_ik);
+  const T both = ai.q * ak.q, psi = h * both;
+  const T e =
+      h_difference * (ai.teacher_q * ak.teacher_q) + h * (ai.q_difference * ak.q + ai.teacher_q * ak.q_difference);
+  const T below = e > delta ? delta : e, r = below < -delta ? -delta : below;  // in this order a NaN stays
+  loss += r * (e - r * T(0.5));
+  if constexpr (kGrad) {
+    alpha_k += r * ai.q;
+    beta_k += r * psi;
+    kappa += r * both;
+    if constexpr (kBoth) {
+      alpha_i += r * ak.q;
+      beta_i += r * psi;
     }
   }
 }
 
-// One triple; what is its i's goes to alpha_i and beta_i, where kBoth, what is its k's to alpha_k and beta_k.
-template <bool kGrad, bool kBoth, class T>
-FASTKD_HD void triple(T q_ai, T h_ai, T teacher_q_ai, T teacher_h_ai, T q_ak, T h_ak, T teacher_q_ak, T teacher_h_ak,
-                      T h_ik, T teacher_h_ik, T delta, T& loss, T& alpha_i, T& beta_i, T& alpha_k, T& beta_k,
-                      T& kappa) {
-  const T both = q_ai * q_ak, psi = (h_ai + h_ak - h_ik) * both;
-  const T e = psi - (teacher_h_ai + teacher_h_ak - teacher_h_ik) * (teacher_q_ai * teacher_q_ak);
-  const T below = e > delta ? delta : e, r = below < -delta ? -delta : below;  // in this order a NaN stays
-  loss += r * (e - r * T(0.5));
-  if constexpr (kGrad) {
-    alpha_k += r * q_ai;
-    beta_k += r * psi;
-    kappa += r * both;
-    if constexpr (kBoth) {
-      alpha_i += r * q_ak;
-      beta_i += r * psi;
-    }
-  }
+template <class T>
+FASTKD_HD Edge<T> edge(const T* arrays, int64_t stride) {
+  return {arrays[kStudentInverse * stride], arrays[kTeacherInverse * stride], arrays[kInverseDifference * stride],
+          arrays[kHalf * stride], arrays[kHalfDifference * stride]};
 }
 
 // Vertex `a`, rows i .. i + 3 of the tile, columns begin .. end.
@@ -109,32 +151,27 @@ template <bool kGrad, bool kBoth, class T>
 T four_rows(const TriplesStrip<T>& strip, const TriplesTile<T>& tile, int64_t a, int64_t i, int64_t begin,
             int64_t end) {
   const T delta = tile.delta;
-  const int64_t stride = tile.stride;
-  const T *q_i = strip.row(a, kStudentInverse) + tile.row + i, *q_k = strip.row(a, kStudentInverse) + tile.column;
-  const T *h_i = strip.row(a, kStudentHalf) + tile.row + i, *h_k = strip.row(a, kStudentHalf) + tile.column;
-  const T *p_i = strip.row(a, kTeacherInverse) + tile.row + i, *p_k = strip.row(a, kTeacherInverse) + tile.column;
-  const T *g_i = strip.row(a, kTeacherHalf) + tile.row + i, *g_k = strip.row(a, kTeacherHalf) + tile.column;
-  T *alpha = strip.row(a, kAlpha) + tile.column, *beta = strip.row(a, kBeta) + tile.column;
-  const T *h0 = tile.student + i * stride, *h1 = h0 + stride, *h2 = h1 + stride, *h3 = h2 + stride;
-  const T *g0 = tile.teacher + i * stride, *g1 = g0 + stride, *g2 = g1 + stride, *g3 = g2 + stride;
-  const int64_t kappa_stride = kGrad ? stride : 0;
+  const int64_t stride = tile.stride, array = strip.stride, kappa_stride = kGrad ? stride : 0;
+  const T *of_i = strip.row(a, 0) + tile.row + i, *of_k = strip.row(a, 0) + tile.column;
+  const Edge<T> i0 = edge(of_i, array), i1 = edge(of_i + 1, array), i2 = edge(of_i + 2, array),
+                i3 = edge(of_i + 3, array);
+  const T *h0 = tile.half + i * stride, *h1 = h0 + stride, *h2 = h1 + stride, *h3 = h2 + stride;
+  const T *g0 = tile.half_difference + i * stride, *g1 = g0 + stride, *g2 = g1 + stride, *g3 = g2 + stride;
   T *k0 = tile.kappa + i * kappa_stride, *k1 = k0 + kappa_stride, *k2 = k1 + kappa_stride, *k3 = k2 + kappa_stride;
-  const T q_0 = q_i[0], q_1 = q_i[1], q_2 = q_i[2], q_3 = q_i[3], h_0 = h_i[0], h_1 = h_i[1], h_2 = h_i[2],
-          h_3 = h_i[3], p_0 = p_i[0], p_1 = p_i[1], p_2 = p_i[2], p_3 = p_i[3], g_0 = g_i[0], g_1 = g_i[1],
-          g_2 = g_i[2], g_3 = g_i[3];
+  T *alpha = strip.row(a, kAlpha) + tile.column, *beta = strip.row(a, kBeta) + tile.column;
   T loss = 0, a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
 #pragma omp simd reduction(+ : loss, a0, a1, a2, a3, b0, b1, b2, b3)
   for (int64_t k = begin; k < end; ++k) {
-    const T q = q_k[k], h = h_k[k], p = p_k[k], g = g_k[k];
+    const Edge<T> ak = edge(of_k + k, array);
     T alpha_k = 0, beta_k = 0, x0 = 0, x1 = 0, x2 = 0, x3 = 0;
     if constexpr (kGrad) {
       alpha_k = alpha[k], beta_k = beta[k];
       x0 = k0[k], x1 = k1[k], x2 = k2[k], x3 = k3[k];
     }
-    triple<kGrad, kBoth>(q_0, h_0, p_0, g_0, q, h, p, g, h0[k], g0[k], delta, loss, a0, b0, alpha_k, beta_k, x0);
-    triple<kGrad, kBoth>(q_1, h_1, p_1, g_1, q, h, p, g, h1[k], g1[k], delta, loss, a1, b1, alpha_k, beta_k, x1);
-    triple<kGrad, kBoth>(q_2, h_2, p_2, g_2, q, h, p, g, h2[k], g2[k], delta, loss, a2, b2, alpha_k, beta_k, x2);
-    triple<kGrad, kBoth>(q_3, h_3, p_3, g_3, q, h, p, g, h3[k], g3[k], delta, loss, a3, b3, alpha_k, beta_k, x3);
+    triple<kGrad, kBoth>(i0, ak, h0[k], g0[k], delta, loss, a0, b0, alpha_k, beta_k, x0);
+    triple<kGrad, kBoth>(i1, ak, h1[k], g1[k], delta, loss, a1, b1, alpha_k, beta_k, x1);
+    triple<kGrad, kBoth>(i2, ak, h2[k], g2[k], delta, loss, a2, b2, alpha_k, beta_k, x2);
+    triple<kGrad, kBoth>(i3, ak, h3[k], g3[k], delta, loss, a3, b3, alpha_k, beta_k, x3);
     if constexpr (kGrad) {
       alpha[k] = alpha_k, beta[k] = beta_k;
       k0[k] = x0, k1[k] = x1, k2[k] = x2, k3[k] = x3;
@@ -148,7 +185,8 @@ T four_rows(const TriplesStrip<T>& strip, const TriplesTile<T>& tile, int64_t a,
   return loss;
 }
 
-// On the diagonal of a tile of a block with itself pairs are visited in both orders, and counted for k alone.
+// Of a block's tile with itself the part above the diagonal; around it pairs are visited in both orders,
+// and counted for k alone.
 template <bool kGrad, class T>
 double sweep_of(const TriplesStrip<T>& strip, const TriplesTile<T>& tile, int64_t begin, int64_t end) {
   double once = 0, twice = 0;
@@ -160,6 +198,10 @@ double sweep_of(const TriplesStrip<T>& strip, const TriplesTile<T>& tile, int64_
         if (diagonal) once += double(four_rows<kGrad, false>(strip, tile, a, i, first, after));
         if (after < tile.columns) twice += double(four_rows<kGrad, true>(strip, tile, a, i, after, tile.columns));
       }
+    }
+    if (!kGrad || !diagonal) continue;
+    for (int64_t i = first; i < after; ++i) {
+      for (int64_t k = first; k < after; ++k) tile.kappa[i * tile.stride + k] /= 2;
     }
   }
   return once + 2 * twice;
@@ -192,7 +234,7 @@ double sum(const T* x, int64_t n) {
 }
 
 template <class T>
-const TriplesKernel<T> kernel = {norms, distances, halves<T>, sweep<T>, weights<T>, sum<T>};
+const TriplesKernel<T> kernel = {norms, distances, fill<T>, halves<T>, sweep<T>, weights<T>, sum<T>};
 
 }  // namespace
 

@@ -81,7 +81,7 @@ def _features_in(dtype, x, y, grad):
         C.addmm_(u.T, v)
     loss = x.new_zeros((), dtype=torch.float64)
     if grad is not None:
-        P, Q = x.new_zeros(S.shape), x.new_zeros(C.T.shape)
+        P, Q = S.new_zeros(S.shape), S.new_zeros(C.T.shape)
     for block in blocks:
         u, v = x[block].to(dtype), y[block].to(dtype)
         uS, vC = u @ S, v @ C.T
@@ -92,10 +92,12 @@ def _features_in(dtype, x, y, grad):
         if grad is not None:
             alpha, gamma = torch.where(a == 0, 0.0, cos / a)[:, None], -2 * root[:, None]
             grad[block] = 2 * alpha * uS + gamma * vC
-            P.addmm_(x[block].T, alpha.to(x.dtype) * x[block])
-            Q.addmm_(y[block].T, gamma.to(x.dtype) * x[block])
+            P.addmm_(u.T, alpha * u)
+            Q.addmm_(v.T, gamma * u)
     if grad is not None:
-        grad.addmm_(x, P, alpha=2).addmm_(y, Q).mul_(1 / N**2)
+        for block in blocks:
+            grad[block] += (2 * x[block].to(dtype) @ P).addmm_(y[block].to(dtype), Q)
+        grad *= 1 / N**2
     return loss / N**2
 
 
