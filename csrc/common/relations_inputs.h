@@ -56,8 +56,12 @@ struct TriplesInputs : RelationInputs {
 };
 
 inline Embeddings embeddings(const Tensor& x, const char* name) {
-  return {static_cast<const char*>(x.const_data_ptr()), to_dtype(x.scalar_type(), name), int32_t(x.element_size()),
-          x.size(1), x.stride(0), x.stride(1)};
+  return {static_cast<const char*>(x.const_data_ptr()),
+          to_dtype(x.scalar_type(), name),
+          int32_t(x.element_size()),
+          x.size(1),
+          x.stride(0),
+          x.stride(1)};
 }
 
 inline void check_embeddings(const RelationInputs& in) {

@@ -151,7 +151,7 @@ template <bool kGrad, bool kBoth, class T>
 T four_rows(const TriplesStrip<T>& strip, const TriplesTile<T>& tile, int64_t a, int64_t i, int64_t begin,
             int64_t end) {
   const T delta = tile.delta;
-  const int64_t stride = tile.stride, array = strip.stride, kappa_stride = kGrad ? stride : 0;
+  const int64_t stride = tile.stride, array = strip.stride, kappa_stride = kGrad ? tile.kappa_stride : 0;
   const T *of_i = strip.row(a, 0) + tile.row + i, *of_k = strip.row(a, 0) + tile.column;
   const Edge<T> i0 = edge(of_i, array), i1 = edge(of_i + 1, array), i2 = edge(of_i + 2, array),
                 i3 = edge(of_i + 3, array);
@@ -201,7 +201,7 @@ double sweep_of(const TriplesStrip<T>& strip, const TriplesTile<T>& tile, int64_
     }
     if (!kGrad || !diagonal) continue;
     for (int64_t i = first; i < after; ++i) {
-      for (int64_t k = first; k < after; ++k) tile.kappa[i * tile.stride + k] /= 2;
+      for (int64_t k = first; k < after; ++k) tile.kappa[i * tile.kappa_stride + k] /= 2;
     }
   }
   return once + 2 * twice;

@@ -34,9 +34,9 @@ struct TriplesStrip {
 template <class T>
 struct TriplesTile {
   const T *half, *half_difference;  // [rows, stride]
-  T* kappa;                         // [rows, stride], += sum_a r q_ai q_ak, halved where it is counted twice;
-                                    // null: no gradient
   int64_t stride;
+  T* kappa;  // [rows, kappa_stride], += sum_a r q_ai q_ak, halved where it is counted twice; null: no gradient
+  int64_t kappa_stride;
   int64_t row, rows;        // the first i; how many, padded
   int64_t column, columns;  // the same of k
   T delta;

@@ -32,11 +32,11 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-#define FASTKD_MMA(name, shape)                                                                                    \
-  __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {          \
-    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"      \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                  \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                  \
+#define FASTKD_MMA(name, shape)                                                                               \
+  __device__ __forceinline__ void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {     \
+    asm volatile("mma.sync.aligned." shape " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                             \
   }
 FASTKD_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTKD_MMA(mma_f16, "m16n8k16.row.col.f32.f16.f16.f32")
@@ -93,16 +93,17 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, cusim:
     const int column = 2 * t + i % 2;
     float sum = 0;
     for (int word = 0; word < 8; ++word) {
-      const uint64_t x = slots[4 * g + word % 4][i / 2 + 2 * (word / 4)], y = slots[4 * column + word % 4][4 + word / 4];
+      const uint64_t x = slots[4 * g + word % 4][i / 2 + 2 * (word / 4)],
+                     y = slots[4 * column + word % 4][4 + word / 4];
       for (int k = 0; k < Words::kElements; ++k) sum += Words::at(x, k) * Words::at(y, k);
     }
     d[i] += sum;
   }
 }
-#define FASTKD_MMA(name, words)                                                             \
-  inline void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,         \
-                   cusim::Site site = cusim::Site::here()) {                                \
-    mma<words>(d, a, b0, b1, site);                                                         \
+#define FASTKD_MMA(name, words)                                                     \
+  inline void name(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, \
+                   cusim::Site site = cusim::Site::here()) {                        \
+    mma<words>(d, a, b0, b1, site);                                                 \
   }
 FASTKD_MMA(mma_bf16, Bf16Words)
 FASTKD_MMA(mma_f16, F16Words)

@@ -10,7 +10,7 @@ namespace {
 
 template <Relation kRelation>
 cudaError_t run_storage(cuda::PairsStorage storage, const cuda::PairsParams& P, const cuda::Context& context) {
-#define FASTKD_CASE(name)   \
+#define FASTKD_CASE(name)           \
   case cuda::PairsStorage::k##name: \
     return cuda::pairs_run<cuda::PairsStorage::k##name, kRelation>(P, context.device, context.stream);
   switch (storage) { FASTKD_FOR_EACH_PAIRS_STORAGE(FASTKD_CASE) }
@@ -20,7 +20,7 @@ cudaError_t run_storage(cuda::PairsStorage storage, const cuda::PairsParams& P, 
 
 cudaError_t run_relation(Relation relation, cuda::PairsStorage storage, const cuda::PairsParams& P,
                          const cuda::Context& context) {
-#define FASTKD_CASE(name)   \
+#define FASTKD_CASE(name) \
   case Relation::k##name: \
     return run_storage<Relation::k##name>(storage, P, context);
   switch (relation) {
@@ -31,7 +31,6 @@ cudaError_t run_relation(Relation relation, cuda::PairsStorage storage, const cu
 #undef FASTKD_CASE
   __builtin_unreachable();  // check() has looked
 }
-
 
 // P: options, weight and accumulate. N = 0 and N = 1 have no pairs: nothing is added to a sum that
 // is accumulated.

@@ -38,10 +38,9 @@ cudaError_t pairs_run(const PairsParams& P, const Device& device, cudaStream_t s
 
 #define FASTKD_STORAGE_OF_(name) PairsStorage::k##name
 #define FASTKD_STORAGE_OF(name) FASTKD_STORAGE_OF_(name)
-#define FASTKD_INSTANTIATE(relation)                                                                             \
-  template cudaError_t pairs_run<FASTKD_STORAGE_OF(FASTKD_PAIRS_STORAGE), Relation::k##relation>(const PairsParams&, \
-                                                                                                const Device&,   \
-                                                                                                cudaStream_t);
+#define FASTKD_INSTANTIATE(relation)                                                              \
+  template cudaError_t pairs_run<FASTKD_STORAGE_OF(FASTKD_PAIRS_STORAGE), Relation::k##relation>( \
+      const PairsParams&, const Device&, cudaStream_t);
 FASTKD_FOR_EACH_RELATION(FASTKD_INSTANTIATE)
 
 }  // namespace fastkd::cuda

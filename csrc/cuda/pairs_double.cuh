@@ -26,8 +26,7 @@ __device__ __forceinline__ void squared_distances(const PairsParams& P, const Pa
     for (int k = 0; k < kDepth; ++k) {
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
-        const double difference =
-            room[(y + i / 4 * 16) * kStride + k] - room[(kTile + x + i % 4 * 16) * kStride + k];
+        const double difference = room[(y + i / 4 * 16) * kStride + k] - room[(kTile + x + i % 4 * 16) * kStride + k];
         sum[i / 4][i % 4] += difference * difference;
       }
     }
@@ -45,15 +44,18 @@ class DifferencesProduct {
  public:
   static constexpr int kSlice = 64;
 
-  __device__ __forceinline__ DifferencesProduct(const PairsParams& P, int64_t i, int64_t column)
-      : P_(P), i_(i), column_(column + threadIdx.x % kSlice), used_(column_ < P.student.D_padded) {
+  __device__ __forceinline__ DifferencesProduct(const PairsParams& P, int row_tile, int slice)
+      : P_(P),
+        i_(int64_t(row_tile) * kTile),
+        column_(int64_t(slice) * kSlice + threadIdx.x % kSlice),
+        used_(column_ < P.student.D_padded) {
     if (!used_) return;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) own_[r] = at(i_ + first_row() + r);
   }
 
   __device__ __forceinline__ static double rounded(double w) { return w; }
-  __device__ __forceinline__ void near(const double*, int64_t, int*) const {}
+  __device__ __forceinline__ void near(const double*, int64_t, double*, int*) const {}
 
   // tile: w_ij, j from `j`.
   __device__ __forceinline__ void add(const double* tile, int64_t j, char*) {

@@ -17,33 +17,19 @@
 
 namespace fastkd::cuda {
 
-template <PairsStorage kStorage>
-struct PairsTypes {
-  using Storage = float;
-};
-template <>
-struct PairsTypes<PairsStorage::kHalf> {
-  using Storage = __half;
-};
-template <>
-struct PairsTypes<PairsStorage::kBFloat16> {
-  using Storage = __nv_bfloat16;
-};
-template <>
-struct PairsTypes<PairsStorage::kDouble> {
-  using Storage = double;
-};
 template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 template <class S>
 __device__ __forceinline__ void both_distances(const PairsParams& P, TilePlace place, PairsRoom<Compute<S>>& room) {
-  if constexpr (std::is_same_v<S, double>) {
-    squared_distances(P, P.student, place, room.stages, room.student);
-    squared_distances(P, P.teacher, place, room.stages, room.teacher);
-  } else {
-    squared_distances<S>(P, P.student, place, room.stages, room.student);
-    squared_distances<S>(P, P.teacher, place, room.stages, room.teacher);
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {  // in a loop: the code is there once
+    Compute<S>* tile = side ? room.teacher : room.student;
+    if constexpr (std::is_same_v<S, double>) {
+      squared_distances(P, side ? P.teacher : P.student, place, room.stages, tile);
+    } else {
+      squared_distances<S>(P, side ? P.teacher : P.student, place, room.stages, tile);
+    }
   }
 }
 
@@ -140,15 +126,15 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   sum_blocks(P.loss_sums, P.sweep_blocks, room.sums, 2, sums.loss, sums.slope);
   const R relation(P.options, sums);
   if (threadIdx.x < kPairsWarps) room.touched[threadIdx.x] = 0;
+  if (threadIdx.x < kTile) room.row_sums[threadIdx.x] = 0;
 
-  const int split = int(blockIdx.x % unsigned(P.splits));
-  const int64_t part = blockIdx.x / unsigned(P.splits), i = part / P.slices * kTile;
+  const int split = int(blockIdx.x % unsigned(P.splits)), part = int(blockIdx.x / unsigned(P.splits));
+  const int row_tile = part / P.slices;
   T* partial = reinterpret_cast<T*>(P.partial) + split * P.tiles * kTile * P.student.D_padded;
-  Product product(P, i, part % P.slices * Product::kSlice);
+  Product product(P, row_tile, part % P.slices);
   const int row = threadIdx.x / 4, column = threadIdx.x % 4;
-  double row_sum = 0;
-  for (int64_t block = split; block < P.tiles; block += P.splits) {
-    const int64_t j = block * kTile;
+  for (int block = split; block < int(P.tiles); block += P.splits) {
+    const int64_t i = int64_t(row_tile) * kTile, j = int64_t(block) * kTile;
     both_distances<S>(P, {i, j}, room);
     bool any_near = false;
     T of_tile = 0;
@@ -164,13 +150,12 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
       of_tile += far;
       any_near |= near;
     }
-    row_sum += double(of_tile);
+    of_tile += __shfl_xor_sync(0xffffffffu, of_tile, 1);
+    of_tile += __shfl_xor_sync(0xffffffffu, of_tile, 2);
+    if (column == 0) room.row_sums[row] += double(of_tile);
     if (__syncthreads_or(any_near)) product.near(room.teacher, j, partial, room.touched);
     product.add(room.student, j, room.stages);
   }
-  row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
-  row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
-  if (column == 0) room.row_sums[row] = T(row_sum);
   __syncthreads();
   product.store(room.row_sums, room.touched, partial);
 }
@@ -180,7 +165,7 @@ template <class T, class R>
 __global__ void __launch_bounds__(kPairsThreads) pairs_finish_kernel(const __grid_constant__ PairsParams P) {
   if (blockIdx.x == 0) {
     double loss, slope;
-    sum_blocks(P.loss_sums, P.sweep_blocks, reinterpret_cast<double(*)[4]>(ptx::dynamic_shared()), 0, loss, slope);
+    sum_blocks(P.loss_sums, P.sweep_blocks, reinterpret_cast<double (*)[4]>(ptx::dynamic_shared()), 0, loss, slope);
     T* out = static_cast<T*>(P.loss);
     const T value = T(P.weight * R::loss_scale(P.options) * loss);
     if (threadIdx.x == 0) *out = P.accumulate ? *out + value : value;

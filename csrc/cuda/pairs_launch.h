@@ -16,7 +16,7 @@ namespace fastkd::cuda {
 enum class PairsStorage { FASTKD_FOR_EACH_PAIRS_STORAGE(FASTKD_PAIRS_ENUMERATOR) };
 #undef FASTKD_PAIRS_ENUMERATOR
 
-inline constexpr int kPairsTile = 64;      // rows and columns of a tile of pairs
+inline constexpr int kPairsTile = 64;  // rows and columns of a tile of pairs
 inline constexpr int kPairsMaxSplits = 32;
 
 inline PairsStorage pairs_storage(DType student, DType teacher) {
@@ -28,9 +28,9 @@ inline PairsStorage pairs_storage(DType student, DType teacher) {
 struct PairsSide {
   Embeddings source;  // [N, D]
   int64_t D_padded;
-  char* rows;      // [N_padded, D_padded] as the tiles want them, 0 beyond N and D
-  float* norms;    // [N_padded] squared, of those; none in double
-  double* means;   // [D] that were subtracted; null: none
+  char* rows;     // [N_padded, D_padded] as the tiles want them, 0 beyond N and D
+  float* norms;   // [N_padded] squared, of those; none in double
+  double* means;  // [D] that were subtracted; null: none
 };
 
 // loss = weight * relation(student, teacher); grad, too, where it is wanted.
@@ -45,8 +45,8 @@ struct PairsParams {
   int32_t grad_element_size;
 
   // What pairs_plan chooses
-  int64_t tiles;        // of one dimension: N_padded / kPairsTile
-  int slices, splits;   // of the gradient's columns; of the sum over j
+  int64_t tiles;       // of one dimension: N_padded / kPairsTile
+  int slices, splits;  // of the gradient's columns; of the sum over j
   int sweep_blocks;
   double* measure_sums;  // [sweep_blocks, 2]
   double* loss_sums;     // [sweep_blocks, 2]
@@ -55,8 +55,8 @@ struct PairsParams {
 
 struct PairsLayout {
   int storage_size, compute_size;
-  int chunk;          // D is padded to a multiple of it
-  int slice;          // columns of the gradient that a block makes
+  int chunk;  // D is padded to a multiple of it
+  int slice;  // columns of the gradient that a block makes
   bool centred, norms;
 };
 constexpr PairsLayout pairs_layout(PairsStorage storage) {
@@ -64,7 +64,7 @@ constexpr PairsLayout pairs_layout(PairsStorage storage) {
     case PairsStorage::kDouble:
       return {8, 8, 16, 64, false, false};
     case PairsStorage::kFloat:
-      return {4, 4, 32, 512, true, true};
+      return {4, 4, 32, 384, true, true};  // more would not fit the registers
     default:
       return {2, 4, 64, 512, false, true};
   }
@@ -94,8 +94,8 @@ inline int64_t pairs_plan(PairsParams& P, PairsStorage storage, const Device& de
     // A block a multiprocessor; a sum over j in parts only where there are fewer.
     P.slices = int((P.student.source.D + L.slice - 1) / L.slice);
     const int64_t blocks = std::max<int64_t>(P.tiles * P.slices, 1);
-    P.splits = int(std::clamp<int64_t>(device.multiprocessors / blocks, 1,
-                                       std::clamp<int64_t>(P.tiles, 1, kPairsMaxSplits)));
+    P.splits =
+        int(std::clamp<int64_t>(device.multiprocessors / blocks, 1, std::clamp<int64_t>(P.tiles, 1, kPairsMaxSplits)));
     take(P.partial, P.splits * N_padded * P.student.D_padded * L.compute_size);
   }
   return used;

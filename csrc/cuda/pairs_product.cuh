@@ -12,10 +12,10 @@ namespace fastkd::cuda {
 template <class S>
 class WeightedProduct {
  public:
-  static constexpr int kSlice = 512;
+  static constexpr int kSlice = pairs_layout(kStorageOf<S>).slice;
 
-  __device__ __forceinline__ WeightedProduct(const PairsParams& P, int64_t i, int64_t column)
-      : P_(P), i_(i), column_(column) {}
+  __device__ __forceinline__ WeightedProduct(const PairsParams& P, int row_tile, int slice)
+      : P_(P), row_tile_(row_tile), slice_(slice) {}
 
   __device__ __forceinline__ static float rounded(float w) {
     if constexpr (std::is_same_v<S, __nv_bfloat16>) return __bfloat162float(__float2bfloat16_rn(w));
@@ -28,21 +28,23 @@ class WeightedProduct {
     using Source = std::conditional_t<sizeof(S) == 4, AnyType, S>;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const Embeddings& x = P_.student.source;
-    const int64_t D_padded = P_.student.D_padded, end = x.D < column_ + kSlice ? x.D : column_ + kSlice;
+    const int64_t D_padded = P_.student.D_padded, end = x.D < first_column() + kSlice ? x.D : first_column() + kSlice;
     const bool first = !touched[warp];
     __syncwarp();
+#pragma unroll 1
     for (int r = 0; first && r < kTile / kPairsWarps; ++r) {
-      float* row = partial + (i_ + warp * (kTile / kPairsWarps) + r) * D_padded;
-      for (int64_t d = column_ + lane; d < end; d += 32) row[d] = 0;
+      float* row = partial + (i() + warp * (kTile / kPairsWarps) + r) * D_padded;
+      for (int64_t d = first_column() + lane; d < end; d += 32) row[d] = 0;
     }
     if (lane == 0) touched[warp] = 1;
     for_marked(
         tile, [](float w) { return w != 0; },
         [&](int r, int c) {
           const float w = tile[r * kTileStride + c];
-          float* row = partial + (i_ + r) * D_padded;
-          for (int64_t d = column_ + lane; d < end; d += 32) {
-            row[d] += w * (load_one<Source, float>(x.at(i_ + r, d), x.dtype) -
+          float* row = partial + (i() + r) * D_padded;
+#pragma unroll 1
+          for (int64_t d = first_column() + lane; d < end; d += 32) {
+            row[d] += w * (load_one<Source, float>(x.at(i() + r, d), x.dtype) -
                            load_one<Source, float>(x.at(j + c, d), x.dtype));
           }
         });
@@ -60,26 +62,28 @@ class WeightedProduct {
     for (int c = 0; c < kChunks; ++c) {
       ptx::copy_async_wait_group<kStages - 2>();
       __syncthreads();
-      if (c + kStages - 1 < kChunks) copy(j + (c + kStages - 1) * kRows, stages + (c + kStages - 1) % kStages * kStageBytes);
+      if (c + kStages - 1 < kChunks)
+        copy(j + (c + kStages - 1) * kRows, stages + (c + kStages - 1) % kStages * kStageBytes);
       ptx::copy_async_commit();
       chunk(tile + c * kRows, stages + c % kStages * kStageBytes);
     }
   }
 
   // row_sums: W 1, of this block's rows; touched: whose rows have something in memory.
-  __device__ __forceinline__ void store(const float* row_sums, const int* touched, float* partial) const {
+  __device__ __forceinline__ void store(const double* row_sums, const int* touched, float* partial) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int t = 0; t < kColumnTiles; ++t) {
-      const int64_t d = column_ + tile_column(t) + lane % 4 * 2;
+      const int64_t d = first_column() + tile_column(t) + lane % 4 * 2;
       if (d >= P_.student.D_padded) break;
 #pragma unroll
       for (int k = 0; k < 2 * kRowTiles; ++k) {
         const int r = k * 8 + lane / 4;
-        const int64_t at = (i_ + r) * P_.student.D_padded + d;
+        const int64_t at = (i() + r) * P_.student.D_padded + d;
         const S* x = reinterpret_cast<const S*>(P_.student.rows) + at;
-        float2 out = {row_sums[r] * widen<float>(x[0]) - sum_[k / 2][t][k % 2 * 2],
-                      row_sums[r] * widen<float>(x[1]) - sum_[k / 2][t][k % 2 * 2 + 1]};
+        const float row_sum = float(row_sums[r]);
+        float2 out = {row_sum * widen<float>(x[0]) - sum_[k / 2][t][k % 2 * 2],
+                      row_sum * widen<float>(x[1]) - sum_[k / 2][t][k % 2 * 2 + 1]};
         float2* to = reinterpret_cast<float2*>(partial + at);
         if (touched[k]) {  // the 8 rows of warp k
           out.x += to->x;
@@ -99,11 +103,11 @@ class WeightedProduct {
 
   // Tiles of 8 columns are dealt to the warps in turn: few columns are everyone's work.
   __device__ __forceinline__ static int tile_column(int t) { return (t * kPairsWarps + threadIdx.x / 32) * 8; }
-  __device__ __forceinline__ bool used(int t) const { return column_ + tile_column(t) < P_.student.D_padded; }
+  __device__ __forceinline__ bool used(int t) const { return first_column() + tile_column(t) < P_.student.D_padded; }
 
   __device__ __forceinline__ void copy(int64_t j, char* stage) const {
     constexpr int kWords = kRowBytes / 16;
-    const int64_t row_bytes = P_.student.D_padded * int64_t(sizeof(S)), at = column_ * int64_t(sizeof(S));
+    const int64_t row_bytes = P_.student.D_padded * int64_t(sizeof(S)), at = first_column() * int64_t(sizeof(S));
 #pragma unroll
     for (int k = 0; k < kRows * kWords / kPairsThreads; ++k) {
       const int word = threadIdx.x + k * kPairsThreads, row = word / kWords, byte = word % kWords * 16;
@@ -175,8 +179,11 @@ class WeightedProduct {
     }
   }
 
+  __device__ __forceinline__ int64_t i() const { return int64_t(row_tile_) * kTile; }
+  __device__ __forceinline__ int64_t first_column() const { return int64_t(slice_) * kSlice; }
+
   const PairsParams& P_;
-  int64_t i_, column_;
+  int row_tile_, slice_;
   float sum_[kRowTiles][kColumnTiles][4] = {};
 };
 

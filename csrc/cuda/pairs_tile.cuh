@@ -25,11 +25,28 @@ template <class T>
 struct PairsRoom {
   T student[kTile * kTileStride], teacher[kTile * kTileStride];
   double sums[kPairsWarps][4];
-  T row_sums[kTile];
+  double row_sums[kTile];
   int touched[kPairsWarps];
   char stages[sizeof(T) == 8 ? 2 * kTile * 17 * 8 : kStages * kStageBytes];
 };
 static_assert(sizeof(PairsRoom<float>) <= 99 << 10 && sizeof(PairsRoom<double>) <= 99 << 10);
+
+template <PairsStorage kStorage>
+struct PairsTypes;
+#define FASTKD_TYPE(name, type)              \
+  template <>                                \
+  struct PairsTypes<PairsStorage::k##name> { \
+    using Storage = type;                    \
+  };                                         \
+  template <>                                \
+  inline constexpr PairsStorage kStorageOf<type> = PairsStorage::k##name;
+template <class S>
+inline constexpr PairsStorage kStorageOf = PairsStorage::kDouble;
+FASTKD_TYPE(BFloat16, __nv_bfloat16)
+FASTKD_TYPE(Half, __half)
+FASTKD_TYPE(Float, float)
+FASTKD_TYPE(Double, double)
+#undef FASTKD_TYPE
 
 struct TilePlace {
   int64_t i, j;  // the first row and column
@@ -82,7 +99,8 @@ __device__ __forceinline__ void gram_chunk(const char* stage, int row, int colum
   const int lane = threadIdx.x % 32;
   const char* at_a = stage + (row + lane % 16) * kChunkStride + lane / 16 * 16;
   const char* at_b = stage + (kTile + column + lane % 8 + lane / 16 * 8) * kChunkStride + lane / 8 % 2 * 16;
-  GramPart part = {};
+  GramPart zero = {};
+  GramPart& part = sizeof(S) == 4 ? zero : gram;
 #pragma unroll
   for (int step = 0; step < kChunkBytes / 32; ++step) {
     uint32_t a[2][4], b[4];
@@ -110,8 +128,10 @@ __device__ __forceinline__ void gram_chunk(const char* stage, int row, int colum
       }
     }
   }
+  if constexpr (sizeof(S) == 4) {
 #pragma unroll
-  for (int i = 0; i < 16; ++i) gram[i / 8][i / 4 % 2][i % 4] += part[i / 8][i / 4 % 2][i % 4];
+    for (int i = 0; i < 16; ++i) gram[i / 8][i / 4 % 2][i % 4] += part[i / 8][i / 4 % 2][i % 4];
+  }
 }
 
 // By all lanes of a warp.
@@ -119,8 +139,10 @@ template <class S>
 __device__ __forceinline__ float direct_squared(const Embeddings& x, int64_t i, int64_t j) {
   using Source = std::conditional_t<sizeof(S) == 4, AnyType, S>;
   float sum = 0;
+#pragma unroll 1
   for (int64_t d = threadIdx.x % 32; d < x.D; d += 32) {
-    const float difference = load_one<Source, float>(x.at(i, d), x.dtype) - load_one<Source, float>(x.at(j, d), x.dtype);
+    const float difference =
+        load_one<Source, float>(x.at(i, d), x.dtype) - load_one<Source, float>(x.at(j, d), x.dtype);
     sum += difference * difference;
   }
   return warp_sum(sum);
@@ -131,6 +153,7 @@ __device__ __forceinline__ float direct_squared(const Embeddings& x, int64_t i, 
 template <class W, class F>
 __device__ __forceinline__ void for_marked(const float* tile, W&& wanted, F&& f) {
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (kTile / kPairsWarps);
+#pragma unroll 1
   for (int k = 0; k < 2 * (kTile / kPairsWarps); ++k) {
     const int row = first + k / 2, column = k % 2 * 32;
     unsigned marked = __ballot_sync(0xffffffffu, wanted(tile[row * kTileStride + column + lane]));
@@ -152,6 +175,7 @@ __device__ __forceinline__ void squared_distances(const PairsParams& P, const Pa
     ptx::copy_async_commit();
   }
   int stage = 0, next = kStages - 1;
+#pragma unroll 1
   for (int64_t c = 0; c < chunks; ++c) {
     ptx::copy_async_wait_group<kStages - 2>();
     __syncthreads();

@@ -39,7 +39,11 @@ class Triples {
  public:
   // workspace null: counts its bytes alone
   Triples(const TriplesParams<T>& P, const Device& device, void* workspace, cudaStream_t stream)
-      : P_(P), plan_(triples_plan(P, device)), next_(static_cast<char*>(workspace)), stream_(stream) {
+      : P_(P),
+        plan_(triples_plan(P, device)),
+        next_(static_cast<char*>(workspace)),
+        stream_(stream),
+        most_shared_(device.shared_memory) {
     const int64_t matrix = int64_t(plan_.pitch) * plan_.pitch;
     for (int n = 0; n < (plan_.single() ? 1 : 3); ++n) {
       for (int side = 0; side < 2; ++side) {
@@ -149,7 +153,9 @@ class Triples {
     task.careful = careful_;
     const int64_t vertex_blocks = P_.grad ? int64_t(task.tiles_a) * task.tiles_j * plan_.parts : 0;
     const int64_t blocks = vertex_blocks * (task.diagonal ? 1 : 2) + edge_blocks(a, j);
-    return Launch(blocks, dim3(kTriplesThreads), triples_shared_bytes<T>(), stream_)(triples_kernel<T>, task);
+    const int64_t shared = triples_chunk_bytes<T>() + int64_t(sizeof(TriplesWork<T>));
+    const Launch launch(blocks, dim3(kTriplesThreads), shared, stream_, most_shared_);
+    return launch(triples_kernel<T>, task);
   }
 
   cudaError_t weights_and_gradient(int64_t a, int64_t j, const TriplesTask<T>& task) const {
@@ -180,6 +186,7 @@ class Triples {
   char* next_;
   int64_t bytes_ = 0;
   cudaStream_t stream_;
+  int most_shared_;
   Distances<T> distances_[3]{};  // [A, J], [A, L], [J, L]
   T *gamma_[2]{}, *edges_, *weights_, *spread_;
   double *loss_, *total_;

@@ -20,6 +20,8 @@
 // Sums: fp32 over one block's part of L, those added in one order; the loss in double after each
 // kChunk. Saved for backward: the gradient.
 #pragma once
+#include <type_traits>
+
 #include "cuda/triples_distances.cuh"
 
 namespace fastkd::cuda {
@@ -43,9 +45,10 @@ struct TriplesTask {
 inline constexpr int kTriplesThreads = 256, kChunk = 16;
 inline constexpr int kThreadsAside = 16;  // along each side of a tile
 
+// Of the operands in shared memory: the larger, edge_tile's.
 template <class T>
-__host__ __device__ constexpr int64_t triples_shared_bytes() {  // the larger of edge_tile's
-  return kChunk * (sizeof(T) == 4 ? (32 + 64) * 6 * sizeof(float) : (32 + 64) * 4 * sizeof(double));
+__host__ __device__ constexpr int64_t triples_chunk_bytes() {
+  return int64_t(sizeof(T)) * kChunk * (sizeof(T) == 4 ? 6 * (32 + 64) : 4 * (32 + 64));
 }
 
 __device__ __forceinline__ float clamp(float x, float bound) { return ptx::clamp(x, bound); }
@@ -67,6 +70,21 @@ enum class Operand {
   kScaled,  // and half stands for half * inverse, unless it is careful
 };
 
+// n neighbours, 8 or 16 bytes at a time, of what no thread of this launch writes.
+template <class T, int n>
+__device__ __forceinline__ void load_read_only(const T* p, T (&v)[n]) {
+  using Words = std::conditional_t<n * sizeof(T) % 16 == 0, uint4, uint2>;
+  union {
+    Words words[n * sizeof(T) / sizeof(Words)];
+    T elements[n];
+  } raw;
+#pragma unroll
+  for (int i = 0; i < int(n * sizeof(T) / sizeof(Words)); ++i)
+    raw.words[i] = __ldg(reinterpret_cast<const Words*>(p) + i);
+#pragma unroll
+  for (int i = 0; i < n; ++i) v[i] = raw.elements[i];
+}
+
 // kChunk columns of kRows rows of the distances, transposed, in shared memory: [2, arrays, kChunk, kRows].
 template <class T, int kRows, Operand kWhat, bool kCareful>
 struct Chunk {
@@ -79,19 +97,20 @@ struct Chunk {
     constexpr int kCount = kStride / kTriplesThreads;
     const int r = threadIdx.x % kRows, c = threadIdx.x / kRows * kCount;
     const int source = (row + r) * pitch + column + c;
+    T half[2][kCount], inverse[2][kCount], low[2][kCount];
 #pragma unroll
     for (int side = 0; side < 2; ++side) {
-      T half[kCount], inverse[kCount], low[kCount];
-      load_neighbours(from.half[side] + source, half);
-      if constexpr (kInverse) load_neighbours(from.inverse[side] + source, inverse);
-      if constexpr (kCareful) load_neighbours(from.low[side] + source, low);
-      T* at = shared + side * kSide + c * kRows + r;
+      load_read_only(from.half[side] + source, half[side]);
+      if constexpr (kInverse) load_read_only(from.inverse[side] + source, inverse[side]);
+      if constexpr (kCareful) load_read_only(from.low[side] + source, low[side]);
+    }
 #pragma unroll
-      for (int n = 0; n < kCount; ++n, at += kRows) {
-        at[0] = kWhat == Operand::kScaled && !kCareful ? half[n] * inverse[n] : half[n];
-        if constexpr (kInverse) at[kStride] = inverse[n];
-        if constexpr (kCareful) at[(1 + kInverse) * kStride] = low[n];
-      }
+    for (int n = 0; n < 2 * kCount; ++n) {
+      const int side = n / kCount, i = n % kCount;
+      T* at = shared + side * kSide + (c + i) * kRows + r;
+      at[0] = kWhat == Operand::kScaled && !kCareful ? half[side][i] * inverse[side][i] : half[side][i];
+      if constexpr (kInverse) at[kStride] = inverse[side][i];
+      if constexpr (kCareful) at[(1 + kInverse) * kStride] = low[side][i];
     }
   }
   template <int n>
@@ -114,15 +133,6 @@ struct Chunk {
   }
 };
 
-template <bool kCareful, class T>
-__device__ __forceinline__ Length<T, kCareful> load_length(const Distances<T>& from, int side, int at) {
-  Length<T, kCareful> x;
-  x.half = from.half[side][at];
-  x.inverse = from.inverse[side][at];
-  if constexpr (kCareful) x.low = from.low[side][at];
-  return x;
-}
-
 // psi_aik / q_ai. The two that may be large and nearly equal are subtracted first: that is exact.
 template <class T>
 __device__ __forceinline__ T projection(const Length<T, false>& ai, const Length<T, false>& ak,
@@ -136,149 +146,176 @@ __device__ __forceinline__ float projection(const Length<float, true>& ai, const
   return ((difference + ak.half) + (rest + ((ai.low - ik.low) + ak.low))) * ak.inverse;
 }
 
-// gamma at the vertices of `rows`, a tile of 16 kA of them by 64 others, for columns [begin, end) of L.
-//   step_a, step_i  where in P.aj the distance of a pair is
-template <class T, bool kCareful, int kA>
-__device__ __forceinline__ void vertex_tile(const TriplesTask<T>& P, const Distances<T>& rows,
-                                            const Distances<T>& others, int step_a, int step_i, int a0, int i0,
-                                            int begin, int end, T* gamma) {
-  constexpr int kI = 4;
-  using Rows = Chunk<T, kA * kThreadsAside, Operand::kScaled, kCareful>;
-  const Rows near{reinterpret_cast<T*>(ptx::dynamic_shared())};
-  const Chunk<T, kI * kThreadsAside, Operand::kHalf, kCareful> far{near.shared + Rows::kSize};
-  const int a_of_tile = threadIdx.x / kThreadsAside * kA, i_of_tile = threadIdx.x % kThreadsAside * kI;
-  Length<T, kCareful> pair[2][kA][kI];
-  T sum[kA][kI] = {};
+// What a block of threads does: one part of L, for one tile, or for half of one. It lies in shared
+// memory: registers are for the pairs.
+template <class T>
+struct TriplesWork {
+  bool edges, of_j;            // else vertices, of A or of J
+  bool off_diagonal;           // the tile stands for its transpose as well
+  int row, column;             // of the sums
+  int begin, end;              // columns of L
+  int step_row, step_column;   // where in aj the distance of a pair is
+  Distances<T> rows, columns;  // to L
+  T* out;                      // [pitch, pitch]
+  double* loss;
+};
+template <class T>
+__device__ __forceinline__ TriplesWork<T> triples_work(const TriplesTask<T>& P) {
+  TriplesWork<T> w{};
+  const int tiles = P.tiles_a * P.tiles_j, vertices = P.gradient ? tiles * P.parts : 0;
+  int number = int(blockIdx.x);
+  w.of_j = !P.diagonal && number >= vertices && number < 2 * vertices;
+  w.edges = !w.of_j && number >= vertices;
+  if (w.of_j) number -= vertices;
+  if (w.edges) number -= P.diagonal ? vertices : 2 * vertices;
+  const int tile = number / P.parts, part = number % P.parts, across = w.of_j ? P.tiles_a : P.tiles_j;
+  const TilePlace at = w.edges && P.diagonal ? triangle_tile(tile, across) : TilePlace{tile / across, tile % across};
+  w.off_diagonal = !P.diagonal || at.row != at.column;
+  w.row = at.row * kTriplesTile;
+  w.column = at.column * kTriplesTile;
+  w.begin = part * P.part;
+  w.end = w.begin + P.part < P.depth ? w.begin + P.part : P.depth;
+  w.step_row = w.of_j ? 1 : P.pitch;
+  w.step_column = w.of_j ? P.pitch : 1;
+  w.rows = w.of_j ? P.jl : P.al;
+  w.columns = w.of_j ? P.al : P.jl;
+  w.out = (w.edges ? P.edges : P.gamma[w.of_j]) + int64_t(part) * P.pitch * P.pitch;
+  w.loss = P.loss + number;
+  return w;
+}
+
+// A thread's pairs: kRows by 4 of them, 16 threads along each side of a tile.
+template <class T, bool kCareful, int kRows>
+struct Pairs {
+  static constexpr int kColumns = 4, kCount = kRows * kColumns;
+  Length<T, kCareful> pair[2][kRows][kColumns];  // of student, teacher
+  T sum[kRows][kColumns];
+
+  static __device__ __forceinline__ int row() { return threadIdx.x / kThreadsAside * kRows; }
+  static __device__ __forceinline__ int column() { return threadIdx.x % kThreadsAside * kColumns; }
+
+  __device__ __forceinline__ void load(const TriplesTask<T>& P, const TriplesWork<T>& w) {
+    const int step = w.step_row, step_column = w.step_column;
+    const int first = (w.row + row()) * step + (w.column + column()) * step_column;
 #pragma unroll
-  for (int n = 0; n < 2 * kA * kI; ++n) {
-    const int side = n / (kA * kI), a = n / kI % kA, i = n % kI;
-    pair[side][a][i] = load_length<kCareful>(P.aj, side, (a0 + a_of_tile + a) * step_a + (i0 + i_of_tile + i) * step_i);
+    for (int n = 0; n < 2 * kCount; ++n) {
+      const int side = n / kCount, r = n / kColumns % kRows, c = n % kColumns, at = first + r * step + c * step_column;
+      pair[side][r][c].half = P.aj.half[side][at];
+      pair[side][r][c].inverse = P.aj.inverse[side][at];
+      if constexpr (kCareful) pair[side][r][c].low = P.aj.low[side][at];
+      sum[r][c] = 0;
+    }
   }
-  for (int column = begin; column < end; column += kChunk) {
+  __device__ __forceinline__ void store(const TriplesTask<T>& P, const TriplesWork<T>& w) const {
+    T* out = w.out + (w.row + row()) * P.pitch + w.column + column();
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      T& at = out[n / kColumns * P.pitch + n % kColumns];
+      at = P.add ? at + sum[n / kColumns][n % kColumns] : sum[n / kColumns][n % kColumns];
+    }
+  }
+};
+
+// gamma of a tile: vertices by others.
+template <class T, bool kCareful, int kRows>
+__device__ __forceinline__ void vertex_tile(const TriplesTask<T>& P, const TriplesWork<T>& w) {
+  using Tile = Pairs<T, kCareful, kRows>;
+  using Vertices = Chunk<T, kRows * kThreadsAside, Operand::kScaled, kCareful>;
+  const Vertices vertices{reinterpret_cast<T*>(ptx::dynamic_shared())};
+  const Chunk<T, kTriplesTile, Operand::kHalf, kCareful> others{vertices.shared + Vertices::kSize};
+  Tile t;
+  t.load(P, w);
+  for (int column = w.begin; column < w.end; column += kChunk) {
     __syncthreads();
-    near.stage(rows, P.pitch, a0, column);
-    far.stage(others, P.pitch, i0, column);
+    vertices.stage(w.rows, P.pitch, w.row, column);
+    others.stage(w.columns, P.pitch, w.column, column);
     __syncthreads();
 #pragma unroll 1
     for (int k = 0; k < kChunk; ++k) {
-      Length<T, kCareful> ak[2][kA], ik[2][kI];
+      Length<T, kCareful> ak[2][kRows], ik[2][Tile::kColumns];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        near.load(side, k, a_of_tile, ak[side]);
-        far.load(side, k, i_of_tile, ik[side]);
+        vertices.load(side, k, Tile::row(), ak[side]);
+        others.load(side, k, Tile::column(), ik[side]);
       }
 #pragma unroll
-      for (int n = 0; n < kA * kI; ++n) {
-        const int a = n / kI, i = n % kI;
-        const T q = pair[0][a][i].inverse, psi = q * projection(pair[0][a][i], ak[0][a], ik[0][i]);
-        const T e = psi - pair[1][a][i].inverse * projection(pair[1][a][i], ak[1][a], ik[1][i]);
-        sum[a][i] += clamp(e, P.delta) * (ak[0][a].inverse - q * psi);
+      for (int n = 0; n < Tile::kCount; ++n) {
+        const int a = n / Tile::kColumns, i = n % Tile::kColumns;
+        const T q = t.pair[0][a][i].inverse, psi = q * projection(t.pair[0][a][i], ak[0][a], ik[0][i]);
+        const T e = psi - t.pair[1][a][i].inverse * projection(t.pair[1][a][i], ak[1][a], ik[1][i]);
+        t.sum[a][i] += clamp(e, P.delta) * (ak[0][a].inverse - q * psi);
       }
     }
   }
-#pragma unroll
-  for (int n = 0; n < kA * kI; ++n) {
-    T& at = gamma[(a0 + a_of_tile + n / kI) * P.pitch + i0 + i_of_tile + n % kI];
-    at = P.add ? at + sum[n / kI][n % kI] : sum[n / kI][n % kI];
-  }
+  t.store(P, w);
 }
 
-// K of a tile of 16 kI rows of A by 64 of J, for columns [begin, end) of L. Returns this thread's loss.
-template <class T, bool kCareful, int kI>
-__device__ __forceinline__ double edge_tile(const TriplesTask<T>& P, int i0, int k0, int begin, int end, T* edges) {
-  constexpr int kK = 4;
-  using Rows = Chunk<T, kI * kThreadsAside, Operand::kBoth, kCareful>;
+// K of a tile. Returns this thread's loss.
+template <class T, bool kCareful, int kRows>
+__device__ __forceinline__ double edge_tile(const TriplesTask<T>& P, const TriplesWork<T>& w) {
+  using Tile = Pairs<T, kCareful, kRows>;
+  using Rows = Chunk<T, kRows * kThreadsAside, Operand::kBoth, kCareful>;
   const Rows left{reinterpret_cast<T*>(ptx::dynamic_shared())};
-  const Chunk<T, kK * kThreadsAside, Operand::kScaled, kCareful> right{left.shared + Rows::kSize};
-  const int i_of_tile = threadIdx.x / kThreadsAside * kI, k_of_tile = threadIdx.x % kThreadsAside * kK;
-  const int first = (i0 + i_of_tile) * P.pitch + k0 + k_of_tile;
-  Length<T, kCareful> pair[2][kI][kK];
-  T sum[kI][kK] = {};
+  const Chunk<T, kTriplesTile, Operand::kScaled, kCareful> right{left.shared + Rows::kSize};
+  Tile t;
+  t.load(P, w);
   double loss = 0;
-#pragma unroll
-  for (int n = 0; n < 2 * kI * kK; ++n) {
-    const int side = n / (kI * kK), i = n / kK % kI, k = n % kK;
-    pair[side][i][k] = load_length<kCareful>(P.aj, side, first + i * P.pitch + k);
-  }
-  for (int column = begin; column < end; column += kChunk) {
+  for (int column = w.begin; column < w.end; column += kChunk) {
     __syncthreads();
-    left.stage(P.al, P.pitch, i0, column);
-    right.stage(P.jl, P.pitch, k0, column);
+    left.stage(w.rows, P.pitch, w.row, column);
+    right.stage(w.columns, P.pitch, w.column, column);
     __syncthreads();
-    T part[kK] = {};
+    T part[Tile::kColumns] = {};
 #pragma unroll 1
     for (int a = 0; a < kChunk; ++a) {
-      Length<T, kCareful> ai[2][kI], ak[2][kK];
+      Length<T, kCareful> ai[2][kRows], ak[2][Tile::kColumns];
 #pragma unroll
       for (int side = 0; side < 2; ++side) {
-        left.load(side, a, i_of_tile, ai[side]);
-        right.load(side, a, k_of_tile, ak[side]);
+        left.load(side, a, Tile::row(), ai[side]);
+        right.load(side, a, Tile::column(), ak[side]);
       }
 #pragma unroll
-      for (int n = 0; n < kI * kK; ++n) {
-        const int i = n / kK, k = n % kK;
-        const T psi = ai[0][i].inverse * projection(ai[0][i], ak[0][k], pair[0][i][k]);
-        const T e = psi - ai[1][i].inverse * projection(ai[1][i], ak[1][k], pair[1][i][k]);
+      for (int n = 0; n < Tile::kCount; ++n) {
+        const int i = n / Tile::kColumns, k = n % Tile::kColumns;
+        const T psi = ai[0][i].inverse * projection(ai[0][i], ak[0][k], t.pair[0][i][k]);
+        const T e = psi - ai[1][i].inverse * projection(ai[1][i], ak[1][k], t.pair[1][i][k]);
         const T r = clamp(e, P.delta);
         part[k] += r * (e - r / 2);
-        sum[i][k] += r * (ai[0][i].inverse * ak[0][k].inverse);
+        t.sum[i][k] += r * (ai[0][i].inverse * ak[0][k].inverse);
       }
     }
     loss += double((part[0] + part[1]) + (part[2] + part[3]));
   }
-#pragma unroll
-  for (int n = 0; n < kI * kK; ++n) {
-    T& at = edges[first + n / kK * P.pitch + n % kK];
-    at = P.add ? at + sum[n / kK][n % kK] : sum[n / kK][n % kK];
-  }
+  t.store(P, w);
   return loss;
 }
 
-// What a block of threads does: one part of L, for one tile.
-struct TriplesWork {
-  bool edges, of_j;  // else vertices, of A or of J
-  int number, part;  // of the edge blocks
-  TilePlace tile;
-};
-template <class T>
-__device__ __forceinline__ TriplesWork triples_work(const TriplesTask<T>& P) {
-  TriplesWork w{};
-  const int tiles = P.tiles_a * P.tiles_j, vertices = P.gradient ? tiles * P.parts : 0;
-  w.number = int(blockIdx.x);
-  w.of_j = !P.diagonal && w.number >= vertices && w.number < 2 * vertices;
-  w.edges = !w.of_j && w.number >= vertices;
-  if (w.of_j) w.number -= vertices;
-  if (w.edges) w.number -= P.diagonal ? vertices : 2 * vertices;
-  const int tile = w.number / P.parts, columns = w.of_j ? P.tiles_a : P.tiles_j;
-  w.part = w.number % P.parts;
-  w.tile = w.edges && P.diagonal ? triangle_tile(tile, columns) : TilePlace{tile / columns, tile % columns};
-  return w;
-}
-
-// `half`: of a tile that is taken in two.
 template <bool kCareful, int kRows, class T>
-__device__ __forceinline__ double triples_tile(const TriplesTask<T>& P, const TriplesWork& w, int half) {
-  const int row = w.tile.row * kTriplesTile + half * kRows * kThreadsAside, column = w.tile.column * kTriplesTile;
-  const int begin = w.part * P.part, last = begin + P.part, end = last < P.depth ? last : P.depth;
-  const int64_t room = int64_t(w.part) * P.pitch * P.pitch;
-  if (w.edges) return edge_tile<T, kCareful, kRows>(P, row, column, begin, end, P.edges + room);
-  const Distances<T>&rows = w.of_j ? P.jl : P.al, &others = w.of_j ? P.al : P.jl;
-  vertex_tile<T, kCareful, kRows>(P, rows, others, w.of_j ? 1 : P.pitch, w.of_j ? P.pitch : 1, row, column, begin, end,
-                                  P.gamma[w.of_j] + room);
+__device__ __forceinline__ double triples_tile(const TriplesTask<T>& P, const TriplesWork<T>& w) {
+  if (w.edges) return edge_tile<T, kCareful, kRows>(P, w);
+  vertex_tile<T, kCareful, kRows>(P, w);
   return 0;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTriplesThreads, sizeof(T) == 4 ? 2 : 1) triples_kernel(const __grid_constant__ TriplesTask<T> P) {
-  const TriplesWork w = triples_work(P);
+__global__ void __launch_bounds__(kTriplesThreads, sizeof(T) == 4 ? 2 : 1)
+    triples_kernel(const __grid_constant__ TriplesTask<T> P) {
+  TriplesWork<T>& w = *reinterpret_cast<TriplesWork<T>*>(ptx::dynamic_shared() + triples_chunk_bytes<T>());
+  if (threadIdx.x == 0) w = triples_work(P);
+  __syncthreads();
   double loss = 0;
   bool halves = sizeof(T) == 8;
   if constexpr (sizeof(T) == 4) halves = *P.careful;
   if (halves) {
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) loss += triples_tile<sizeof(T) == 4, 2>(P, w, half);
+    for (int half = 0; half < 2; ++half) {
+      loss += triples_tile<sizeof(T) == 4, 2>(P, w);
+      __syncthreads();
+      if (threadIdx.x == 0) w.row += 2 * kThreadsAside;
+      __syncthreads();
+    }
   } else if constexpr (sizeof(T) == 4) {
-    loss = triples_tile<false, 4>(P, w, 0);
+    loss = triples_tile<false, 4>(P, w);
   }
   if (!w.edges) return;
   loss = warp_sum(loss);
@@ -289,8 +326,8 @@ __global__ void __launch_bounds__(kTriplesThreads, sizeof(T) == 4 ? 2 : 1) tripl
   if (threadIdx.x) return;
   loss = 0;
   for (int warp = 0; warp < kTriplesThreads / 32; ++warp) loss += room[warp];
-  if (!P.diagonal || w.tile.row != w.tile.column) loss *= 2;  // for (k, i)
-  P.loss[w.number] = P.add ? P.loss[w.number] + loss : loss;
+  if (w.off_diagonal) loss *= 2;
+  *w.loss = P.add ? *w.loss + loss : loss;
 }
 
 }  // namespace fastkd::cuda

@@ -27,7 +27,7 @@ inline constexpr int kTriplesBlock = sizeof(T) == 4 ? 1024 : 512;
 
 template <class T>
 int64_t triples_workspace_bytes(const TriplesParams<T>&, const Device&);
-// loss = weight * rkd_angle, grad its gradient. N > 0; workspace: 256-byte aligned.
+// loss = weight * rkd_angle, grad its gradient. N > 0; workspace: 16-byte aligned.
 template <class T>
 cudaError_t triples_forward(const TriplesParams<T>&, const Device&, void* workspace, cudaStream_t);
 

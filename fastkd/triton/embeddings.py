@@ -32,17 +32,26 @@ def total(values):
 
 @triton.jit
 def any_of(condition):
-    return tl.max(tl.max(condition.to(tl.int32), 1), 0) > 0
+    # not axis by axis: of what tl.dot yields, Triton 3.7 for Blackwell fails to reduce the second
+    return tl.max(tl.ravel(condition.to(tl.int32)), 0) > 0
 
 
 @triton.jit
-def squared_distances(x, i, j, N, D, dtype: tl.constexpr):
-    """[I, J] sums of squared differences: exact where embeddings are close, wherever they lie."""
-    rows, columns = x + i.to(tl.int64) * D, x + j.to(tl.int64) * D
-    sums = tl.zeros((i.shape[0], j.shape[0]), dtype)
+def row_pointer(x, row, D):
+    """To one row. Offsets from it fit 32 bits, and half as many registers as pointers."""
+    return x + tl.full((), row, tl.int64) * D
+
+
+@triton.jit
+def squared_distances(x, first_i, first_j, N, D, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] sums of squared differences: exact where embeddings are close, wherever they lie."""
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    i_there, j_there = first_i + i < N, first_j + j < N
+    i_row, j_row = row_pointer(x, first_i, D), row_pointer(x, first_j, D)
+    sums = tl.zeros((ROWS, COLUMNS), dtype)
     for k in range(0, D):
-        a = tl.load(rows + k, mask=i < N, other=0.0).to(dtype)
-        b = tl.load(columns + k, mask=j < N, other=0.0).to(dtype)
+        a = tl.load(i_row + k + i * D, mask=i_there, other=0.0).to(dtype)
+        b = tl.load(j_row + k + j * D, mask=j_there, other=0.0).to(dtype)
         difference = a[:, None] - b[None, :]
         sums += difference * difference
     return sums

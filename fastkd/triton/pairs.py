@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from ..reference import compute_dtype
-from .embeddings import add_up, any_of, clamp, gradient_dtype, prepare, squared_distances, total
+from .embeddings import add_up, any_of, clamp, gradient_dtype, prepare, row_pointer, squared_distances, total
 
 STRIP = 2**22  # distances of student and of teacher that are in memory at a time, for N >= 128
 FLOOR = tl.constexpr(1e-6)  # of distances: those of equal rows
@@ -36,34 +36,39 @@ CLOSE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products can
 
 
 @triton.jit
-def _gram(x, i, j, N, D, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr):
-    products = tl.zeros((i.shape[0], j.shape[0]), tl.float32)
-    rows, columns = x + i.to(tl.int64)[:, None] * D, x + j.to(tl.int64)[None, :] * D
+def _gram(
+    x, first_i, first_j, N, D,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    i_row, j_row = row_pointer(x, first_i, D), row_pointer(x, first_j, D)
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, D, BLOCK_D):
         k = first + tl.arange(0, BLOCK_D)
-        a = tl.load(rows + k[None, :], mask=(i < N)[:, None] & (k < D)[None, :], other=0.0)
-        b = tl.load(columns + k[:, None], mask=(j < N)[None, :] & (k < D)[:, None], other=0.0)
+        a_mask, b_mask = (first_i + i < N)[:, None] & (k < D)[None, :], (first_j + j < N)[None, :] & (k < D)[:, None]
+        a = tl.load(i_row + (i[:, None] * D + k[None, :]), mask=a_mask, other=0.0)
+        b = tl.load(j_row + (j[None, :] * D + k[:, None]), mask=b_mask, other=0.0)
         products = tl.dot(a, b, products, input_precision=PRECISION)
     return products
 
 
 @triton.jit
 def _distances(
-    given, x, norms, i, j, N, D,
-    dtype: tl.constexpr, EXACT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+    given, x, norms, first_i, first_j, N, D, dtype: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[I, J]; 0 on the diagonal and beyond N."""
+    """[ROWS, COLUMNS]; 0 on the diagonal and beyond N."""
+    i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
     pair = (i < N)[:, None] & (j < N)[None, :] & (i[:, None] != j[None, :])
     if EXACT:
-        squares = squared_distances(given, i, j, N, D, dtype)
+        squares = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
     else:
-        of_rows = (
-            tl.load(norms + i, mask=i < N, other=0.0)[:, None] + tl.load(norms + j, mask=j < N, other=0.0)[None, :]
-        )
-        squares = of_rows - 2.0 * _gram(x, i, j, N, D, PRECISION, BLOCK_D)
+        of_rows = tl.load(norms + i, mask=i < N, other=0.0)[:, None] + tl.load(norms + j, mask=j < N, other=0.0)[None, :]
+        squares = of_rows - 2.0 * _gram(x, first_i, first_j, N, D, PRECISION, ROWS, COLUMNS, BLOCK_D)
         close = pair & (squares < of_rows * CLOSE)
         if any_of(close):
-            squares = tl.where(close, squared_distances(given, i, j, N, D, dtype), squares)
+            exact = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
+            squares = tl.where(close, exact, squares)
     distances = tl.where(squares < FLOOR * FLOOR, tl.full((), FLOOR, dtype), tl.sqrt(squares))
     return tl.where(pair, distances, 0.0)
 
@@ -80,22 +85,24 @@ def distances_kernel(
 ):  # fmt: skip
     """The distances of rows first ... end - 1 to the rows from first_column on."""
     dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
-    i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = first_column + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first_i, first_j = first + tl.program_id(0) * ROWS, first_column + tl.program_id(1) * COLUMNS
+    i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
     at = (i - first)[:, None] * pitch + j[None, :]
     stored = (i < end)[:, None] & (j < pitch)[None, :]
     part = first_part + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    twice = tl.where(first_column + tl.program_id(1) * COLUMNS < end, 1.0, 2.0)  # for the triangle below
+    twice = tl.where(first_j < end, 1.0, 2.0)  # for the triangle below
     student_distances = _distances(
-        student, student_operand, student_norms, i, j, N, student_D, dtype, EXACT, PRECISION, STUDENT_BLOCK_D
-    )
+        student, student_operand, student_norms, first_i, first_j, N, student_D, dtype, EXACT,
+        PRECISION, ROWS, COLUMNS, STUDENT_BLOCK_D,
+    )  # fmt: skip
     if student_strip is not None:
         tl.store(student_strip + at, student_distances, mask=stored)
     if parts is not None:
         tl.store(parts + part, total(student_distances) * twice)
     teacher_distances = _distances(
-        teacher, teacher_operand, teacher_norms, i, j, N, teacher_D, dtype, EXACT, PRECISION, TEACHER_BLOCK_D
-    )
+        teacher, teacher_operand, teacher_norms, first_i, first_j, N, teacher_D, dtype, EXACT,
+        PRECISION, ROWS, COLUMNS, TEACHER_BLOCK_D,
+    )  # fmt: skip
     if student_strip is not None:
         tl.store(teacher_strip + at, teacher_distances, mask=stored)
     if parts is not None:
@@ -158,7 +165,7 @@ def _add_differences(
         w = _weights(s, tl.load(teacher_rows + j, mask=row_there, other=0.0), by_mu, by_tau, C, delta)
         if not EXACT:
             w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * CLOSE, w, 0.0)
-        row = given + tl.full((), j, tl.int64) * D
+        row = row_pointer(given, j, D)
         acc -= w[:, None] * (mine - tl.load(row + columns, mask=columns < D, other=0.0).to(dtype)[None, :])
     return acc
 
@@ -211,7 +218,8 @@ def grad_kernel(
                     )  # fmt: skip
                 w = tl.where(close, 0.0, w)
             mask = (j < N)[:, None] & (columns < D)[None, :]
-            others = tl.load(x + j.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0)
+            at = tl.arange(0, OTHERS)[:, None] * D + columns[None, :]
+            others = tl.load(row_pointer(x, begin, D) + at, mask=mask, other=0.0)
             if half:  # the sum is of the weights as they are multiplied: or a translation would matter
                 w = w.to(tl.bfloat16)
             else:
@@ -219,12 +227,13 @@ def grad_kernel(
             sums += tl.sum(w.to(tl.float32), 1)
             acc = tl.dot(w, others, acc, input_precision=PRECISION)
 
-    at, mask = i.to(tl.int64)[:, None] * D + columns[None, :], there[:, None] & (columns < D)[None, :]
-    mine = tl.load(x + at, mask=mask, other=0.0).to(dtype)
+    first_row = first + tl.program_id(0) * ROWS
+    at, mask = tl.arange(0, ROWS)[:, None] * D + columns[None, :], there[:, None] & (columns < D)[None, :]
+    mine = tl.load(row_pointer(x, first_row, D) + at, mask=mask, other=0.0).to(dtype)
     result = (sums[:, None] * mine - acc) * (tl.full((), scale, dtype) * by_mu)
     if added is not None:
-        result += tl.load(added + at, mask=mask, other=0.0)
-    tl.store(grad + at, result.to(grad.dtype.element_ty), mask=mask)
+        result += tl.load(row_pointer(added, first_row, D) + at, mask=mask, other=0.0)
+    tl.store(row_pointer(grad, first_row, D) + at, result.to(grad.dtype.element_ty), mask=mask)
 
 
 class Tile(NamedTuple):
@@ -244,14 +253,16 @@ def distances_tile(N, D, element_size):
     """For one side; rows and columns do not depend on it."""
     if element_size == 8:
         return Tile(_up_to(32, N), _up_to(32, N), 1, 4)
-    return Tile(_up_to(64, N), _up_to(64, N), _up_to(64 if element_size == 2 else 32, D), 4)
+    return Tile(_up_to(64, N), _up_to(64, N), _up_to(64 if element_size == 2 else 16, D), 8 if N > 32 else 4)
 
 
-def grad_tile(N, D, element_size):
-    if element_size == 8:
+def grad_tile(N, D, dtype):
+    if dtype is torch.float64:
         return Tile(_up_to(16, N), _up_to(64, D), 1, 4)
-    rows = _up_to(64 if N > 64 and N * D >= 2**19 else 32, N)
-    return Tile(rows, _up_to(128 if rows == 64 else 64, D), _up_to(32 if element_size == 4 else 64, N), 4, 2)
+    others = _up_to(64 if dtype is torch.bfloat16 else 16, N)
+    if N * D < 2**19:
+        return Tile(_up_to(32, N), _up_to(64, D), others, 4, 2)
+    return Tile(_up_to(64, N), _up_to(128 if dtype is torch.bfloat16 else 64, D), others, 8, 2)
 
 
 LOSS_TILE = Tile(32, 128, 0, 4)
@@ -335,7 +346,7 @@ class Pairs:
     def backward(self, means, totals, weight, added, grad):
         N, D = self.student.shape
         side = self.sides[0]
-        tile = grad_tile(N, D, 8 if self.exact else self.student.element_size())
+        tile = grad_tile(N, D, torch.float64 if self.exact else self.student.dtype)
         for first in self.strips:
             if len(self.strips) > 1:
                 self._distances(first, 0)

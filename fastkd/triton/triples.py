@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..reference import compute_dtype
-from .embeddings import add_up, clamp, gradient_dtype, squared_distances, total
+from .embeddings import add_up, clamp, gradient_dtype, row_pointer, squared_distances, total
 from .pairs import Pairs
 
 STRIP = 2**21  # squared distances of each side in a strip, for N >= 64
@@ -37,8 +37,11 @@ NONE = tl.constexpr(1e-24)  # squared distances below are of equal rows
 
 
 @triton.jit
-def _store_distances(strip, x, i, j, first, N, D, pitch, EXACT: tl.constexpr):
-    squares = squared_distances(x, i, j, N, D, tl.float64)
+def _store_distances(
+    strip, x, first_i, first_j, first, N, D, pitch, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
+    squares = squared_distances(x, first_i, first_j, N, D, tl.float64, ROWS, COLUMNS)
     squares = tl.where((i[:, None] == j[None, :]) | (j >= N)[None, :], squares * 0.0, squares)  # NaN stays
     at, mask = i[:, None] * pitch + (j - first)[None, :], (i < N)[:, None] & (j - first < pitch)[None, :]
     leading = squares.to(strip.dtype.element_ty)
@@ -55,13 +58,12 @@ def squares_kernel(
     EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The strip of the block that begins with row first."""
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = first + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    i, j = tl.program_id(0) * ROWS, first + tl.program_id(1) * COLUMNS
     if tl.program_id(2) == 0:
-        _store_distances(strip, student, i, j, first, N, student_D, pitch, EXACT)
+        _store_distances(strip, student, i, j, first, N, student_D, pitch, EXACT, ROWS, COLUMNS)
     else:
         side = N * pitch * (1 if EXACT else 2)
-        _store_distances(strip + side, teacher, i, j, first, N, teacher_D, pitch, EXACT)
+        _store_distances(strip + side, teacher, i, j, first, N, teacher_D, pitch, EXACT, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -184,7 +186,7 @@ def differences_kernel(
     of_row = weights + (i - first) * row_stride
     for k in range(others_first, others_end):
         w = tl.load(of_row + (k - others_first) * other_stride, mask=(i < end) & (i != k), other=0.0)
-        other = tl.load(x + tl.full((), k, tl.int64) * D + columns, mask=columns < D, other=0.0).to(dtype)
+        other = tl.load(row_pointer(x, k, D) + columns, mask=columns < D, other=0.0).to(dtype)
         acc += w[:, None] * (mine - other[None, :])
     tl.store(grad + at, acc.to(grad.dtype.element_ty), mask=mask)
 
@@ -202,10 +204,10 @@ def _up_to(limit, n):
 WALK = 128  # cosines at a time that are summed in float32
 
 
-def triples_tile(N):
-    """Small where there would not be a program for each multiprocessor."""
-    side = 16 if 96 < N <= 384 else _up_to(32, N)
-    return Tile(side, side, 4)
+def triples_tile(N, exact):
+    """Small where there would not be a program for each multiprocessor, and in float64."""
+    side = 16 if exact or 96 < N <= 384 else _up_to(32, N)
+    return Tile(side, side, 8 if side == 32 else 4)
 
 
 def squares_tile(N):
@@ -250,7 +252,7 @@ class Angles:
 
     def run(self, weight, grad):
         """The sums of the losses [1, parts], to be scaled; the gradient, unless it is None, into grad."""
-        tile = triples_tile(self.N)
+        tile = triples_tile(self.N, self.exact)
         programs = [
             [triton.cdiv(end - first, tile.rows) * triton.cdiv(e - f, tile.columns) for f, e in self.blocks[n:]]
             for n, (first, end) in enumerate(self.blocks)
