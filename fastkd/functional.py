@@ -273,6 +273,6 @@ similarity_preserving.__doc__ = _RELATIONAL.format(
     notes="computed from products [N, D] x [D, D] where N is large, else from blocks of rows of G: the cheaper way.\n"
     "    Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.",
     options="",
-    equal="A sample of zeros has a row of zeros in G, and no gradient.",
+    equal="A sample of zeros has a row of zeros in G, from which no gradient comes.",
     source='Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.',
 )

@@ -151,9 +151,9 @@ def rkd_distance(student, teacher, normalize, delta):
 def _cosines(x):
     """[N, N, N]: of the angle at a between i and k, 0 where a is i or k, or equals them."""
     difference = x[:, None] - x[None]
-    length = difference.square().sum(-1, keepdim=True)
-    length = torch.where(length == 0, 1.0, length).sqrt()  # what is not differentiated must stay finite
-    unit = difference / length
+    squares = difference.square().sum(-1, keepdim=True)
+    length = torch.where(squares == 0, 1.0, squares).sqrt()  # what is not differentiated must stay finite
+    unit = torch.where(squares == 0, 0.0, difference / length)
     return unit @ unit.transpose(1, 2)
 
 
@@ -166,15 +166,22 @@ def rkd_angle(student, teacher, delta):
 
 
 def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta):
-    loss = (student * 0).sum().to(compute_dtype(student, teacher))
+    s, t = _embeddings(student, teacher)  # here, or gradients would be added up in half precision
+    loss = (s * 0).sum()
     if angle_weight:
-        loss = loss + angle_weight * rkd_angle(student, teacher, angle_delta)
+        loss = loss + angle_weight * rkd_angle(s, t, angle_delta)
     if distance_weight:
-        loss = loss + distance_weight * rkd_distance(student, teacher, True, distance_delta)
+        loss = loss + distance_weight * rkd_distance(s, t, True, distance_delta)
     return loss
+
+
+def _unit_rows(x):
+    """Rows to length 1; a row of zeros stays, and has no gradient."""
+    squares = x.square().sum(1, keepdim=True)
+    return torch.where(squares == 0, 0.0, x / torch.where(squares == 0, 1.0, squares).sqrt())
 
 
 def similarity_preserving(student, teacher):
     """Holds matrices [N, N]."""
-    s, t = (torch.nn.functional.normalize(x @ x.T, dim=1) for x in _embeddings(student, teacher))
+    s, t = (_unit_rows(x @ x.T) for x in _embeddings(student, teacher))
     return (s - t).square().sum() / max(len(s), 1) ** 2

@@ -56,8 +56,9 @@ def rkd_angle(student, teacher, delta=1.0):
     for a in range(N):
         u, inverse = _units(x, a)
         v, _ = _units(y, a)
-        values, slopes = _huber(u @ u.T - v @ v.T, delta)
-        total += values.sum()
+        e = u @ u.T - v @ v.T
+        slopes = e.clamp(-delta, delta)
+        total += (slopes * (e - slopes / 2)).sum()
         to_units = 2 * slopes @ u
         to_rows = (to_units - (to_units * u).sum(1, keepdim=True) * u) * inverse
         grad += to_rows

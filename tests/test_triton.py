@@ -29,12 +29,14 @@ STACK = {ONE_TILE: 0, TILED: 16}
 # What is not logits: the loss of a program; a row's statistics and the upstream gradient; the factor.
 NARROW_LOADS = {"rows_fwd_kernel": 0, "rows_bwd_kernel": 6, "scale_kernel": 1}
 NARROW_STORES = {"rows_fwd_kernel": 1, "rows_bwd_kernel": 0, "scale_kernel": 0}
-# Of pairs and triples, float64 apart: four programs of 128 threads on a multiprocessor, one or two where tensor
-# cores do the work. Products of tensor cores, and the 128 bits in which what they multiply is loaded.
+# Of pairs and triples, float64 apart. A program is of 128 or 256 threads; where tensor cores do the work, one on a
+# multiprocessor will do. On Blackwell, where sums of products are not in registers, ptxas prefers 128 of these and
+# keeps a few addresses in memory instead.
 RELATION_REGISTERS = {
     "distances_kernel": 255, "grad_kernel": 255, "loss_kernel": 128, "triples_kernel": 128, "squares_kernel": 128,
     "differences_kernel": 128, "prepare_kernel": 128, "centre_kernel": 128, "totals_kernel": 128,
 }  # fmt: skip
+RELATION_STACK = {"sm_100": 32}
 MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
@@ -186,7 +188,6 @@ def compiled_rows(compiled):
 
 @pytest.fixture(scope="module")
 def compiled_relations(compiled):
-    """Those in float32, float16 and bfloat16."""
     return [entry for entry in compiled if entry[0].startswith("relation") and "/float64/" not in entry[0]]
 
 
@@ -204,10 +205,11 @@ def test_logits_move_in_128_bits(compiled_rows):
         assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
 
 
-def test_registers_suffice_for_relations(compiled_relations):
+def test_registers_suffice_for_relations(compiled_relations, request):
+    stack = RELATION_STACK.get(request.node.callspec.params["compiled"], 0)
     for name, kernel, numbers in compiled_relations:
         assert numbers["registers"] <= RELATION_REGISTERS[kernel], (name, kernel, numbers)
-        assert numbers["stack"] == 0, (name, kernel, numbers)
+        assert numbers["stack"] <= stack, (name, kernel, numbers)
 
 
 def test_tensor_cores_multiply_embeddings(compiled_relations):

@@ -10,7 +10,7 @@ cudaError_t run(const PairsParams& P, const Device& device, cudaStream_t stream)
   using T = Compute<S>;
   constexpr int64_t kRoom = sizeof(PairsRoom<T>);
   const dim3 threads(kPairsThreads);
-  if (P.student.means) FASTKD_CUDA_RETURN(embeddings_means(P, stream));
+  if constexpr (pairs_layout(kStorageOf<S>).centred) FASTKD_CUDA_RETURN(embeddings_means(P, stream));
   FASTKD_CUDA_RETURN(embeddings_copy<S>(P, stream));
   const Launch sweep(P.sweep_blocks, threads, kRoom, stream, device.shared_memory);
   if (R::measures(P.options)) FASTKD_CUDA_RETURN(sweep(pairs_sweep_kernel<S, R, Sweep::kMeasure>, P));

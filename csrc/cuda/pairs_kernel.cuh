@@ -124,7 +124,10 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
     sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, 0, sums.student, sums.teacher);
   }
   sum_blocks(P.loss_sums, P.sweep_blocks, room.sums, 2, sums.loss, sums.slope);
-  const R relation(P.options, sums);
+  // In shared memory: registers are what this kernel is short of.
+  R* const shared_relation = reinterpret_cast<R*>(room.relation);
+  static_assert(sizeof(R) <= sizeof(room.relation));
+  if (threadIdx.x == 0) *shared_relation = R(P.options, sums);
   if (threadIdx.x < kPairsWarps) room.touched[threadIdx.x] = 0;
   if (threadIdx.x < kTile) room.row_sums[threadIdx.x] = 0;
 
@@ -136,6 +139,7 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   for (int block = split; block < int(P.tiles); block += P.splits) {
     const int64_t i = int64_t(row_tile) * kTile, j = int64_t(block) * kTile;
     both_distances<S>(P, {i, j}, room);
+    const R relation = *shared_relation;
     bool any_near = false;
     T of_tile = 0;
 #pragma unroll 4

@@ -27,6 +27,7 @@ struct PairsRoom {
   double sums[kPairsWarps][4];
   double row_sums[kTile];
   int touched[kPairsWarps];
+  double relation[8];  // a functor
   char stages[sizeof(T) == 8 ? 2 * kTile * 17 * 8 : kStages * kStageBytes];
 };
 static_assert(sizeof(PairsRoom<float>) <= 99 << 10 && sizeof(PairsRoom<double>) <= 99 << 10);

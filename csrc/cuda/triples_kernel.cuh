@@ -7,15 +7,15 @@
 //
 // Fused: r is never stored. Blocks of rows A <= J are taken with each block L, and for them are kept
 // the distances [A, J], [A, L], [J, L] and the sums [A, J]: where N rows are one block, each distance
-// is computed once; else again for every third block, 2 D operations beside some 15 block.
+// is computed once; else again for every third block, 8 D instructions beside 35 times a block's rows.
 // One launch, two roles of a block of threads: a tile of gamma over some k in L, or a tile of K, with
 // the loss, over some vertices a in L. Both keep their pairs in registers and walk along L through
-// shared memory. Each r is evaluated 1.5 times (1.5 x 6 operations, beside 4 for clamp and sum):
-// nothing is reduced between threads but the loss. About 16 operations a triple; bytes do not matter.
+// shared memory; nothing is reduced between threads but the loss. Instructions a triple: 11 for
+// gamma, 13 for K at half of the triples: 17.4, which is what takes the time. The bytes do not.
 //
 // Where D_ai ~ D_ik >> D_ak, (D_ai - D_ik) cancels: float distances do up to a spread of kSpread.
-// Beyond it `careful` is set, and a distance is a float and its remainder. A pair of tiles is then
-// two halves: more registers a pair.
+// Beyond it `careful` is set, a distance is a float and its remainder, and a tile is taken in two
+// halves, since a pair then takes more registers.
 //
 // Sums: fp32 over one block's part of L, those added in one order; the loss in double after each
 // kChunk. Saved for backward: the gradient.

@@ -66,8 +66,9 @@ def _gradient(ctx, upstream):
 
 
 def _loss(namespace, name, student, teacher, *options):
+    teacher = teacher.detach()
     if student.requires_grad and torch.is_grad_enabled():
-        return _Relation.apply(namespace, name, student, teacher.detach(), *options)
+        return _Relation.apply(namespace, name, student, teacher, *options)
     return getattr(OPS[namespace], name)(student, teacher, *options, False)[0]
 
 

@@ -86,7 +86,7 @@ def _features_in(dtype, x, y, grad):
         u, v = x[block].to(dtype), y[block].to(dtype)
         uS, vC = u @ S, v @ C.T
         a, b, c = (uS * u).sum(1), ((v @ T) * v).sum(1), (vC * u).sum(1)
-        root = torch.where((a == 0) | (b == 0), 0.0, (a * b).rsqrt())
+        root = torch.where((a == 0) | (b == 0), 0.0, a.rsqrt() * b.rsqrt())  # a * b would leave float32's range
         cos = c * root
         loss += ((a != 0).double() + (b != 0).double() - 2 * cos.double()).sum()
         if grad is not None:

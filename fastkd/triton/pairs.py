@@ -63,7 +63,8 @@ def _distances(
     if EXACT:
         squares = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
     else:
-        of_rows = tl.load(norms + i, mask=i < N, other=0.0)[:, None] + tl.load(norms + j, mask=j < N, other=0.0)[None, :]
+        i_norms, j_norms = tl.load(norms + i, mask=i < N, other=0.0), tl.load(norms + j, mask=j < N, other=0.0)
+        of_rows = i_norms[:, None] + j_norms[None, :]
         squares = of_rows - 2.0 * _gram(x, first_i, first_j, N, D, PRECISION, ROWS, COLUMNS, BLOCK_D)
         close = pair & (squares < of_rows * CLOSE)
         if any_of(close):
@@ -308,10 +309,10 @@ class Pairs:
         ]
         tile = tiles[0]
         distances_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(self.pitch - first_column, tile.columns))](
-            *self.sides[0], *self.sides[1], *self.strip, self.pitch, parts, first_part, parts_n, first, end, first_column, self.N,
-            self.student.shape[1], self.teacher.shape[1], EXACT=self.exact, PRECISION=self.precision,
-            ROWS=tile.rows, COLUMNS=tile.columns, STUDENT_BLOCK_D=tile.depth, TEACHER_BLOCK_D=tiles[1].depth,
-            num_warps=tile.warps, num_stages=tile.stages,
+            *self.sides[0], *self.sides[1], *self.strip, self.pitch, parts, first_part, parts_n,
+            first, end, first_column, self.N, self.student.shape[1], self.teacher.shape[1],
+            EXACT=self.exact, PRECISION=self.precision, ROWS=tile.rows, COLUMNS=tile.columns,
+            STUDENT_BLOCK_D=tile.depth, TEACHER_BLOCK_D=tiles[1].depth, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
     def forward(self, weight, previous, loss):

@@ -82,12 +82,11 @@ def _inverse(squares):
 
 @triton.jit
 def _twice_product(uv, uw, vw, rest, EXACT: tl.constexpr):
-    """D_uv + D_uw - D_vw; rest: the same sum of the rests, which is NaN where one of the three is."""
-    if EXACT:
-        result = (uv - vw) + uw
-    else:
-        result = (tl.maximum(uv, uw) - vw) + (tl.minimum(uv, uw) + rest)
-    return result
+    """D_uv + D_uw - D_vw; rest: the same sum of the rests. A NaN that maximum and minimum drop is in q."""
+    small = tl.minimum(uv, uw)
+    if not EXACT:
+        small += rest
+    return (tl.maximum(uv, uw) - vw) + small
 
 
 @triton.jit
