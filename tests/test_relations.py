@@ -6,7 +6,7 @@ import pytest
 import relation_cases as cases
 import torch
 from conftest import cpu_levels
-from relation_cases import LOSSES
+from relation_cases import DTYPES, LOSSES
 from relation_truth import TRUTH, published
 from tolerances import FLOOR, error
 
@@ -15,7 +15,6 @@ from fastkd import _check, functional
 from fastkd.ops import similarity
 from fastkd.reference import compute_dtype
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 PROMISED = {torch.float32: 5e-6, torch.float64: 1e-12}
 NEAR_CONVERGENCE = {torch.float32: 1e-3, torch.float64: 1e-10}
 NOTHING = {torch.float32: 1e-6, torch.float64: 1e-14}
@@ -53,21 +52,18 @@ def check(backend, name, case, dtype, promised=PROMISED):
     assert error(grad, grad_ref) <= promised + rounding(grad, grad_ref, compute)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "case"), cases.pairs_of(cases.CASES), ids=str)
+@pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.CASES), ids=str)
 def test_matches_float64(backend, name, case, dtype):
     check(backend, name, case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "case"), cases.pairs_of(cases.NEAR), ids=str)
+@pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.NEAR, PROMISED), ids=str)
 def test_near_convergence(backend, name, case, dtype):
     assert case.truth(name, dtype)[0] < 1e-6
     check(backend, name, case, dtype, NEAR_CONVERGENCE)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("name", "case"), cases.pairs_of(cases.NOTHING), ids=str)
+@pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.NOTHING), ids=str)
 def test_nothing_to_learn(backend, name, case, dtype):
     student, teacher = case.inputs(dtype)
     loss, grad = run(LOSSES[name], student, teacher)
@@ -79,9 +75,8 @@ def test_nothing_to_learn(backend, name, case, dtype):
         assert not grad.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("backend", cpu_levels(), indirect=True)
-@pytest.mark.parametrize(("name", "case"), cases.pairs_of(cases.LARGE), ids=str)
+@pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.LARGE, PROMISED), ids=str)
 def test_many_samples(backend, name, case, dtype):
     check(backend, name, case, dtype)
 
@@ -269,7 +264,7 @@ def test_expanded_embeddings(backend, name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_same_bits_again(kernel, name):
-    student, teacher = cases.Case("again", "", 41, (19, 8)).inputs(torch.float32)
+    student, teacher = cases.Case("again", "", 19, (19, 8)).inputs(torch.float32)
     first, again = run(LOSSES[name], student, teacher), run(LOSSES[name], student.clone(), teacher.clone())
     assert torch.equal(first[0], again[0])
     assert torch.equal(first[1], again[1])
@@ -293,7 +288,7 @@ def test_same_bits_whatever_the_threads(threads, name, N):
 @pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "rkd_loss"])
 def test_float16_gradients_survive_a_loss_scaler(backend, name):
     """Gradients below float16's smallest number times 2^16 are numbers again."""
-    case = cases.Case("scaled", "", 40, (8, 8), lambda s, t: ((2e4 * s).clamp(-6e4, 6e4), t))
+    case = cases.Case("scaled", "", 20, (8, 8), lambda s, t: ((2e4 * s).clamp(-6e4, 6e4), t))
     student, teacher = case.inputs(torch.float16)
     options = {"distance_weight": 0.1, "angle_weight": 0.1} if name == "rkd_loss" else {}
     _, grad_ref = TRUTH[name](student, teacher, **options)
@@ -302,15 +297,15 @@ def test_float16_gradients_survive_a_loss_scaler(backend, name):
     assert error(grad, grad_ref * 2.0**16) <= 2 * FLOOR[torch.float16]
 
 
-@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0, -3.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", LOSSES)
-def test_upstream_gradient_is_applied(backend, name, dtype, factor):
+def test_upstream_gradient_is_applied(backend, name, dtype):
     student, teacher = cases.MIXED.inputs(dtype)
     _, plain = run(LOSSES[name], student, teacher)
-    _, grad = run(LOSSES[name], student, teacher, factor)
-    step = 2.0**-22 * grad.numel() ** 0.5 if dtype is torch.float16 else 0.0
-    assert (grad.double() - plain.double() * factor).norm() <= 2 * FLOOR[dtype] * abs(
+    step = 2.0**-22 * plain.numel() ** 0.5 if dtype is torch.float16 else 0.0
+    for factor in (0.5, 0.0, -3.0):
+        _, grad = run(LOSSES[name], student, teacher, factor)
+        assert (grad.double() - plain.double() * factor).norm() <= 2 * FLOOR[dtype] * abs(
         factor
     ) * plain.double().norm() + step
 

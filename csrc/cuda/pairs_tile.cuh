@@ -158,6 +158,7 @@ __device__ __forceinline__ void for_marked(const float* tile, W&& wanted, F&& f)
   for (int k = 0; k < 2 * (kTile / kPairsWarps); ++k) {
     const int row = first + k / 2, column = k % 2 * 32;
     unsigned marked = __ballot_sync(0xffffffffu, wanted(tile[row * kTileStride + column + lane]));
+    __syncwarp();  // f may write over what another lane has read
     for (; marked; marked &= marked - 1) f(row, column + __ffs(int(marked)) - 1);
   }
 }
