@@ -306,8 +306,8 @@ def test_upstream_gradient_is_applied(backend, name, dtype):
     for factor in (0.5, 0.0, -3.0):
         _, grad = run(LOSSES[name], student, teacher, factor)
         assert (grad.double() - plain.double() * factor).norm() <= 2 * FLOOR[dtype] * abs(
-        factor
-    ) * plain.double().norm() + step
+            factor
+        ) * plain.double().norm() + step
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.5])

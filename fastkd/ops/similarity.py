@@ -21,6 +21,7 @@ Saved for backward: the gradient. Beside it a few blocks of rows and D x D matri
 import torch
 
 from .. import _library
+from .._check import DTYPES
 from ..reference import compute_dtype
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
@@ -101,8 +102,19 @@ def _features_in(dtype, x, y, grad):
     return loss / N**2
 
 
+def _check_embeddings(student, teacher):
+    """What the functions have checked already; an op may be called past them."""
+    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
+        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise RuntimeError(f"student and teacher: embeddings [N, D] of as many rows wanted, got {shapes}")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dtype not in DTYPES:
+            raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
+
+
 @torch.no_grad()
 def _similarity_fwd(student, teacher, save):
+    _check_embeddings(student, teacher)
     dtype = compute_dtype(student, teacher)
     x, y = student.to(dtype), teacher.to(dtype)
     N = len(x)
