@@ -7,7 +7,15 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 
 from . import functional
 from ._backend import backend
-from .modules import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss
+from .modules import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SimilarityPreservingLoss, SoftCrossEntropyLoss
 
-__all__ = ["JSDivLoss", "KLDivLoss", "ReverseKLDivLoss", "SoftCrossEntropyLoss", "backend", "functional"]
+__all__ = [
+    "JSDivLoss",
+    "KLDivLoss",
+    "ReverseKLDivLoss",
+    "SimilarityPreservingLoss",
+    "SoftCrossEntropyLoss",
+    "backend",
+    "functional",
+]
 __version__ = "0.1.0"

@@ -49,22 +49,47 @@ def logits_loss(student, teacher, options):
         inplace(student, teacher)
 
 
-def logits(student, teacher):
-    """Two tensors [*, V] of one shape, on one device, of floating dtypes."""
+def _inputs(student, teacher, what):
+    """Two dense tensors of floating dtypes."""
     for name, x in (("student", student), ("teacher", teacher)):
         _tensor(name, x)
         if x.dtype not in DTYPES:
-            raise TypeError(f"{name}: float16, bfloat16, float32 or float64 logits wanted, got {x.dtype}")
+            raise TypeError(f"{name}: float16, bfloat16, float32 or float64 {what} wanted, got {x.dtype}")
         if x.layout is not torch.strided or x.is_nested:
             raise TypeError(f"{name}: a dense tensor wanted, got {'a nested one' if x.is_nested else x.layout}")
+
+
+def _same_device(student, teacher):
+    if student.device != teacher.device:
+        raise ValueError(f"teacher: a tensor on the student's device {student.device} wanted, got {teacher.device}")
+
+
+def logits(student, teacher):
+    """Two tensors [*, V] of one shape, on one device, of floating dtypes."""
+    _inputs(student, teacher, "logits")
     if student.dim() == 0:
         raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
     if student.shape != teacher.shape:
         raise ValueError(f"teacher: the student's shape {list(student.shape)} wanted, got {list(teacher.shape)}")
     if student.shape[-1] == 0:
         raise ValueError(f"student: at least one class wanted, got shape {list(student.shape)}")
-    if student.device != teacher.device:
-        raise ValueError(f"teacher: a tensor on the student's device {student.device} wanted, got {teacher.device}")
+    _same_device(student, teacher)
+
+
+def embeddings(student, teacher):
+    """Two tensors [N, D_s] and [N, D_t] on one device, of floating dtypes, finite where that can be seen."""
+    _inputs(student, teacher, "embeddings")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() != 2:
+            raise ValueError(f"{name}: embeddings of shape [N, D] wanted, got {list(x.shape)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: at least one feature wanted, got shape {list(x.shape)}")
+    if student.shape[0] != teacher.shape[0]:
+        raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
+    _same_device(student, teacher)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if _values_known(x) and not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name}: finite embeddings wanted, got some that are not")
 
 
 def _constant(name, x, student):

@@ -35,7 +35,12 @@ def define(namespace):
     return library
 
 
-define("fastkd").define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
+fastkd = define("fastkd")
+fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
+# matrix products, which torch has for every device: one implementation, in ops/similarity.py;
+# grad is in float32 where the student is in float16, whose range it would leave before a loss
+# scaler multiplies it; empty where it is not saved
+fastkd.define("similarity_fwd(Tensor student, Tensor teacher, bool save) -> (Tensor loss, Tensor grad)")
 
 FOLDER = Path(__file__).parent / "lib"
 

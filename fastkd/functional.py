@@ -158,3 +158,55 @@ js_div.__doc__ = _DOCSTRING.format(
     extremes="a class that one side cannot give is like any other.",
     source='Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2024.',
 )
+
+
+_RELATIONAL = r"""{title}
+
+    .. math:: {formula}
+
+    {notes}
+
+    Args:
+        student: embeddings ``[N, D_s]``, any strides; float16, bfloat16, float32 or float64.
+        teacher: embeddings ``[N, D_t]``; width and dtype may differ. A constant: no gradient flows to it.{options}
+
+    Returns:
+        The loss, float64 where an input is float64, else float32. Fewer than two samples: 0.
+
+    The gradient has the student's dtype; it is computed in forward. {equal} A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+            Embeddings that are not finite are an error on the CPU; on other devices, where looking
+            would cost a synchronisation, they give NaN.
+
+    Source: {source}
+    """
+
+
+def _relational_loss(name, student, teacher, *options):
+    """Hands a relational loss, whose arguments have been checked, to the backend."""
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return getattr(reference, name)(student, teacher, *options)
+    from .ops import relations
+
+    return getattr(relations, name)(_backend.namespace(backend), student, teacher, *options)
+
+
+def similarity_preserving(student, teacher):
+    _check.embeddings(student, teacher)
+    return _relational_loss("similarity_preserving", student, teacher)
+
+
+similarity_preserving.__doc__ = _RELATIONAL.format(
+    title="Similarity-preserving distillation: samples that excite the teacher alike do so in the student.",
+    formula=r"\frac{1}{N^2} \sum_i \left\| \frac{G^s_i}{\|G^s_i\|} - \frac{G^t_i}{\|G^t_i\|} \right\|^2,"
+    r"\quad G = X X^T",
+    notes="computed from products [N, D] x [D, D] where N is large, linear in N, else from blocks of rows of G:\n"
+    "    the cheaper way. No matrix [N, N] is held.\n"
+    "    Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.",
+    options="",
+    equal="A row of zeros in G stays zero, and has no gradient.",
+    source='Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.',
+)

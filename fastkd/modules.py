@@ -83,3 +83,11 @@ class JSDivLoss(_LogitsLoss):
         super().__init__(**options)
         _check.share("beta", beta)
         self.beta = beta
+
+
+class SimilarityPreservingLoss(torch.nn.Module):
+    """:func:`fastkd.functional.similarity_preserving` as a module."""
+
+    def forward(self, student, teacher):
+        """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``."""
+        return functional.similarity_preserving(student, teacher)

@@ -125,3 +125,20 @@ def logits_loss(divergence, student, teacher, options):
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
     return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)
+
+
+def _embeddings(student, teacher):
+    dtype = compute_dtype(student, teacher)
+    return student.to(dtype), _ordinary(teacher).detach().to(dtype)
+
+
+def _unit(rows):
+    """Rows to length 1; a row of zeros stays, and has no gradient."""
+    squared = rows.square().sum(1, keepdim=True)
+    return torch.where(squared == 0, 0.0, rows / torch.where(squared == 0, 1.0, squared).sqrt())
+
+
+def similarity_preserving(student, teacher):
+    """Holds matrices [N, N]."""
+    s, t = (_unit(x @ x.T) for x in _embeddings(student, teacher))
+    return (s - t).square().sum() / max(len(s), 1) ** 2

@@ -7,6 +7,7 @@ import torch
 from .._check import REDUCTIONS
 from .._inplace import overwritten
 from ..reference import DIVERGENCES, compute_dtype
+from .gradient import once, times
 
 # The numbers are those of csrc/common/params.h.
 DIVERGENCE_NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
@@ -69,17 +70,6 @@ def use_namespace(namespace):
 use_namespace("fastkd")
 
 
-def _times(scale_, grad, upstream):
-    """grad * upstream, in the memory of grad where nothing else will need it. Whether upstream is 1
-    is looked at where it lies: the host waits for no device."""
-    if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor:
-        return grad * upstream
-    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
-        return grad * upstream
-    scale_(grad, upstream)
-    return grad
-
-
 class _Rows(torch.autograd.Function):
     """The loss of a student that wants a gradient.
 
@@ -114,26 +104,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            with torch.no_grad():
-                grad = _gradient(ctx, upstream)
-            grad = _Once.apply(grad, torch.zeros((), requires_grad=True))
-        else:
-            grad = _gradient(ctx, upstream)
+        grad = once(_gradient, ctx, upstream)
         return None, grad, *(None for _ in ctx.needs_input_grad[2:])
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that raises when it is differentiated. The anchor requires a gradient, so that
-    autograd comes by here and does not take the second derivative for 0."""
-
-    @staticmethod
-    def forward(ctx, grad, anchor):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError("fastkd: second derivatives of the logit losses are not implemented")
 
 
 def _is_inference(x):
@@ -142,7 +114,7 @@ def _is_inference(x):
 
 def _gradient(ctx, upstream):
     if not ctx.recompute:
-        return _times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
+        return times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
     *saved, stats = ctx.saved_tensors
     student, teacher, *tensors = (x if y is None else y for x, y in zip(saved, ctx.inference, strict=True))
     arguments = [student, teacher, *ctx.options[2:]]

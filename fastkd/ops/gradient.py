@@ -1,0 +1,36 @@
+"""A gradient that forward has computed: what backward does with it."""
+
+import torch
+
+
+def times(scale_, grad, upstream):
+    """grad * upstream, in the memory of grad where nothing else will need it. Whether upstream is 1
+    is looked at where it lies: the host waits for no device."""
+    if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor:
+        return grad * upstream
+    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
+        return grad * upstream
+    scale_(grad, upstream)
+    return grad
+
+
+def once(gradient, *arguments):
+    """gradient(*arguments), which raises when it is differentiated: it must not count as 0."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        with torch.no_grad():
+            grad = gradient(*arguments)
+        return _Once.apply(grad, torch.zeros((), requires_grad=True))
+    return gradient(*arguments)
+
+
+class _Once(torch.autograd.Function):
+    """The anchor requires a gradient, so that autograd comes by here and does not take the second
+    derivative for 0."""
+
+    @staticmethod
+    def forward(ctx, grad, anchor):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("fastkd: second derivatives are not implemented")
