@@ -19,8 +19,8 @@ SCHEMAS = (
     f"rows_fwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}) -> Tensor loss",
     f"rows_bwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> Tensor grad",
     f"rows_bwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> ()",
-    # embeddings [N, D_s] and [N, D_t]; grad is in float32 where the student is in float16, whose range
-    # it would leave before a loss scaler multiplies it; empty where it is not saved
+    # embeddings [N, D_s] and [N, D_t]; grad, here as below, is in float32 where the student is in float16,
+    # whose range it would leave before a loss scaler multiplies it; empty where it is not saved
     "pairs_fwd(Tensor student, Tensor teacher, int relation, float delta, bool normalize, bool save) "
     "-> (Tensor loss, Tensor grad)",
     # the weighted sum of both losses; a loss of weight 0 is left out

@@ -206,7 +206,8 @@ def rkd_distance(student, teacher, *, normalize="mean", delta=1.0):
 rkd_distance.__doc__ = _RELATIONAL.format(
     title="Distance-wise relational distillation: the student's samples keep the teacher's relative distances.",
     formula=r"\frac{1}{N^2} \sum_{ij} \mathrm{Huber}_\delta"
-    r"\left(\frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t}\right),\quad d_{ij} = \sqrt{\max(\|x_i - x_j\|^2, 10^{-12})},\ d_{ii} = 0",
+    r"\left(\frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t}\right),\quad"
+    r"d_{ij} = \sqrt{\max(\|x_i - x_j\|^2, 10^{-12})},\ d_{ii} = 0",
     notes="with the mean distance mu of different samples; the gradient flows through the student's mean.\n"
     "    No matrix [N, N] is held: beside the inputs a few arrays of their size and tiles of fixed size.",
     options="""
@@ -270,9 +271,10 @@ similarity_preserving.__doc__ = _RELATIONAL.format(
     title="Similarity-preserving distillation: samples that excite the teacher alike do so in the student.",
     formula=r"\frac{1}{N^2} \sum_i \left\| \frac{G^s_i}{\|G^s_i\|} - \frac{G^t_i}{\|G^t_i\|} \right\|^2,"
     r"\quad G = X X^T",
-    notes="computed from products [N, D] x [D, D] where N is large, else from blocks of rows of G: the cheaper way.\n"
+    notes="computed from products [N, D] x [D, D] where N is large, linear in N, else from blocks of rows of G:\n"
+    "    the cheaper way. No matrix [N, N] is held.\n"
     "    Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.",
     options="",
-    equal="A sample of zeros has a row of zeros in G, from which no gradient comes.",
+    equal="A row of zeros in G stays zero, and has no gradient.",
     source='Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.',
 )

@@ -175,7 +175,7 @@ def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, dista
     return loss
 
 
-def _unit_rows(x):
+def _unit(x):
     """Rows to length 1; a row of zeros stays, and has no gradient."""
     squares = x.square().sum(1, keepdim=True)
     return torch.where(squares == 0, 0.0, x / torch.where(squares == 0, 1.0, squares).sqrt())
@@ -183,5 +183,5 @@ def _unit_rows(x):
 
 def similarity_preserving(student, teacher):
     """Holds matrices [N, N]."""
-    s, t = (_unit_rows(x @ x.T) for x in _embeddings(student, teacher))
+    s, t = (_unit(x @ x.T) for x in _embeddings(student, teacher))
     return (s - t).square().sum() / max(len(s), 1) ** 2

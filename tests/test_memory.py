@@ -56,3 +56,12 @@ def test_inference_holds_none(logits):
 def test_a_slice_is_not_copied(logits):
     student, teacher = (x.view(8, N // 8, V) for x in logits)
     assert peak(lambda: functional.kl_div(student[:, :-1], teacher[:, :-1]), tuple) <= SLACK
+
+
+def test_similarity_preserving_holds_no_matrix_of_pairs():
+    """N x N would be 1 GiB; a gradient and blocks of rows are a few MiB."""
+    student, teacher = torch.randn(16384, 64), torch.randn(16384, 64)
+    used = peak(
+        lambda s: functional.similarity_preserving(s, teacher).backward(), lambda: (student.detach().requires_grad_(),)
+    )
+    assert used <= student.numel() * 4 + (48 << 20)
