@@ -8,6 +8,8 @@
 // With student and teacher of width D: 2 N^2 D flops in sweep 1, 4 in sweep 2, 3 in sweep 3.
 // Where all tiles fit into kKept bytes their distances stay, and only W X needs the BLAS again.
 //
+// Near pairs' parts of W X are sums of differences, which do not cancel.
+//
 // Memory: both centred copies, W X [N, D], two tiles a thread or kKept bytes. Sums do not depend on the
 // number of threads: a tile is summed by itself, and where two tiles would add to the same rows of
 // W X they are computed one after the other, as in the rounds of a tournament.
@@ -61,6 +63,7 @@ class Pairs {
         tiles_(blocks_ * (blocks_ + 1) / 2),
         keeps_(tiles_ * tile_bytes() <= kKept),
         sums_(whole() ? (N_ + kRows - 1) / kRows : tiles_),
+        near_(sums_.size()),
         student_norms_(norms(student)),
         teacher_norms_(norms(teacher)) {
     if (keeps_) kept_ = make_buffer<char>(tiles_ * tile_bytes());
@@ -71,7 +74,7 @@ class Pairs {
     PairsStatistics<T> all{1, 1, 0, T(options.delta)};
     double mean = 1, shift = 0;
     if (options.normalize || keeps_) {
-      const PairsSums sums = sweep([&](const PairsTile<T>&, int64_t, int64_t, PairsSums&) {}, true);
+      const PairsSums sums = sweep([&](const PairsTile<T>&, int64_t, int64_t, bool, PairsSums&) {}, true);
       if (options.normalize) {
         mean = sums.student / pairs;
         all.student_scale = T(1 / mean);
@@ -80,7 +83,7 @@ class Pairs {
       }
     }
     if (!grad || keeps_) {
-      const PairsSums sums = sweep([&](const PairsTile<T>& tile, int64_t begin, int64_t end,
+      const PairsSums sums = sweep([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool,
                                        PairsSums& sums) { k_.loss(tile, all, begin, end, sums); },
                                    !keeps_);
       if (options.normalize) shift = sums.shift / pairs;
@@ -89,14 +92,16 @@ class Pairs {
     all.shift = T(shift);
     weight_sums_.assign(N_, 0.0);
     product_ = make_buffer<T>(N_ * student_.D);
-    const PairsSums sums = weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& sums, T* row,
-                                     T* column) { k_.weights(tile, all, begin, end, sums, row, column); });
+    const PairsSums sums =
+        weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, PairsSums& sums, T* row, T* column) {
+          k_.weights(tile, all, begin, end, near, sums, row, column);
+        });
     write(grad, 2 / (divisor * mean), false);
     const double rest = sums.shift / pairs - all.shift;
     if (options.normalize && !keeps_ && matters(rest, sums.loss / divisor)) {
       weight_sums_.assign(N_, 0.0);
-      weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums&, T* row, T* column) {
-        k_.inverses(tile, begin, end, row, column);
+      weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, PairsSums&, T* row, T* column) {
+        k_.inverses(tile, begin, end, near, row, column);
       });
       write(grad, -2 / (divisor * mean) * rest, true);
     }
@@ -136,7 +141,9 @@ class Pairs {
     T* memory = reinterpret_cast<T*>(keeps_ ? kept_.get() + tile_number(i, j) * tile_bytes() : scratch(tile_bytes()));
     const Block bi = block(i), bj = block(j);
     auto side = [&](const Centred<T>& x, const Buffer<T>& norms, T* data) {
-      return PairsSide<T>{data, x.row(bi.begin), x.row(bj.begin), norms.get() + bi.begin, norms.get() + bj.begin, x.D};
+      return PairsSide<T>{
+          data, x.exact_row(bi.begin), x.exact_row(bj.begin), norms.get() + bi.begin, norms.get() + bj.begin,
+          x.D,  x.exact_stride};
     };
     return {side(student_, student_norms_, memory),
             side(teacher_, teacher_norms_, memory + block_ * block_),
@@ -150,7 +157,7 @@ class Pairs {
     gemm(matrix(tile.teacher.tile, tile), rows(teacher_, block(i)), rows(teacher_, block(j)).transposed());
   }
 
-  // f(tile, begin, end, sums) over all rows of all tiles; the tiles' distances are computed before
+  // f(tile, begin, end, any near, sums) over all rows of all tiles; the tiles' distances are computed before
   // where they are not there yet.
   template <class F>
   PairsSums sweep(F&& f, bool compute) {
@@ -161,8 +168,8 @@ class Pairs {
         for (int64_t part = first; part < last; ++part) {
           PairsSums sums;
           const int64_t begin = part * kRows, end = std::min(begin + kRows, N_);
-          if (compute) k_.distances(all, begin, end, sums);
-          f(all, begin, end, sums);
+          if (compute) near_[part] = k_.distances(all, begin, end, sums);
+          f(all, begin, end, bool(near_[part]), sums);
           sums_[part] = sums;
         }
       });
@@ -184,11 +191,12 @@ class Pairs {
   PairsTile<T> one_tile(F&& f, int64_t i, int64_t j, bool compute) {
     const PairsTile<T> t = tile(i, j);
     PairsSums sums;
+    char& near = near_[tile_number(i, j)];
     if (compute) {
       gram(t, i, j);
-      k_.distances(t, 0, t.rows, sums);
+      near = k_.distances(t, 0, t.rows, sums);
     }
-    f(t, 0, t.rows, sums);
+    f(t, 0, t.rows, bool(near), sums);
     PairsSums& to = sums_[tile_number(i, j)];
     to = PairsSums();
     to.add(sums, i == j ? 1 : 2);
@@ -201,22 +209,11 @@ class Pairs {
     return sums;
   }
 
-  // f(tile, begin, end, sums, row_sums, column_sums) turns distances into weights; then
+  // f(tile, begin, end, any near, sums, row_sums, column_sums) turns distances into weights; then
   // product_ = W X and weight_sums_ = W 1.
   template <class F>
   PairsSums weigh(F&& f) {
-    if (whole()) {
-      const PairsSums sums = sweep(
-          [&](const PairsTile<T>& t, int64_t begin, int64_t end, PairsSums& sums) {
-            T row[kRows] = {};
-            f(t, begin, end, sums, row - begin, static_cast<T*>(nullptr));
-            for (int64_t i = begin; i < end; ++i) weight_sums_[i] = double(row[i - begin]);
-          },
-          !keeps_);
-      gemm(Matrix<T>{product_.get(), N_, student_.D, student_.D}, matrix(tile(0, 0).student.tile, tile(0, 0)),
-           rows(student_, block(0)));
-      return sums;
-    }
+    if (whole()) return weigh_whole(f);
     parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) add_tile(f, i, i, 0);
     });
@@ -234,20 +231,42 @@ class Pairs {
   }
 
   template <class F>
+  PairsSums weigh_whole(F&& f) {
+    const PairsSums sums = sweep(
+        [&](const PairsTile<T>& t, int64_t begin, int64_t end, bool near, PairsSums& sums) {
+          T row[kRows] = {};
+          f(t, begin, end, near, sums, row - begin, static_cast<T*>(nullptr));
+          for (int64_t i = begin; i < end; ++i) weight_sums_[i] = double(row[i - begin]);
+        },
+        !keeps_);
+    const PairsTile<T> all = tile(0, 0);
+    gemm(Matrix<T>{product_.get(), N_, student_.D, student_.D}, matrix(all.student.tile, all),
+         rows(student_, block(0)));
+    parallel_for(0, int64_t(near_.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        if (near_[part]) k_.near(all, part * kRows, std::min((part + 1) * kRows, N_), product_.get(), nullptr);
+      }
+    });
+    return sums;
+  }
+
+  template <class F>
   void add_tile(F&& f, int64_t i, int64_t j, double beta) {
     T row[kBlock] = {}, column[kBlock] = {};
-    const PairsTile<T> t = one_tile(
-        [&](const PairsTile<T>& t, int64_t begin, int64_t end, PairsSums& sums) {
-          f(t, begin, end, sums, row, i == j ? nullptr : column);
-        },
-        i, j, !keeps_);
+    const PairsTile<T> t =
+        one_tile([&](const PairsTile<T>& t, int64_t begin, int64_t end, bool near,
+                     PairsSums& sums) { f(t, begin, end, near, sums, row, i == j ? nullptr : column); },
+                 i, j, !keeps_);
     const Matrix<T> W = matrix(t.student.tile, t);
     add_product(i, W, j, row, beta);
     if (i != j) add_product(j, W.transposed(), i, column, beta);
+    if (near_[tile_number(i, j)])
+      k_.near(t, 0, t.rows, product_row(block(i)), i == j ? nullptr : product_row(block(j)));
   }
+  T* product_row(Block b) const { return product_.get() + b.begin * student_.D; }
   void add_product(int64_t i, const Matrix<T>& W, int64_t j, const T* sums, double beta) {
     const Block to = block(i);
-    const Matrix<T> out{product_.get() + to.begin * student_.D, to.n, student_.D, student_.D};
+    const Matrix<T> out{product_row(to), to.n, student_.D, student_.D};
     gemm(out, W, rows(student_, block(j)), 1, beta);
     for (int64_t k = 0; k < to.n; ++k) weight_sums_[to.begin + k] += double(sums[k]);
   }
@@ -274,6 +293,7 @@ class Pairs {
   const int64_t N_, blocks_, block_, tiles_;
   const bool keeps_;
   std::vector<PairsSums> sums_;  // a tile's, or of a tile that is shared a part's
+  std::vector<char> near_;       // whether any two of the student's rows are, in the same order
   const Buffer<T> student_norms_, teacher_norms_;
   Buffer<char> kept_;
   Buffer<T> product_;

@@ -7,7 +7,9 @@
 //   dL/dX = 2 / (N^2 mean) (diag(W 1) X - W X)
 //
 // The inner products come from the BLAS; everything else happens here while the tile is in L2, and
-// the weights go back to the BLAS in its memory.
+// the weights go back to the BLAS in its memory. Near pairs, whose differences would cancel in both
+// products, are taken apart: the exact rows are subtracted for their distances, and once more
+// for their part of the gradient.
 #include "cpu/pairs_kernel.h"
 
 #include <cmath>
@@ -17,7 +19,7 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// Below this share of |x|^2 + |y|^2 a squared distance from the Gram has lost too many digits.
+// Below this share of |x|^2 + |y|^2 a squared distance from the Gram has lost too many digits: a pair is near.
 template <class T>
 constexpr T kNear = T(1) / 256;
 
@@ -43,9 +45,9 @@ void norms(const T* x, int64_t n, int64_t D, T* out) {
   }
 }
 
-// Row i of a tile: inner products become distances.
+// Row i of a tile: inner products become distances. Returns how many others are near.
 template <class T>
-void distances_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_t stride, int64_t self) {
+int distances_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_t stride, int64_t self) {
   T* d = side.tile + i * stride;
   const T norm = side.norms_i[i];
   const T* norms_j = side.norms_j;
@@ -56,23 +58,27 @@ void distances_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int6
     near += squared < kNear<T> * both;
     d[j] = squared;
   }
-  if (near > (self >= 0 && self < columns)) {
+  const bool meets_itself = self >= 0 && self < columns;
+  near -= meets_itself && d[self] < kNear<T> * 2 * norm;
+  if (near) {
     for (int64_t j = 0; j < columns; ++j) {
       if (j != self && d[j] < kNear<T> * (norm + norms_j[j])) {
-        d[j] = squared_distance(side.x_i + i * side.D, side.x_j + j * side.D, side.D);
+        d[j] = squared_distance(side.x_i + i * side.x_stride, side.x_j + j * side.x_stride, side.D);
       }
     }
   }
 #pragma omp simd
   for (int64_t j = 0; j < columns; ++j) d[j] = std::sqrt(d[j] < kFloor<T> ? kFloor<T> : d[j]);
-  if (self >= 0 && self < columns) d[self] = 0;
+  if (meets_itself) d[self] = 0;
+  return near;
 }
 
 template <class T>
-void distances(const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& sums) {
+bool distances(const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& sums) {
+  bool near = false;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t self = tile.diagonal < 0 ? -1 : tile.diagonal + i;
-    distances_of_row(tile.student, i, tile.columns, tile.stride, self);
+    near |= distances_of_row(tile.student, i, tile.columns, tile.stride, self) > 0;
     distances_of_row(tile.teacher, i, tile.columns, tile.stride, self);
     const T* s = tile.student.tile + i * tile.stride;
     const T* t = tile.teacher.tile + i * tile.stride;
@@ -89,6 +95,7 @@ void distances(const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& 
     sums.student_squared += double(squared);
     sums.product += double(product);
   }
+  return near;
 }
 
 template <class T>
@@ -110,14 +117,16 @@ void loss(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin
   }
 }
 
-template <class T>
-void weights(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin, int64_t end, PairsSums& sums,
-             T* row_sums, T* column_sums) {
+template <bool kAnyNear, class T>
+void weights_of(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin, int64_t end, PairsSums& sums,
+                T* row_sums, T* column_sums) {
   const T student_scale = all.student_scale, teacher_scale = all.teacher_scale, delta = all.delta, C = all.shift;
   const T least = std::sqrt(kFloor<T>);
+  const T* norms_j = tile.student.norms_j;
   for (int64_t i = begin; i < end; ++i) {
     T* s = tile.student.tile + i * tile.stride;
-    const T* t = tile.teacher.tile + i * tile.stride;
+    T* t = tile.teacher.tile + i * tile.stride;
+    const T norm = tile.student.norms_i[i];
     T huber = 0, shift = 0, row = 0;
 #pragma omp simd reduction(+ : huber, shift, row)
     for (int64_t j = 0; j < tile.columns; ++j) {
@@ -125,8 +134,14 @@ void weights(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t be
       const T upper = e > delta ? delta : e, r = upper < -delta ? -delta : upper;
       huber += r * (e - r / 2);
       shift += r * u;
-      const T w = (r - C) / d;
-      s[j] = d <= least ? T(0) : w;
+      const T quotient = (r - C) / d, w = d <= least ? T(0) : quotient;
+      if constexpr (kAnyNear) {
+        const bool near = d * d < kNear<T> * (norm + norms_j[j]);
+        s[j] = near ? T(0) : w;
+        t[j] = near ? w : T(0);
+      } else {
+        s[j] = w;
+      }
       row += s[j];
     }
     if (column_sums) {
@@ -140,15 +155,28 @@ void weights(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t be
 }
 
 template <class T>
-void inverses(const PairsTile<T>& tile, int64_t begin, int64_t end, T* row_sums, T* column_sums) {
-  const T least = std::sqrt(kFloor<T>);
+void weights(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin, int64_t end, bool any_near,
+             PairsSums& sums, T* row_sums, T* column_sums) {
+  any_near ? weights_of<true>(tile, all, begin, end, sums, row_sums, column_sums)
+           : weights_of<false>(tile, all, begin, end, sums, row_sums, column_sums);
+}
+
+// Seldom needed: one loop for near pairs and none.
+template <class T>
+void inverses(const PairsTile<T>& tile, int64_t begin, int64_t end, bool any_near, T* row_sums, T* column_sums) {
+  const T least = std::sqrt(kFloor<T>), below = any_near ? kNear<T> : T(0);
+  const T* norms_j = tile.student.norms_j;
   for (int64_t i = begin; i < end; ++i) {
     T* s = tile.student.tile + i * tile.stride;
+    T* t = tile.teacher.tile + i * tile.stride;
+    const T norm = tile.student.norms_i[i];
     T row = 0;
 #pragma omp simd reduction(+ : row)
     for (int64_t j = 0; j < tile.columns; ++j) {
-      const T w = 1 / s[j];
-      s[j] = s[j] <= least ? T(0) : w;
+      const T d = s[j], quotient = 1 / d, w = d <= least ? T(0) : quotient;
+      const bool near = d * d < below * (norm + norms_j[j]);
+      s[j] = near ? T(0) : w;
+      t[j] = near ? w : T(0);
       row += s[j];
     }
     if (column_sums) {
@@ -160,7 +188,23 @@ void inverses(const PairsTile<T>& tile, int64_t begin, int64_t end, T* row_sums,
 }
 
 template <class T>
-const PairsKernel<T> kernel = {norms<T>, distances<T>, loss<T>, weights<T>, inverses<T>};
+void near(const PairsTile<T>& tile, int64_t begin, int64_t end, T* out_i, T* out_j) {
+  const PairsSide<T>& side = tile.student;
+  for (int64_t i = begin; i < end; ++i) {
+    const T *w = tile.teacher.tile + i * tile.stride, *x = side.x_i + i * side.x_stride;
+    T* to_i = out_i + i * side.D;
+    for (int64_t j = 0; j < tile.columns; ++j) {
+      if (w[j] == 0) continue;
+      const T* y = side.x_j + j * side.x_stride;
+      T* to_j = out_j ? out_j + j * side.D : nullptr;
+      for (int64_t k = 0; k < side.D; ++k) to_i[k] -= w[j] * (x[k] - y[k]);
+      for (int64_t k = 0; k < side.D && to_j; ++k) to_j[k] += w[j] * (x[k] - y[k]);
+    }
+  }
+}
+
+template <class T>
+const PairsKernel<T> kernel = {norms<T>, distances<T>, loss<T>, weights<T>, inverses<T>, near<T>};
 
 }  // namespace
 
