@@ -190,7 +190,8 @@ def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
     backend = _backend.select(student.device)
     if backend == "torch":
-        return getattr(reference, name)(student, teacher, *options)
+        with reference.without_autocast(student.device):
+            return getattr(reference, name)(student, teacher, *options)
     from .ops import relations
 
     return getattr(relations, name)(_backend.namespace(backend), student, teacher, *options)

@@ -3,6 +3,8 @@
 In float64 these are what every kernel is measured against.
 """
 
+import contextlib
+
 import torch
 
 from ._inplace import overwritten
@@ -11,6 +13,13 @@ from ._inplace import overwritten
 def compute_dtype(student, teacher):
     """float64 where an input is float64, else float32."""
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def without_autocast(device):
+    """Autocast would round embeddings before they are multiplied."""
+    if device.type in ("cpu", "cuda"):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _log_softmax(logits, temperature):

@@ -298,7 +298,7 @@ def test_the_relational_ops_check_their_own_contract():
             (S[:, :0], T),
             (S, T[:, :0]),
         ):
-            with pytest.raises(RuntimeError, match="student and teacher: .*wanted"):
+            with pytest.raises(RuntimeError, match=r"student and teacher: .*wanted"):
                 op(student, teacher)
         for student, teacher, side in ((S.long(), T, "student"), (S, T.cfloat(), "teacher")):
             with pytest.raises(RuntimeError, match=f"{side}: float16, bfloat16"):
@@ -320,7 +320,7 @@ def test_similarity_fwd_checks_its_own_contract():
     op = torch.ops.fastkd.similarity_fwd
     op(S, T, True)
     for student, teacher in ((S[0], T), (S, T[0]), (S[None], T), (S, T[:3]), (S[:3], T), (S, T[:1])):
-        with pytest.raises(RuntimeError, match="student and teacher: .*wanted"):
+        with pytest.raises(RuntimeError, match=r"student and teacher: .*wanted"):
             op(student, teacher, True)
     for student, teacher, side in ((S.long(), T, "student"), (S, T.cfloat(), "teacher")):
         with pytest.raises(RuntimeError, match=f"{side}: float16, bfloat16"):

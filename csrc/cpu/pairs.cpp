@@ -1,12 +1,12 @@
 // The pairs schedule on the CPU: tiles of the Gram matrices come from the BLAS, become distances and
 // weights while they are in cache, and go back to it as W X.
 //
-// Sweep 1, all tiles with i <= j: distances; their sums, and those of d_s^2 and d_s d_t.
-// Sweep 2: distances once more, the loss, W and W X. Its C = mean(u^2 - u v) is known from sweep 1
+// Sweep 1, all tiles with i <= j: measures; their sums, and those of s^2 and s t.
+// Sweep 2: measures once more, the loss, W and W X. The slopes' sum that this needs is known from sweep 1
 //   unless a pair was clamped; the true one is found on the way, and where it differs
-// Sweep 3 adds the rest, (C' - C) sum_j (x_i - x_j) / d_ij.
+// Sweep 3 adds the rest.
 // With student and teacher of width D: 2 N^2 D flops in sweep 1, 4 in sweep 2, 3 in sweep 3.
-// Where all tiles fit into kKept bytes their distances stay, and only W X needs the BLAS again.
+// Where all tiles fit into kKept bytes their measures stay, and only W X needs the BLAS again.
 //
 // Near pairs' parts of W X are sums of differences, which do not cancel.
 //
@@ -37,26 +37,28 @@ constexpr int64_t kRows = 16;    // of that tile, dealt to a thread at once
 constexpr int64_t kKept = int64_t(16) << 20;
 
 template <class T>
-const PairsKernel<T>& kernel() {
+const PairsKernel<T>& kernel(Relation relation) {
 #if FASTKD_X86
   switch (isa()) {
     case Isa::kBaseline:
       break;
     case Isa::kAvx2:
-      return avx2::pairs_kernel<T>();
+      return avx2::pairs_kernel<T>(relation);
     case Isa::kAvx512:
-      return avx512::pairs_kernel<T>();
+      return avx512::pairs_kernel<T>(relation);
   }
 #endif
-  return baseline::pairs_kernel<T>();
+  return baseline::pairs_kernel<T>(relation);
 }
 
 template <class T>
 class Pairs {
  public:
-  Pairs(const Centred<T>& student, const Centred<T>& teacher)
+  Pairs(Relation relation, const RelationOptions& options, const Centred<T>& student, const Centred<T>& teacher)
       : student_(student),
         teacher_(teacher),
+        k_(kernel<T>(relation)),
+        options_(options),
         N_(student.N),
         blocks_(N_ <= kWhole ? 1 : (N_ + kBlock - 1) / kBlock),
         block_((N_ + blocks_ - 1) / blocks_),
@@ -69,43 +71,33 @@ class Pairs {
     if (keeps_) kept_ = make_buffer<char>(tiles_ * tile_bytes());
   }
 
-  double run(const PairsOptions& options, T* grad) {
-    const double pairs = double(N_) * double(N_ - 1), divisor = double(N_) * double(N_);
-    PairsStatistics<T> all{1, 1, 0, T(options.delta)};
-    double mean = 1, shift = 0;
-    if (options.normalize || keeps_) {
-      const PairsSums sums = sweep([&](const PairsTile<T>&, int64_t, int64_t, bool, PairsSums&) {}, true);
-      if (options.normalize) {
-        mean = sums.student / pairs;
-        all.student_scale = T(1 / mean);
-        all.teacher_scale = T(pairs / sums.teacher);
-        shift = (sums.student_squared * all.student_scale - sums.product * all.teacher_scale) / mean / pairs;
-      }
+  double run(T* grad) {
+    RelationSums known;
+    if (keeps_ || k_.needs_measures(options_)) {
+      known = sweep([&](const PairsTile<T>&, int64_t, int64_t, bool, RelationSums&) {}, true);
+      known.slope = k_.unclamped_slope(options_, known);
     }
     if (!grad || keeps_) {
-      const PairsSums sums = sweep([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool,
-                                       PairsSums& sums) { k_.loss(tile, all, begin, end, sums); },
-                                   !keeps_);
-      if (options.normalize) shift = sums.shift / pairs;
-      if (!grad) return sums.loss / divisor;
+      const auto f = [&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool, RelationSums& sums) {
+        k_.loss(tile, options_, known, begin, end, sums);
+      };
+      const RelationSums sums = sweep(f, !keeps_);
+      if (!grad) return k_.loss_scale(options_) * sums.loss;
+      known.slope = sums.slope;
     }
-    all.shift = T(shift);
-    weight_sums_.assign(N_, 0.0);
     product_ = make_buffer<T>(N_ * student_.D);
-    const PairsSums sums =
-        weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, PairsSums& sums, T* row, T* column) {
-          k_.weights(tile, all, begin, end, near, sums, row, column);
-        });
-    write(grad, 2 / (divisor * mean), false);
-    const double rest = sums.shift / pairs - all.shift;
-    if (options.normalize && !keeps_ && matters(rest, sums.loss / divisor)) {
-      weight_sums_.assign(N_, 0.0);
-      weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, PairsSums&, T* row, T* column) {
-        k_.inverses(tile, begin, end, near, row, column);
+    const RelationSums sums =
+        weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, RelationSums& sums, T* row,
+                  T* column) { k_.weights(tile, options_, known, begin, end, near, sums, row, column); });
+    write(grad, false);
+    const double error = sums.slope - known.slope;
+    if (!keeps_ && k_.matters(options_, error, sums.loss, sizeof(T) == 8 ? 1e-15 : 1e-6)) {
+      weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, RelationSums&, T* row, T* column) {
+        k_.slope_weights(tile, options_, known, error, begin, end, near, row, column);
       });
-      write(grad, -2 / (divisor * mean) * rest, true);
+      write(grad, true);
     }
-    return sums.loss / divisor;
+    return k_.loss_scale(options_) * sums.loss;
   }
 
  private:
@@ -117,13 +109,6 @@ class Pairs {
   Block block(int64_t i) const { return {i * block_, std::min(block_, N_ - i * block_)}; }
   // tiles (i, j), i <= j, column by column of the upper triangle
   static int64_t tile_number(int64_t i, int64_t j) { return j * (j + 1) / 2 + i; }
-
-  // What an error of C by `rest` does to the gradient, beside the r of this loss, at the most: the
-  // sum over j grows like N, that of the r, which have both signs, like its root.
-  bool matters(double rest, double loss) const {
-    return std::abs(rest) * std::sqrt(double(N_)) > kRest * std::sqrt(2 * loss);
-  }
-  static constexpr double kRest = sizeof(T) == 8 ? 1e-15 : 1e-6;
 
   Buffer<T> norms(const Centred<T>& x) const {
     Buffer<T> out = make_buffer<T>(N_);
@@ -157,18 +142,18 @@ class Pairs {
     gemm(matrix(tile.teacher.tile, tile), rows(teacher_, block(i)), rows(teacher_, block(j)).transposed());
   }
 
-  // f(tile, begin, end, any near, sums) over all rows of all tiles; the tiles' distances are computed before
+  // f(tile, begin, end, any near, sums) over all rows of all tiles; the tiles' measures are computed before
   // where they are not there yet.
   template <class F>
-  PairsSums sweep(F&& f, bool compute) {
+  RelationSums sweep(F&& f, bool compute) {
     if (whole()) {
       const PairsTile<T> all = tile(0, 0);
       if (compute) gram(all, 0, 0);
       parallel_for(0, int64_t(sums_.size()), 1, [&](int64_t first, int64_t last) {
         for (int64_t part = first; part < last; ++part) {
-          PairsSums sums;
+          RelationSums sums;
           const int64_t begin = part * kRows, end = std::min(begin + kRows, N_);
-          if (compute) near_[part] = k_.distances(all, begin, end, sums);
+          if (compute) near_[part] = k_.measures(all, begin, end, sums);
           f(all, begin, end, bool(near_[part]), sums);
           sums_[part] = sums;
         }
@@ -190,29 +175,30 @@ class Pairs {
   template <class F>
   PairsTile<T> one_tile(F&& f, int64_t i, int64_t j, bool compute) {
     const PairsTile<T> t = tile(i, j);
-    PairsSums sums;
+    RelationSums sums;
     char& near = near_[tile_number(i, j)];
     if (compute) {
       gram(t, i, j);
-      near = k_.distances(t, 0, t.rows, sums);
+      near = k_.measures(t, 0, t.rows, sums);
     }
     f(t, 0, t.rows, bool(near), sums);
-    PairsSums& to = sums_[tile_number(i, j)];
-    to = PairsSums();
+    RelationSums& to = sums_[tile_number(i, j)];
+    to = RelationSums();
     to.add(sums, i == j ? 1 : 2);
     return t;
   }
 
-  PairsSums total() const {
-    PairsSums sums;
-    for (const PairsSums& s : sums_) sums.add(s, 1);
+  RelationSums total() const {
+    RelationSums sums;
+    for (const RelationSums& s : sums_) sums.add(s, 1);
     return sums;
   }
 
-  // f(tile, begin, end, any near, sums, row_sums, column_sums) turns distances into weights; then
+  // f(tile, begin, end, any near, sums, row_sums, column_sums) turns measures into weights; then
   // product_ = W X and weight_sums_ = W 1.
   template <class F>
-  PairsSums weigh(F&& f) {
+  RelationSums weigh(F&& f) {
+    weight_sums_.assign(N_, 0.0);
     if (whole()) return weigh_whole(f);
     parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) add_tile(f, i, i, 0);
@@ -231,9 +217,9 @@ class Pairs {
   }
 
   template <class F>
-  PairsSums weigh_whole(F&& f) {
-    const PairsSums sums = sweep(
-        [&](const PairsTile<T>& t, int64_t begin, int64_t end, bool near, PairsSums& sums) {
+  RelationSums weigh_whole(F&& f) {
+    const RelationSums sums = sweep(
+        [&](const PairsTile<T>& t, int64_t begin, int64_t end, bool near, RelationSums& sums) {
           T row[kRows] = {};
           f(t, begin, end, near, sums, row - begin, static_cast<T*>(nullptr));
           for (int64_t i = begin; i < end; ++i) weight_sums_[i] = double(row[i - begin]);
@@ -255,7 +241,7 @@ class Pairs {
     T row[kBlock] = {}, column[kBlock] = {};
     const PairsTile<T> t =
         one_tile([&](const PairsTile<T>& t, int64_t begin, int64_t end, bool near,
-                     PairsSums& sums) { f(t, begin, end, near, sums, row, i == j ? nullptr : column); },
+                     RelationSums& sums) { f(t, begin, end, near, sums, row, i == j ? nullptr : column); },
                  i, j, !keeps_);
     const Matrix<T> W = matrix(t.student.tile, t);
     add_product(i, W, j, row, beta);
@@ -271,29 +257,26 @@ class Pairs {
     for (int64_t k = 0; k < to.n; ++k) weight_sums_[to.begin + k] += double(sums[k]);
   }
 
-  // grad (+)= scale (diag(W 1) X - W X)
-  void write(T* grad, double scale, bool add) const {
+  // grad (+)= diag(W 1) X - W X
+  void write(T* grad, bool add) const {
     const int64_t D = student_.D;
     parallel_for(0, N_, 65536 / D + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const T sum = T(weight_sums_[i] * scale), factor = T(scale);
+        const T sum = T(weight_sums_[i]);
         const T *x = student_.row(i), *product = product_.get() + i * D;
         T* out = grad + i * D;
-        if (add) {
-          for (int64_t k = 0; k < D; ++k) out[k] += sum * x[k] - factor * product[k];
-        } else {
-          for (int64_t k = 0; k < D; ++k) out[k] = sum * x[k] - factor * product[k];
-        }
+        for (int64_t k = 0; k < D; ++k) out[k] = (add ? out[k] : T(0)) + (sum * x[k] - product[k]);
       }
     });
   }
 
   const Centred<T>&student_, &teacher_;
-  const PairsKernel<T>& k_ = kernel<T>();
+  const PairsKernel<T>& k_;
+  const RelationOptions options_;
   const int64_t N_, blocks_, block_, tiles_;
   const bool keeps_;
-  std::vector<PairsSums> sums_;  // a tile's, or of a tile that is shared a part's
-  std::vector<char> near_;       // whether any two of the student's rows are, in the same order
+  std::vector<RelationSums> sums_;  // a tile's, or of a tile that is shared a part's
+  std::vector<char> near_;          // whether any two of the student's rows are, in the same order
   const Buffer<T> student_norms_, teacher_norms_;
   Buffer<char> kept_;
   Buffer<T> product_;
@@ -312,7 +295,7 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
     Tensor wide = in.save && !direct ? torch::stable::new_empty(grad, grad.sizes(), in.compute()) : grad;
     T* to = in.save ? static_cast<T*>(wide.mutable_data_ptr()) : nullptr;
     *static_cast<T*>(loss.mutable_data_ptr()) =
-        T(pairs_loss(student, teacher, PairsOptions{in.delta, in.normalize}, to));
+        T(pairs_loss(Relation(in.relation), RelationOptions{in.delta, in.normalize, in.N()}, student, teacher, to));
     if (in.save && !direct) torch::stable::copy_(grad, wide);
   });
   stack[0] = torch::stable::detail::from(loss);
@@ -322,15 +305,16 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 template <class T>
-double pairs_loss(const Centred<T>& student, const Centred<T>& teacher, const PairsOptions& options, T* grad) {
+double pairs_loss(Relation relation, const RelationOptions& options, const Centred<T>& student,
+                  const Centred<T>& teacher, T* grad) {
   if (student.N < 2) {
     if (grad) std::fill_n(grad, student.N * student.D, T(0));
     return 0;
   }
-  return Pairs<T>(student, teacher).run(options, grad);
+  return Pairs<T>(relation, options, student, teacher).run(grad);
 }
-template double pairs_loss(const Centred<float>&, const Centred<float>&, const PairsOptions&, float*);
-template double pairs_loss(const Centred<double>&, const Centred<double>&, const PairsOptions&, double*);
+template double pairs_loss(Relation, const RelationOptions&, const Centred<float>&, const Centred<float>&, float*);
+template double pairs_loss(Relation, const RelationOptions&, const Centred<double>&, const Centred<double>&, double*);
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("pairs_fwd", &pairs_fwd); }
 

@@ -1,10 +1,7 @@
-// A relational loss of pairs on the CPU, on one tile of inner products. Compiled once per
-// instruction set.
+// A relation of pairs on the CPU, on one tile of inner products: the functors of math/relation.h.
+// Compiled once per instruction set.
 //
-//   d_ij = sqrt(max(|x_i|^2 + |x_j|^2 - 2 x_i.x_j, 1e-12)), d_ii = 0
-//   u = d_student / mean, v = d_teacher / mean, r = clamp(u - v, -delta, delta)
-//   loss = sum Huber(u - v) / N^2, C = sum r u / pairs, W_ij = (r - C) / d_ij
-//   dL/dX = 2 / (N^2 mean) (diag(W 1) X - W X)
+//   |x_i - x_j|^2 = |x_i|^2 + |x_j|^2 - 2 x_i.x_j, dL/dX = diag(W 1) X - W X
 //
 // The inner products come from the BLAS; everything else happens here while the tile is in L2, and
 // the weights go back to the BLAS in its memory. Near pairs, whose differences would cancel in both
@@ -22,9 +19,6 @@ namespace {
 // Below this share of |x|^2 + |y|^2 a squared distance from the Gram has lost too many digits: a pair is near.
 template <class T>
 constexpr T kNear = T(1) / 256;
-
-template <class T>
-constexpr T kFloor = T(1e-12);  // of a squared distance, as published
 
 template <class T>
 T squared_distance(const T* x, const T* y, int64_t D) {
@@ -45,41 +39,41 @@ void norms(const T* x, int64_t n, int64_t D, T* out) {
   }
 }
 
-// Row i of a tile: inner products become distances. Returns how many others are near.
-template <class T>
-int distances_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_t stride, int64_t self) {
-  T* d = side.tile + i * stride;
+// Row i of a tile: inner products become measures. Returns how many others are near.
+template <class R, class T>
+int measures_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_t stride, int64_t self) {
+  T* m = side.tile + i * stride;
   const T norm = side.norms_i[i];
   const T* norms_j = side.norms_j;
   int near = 0;
 #pragma omp simd reduction(+ : near)
   for (int64_t j = 0; j < columns; ++j) {
-    const T both = norm + norms_j[j], squared = both - 2 * d[j];
+    const T both = norm + norms_j[j], squared = both - 2 * m[j];
     near += squared < kNear<T> * both;
-    d[j] = squared;
+    m[j] = squared;
   }
   const bool meets_itself = self >= 0 && self < columns;
-  near -= meets_itself && d[self] < kNear<T> * 2 * norm;
+  near -= meets_itself && m[self] < kNear<T> * 2 * norm;
   if (near) {
     for (int64_t j = 0; j < columns; ++j) {
-      if (j != self && d[j] < kNear<T> * (norm + norms_j[j])) {
-        d[j] = squared_distance(side.x_i + i * side.x_stride, side.x_j + j * side.x_stride, side.D);
+      if (j != self && m[j] < kNear<T> * (norm + norms_j[j])) {
+        m[j] = squared_distance(side.x_i + i * side.x_stride, side.x_j + j * side.x_stride, side.D);
       }
     }
   }
 #pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) d[j] = std::sqrt(d[j] < kFloor<T> ? kFloor<T> : d[j]);
-  if (meets_itself) d[self] = 0;
+  for (int64_t j = 0; j < columns; ++j) m[j] = R::measure(m[j]);
+  if (meets_itself) m[self] = 0;
   return near;
 }
 
-template <class T>
-bool distances(const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& sums) {
+template <class R, class T>
+bool measures(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums& sums) {
   bool near = false;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t self = tile.diagonal < 0 ? -1 : tile.diagonal + i;
-    near |= distances_of_row(tile.student, i, tile.columns, tile.stride, self) > 0;
-    distances_of_row(tile.teacher, i, tile.columns, tile.stride, self);
+    near |= measures_of_row<R>(tile.student, i, tile.columns, tile.stride, self) > 0;
+    measures_of_row<R>(tile.teacher, i, tile.columns, tile.stride, self);
     const T* s = tile.student.tile + i * tile.stride;
     const T* t = tile.teacher.tile + i * tile.stride;
     T student = 0, teacher = 0, squared = 0, product = 0;
@@ -98,45 +92,37 @@ bool distances(const PairsTile<T>& tile, int64_t begin, int64_t end, PairsSums& 
   return near;
 }
 
-template <class T>
-void loss(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin, int64_t end, PairsSums& sums) {
-  const T student_scale = all.student_scale, teacher_scale = all.teacher_scale, delta = all.delta;
+template <class R, class T>
+void loss(const PairsTile<T>& tile, const RelationOptions& options, const RelationSums& known, int64_t begin,
+          int64_t end, RelationSums& sums) {
+  const R relation(options, known);
   for (int64_t i = begin; i < end; ++i) {
     const T* s = tile.student.tile + i * tile.stride;
     const T* t = tile.teacher.tile + i * tile.stride;
-    T huber = 0, shift = 0;
-#pragma omp simd reduction(+ : huber, shift)
-    for (int64_t j = 0; j < tile.columns; ++j) {
-      const T u = s[j] * student_scale, e = u - t[j] * teacher_scale;
-      const T upper = e > delta ? delta : e, r = upper < -delta ? -delta : upper;
-      huber += r * (e - r / 2);
-      shift += r * u;
-    }
-    sums.loss += double(huber);
-    sums.shift += double(shift);
+    T loss = 0, slope = 0;
+#pragma omp simd reduction(+ : loss, slope)
+    for (int64_t j = 0; j < tile.columns; ++j) relation.pair(s[j], t[j], loss, slope);
+    sums.loss += double(loss);
+    sums.slope += double(slope);
   }
 }
 
-template <bool kAnyNear, class T>
-void weights_of(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin, int64_t end, PairsSums& sums,
-                T* row_sums, T* column_sums) {
-  const T student_scale = all.student_scale, teacher_scale = all.teacher_scale, delta = all.delta, C = all.shift;
-  const T least = std::sqrt(kFloor<T>);
+// The student's tile becomes weights, f(s, t, loss, slope) of each pair's measures; near pairs' go into
+// the teacher's.
+template <bool kAnyNear, class T, class F>
+void replace(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums& sums, T* row_sums, T* column_sums,
+             F&& f) {
   const T* norms_j = tile.student.norms_j;
   for (int64_t i = begin; i < end; ++i) {
     T* s = tile.student.tile + i * tile.stride;
     T* t = tile.teacher.tile + i * tile.stride;
     const T norm = tile.student.norms_i[i];
-    T huber = 0, shift = 0, row = 0;
-#pragma omp simd reduction(+ : huber, shift, row)
+    T loss = 0, slope = 0, row = 0;
+#pragma omp simd reduction(+ : loss, slope, row)
     for (int64_t j = 0; j < tile.columns; ++j) {
-      const T d = s[j], u = d * student_scale, e = u - t[j] * teacher_scale;
-      const T upper = e > delta ? delta : e, r = upper < -delta ? -delta : upper;
-      huber += r * (e - r / 2);
-      shift += r * u;
-      const T quotient = (r - C) / d, w = d <= least ? T(0) : quotient;
+      const T w = f(s[j], t[j], loss, slope);
       if constexpr (kAnyNear) {
-        const bool near = d * d < kNear<T> * (norm + norms_j[j]);
+        const bool near = s[j] * s[j] < kNear<T> * (norm + norms_j[j]);
         s[j] = near ? T(0) : w;
         t[j] = near ? w : T(0);
       } else {
@@ -149,42 +135,33 @@ void weights_of(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t
       for (int64_t j = 0; j < tile.columns; ++j) column_sums[j] += s[j];
     }
     row_sums[i] += row;
-    sums.loss += double(huber);
-    sums.shift += double(shift);
+    sums.loss += double(loss);
+    sums.slope += double(slope);
   }
 }
 
-template <class T>
-void weights(const PairsTile<T>& tile, const PairsStatistics<T>& all, int64_t begin, int64_t end, bool any_near,
-             PairsSums& sums, T* row_sums, T* column_sums) {
-  any_near ? weights_of<true>(tile, all, begin, end, sums, row_sums, column_sums)
-           : weights_of<false>(tile, all, begin, end, sums, row_sums, column_sums);
+template <class R, class T>
+void weights(const PairsTile<T>& tile, const RelationOptions& options, const RelationSums& known, int64_t begin,
+             int64_t end, bool any_near, RelationSums& sums, T* row_sums, T* column_sums) {
+  const R relation(options, known);
+  const auto f = [relation](T s, T t, T& loss, T& slope) __attribute__((always_inline)) {
+    relation.pair(s, t, loss, slope);
+    return relation.weight(s, t);
+  };
+  any_near ? replace<true>(tile, begin, end, sums, row_sums, column_sums, f)
+           : replace<false>(tile, begin, end, sums, row_sums, column_sums, f);
 }
 
-// Seldom needed: one loop for near pairs and none.
-template <class T>
-void inverses(const PairsTile<T>& tile, int64_t begin, int64_t end, bool any_near, T* row_sums, T* column_sums) {
-  const T least = std::sqrt(kFloor<T>), below = any_near ? kNear<T> : T(0);
-  const T* norms_j = tile.student.norms_j;
-  for (int64_t i = begin; i < end; ++i) {
-    T* s = tile.student.tile + i * tile.stride;
-    T* t = tile.teacher.tile + i * tile.stride;
-    const T norm = tile.student.norms_i[i];
-    T row = 0;
-#pragma omp simd reduction(+ : row)
-    for (int64_t j = 0; j < tile.columns; ++j) {
-      const T d = s[j], quotient = 1 / d, w = d <= least ? T(0) : quotient;
-      const bool near = d * d < below * (norm + norms_j[j]);
-      s[j] = near ? T(0) : w;
-      t[j] = near ? w : T(0);
-      row += s[j];
-    }
-    if (column_sums) {
-#pragma omp simd
-      for (int64_t j = 0; j < tile.columns; ++j) column_sums[j] += s[j];
-    }
-    row_sums[i] += row;
-  }
+template <class R, class T>
+void slope_weights(const PairsTile<T>& tile, const RelationOptions& options, const RelationSums& known, double error,
+                   int64_t begin, int64_t end, bool any_near, T* row_sums, T* column_sums) {
+  const R relation(options, known);
+  const T factor = T(error);
+  const auto f = [relation, factor, options](T s, T, T&, T&)
+                     __attribute__((always_inline)) { return factor * relation.slope_weight(s, options); };
+  RelationSums unused;
+  any_near ? replace<true>(tile, begin, end, unused, row_sums, column_sums, f)
+           : replace<false>(tile, begin, end, unused, row_sums, column_sums, f);
 }
 
 template <class T>
@@ -203,16 +180,26 @@ void near(const PairsTile<T>& tile, int64_t begin, int64_t end, T* out_i, T* out
   }
 }
 
-template <class T>
-const PairsKernel<T> kernel = {norms<T>, distances<T>, loss<T>, weights<T>, inverses<T>, near<T>};
+template <template <class> class Functor, class T, class R = Functor<T>>
+const PairsKernel<T> kernel = {norms<T>, measures<R, T>,     loss<R, T>, weights<R, T>, slope_weights<R, T>,
+                               near<T>,  R::unclamped_slope, R::matters, R::measures,   R::loss_scale};
 
 }  // namespace
 
 template <class T>
-const PairsKernel<T>& pairs_kernel() {
-  return kernel<T>;
+const PairsKernel<T>& pairs_kernel(Relation relation) {
+  switch (relation) {
+#define FASTKD_CASE(name) \
+  case Relation::k##name: \
+    return kernel<name, T>;
+    FASTKD_FOR_EACH_RELATION(FASTKD_CASE)
+#undef FASTKD_CASE
+    case Relation::kCount:
+      break;
+  }
+  return kernel<RkdDistance, T>;  // the binding has refused other numbers
 }
-template const PairsKernel<float>& pairs_kernel<float>();
-template const PairsKernel<double>& pairs_kernel<double>();
+template const PairsKernel<float>& pairs_kernel<float>(Relation);
+template const PairsKernel<double>& pairs_kernel<double>(Relation);
 
 }  // namespace fastkd::FASTKD_ISA

@@ -2,12 +2,13 @@
 #pragma once
 #include <cstdint>
 
-#include "common/inline.h"
+#include "common/relations_params.h"
+#include "math/relation.h"
 
 namespace fastkd {
 
 // Pairs of a block of rows i with a block of rows j, of one side: first their inner products, then
-// their distances, then (of the student) their weights.
+// their measures, then (of the student) their weights.
 template <class T>
 struct PairsSide {
   T* tile;           // [rows, stride]
@@ -25,62 +26,45 @@ struct PairsTile {
   int64_t diagonal;  // row i = 0 is column `diagonal`; negative: no row meets itself
 };
 
-// What the relation needs to know of all pairs before it can weigh one.
-template <class T>
-struct PairsStatistics {
-  T student_scale, teacher_scale;  // 1 / mean distance
-  T shift;                         // C: the gradient through the student's mean
-  T delta;
-};
-
-// Sums over the ordered pairs of a tile.
-struct PairsSums {
-  double student = 0, teacher = 0;          // distances
-  double student_squared = 0, product = 0;  // d_s^2, d_s d_t
-  double loss = 0, shift = 0;               // Huber, r d_s / mu
-
-  FASTKD_HD void add(const PairsSums& o, double times) {
-    student += times * o.student;
-    teacher += times * o.teacher;
-    student_squared += times * o.student_squared;
-    product += times * o.product;
-    loss += times * o.loss;
-    shift += times * o.shift;
-  }
-};
-
-// Each over the rows begin .. end of a tile.
+// One relation. Each over the rows begin .. end of a tile; sums: over its ordered pairs; known: over all.
 template <class T>
 struct PairsKernel {
   // squared norms of rows [n, D]
   void (*norms)(const T* x, int64_t n, int64_t D, T* norms);
-  // inner products become distances; sums.student, teacher, student_squared, product. Returns whether
-  // any two of the student's rows are near.
-  bool (*distances)(const PairsTile<T>&, int64_t begin, int64_t end, PairsSums& sums);
-  // sums.loss and shift
-  void (*loss)(const PairsTile<T>&, const PairsStatistics<T>&, int64_t begin, int64_t end, PairsSums& sums);
-  // the same, and the student's distances become weights; row_sums[i] += , column_sums[j] += . Where any
+  // inner products become measures; sums but for loss and slope. Returns whether any two of the student's
+  // rows are near.
+  bool (*measures)(const PairsTile<T>&, int64_t begin, int64_t end, RelationSums& sums);
+  // sums.loss and slope
+  void (*loss)(const PairsTile<T>&, const RelationOptions&, const RelationSums& known, int64_t begin, int64_t end,
+               RelationSums& sums);
+  // the same, and the student's measures become weights; row_sums[i] += , column_sums[j] += . Where any
   // are near, weights of near pairs go into the teacher's tile, and 0 where they were
-  void (*weights)(const PairsTile<T>&, const PairsStatistics<T>&, int64_t begin, int64_t end, bool any_near,
-                  PairsSums& sums, T* row_sums, T* column_sums);
-  // the student's distances become their inverses, which are the weights of -C
-  void (*inverses)(const PairsTile<T>&, int64_t begin, int64_t end, bool any_near, T* row_sums, T* column_sums);
+  void (*weights)(const PairsTile<T>&, const RelationOptions&, const RelationSums& known, int64_t begin, int64_t end,
+                  bool any_near, RelationSums& sums, T* row_sums, T* column_sums);
+  // the student's measures become `error` times the weights of the slopes' sum
+  void (*slope_weights)(const PairsTile<T>&, const RelationOptions&, const RelationSums& known, double error,
+                        int64_t begin, int64_t end, bool any_near, T* row_sums, T* column_sums);
   // of the weights in the teacher's tile: out_i [rows, D] -= w (x_i - x_j), out_j [columns, D] += that
   void (*near)(const PairsTile<T>&, int64_t begin, int64_t end, T* out_i, T* out_j);
+
+  double (*unclamped_slope)(const RelationOptions&, const RelationSums& known);
+  bool (*matters)(const RelationOptions&, double error, double loss, double tolerance);
+  bool (*needs_measures)(const RelationOptions&);
+  double (*loss_scale)(const RelationOptions&);
 };
 
 // One for each level of isa.h.
 namespace baseline {
 template <class T>
-const PairsKernel<T>& pairs_kernel();
+const PairsKernel<T>& pairs_kernel(Relation);
 }
 namespace avx2 {
 template <class T>
-const PairsKernel<T>& pairs_kernel();
+const PairsKernel<T>& pairs_kernel(Relation);
 }
 namespace avx512 {
 template <class T>
-const PairsKernel<T>& pairs_kernel();
+const PairsKernel<T>& pairs_kernel(Relation);
 }
 
 }  // namespace fastkd

@@ -37,7 +37,8 @@ double triples_loss(const TriplesInputs& in, T* grad) {
   if (in.N() < 2) return 0;
   if (in.distance_weight != 0) {
     const Centred<T> student = centre<T>(in.student), teacher = centre<T>(in.teacher);
-    loss = in.distance_weight * pairs_loss(student, teacher, PairsOptions{in.distance_delta, true}, grad);
+    loss = in.distance_weight *
+           pairs_loss(Relation::kRkdDistance, RelationOptions{in.distance_delta, true, in.N()}, student, teacher, grad);
     for (int64_t i = 0; i < n; ++i) grad[i] *= T(in.distance_weight);
   }
   if (in.angle_weight != 0) loss += add_angles(in, grad);

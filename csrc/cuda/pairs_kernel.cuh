@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __g
         x = R::measure(student);
         y = R::measure(teacher);
       } else {
-        relation.pair(student, teacher, x, y);
+        x = y = 0;
+        relation.pair(R::measure(student), R::measure(teacher), x, y);
       }
       a += x;
       b += y;
@@ -147,7 +148,8 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
       const int c = column + 4 * k, at = row * kTileStride + c;
       const T student = room.student[at];
       const bool pair = is_pair(P, i + row, j + c), near = pair && std::signbit(student);
-      const T w = pair ? relation.weight(std::fabs(student), std::fabs(room.teacher[at])) : T(0);
+      const T w =
+          pair ? relation.weight(R::measure(std::fabs(student)), R::measure(std::fabs(room.teacher[at]))) : T(0);
       const T far = near ? T(0) : Product::rounded(w);
       room.student[at] = far;
       room.teacher[at] = near ? w : T(0);

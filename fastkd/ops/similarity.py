@@ -22,7 +22,7 @@ import torch
 
 from .. import _library
 from .._check import DTYPES
-from ..reference import compute_dtype
+from ..reference import compute_dtype, without_autocast
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
 FAR = 0.1  # of the mean of 1 - cos, whose error in float32 is about 1e-7
@@ -115,6 +115,11 @@ def _check_embeddings(student, teacher):
 @torch.no_grad()
 def _similarity_fwd(student, teacher, save):
     _check_embeddings(student, teacher)
+    with without_autocast(student.device):
+        return _loss_and_gradient(student, teacher, save)
+
+
+def _loss_and_gradient(student, teacher, save):
     dtype = compute_dtype(student, teacher)
     x, y = student.to(dtype), teacher.to(dtype)
     N = len(x)
