@@ -91,7 +91,7 @@ class Pairs {
                   T* column) { k_.weights(tile, options_, known, begin, end, near, sums, row, column); });
     write(grad, false);
     const double error = sums.slope - known.slope;
-    if (!keeps_ && k_.matters(options_, error, sums.loss, sizeof(T) == 8 ? 1e-15 : 1e-6)) {
+    if (!keeps_ && k_.matters(options_, error, sums.loss, sizeof(T) == 8 ? 1e-15 : 2e-6)) {
       weigh([&](const PairsTile<T>& tile, int64_t begin, int64_t end, bool near, RelationSums&, T* row, T* column) {
         k_.slope_weights(tile, options_, known, error, begin, end, near, row, column);
       });
