@@ -30,13 +30,13 @@ STACK = {ONE_TILE: 0, TILED: 16}
 NARROW_LOADS = {"rows_fwd_kernel": 0, "rows_bwd_kernel": 6, "scale_kernel": 1}
 NARROW_STORES = {"rows_fwd_kernel": 1, "rows_bwd_kernel": 0, "scale_kernel": 0}
 # Of pairs and triples, float64 apart. A program is of 128 or 256 threads; where tensor cores do the work, one on a
-# multiprocessor will do. On Blackwell, where sums of products are not in registers, ptxas prefers 128 of these and
-# keeps a few addresses in memory instead.
+# multiprocessor will do. Which addresses ptxas keeps in memory differs from version to version; a tile's values
+# there would be hundreds of bytes.
 RELATION_REGISTERS = {
     "distances_kernel": 255, "grad_kernel": 255, "loss_kernel": 128, "triples_kernel": 128, "squares_kernel": 128,
     "differences_kernel": 128, "prepare_kernel": 128, "centre_kernel": 128, "totals_kernel": 128,
 }  # fmt: skip
-RELATION_STACK = {"sm_100": 32}
+RELATION_STACK = 32
 MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
@@ -205,11 +205,10 @@ def test_logits_move_in_128_bits(compiled_rows):
         assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
 
 
-def test_registers_suffice_for_relations(compiled_relations, request):
-    stack = RELATION_STACK.get(request.node.callspec.params["compiled"], 0)
+def test_registers_suffice_for_relations(compiled_relations):
     for name, kernel, numbers in compiled_relations:
         assert numbers["registers"] <= RELATION_REGISTERS[kernel], (name, kernel, numbers)
-        assert numbers["stack"] <= stack, (name, kernel, numbers)
+        assert numbers["stack"] <= RELATION_STACK, (name, kernel, numbers)
 
 
 def test_tensor_cores_multiply_embeddings(compiled_relations):

@@ -26,6 +26,7 @@ import triton.language as tl
 from ..reference import compute_dtype
 from .embeddings import add_up, clamp, gradient_dtype, row_pointer, squared_distances, total
 from .pairs import Pairs
+from .registers import limited
 
 STRIP = 2**21  # squared distances of each side in a strip, for N >= 64
 NONE = tl.constexpr(1e-24)  # squared distances below are of equal rows
@@ -271,6 +272,7 @@ class Angles:
                     mine, self.pitch, *u, strip, self.pitch, *v, weights, self.pitch, parts, first_part, self.N,
                     self.delta, 2.0 * weight / self.N**3,
                     EXACT=self.exact, ROWS=tile.rows, COLUMNS=tile.columns, WALK=WALK, num_warps=tile.warps,
+                    **limited(self.dtype),
                 )  # fmt: skip
                 first_part += count
                 if grad is None:
