@@ -44,8 +44,9 @@ class TensorView {
 template <class T>
 void gemm(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, double alpha = 1, double beta = 0) {
   const detail::TensorView o(out), left(a), right(b);
-  FASTKD_CHECK(aoti_torch_cpu_addmm_out(o.handle, o.handle, left.handle, right.handle, beta, alpha) == AOTI_TORCH_SUCCESS,
-               "the matrix product of ", a.rows, " x ", a.columns, " and ", b.rows, " x ", b.columns, " failed");
+  FASTKD_CHECK(
+      aoti_torch_cpu_addmm_out(o.handle, o.handle, left.handle, right.handle, beta, alpha) == AOTI_TORCH_SUCCESS,
+      "the matrix product of ", a.rows, " x ", a.columns, " and ", b.rows, " x ", b.columns, " failed");
 }
 
 }  // namespace fastkd

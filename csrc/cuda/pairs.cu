@@ -22,7 +22,7 @@ cudaError_t run(const PairsParams& P, const Device& device, cudaStream_t stream)
     const int64_t elements = P.options.N * P.student.source.D;
     blocks = std::min<int64_t>((elements + kPairsThreads - 1) / kPairsThreads, 8 * int64_t(device.multiprocessors));
   }
-  return Launch(blocks, threads, kPairsWarps * 4 * sizeof(double), stream)(pairs_finish_kernel<T, R>, P);
+  return Launch(blocks, threads, 2 * kPairsWarps * sizeof(double), stream)(pairs_finish_kernel<T, R>, P);
 }
 
 }  // namespace

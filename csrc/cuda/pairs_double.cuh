@@ -6,7 +6,7 @@
 namespace fastkd::cuda {
 
 // Of pairs (y + 16 a, x + 16 b), a, b < 4, in the thread 16 y + x.
-__device__ __forceinline__ void squared_distances(const PairsParams& P, const PairsSide& side, TilePlace place,
+__device__ __forceinline__ void squared_distances(const PairsParams& P, const PairsSide& side, PairsPlace place,
                                                   char* stages, double* tile) {
   constexpr int kDepth = 16, kStride = kDepth + 1;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;

@@ -21,7 +21,7 @@ template <class S>
 using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 template <class S>
-__device__ __forceinline__ void both_distances(const PairsParams& P, TilePlace place, PairsRoom<Compute<S>>& room) {
+__device__ __forceinline__ void both_distances(const PairsParams& P, PairsPlace place, PairsRoom<Compute<S>>& room) {
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {  // in a loop: the code is there once
     Compute<S>* tile = side ? room.teacher : room.student;
@@ -33,34 +33,23 @@ __device__ __forceinline__ void both_distances(const PairsParams& P, TilePlace p
   }
 }
 
-// Of all threads of a block, in one order; every thread gets both.
-__device__ __forceinline__ void block_sums(double& a, double& b, double (*room)[4], int at) {
-  a = warp_sum(a);
-  b = warp_sum(b);
-  if (threadIdx.x % 32 == 0) {
-    room[threadIdx.x / 32][at] = a;
-    room[threadIdx.x / 32][at + 1] = b;
-  }
-  __syncthreads();
-  a = b = 0;
-#pragma unroll
-  for (int w = 0; w < kPairsWarps; ++w) {
-    a += room[w][at];
-    b += room[w][at + 1];
-  }
+// Of all threads of a block: every thread gets both.
+__device__ __forceinline__ void block_sums(double& a, double& b, double (*room)[kPairsWarps]) {
+  a = block_sum<kPairsWarps>(a, room[0]);
+  b = block_sum<kPairsWarps>(b, room[1]);
 }
-__device__ __forceinline__ void sum_blocks(const double* sums, int blocks, double (*room)[4], int at, double& a,
+__device__ __forceinline__ void sum_blocks(const double* sums, int blocks, double (*room)[kPairsWarps], double& a,
                                            double& b) {
   a = b = 0;
   for (int i = threadIdx.x; i < blocks; i += kPairsThreads) {
     a += sums[2 * i];
     b += sums[2 * i + 1];
   }
-  block_sums(a, b, room, at);
+  block_sums(a, b, room);
 }
 
 // The tile of the upper triangle that has this number: rows from the first, each from the diagonal.
-__device__ __forceinline__ TilePlace upper_tile(int64_t number, int64_t tiles) {
+__device__ __forceinline__ PairsPlace upper_tile(int64_t number, int64_t tiles) {
   const double b = 2.0 * double(tiles) + 1;
   int64_t row = int64_t((b - sqrt(b * b - 8.0 * double(number))) / 2);
   const auto before = [&](int64_t r) { return r * tiles - r * (r - 1) / 2; };
@@ -78,13 +67,13 @@ __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __g
   PairsRoom<T>& room = *reinterpret_cast<PairsRoom<T>*>(ptx::dynamic_shared());
   RelationSums sums{};
   if (kSweep == Sweep::kLoss && R::measures(P.options)) {
-    sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, 0, sums.student, sums.teacher);
+    sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, sums.student, sums.teacher);
   }
   const R relation(P.options, sums);
   const int row = threadIdx.x / 4, column = threadIdx.x % 4;
   double first = 0, second = 0;
   for (int64_t t = blockIdx.x; t < P.tiles * (P.tiles + 1) / 2; t += gridDim.x) {
-    const TilePlace place = upper_tile(t, P.tiles);
+    const PairsPlace place = upper_tile(t, P.tiles);
     both_distances<S>(P, place, room);
     T a = 0, b = 0;
 #pragma unroll 4
@@ -107,7 +96,7 @@ __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __g
     first += times * double(a);
     second += times * double(b);
   }
-  block_sums(first, second, room.sums, 2);
+  block_sums(first, second, room.sums + 2);
   if (threadIdx.x) return;
   double* out = (kSweep == Sweep::kMeasure ? P.measure_sums : P.loss_sums) + 2 * int64_t(blockIdx.x);
   out[0] = first;
@@ -122,9 +111,9 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   PairsRoom<T>& room = *reinterpret_cast<PairsRoom<T>*>(ptx::dynamic_shared());
   RelationSums sums{};
   if (R::measures(P.options)) {
-    sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, 0, sums.student, sums.teacher);
+    sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, sums.student, sums.teacher);
   }
-  sum_blocks(P.loss_sums, P.sweep_blocks, room.sums, 2, sums.loss, sums.slope);
+  sum_blocks(P.loss_sums, P.sweep_blocks, room.sums + 2, sums.loss, sums.slope);
   // In shared memory: registers are what this kernel is short of.
   R* const shared_relation = reinterpret_cast<R*>(room.relation);
   static_assert(sizeof(R) <= sizeof(room.relation));
@@ -171,7 +160,8 @@ template <class T, class R>
 __global__ void __launch_bounds__(kPairsThreads) pairs_finish_kernel(const __grid_constant__ PairsParams P) {
   if (blockIdx.x == 0) {
     double loss, slope;
-    sum_blocks(P.loss_sums, P.sweep_blocks, reinterpret_cast<double (*)[4]>(ptx::dynamic_shared()), 0, loss, slope);
+    sum_blocks(P.loss_sums, P.sweep_blocks, reinterpret_cast<double (*)[kPairsWarps]>(ptx::dynamic_shared()), loss,
+               slope);
     T* out = static_cast<T*>(P.loss);
     const T value = T(P.weight * R::loss_scale(P.options) * loss);
     if (threadIdx.x == 0) *out = P.accumulate ? *out + value : value;

@@ -3,9 +3,9 @@
 // of bfloat16 and float16 as they are; of float, split into two tf32 (3xTF32), with sums in
 // registers that are rounded to nearest, which the tensor cores' own are not.
 //
-// Where this cancels, d^2 < 2^-10 (|x|^2 + |y|^2), a warp sums the squares of the differences of
-// the embeddings themselves, and the pair's distance is stored with a minus sign: it is near, and
-// the gradient takes it apart as well.
+// Where this cancels, d^2 < kNear (|x|^2 + |y|^2), a warp sums the squares of the differences of the
+// embeddings themselves, and the pair's distance is stored with a minus sign: it is near, and the
+// gradient takes it apart as well.
 #pragma once
 #include "cuda/embeddings.cuh"
 #include "cuda/mma.cuh"
@@ -18,13 +18,16 @@ inline constexpr int kTileStride = kTile + 4;  // no two of 8 rows x 4 columns i
 inline constexpr int kStages = 3;
 inline constexpr int kChunkBytes = 128, kChunkStride = kChunkBytes + 16;
 inline constexpr int kStageBytes = 2 * kTile * kChunkStride;
-inline constexpr float kNear = 1.0f / 1024;
+// A Gram tile in 3xTF32 is wrong by up to 2^-22 of |x|^2 + |y|^2, and 5e-6 is promised: 1 / 256 reaches
+// 9e-6. Half precision is exact up to the sums, and was not centred: more of its pairs would be near.
+template <class S>
+inline constexpr float kNear = sizeof(S) == 4 ? 1.0f / 64 : 1.0f / 1024;
 
 // Shared memory of every kernel that walks tiles.
 template <class T>
 struct PairsRoom {
   T student[kTile * kTileStride], teacher[kTile * kTileStride];
-  double sums[kPairsWarps][4];
+  double sums[4][kPairsWarps];
   double row_sums[kTile];
   int touched[kPairsWarps];
   double relation[8];  // a functor
@@ -49,7 +52,7 @@ FASTKD_TYPE(Float, float)
 FASTKD_TYPE(Double, double)
 #undef FASTKD_TYPE
 
-struct TilePlace {
+struct PairsPlace {
   int64_t i, j;  // the first row and column
 };
 
@@ -82,7 +85,7 @@ __device__ __forceinline__ void mma_split(float (&d)[4], const SplitA& a, const 
 }
 
 // 64 rows from row i and 64 from row j, 128 bytes of each.
-__device__ __forceinline__ void copy_chunk(const PairsSide& side, int64_t row_bytes, TilePlace place, int64_t chunk,
+__device__ __forceinline__ void copy_chunk(const PairsSide& side, int64_t row_bytes, PairsPlace place, int64_t chunk,
                                            char* stage) {
 #pragma unroll
   for (int k = 0; k < 2 * kTile * kChunkBytes / 16 / kPairsThreads; ++k) {
@@ -149,8 +152,7 @@ __device__ __forceinline__ float direct_squared(const Embeddings& x, int64_t i, 
   return warp_sum(sum);
 }
 
-// f(row of the tile, column, value) by a whole warp, for all values of its 8 rows that f wants:
-// wanted(value) is asked of each.
+// f(row of the tile, column) by a whole warp, for all values of its 8 rows that are wanted.
 template <class W, class F>
 __device__ __forceinline__ void for_marked(const float* tile, W&& wanted, F&& f) {
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * (kTile / kPairsWarps);
@@ -165,7 +167,7 @@ __device__ __forceinline__ void for_marked(const float* tile, W&& wanted, F&& f)
 
 // The tile; all threads of the block, which may read it when it returns.
 template <class S>
-__device__ __forceinline__ void squared_distances(const PairsParams& P, const PairsSide& side, TilePlace place,
+__device__ __forceinline__ void squared_distances(const PairsParams& P, const PairsSide& side, PairsPlace place,
                                                   char* stages, float* tile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / 4 * 32, column = warp % 4 * 16;
   const int64_t row_bytes = side.D_padded * int64_t(sizeof(S)), chunks = row_bytes / kChunkBytes;
@@ -195,7 +197,7 @@ __device__ __forceinline__ void squared_distances(const PairsParams& P, const Pa
     const int r = row + i / 8 * 16 + lane / 4 + i % 4 / 2 * 8, c = column + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
     const float norms = side.norms[place.i + r] + side.norms[place.j + c];
     const float squared = norms - 2 * gram[i / 8][i / 4 % 2][i % 4];
-    const bool pair = is_pair(P, place.i + r, place.j + c), near = pair && squared < norms * kNear;
+    const bool pair = is_pair(P, place.i + r, place.j + c), near = pair && squared < norms * kNear<S>;
     tile[r * kTileStride + c] = near ? -1.0f : pair ? squared : 0.0f;
     any_near |= near;
   }

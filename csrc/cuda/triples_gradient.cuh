@@ -29,15 +29,11 @@ __global__ void __launch_bounds__(kWeightsThreads)
   const TriplesTask<T>& S = P.triples;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (blockIdx.x == 0) {
-    double* room = reinterpret_cast<double*>(ptx::dynamic_shared());
     double x = 0;
     for (int n = threadIdx.x; n < P.loss_blocks; n += kWeightsThreads) x += S.loss[n];
-    x = warp_sum(x);
-    if (lane == 0) room[warp] = x;
-    __syncthreads();
+    x = block_sum<kWeightsThreads / 32>(x, reinterpret_cast<double*>(ptx::dynamic_shared()));
     if (threadIdx.x) return;
-    x = P.first ? 0 : *P.total;
-    for (int n = 0; n < kWeightsThreads / 32; ++n) x += room[n];
+    if (!P.first) x += *P.total;
     *P.total = x;
     if (P.last) *P.loss = T(x * P.loss_scale);
     return;

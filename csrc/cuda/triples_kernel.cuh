@@ -318,14 +318,9 @@ __global__ void __launch_bounds__(kTriplesThreads, sizeof(T) == 4 ? 2 : 1)
     loss = triples_tile<false, 4>(P, w);
   }
   if (!w.edges) return;
-  loss = warp_sum(loss);
-  double* room = reinterpret_cast<double*>(ptx::dynamic_shared());
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = loss;
-  __syncthreads();
+  __syncthreads();  // before the operands' memory is written
+  loss = block_sum<kTriplesThreads / 32>(loss, reinterpret_cast<double*>(ptx::dynamic_shared()));
   if (threadIdx.x) return;
-  loss = 0;
-  for (int warp = 0; warp < kTriplesThreads / 32; ++warp) loss += room[warp];
   if (w.off_diagonal) loss *= 2;
   *w.loss = P.add ? *w.loss + loss : loss;
 }
