@@ -88,7 +88,8 @@ def markdown(data):
 
 
 def markdown_relations(steps):
-    """Of fastkd's backends the one that the table names first."""
+    """Of fastkd's backends the one that the table names first. What holds a gradient has not been seen if it
+    appears to hold less."""
     columns = (
         "loss", "embeddings", "fastkd", "eager", "`torch.compile`", "peak extra MiB: fastkd, eager",
         "of matrix products", "gradient's error: fastkd, eager",
@@ -100,7 +101,8 @@ def markdown_relations(steps):
         own, others = next(iter(found.values())), [found.get(name) for name in ("eager", "torch.compile")]
         ratios = [f"{other['median_s'] / own['median_s']:.1f}x" if other else "-" for other in others]
         both = own, others[0]
-        peaks = [peak_text(info, result) if result else "-" for result in both]
+        seen = [result and (result["peak_extra_bytes"] or 0) >= info["gradient_bytes"] for result in both]
+        peaks = [peak_text(info, result) if known else "-" for result, known in zip(both, seen, strict=True)]
         errors = [
             f"{result['gradient_error']:.0e}" if result and "gradient_error" in result else "-" for result in both
         ]

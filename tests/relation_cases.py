@@ -142,6 +142,9 @@ CASES = [
     Case("plain_equal_students", "distance 0 against the teacher's", 9, (3, 4), equal_students, {"normalize": None}, DISTANCE),
     Case("two_samples", "similarities of one pair", 2, (3, 4), losses=("similarity_preserving",)),
     Case("zero_rows", "samples without a direction", 12, (6, 9), zero_rows, losses=("similarity_preserving",)),
+    Case("many", "similarities by features", 300, (12, 20), losses=("similarity_preserving",)),
+    Case("wide_teacher", "by samples, for the teacher's width", 200, (8, 130), losses=("similarity_preserving",)),
+    Case("wide_student", "for the student's", 200, (130, 8), losses=("similarity_preserving",)),
     Case("off_the_origin", "all similarities nearly 1", 20, (8, 12), lambda s, t: (3 + s, t - 2), losses=("similarity_preserving",)),
 ]  # fmt: skip
 
