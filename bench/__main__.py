@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+LIMITS = {"copy_share": "of copy bandwidth", "product_share": "of matrix products"}
 
 
 def time_text(seconds):
@@ -27,7 +28,8 @@ def bytes_text(n):
 
 def peak_text(info, result):
     """Small buffers come from memory that the process holds already, which the measure cannot see."""
-    return bytes_text(result["peak_extra_bytes"]) if info["gradient_bytes"] >= 64 << 20 else "-"
+    largest = max(info["gradient_bytes"], info.get("pairs_bytes", 0))
+    return bytes_text(result["peak_extra_bytes"]) if largest >= 64 << 20 else "-"
 
 
 def error_text(result):
@@ -37,7 +39,7 @@ def error_text(result):
 
 
 def tables(data):
-    """One table a case: every provider's time, ratio to fastkd, memory and share of the copy bandwidth."""
+    """One table a case: every provider's time, ratio to fastkd, memory and share of the machine's limit."""
     for benchmark in data["benchmarks"]:
         info = benchmark["extra_info"]
         first, own = next(iter(info["providers"].items()))
@@ -45,7 +47,8 @@ def tables(data):
         missing = "\n".join(f"{name}: {reason}" for name, reason in info.get("missing", {}).items())
         table = Table(title=title, title_justify="left", caption=missing or None, caption_justify="left")
         table.add_column("provider", no_wrap=True)
-        columns = ("median", "quartiles", f"x {first}", "peak extra MiB", "of copy bandwidth", "errors: loss, gradient")
+        share, limit = next((key, text) for key, text in LIMITS.items() if key in own)
+        columns = ("median", "quartiles", f"x {first}", "peak extra MiB", limit, "errors: loss, gradient")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         for name, result in info["providers"].items():
@@ -56,7 +59,7 @@ def tables(data):
                 f"{time_text(low)} - {time_text(high)}",
                 f"{result['median_s'] / own['median_s']:.2f}",
                 peak_text(info, result),
-                f"{result['copy_share']:.0%}",
+                f"{result[share]:.0%}",
                 error_text(result),
             )
         yield table
@@ -71,10 +74,44 @@ def shape_text(info):
 
 
 def markdown(data):
-    """The README's table: training steps, forward and backward."""
+    """The README's tables: training steps, forward and backward, of logits and of relations."""
     write = markdown_gpu if data["fastkd"].get("device") == "cuda" else markdown_cpu
     steps = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
-    yield from write([info for info in steps if info["mode"] == "forward+backward"])
+    steps = [info for info in steps if info["mode"] == "forward+backward"]
+    relations = [info for info in steps if "pairs_bytes" in info]
+    logits = [info for info in steps if info not in relations]
+    if logits:
+        yield from write(logits)
+    if relations:
+        yield from ([""] if logits else [])
+        yield from markdown_relations(relations)
+
+
+def markdown_relations(steps):
+    """Of fastkd's backends the one that the table names first. What holds a gradient has not been seen if it
+    appears to hold less."""
+    columns = (
+        "loss", "embeddings", "fastkd", "eager", "`torch.compile`", "peak extra MiB: fastkd, eager",
+        "of matrix products", "gradient's error: fastkd, eager",
+    )  # fmt: skip
+    yield row(columns)
+    yield "|---" * len(columns) + "|"
+    for info in steps:
+        found = info["providers"]
+        own, others = next(iter(found.values())), [found.get(name) for name in ("eager", "torch.compile")]
+        ratios = [f"{other['median_s'] / own['median_s']:.1f}x" if other else "-" for other in others]
+        both = own, others[0]
+        seen = [result and (result["peak_extra_bytes"] or 0) >= info["gradient_bytes"] for result in both]
+        peaks = [peak_text(info, result) if known else "-" for result, known in zip(both, seen, strict=True)]
+        errors = [
+            f"{result['gradient_error']:.0e}" if result and "gradient_error" in result else "-" for result in both
+        ]
+        yield row(
+            (
+                f"`{info['loss']}`", shape_text(info), time_text(own["median_s"]), *ratios, ", ".join(peaks),
+                f"{own['product_share']:.0%}", ", ".join(errors),
+            )
+        )  # fmt: skip
 
 
 def markdown_cpu(steps):

@@ -19,7 +19,7 @@ from fastkd import _backend, functional
 from fastkd.ops import rows
 
 from .measure import Provider, interleave
-from .peers import first_line, peers
+from .peers import judge, own_backends, peers
 from .truth import Truth, wrong
 
 TEMPERATURE = 2.0
@@ -96,15 +96,6 @@ EAGER = {  # the last one is compiled
     "reverse_kl_div": {"eager": eager_reverse},
     "js_div": {"eager": eager_jensen_shannon},
 }
-
-
-def own_backends(device):
-    """Of fastkd, under the names that the tables have for them; and of the others why not."""
-    if device == "cpu":
-        return {"fastkd": "cpu"}, {}
-    reasons = {f"fastkd {name}": _backend.unavailable(name) for name in ("cuda", "triton")}
-    found = {name: name.split()[1] for name, reason in reasons.items() if not reason}
-    return found, {name: reason for name, reason in reasons.items() if reason}
 
 
 def own(name, backend, **options):
@@ -214,20 +205,6 @@ def providers(name, inputs, mode, device):
             found.append(provide_kernel(f"{label} kernel alone", kernel_alone(name, backend), inputs))
     found.append(Provider("copy", inputs.copied, lambda target, x: target.copy_(x)))
     return found, missing
-
-
-def judge(found, missing, truth):
-    """The errors of all that answer. What is not ours and fails is left out, with its reason."""
-    errors = {}
-    for provider in [p for p in found if p.answer]:
-        try:
-            errors[provider.name] = truth.errors(*provider.answer())
-        except Exception as error:
-            if provider.name.startswith("fastkd"):
-                raise
-            missing[provider.name] = first_line(error)
-            found.remove(provider)
-    return errors
 
 
 def test_rows(benchmark, case, rounds, device):

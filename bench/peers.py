@@ -1,6 +1,9 @@
-"""Other libraries' losses, where they can be imported; each from logits to loss, like ours."""
+"""What is measured side by side: fastkd's backends, and other libraries' losses from logits to loss, like
+ours, where they can be imported."""
 
 import torch.nn.functional as F
+
+from fastkd import _backend
 
 
 def _liger(name, temperature):
@@ -38,3 +41,26 @@ def peers(name, temperature):
         except Exception as error:  # whatever the import of somebody else's package may raise
             missing[peer] = first_line(error)
     return found, missing
+
+
+def own_backends(device):
+    """Of fastkd, under the names that the tables have for them; and of the others why not."""
+    if device == "cpu":
+        return {"fastkd": "cpu"}, {}
+    reasons = {f"fastkd {name}": _backend.unavailable(name) for name in ("cuda", "triton")}
+    found = {name: name.split()[1] for name, reason in reasons.items() if not reason}
+    return found, {name: reason for name, reason in reasons.items() if reason}
+
+
+def judge(found, missing, truth):
+    """The errors of all that answer. What is not ours and fails is left out, with its reason."""
+    errors = {}
+    for provider in [p for p in found if p.answer]:
+        try:
+            errors[provider.name] = truth.errors(*provider.answer())
+        except Exception as error:
+            if provider.name.startswith("fastkd"):
+                raise
+            missing[provider.name] = first_line(error)
+            found.remove(provider)
+    return errors

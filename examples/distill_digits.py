@@ -8,6 +8,8 @@ label. The students, tiny MLPs, are given the labels of a few images per class a
 * with fastkd's loss as well, on the same labelled images only: what soft targets add;
 * with fastkd's loss on all training images: a teacher can also say what unlabelled images show;
 * the same with the loss in plain PyTorch: equal accuracy is expected, time and memory differ;
+* with relational distillation as well: distances and angles between the images of a batch, in the
+  features before the last layer (16 of the student's, 320 of the teacher's), shall be alike;
 * on every label, without a teacher: what the labels that the teacher saw are worth by themselves.
 
 Within a seed all students have the same initial weights, batches and labelled images. Settings
@@ -64,6 +66,7 @@ class Data:
     known_labels: torch.Tensor | None = None  # those that the students are given, else UNLABELLED
     labelled: torch.Tensor | None = None  # where they are
     teacher: torch.Tensor | None = None  # logits
+    teacher_features: torch.Tensor | None = None  # before the last layer, those of all members side by side
 
     def __getitem__(self, rows):
         return Data(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -72,7 +75,7 @@ class Data:
 @dataclass
 class Method:
     name: str
-    loss: Callable  # of a batch of student logits and its Data
+    loss: Callable  # of a batch: the student's logits, its features before the last layer, the Data
     color: str
     line: str = "-"
 
@@ -80,21 +83,33 @@ class Method:
 def make_methods(args):
     """The students' losses, in the order of the table."""
     T = args.temperature
-    fast_kl = fastkd.KLDivLoss(temperature=T)
+    fast_kl, relations = fastkd.KLDivLoss(temperature=T), fastkd.RKDLoss()
 
     def plain_kl(student, teacher):
         log_p, log_q = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * T * T
 
-    def both(soft):
-        return lambda s, b: args.soft_weight * soft(s, b) + args.hard_weight * F.cross_entropy(s, b.known_labels)
+    def hard(logits, _, batch):
+        return F.cross_entropy(logits, batch.known_labels)
+
+    def with_hard(soft):
+        return lambda s, f, b: args.soft_weight * soft(s, b) + args.hard_weight * hard(s, f, b)
+
+    soft_targets = with_hard(lambda s, b: fast_kl(s, b.teacher))
+
+    def with_relations(logits, features, batch):
+        relational = relations(features, batch.teacher_features)
+        return soft_targets(logits, features, batch) + args.relation_weight * relational
 
     return [
-        Method("few labels, no teacher", lambda s, b: F.cross_entropy(s, b.known_labels), "#767676"),
-        Method("+ teacher, same images: fastkd", both(lambda s, b: fast_kl(s, b.teacher, mask=b.labelled)), "#0072b2"),
-        Method("+ teacher, all images: fastkd", both(lambda s, b: fast_kl(s, b.teacher)), "#d55e00"),
-        Method("+ teacher, all images: PyTorch", both(lambda s, b: plain_kl(s, b.teacher)), "black", ":"),
-        Method("every label, no teacher", lambda s, b: F.cross_entropy(s, b.labels), "#009e73", "--"),
+        Method("few labels, no teacher", hard, "#767676"),
+        Method(
+            "+ teacher, same images: fastkd", with_hard(lambda s, b: fast_kl(s, b.teacher, mask=b.labelled)), "#0072b2"
+        ),
+        Method("+ teacher, all images: fastkd", soft_targets, "#d55e00"),
+        Method("+ teacher, all images: PyTorch", with_hard(lambda s, b: plain_kl(s, b.teacher)), "black", ":"),
+        Method("+ relations, all images: fastkd", with_relations, "#e69f00"),
+        Method("every label, no teacher", lambda s, _, b: F.cross_entropy(s, b.labels), "#009e73", "--"),
     ]
 
 
@@ -130,7 +145,7 @@ def batches(order):
 
 
 def train_teacher(train, epochs, advance):
-    """An ensemble trained on every label, as a function from images to its mean logits."""
+    """An ensemble trained on every label, as a function from images to its mean logits and all its features."""
     members = []
     for member in range(TEACHERS):
         torch.manual_seed(TEACHER_SEED + member)
@@ -143,7 +158,14 @@ def train_teacher(train, epochs, advance):
                 optimizer.step()
             advance()
         members.append(model.eval())
-    return torch.no_grad()(lambda images: torch.stack([member(images) for member in members]).mean(0))
+
+    @torch.no_grad()
+    def ensemble(images):
+        features = [member[:-1](images) for member in members]
+        logits = [member[-1](own) for member, own in zip(members, features, strict=True)]
+        return torch.stack(logits).mean(0), torch.cat(features, 1)
+
+    return ensemble
 
 
 class Run:
@@ -157,20 +179,22 @@ class Run:
         self.accuracies = []  # test accuracy after each epoch
         self.times = []  # of the loss and its gradient, in microseconds
 
-    def gradient(self, logits):
-        return torch.autograd.grad(self.method.loss(logits, self.batch), logits)[0]
+    def gradients(self, outputs):
+        """Of the loss, to logits and features; zeros where it does not look at them."""
+        return torch.autograd.grad(self.method.loss(*outputs, self.batch), outputs, materialize_grads=True)
 
     def step(self, batch):
         self.batch = batch
-        logits = self.student(batch.images)
-        leaf = logits.detach().requires_grad_()  # the time of the loss, without the network's
+        features = self.student[:-1](batch.images)
+        outputs = self.student[-1](features), features
+        leaves = [output.detach().requires_grad_() for output in outputs]  # without the network's time
         self.wait()
         start = time.perf_counter()
-        gradient = self.gradient(leaf)
+        gradients = self.gradients(leaves)
         self.wait()
         self.times.append(1e6 * (time.perf_counter() - start))
         self.optimizer.zero_grad()
-        logits.backward(gradient)
+        torch.autograd.backward(outputs, gradients)
         self.optimizer.step()
 
 
@@ -219,15 +243,17 @@ def quiet_stderr():
 
 
 def peak_memory(run):
-    """KiB that the loss of a batch and its gradient hold at most, beside logits and labels."""
+    """KiB that the loss of a batch and its gradients hold at most, beside what it is given."""
     logits = torch.randn_like(run.batch.teacher).requires_grad_()
+    features = torch.randn(len(logits), STUDENT_UNITS, device=logits.device, requires_grad=True)
+    outputs = logits, features
     if logits.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run.gradient(logits)
+        run.gradients(outputs)
         return (torch.cuda.max_memory_allocated() - before) / 1024
     with quiet_stderr(), torch.profiler.profile(profile_memory=True) as profile:
-        run.gradient(logits)
+        run.gradients(outputs)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profile.export_chrome_trace(str(trace))
@@ -264,7 +290,7 @@ def describe(args, train, test):
         "student": f"MLP, {student} parameters, {args.epochs} epochs, {args.seeds} seeds",
         "labels": f"{args.labels_per_class} per class for the students, {args.labels_per_class * CLASSES} in all",
         "loss": f"{args.hard_weight:g} x cross-entropy + {args.soft_weight:g} x KL divergence at "
-        f"temperature {args.temperature:g}",
+        f"temperature {args.temperature:g}; relations: + {args.relation_weight:g} x RKD",
         "device": f"{args.device}, one CPU thread",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
@@ -281,15 +307,16 @@ def print_results(console, results, args):
         time_us, peak_kib = f"{result['loss_us_median']:.0f}", f"{result['loss_peak_kib']:.1f}"
         table.add_row(result["method"], percent(result), time_us, peak_kib)
     console.print(table)
-    alone, same, everything, plain, supervised = (result["accuracy_mean"] for result in results)
+    alone, same, everything, plain, relational, supervised = (result["accuracy_mean"] for result in results)
     console.print(
         f"From the teacher: {everything - alone:+.2f} points of accuracy, of which {same - alone:+.2f} by soft "
         f"targets on the labelled images and {everything - same:+.2f} by the images that only the teacher labels. "
         f"Beside every label without a teacher: {everything - supervised:+.2f}. "
-        f"fastkd beside plain PyTorch: {everything - plain:+.2f}.\n"
-        "Loss time: loss and its gradient to the logits, cross-entropy included, median. Loss peak: memory that "
-        "these hold at most in a step, beside logits and labels. With ten classes the time is mostly that of calling "
-        "operators; make bench measures large vocabularies.",
+        f"fastkd beside plain PyTorch: {everything - plain:+.2f}. Relations on top of soft targets: "
+        f"{relational - everything:+.2f}.\n"
+        "Loss time: loss and its gradients to logits and features, cross-entropy included, median. Loss peak: memory "
+        "that these hold at most in a step, beside what the loss is given. With ten classes the time is mostly that "
+        "of calling operators; make bench measures large vocabularies and batches.",
         highlight=False,
     )
 
@@ -345,6 +372,7 @@ def parse_arguments():
     parser.add_argument("--labels-per-class", type=whole, default=5, help="labels that the students are given")
     parser.add_argument("--hard-weight", type=weight, default=0.1, help="of the cross-entropy on labels")
     parser.add_argument("--soft-weight", type=weight, default=0.9, help="of the divergence from the teacher")
+    parser.add_argument("--relation-weight", type=weight, default=0.01, help="of RKD, 25 x distances + 50 x angles")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()
@@ -379,11 +407,11 @@ def main():
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), console=console) as progress:
         task = progress.add_task("teacher epochs", total=TEACHERS * args.teacher_epochs)
         teacher = train_teacher(train, args.teacher_epochs, functools.partial(progress.advance, task))
-        train.teacher = teacher(train.images)
+        train.teacher, train.teacher_features = teacher(train.images)
         task = progress.add_task("student epochs", total=args.seeds * args.epochs)
         advance = functools.partial(progress.advance, task)
         seeds = [train_students(seed, methods, train, test, args, advance) for seed in range(args.seeds)]
-    teacher_accuracy = accuracy(teacher(test.images), test.labels)
+    teacher_accuracy = accuracy(teacher(test.images)[0], test.labels)
     console.print(f"Teacher: {teacher_accuracy:.2f} % of the test images")
     results = [summarize(runs) for runs in zip(*seeds, strict=True)]
     print_results(console, results, args)

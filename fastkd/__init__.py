@@ -7,11 +7,23 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 
 from . import functional
 from ._backend import backend
-from .modules import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SimilarityPreservingLoss, SoftCrossEntropyLoss
+from .modules import (
+    JSDivLoss,
+    KLDivLoss,
+    ReverseKLDivLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    RKDLoss,
+    SimilarityPreservingLoss,
+    SoftCrossEntropyLoss,
+)
 
 __all__ = [
     "JSDivLoss",
     "KLDivLoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "RKDLoss",
     "ReverseKLDivLoss",
     "SimilarityPreservingLoss",
     "SoftCrossEntropyLoss",

@@ -41,10 +41,10 @@ def _cuda_too_old():
 def _triton_missing():
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    return "" if torch.cuda.is_available() or _interpreted() else "Triton needs a GPU, and torch sees none"
+    return "" if torch.cuda.is_available() or interpreted() else "Triton needs a GPU, and torch sees none"
 
 
-def _interpreted():
+def interpreted():
     """Triton's interpreter runs kernels on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -54,7 +54,7 @@ def serves(name, device_type):
     if name == "torch" or device_type == "meta":
         return True
     if name == "triton" and device_type == "cpu":
-        return _interpreted()
+        return interpreted()
     return device_type == ("cpu" if name == "cpu" else "cuda")
 
 

@@ -88,7 +88,7 @@ def embeddings(student, teacher):
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     _same_device(student, teacher)
     for name, x in (("student", student), ("teacher", teacher)):
-        if _values_known(x) and not bool(torch.isfinite(x).all()):
+        if _values_known(x) and not _finite(x):
             raise ValueError(f"{name}: finite embeddings wanted, got some that are not")
 
 
@@ -107,8 +107,14 @@ def _floating(name, x):
 
 
 def _values_known(x):
-    """Looking at values costs nothing only where no device has to be waited for."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Looking at values costs nothing only where no device has to be waited for; fake tensors have none."""
+    ordinary = type(x) in (torch.Tensor, torch.nn.Parameter)
+    return ordinary and x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _finite(x):
+    total = x.detach().sum(dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return math.isfinite(total.item()) or bool(torch.isfinite(x).all())  # a sum may also leave the range
 
 
 def temperature(name, value, student):
@@ -131,11 +137,26 @@ def temperature(name, value, student):
 def number(name, value):
     """A positive finite number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: a number or a tensor wanted, got {type(value).__name__}")
+        raise TypeError(f"{name}: a number wanted, got {type(value).__name__}")
     if torch.compiler.is_compiling():
         return  # the number may be a symbol; the op checks it when it runs
     if not 0 < value < math.inf:  # false for NaN
         raise ValueError(f"{name}: a positive finite number wanted, got {value}")
+
+
+def normalize(value):
+    if value not in ("mean", None):
+        raise ValueError(f"normalize: 'mean' or None wanted, got {value!r}")
+
+
+def at_least_zero(name, value):
+    """A finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a number wanted, got {type(value).__name__}")
+    if torch.compiler.is_compiling():
+        return
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: a finite number of at least 0 wanted, got {value}")
 
 
 def share(name, value):

@@ -19,6 +19,13 @@ SCHEMAS = (
     f"rows_fwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}) -> Tensor loss",
     f"rows_bwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> Tensor grad",
     f"rows_bwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> ()",
+    # embeddings [N, D_s] and [N, D_t]; grad, here as below, is in float32 where the student is in float16,
+    # whose range it would leave before a loss scaler multiplies it; empty where it is not saved
+    "pairs_fwd(Tensor student, Tensor teacher, int relation, float delta, bool normalize, bool save) "
+    "-> (Tensor loss, Tensor grad)",
+    # the weighted sum of both losses; a loss of weight 0 is left out
+    "triples_fwd(Tensor student, Tensor teacher, float angle_weight, float angle_delta, float distance_weight, "
+    "float distance_delta, bool save) -> (Tensor loss, Tensor grad)",
     # x *= factor, of one element; nothing where it is 1, which is seen on the device
     "scale_(Tensor(a!) x, Tensor factor) -> ()",
 )
@@ -37,9 +44,7 @@ def define(namespace):
 
 fastkd = define("fastkd")
 fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
-# matrix products, which torch has for every device: one implementation, in ops/similarity.py;
-# grad is in float32 where the student is in float16, whose range it would leave before a loss
-# scaler multiplies it; empty where it is not saved
+# matrix products, which torch has for every device: one implementation, in ops/similarity.py
 fastkd.define("similarity_fwd(Tensor student, Tensor teacher, bool save) -> (Tensor loss, Tensor grad)")
 
 FOLDER = Path(__file__).parent / "lib"

@@ -182,16 +182,85 @@ _RELATIONAL = r"""{title}
 
     Source: {source}
     """
+_RKD_SOURCE = 'Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.'
+_RKD_EQUAL = "Equal samples have no gradient from each other."
 
 
 def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
     backend = _backend.select(student.device)
     if backend == "torch":
-        return getattr(reference, name)(student, teacher, *options)
+        with reference.without_autocast(student.device):
+            return getattr(reference, name)(student, teacher, *options)
     from .ops import relations
 
     return getattr(relations, name)(_backend.namespace(backend), student, teacher, *options)
+
+
+def rkd_distance(student, teacher, *, normalize="mean", delta=1.0):
+    _check.embeddings(student, teacher)
+    _check.normalize(normalize)
+    _check.number("delta", delta)
+    return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta))
+
+
+rkd_distance.__doc__ = _RELATIONAL.format(
+    title="Distance-wise relational distillation: the student's samples keep the teacher's relative distances.",
+    formula=r"\frac{1}{N^2} \sum_{ij} \mathrm{Huber}_\delta"
+    r"\left(\frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t}\right),\quad"
+    r"d_{ij} = \sqrt{\max(\|x_i - x_j\|^2, 10^{-12})},\ d_{ii} = 0",
+    notes="with the mean distance mu of different samples; the gradient flows through the student's mean.\n"
+    "    No matrix [N, N] is held: beside the inputs a few arrays of their size and tiles of fixed size.",
+    options="""
+        normalize: ``"mean"``, the default: distances are divided by their mean; None: they are not.
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.""",
+    equal=_RKD_EQUAL,
+    source=_RKD_SOURCE,
+)
+
+
+def rkd_angle(student, teacher, *, delta=1.0):
+    _check.embeddings(student, teacher)
+    _check.number("delta", delta)
+    return _relational_loss("rkd_angle", student, teacher, float(delta))
+
+
+rkd_angle.__doc__ = _RELATIONAL.format(
+    title="Angle-wise relational distillation: the student's triplets keep the teacher's angles.",
+    formula=r"\frac{1}{N^3} \sum_{aik} \mathrm{Huber}_\delta(\psi^s_{aik} - \psi^t_{aik}),\quad"
+    r"\psi_{aik} = \left\langle \frac{x_i - x_a}{\|x_i - x_a\|}, \frac{x_k - x_a}{\|x_k - x_a\|} \right\rangle",
+    notes="the cosine at a of every triplet, 0 where a is i or k or equals one. O(N^2 D + N^3) work, no\n"
+    "    tensor [N, N, N]: beside the inputs a few arrays of their size and strips [512, N] or [1024, N].",
+    options="""
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.""",
+    equal=_RKD_EQUAL,
+    source=_RKD_SOURCE,
+)
+
+
+def rkd_loss(
+    student, teacher, *, distance_weight=25.0, angle_weight=50.0, distance_delta=1.0, angle_delta=1.0
+):  # fmt: skip
+    _check.embeddings(student, teacher)
+    _check.at_least_zero("distance_weight", distance_weight)
+    _check.at_least_zero("angle_weight", angle_weight)
+    _check.number("distance_delta", distance_delta)
+    _check.number("angle_delta", angle_delta)
+    options = (float(angle_weight), float(angle_delta), float(distance_weight), float(distance_delta))
+    return _relational_loss("rkd_loss", student, teacher, *options)
+
+
+rkd_loss.__doc__ = _RELATIONAL.format(
+    title="Relational distillation by distances and angles together, which share their work.",
+    formula=r"w_d\, \mathrm{rkd\_distance} + w_a\, \mathrm{rkd\_angle}",
+    notes="see :func:`rkd_distance` and :func:`rkd_angle`.",
+    options="""
+        distance_weight, angle_weight: finite numbers of at least 0; a loss of weight 0 is not computed.
+            Defaults 25 and 50.
+        distance_delta, angle_delta: where Huber's losses turn from quadratic to linear. Default 1.""",
+    equal=_RKD_EQUAL,
+    source=_RKD_SOURCE,
+)
 
 
 def similarity_preserving(student, teacher):

@@ -85,9 +85,79 @@ class JSDivLoss(_LogitsLoss):
         self.beta = beta
 
 
-class SimilarityPreservingLoss(torch.nn.Module):
-    """:func:`fastkd.functional.similarity_preserving` as a module."""
+class _RelationalLoss(torch.nn.Module):
+    """A loss of two batches of embeddings; a subclass names its function of :mod:`fastkd.functional`."""
+
+    _options = ()
+
+    def _remember(self, **options):
+        for name, value in options.items():
+            setattr(self, name, value)
+        self._options = tuple(options)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
     def forward(self, student, teacher):
         """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``."""
-        return functional.similarity_preserving(student, teacher)
+        return self._function(student, teacher, **{name: getattr(self, name) for name in self._options})
+
+
+class RKDDistanceLoss(_RelationalLoss):
+    """:func:`fastkd.functional.rkd_distance` as a module.
+
+    Args:
+        normalize, delta: as there.
+    """
+
+    _function = staticmethod(functional.rkd_distance)
+
+    def __init__(self, *, normalize="mean", delta=1.0):
+        super().__init__()
+        _check.normalize(normalize)
+        _check.number("delta", delta)
+        self._remember(normalize=normalize, delta=delta)
+
+
+class RKDAngleLoss(_RelationalLoss):
+    """:func:`fastkd.functional.rkd_angle` as a module.
+
+    Args:
+        delta: as there.
+    """
+
+    _function = staticmethod(functional.rkd_angle)
+
+    def __init__(self, *, delta=1.0):
+        super().__init__()
+        _check.number("delta", delta)
+        self._remember(delta=delta)
+
+
+class RKDLoss(_RelationalLoss):
+    """:func:`fastkd.functional.rkd_loss` as a module: distances and angles, which share their work.
+
+    Args:
+        distance_weight, angle_weight, distance_delta, angle_delta: as there.
+    """
+
+    _function = staticmethod(functional.rkd_loss)
+
+    def __init__(self, *, distance_weight=25.0, angle_weight=50.0, distance_delta=1.0, angle_delta=1.0):
+        super().__init__()
+        _check.at_least_zero("distance_weight", distance_weight)
+        _check.at_least_zero("angle_weight", angle_weight)
+        _check.number("distance_delta", distance_delta)
+        _check.number("angle_delta", angle_delta)
+        self._remember(
+            distance_weight=distance_weight,
+            angle_weight=angle_weight,
+            distance_delta=distance_delta,
+            angle_delta=angle_delta,
+        )
+
+
+class SimilarityPreservingLoss(_RelationalLoss):
+    """:func:`fastkd.functional.similarity_preserving` as a module."""
+
+    _function = staticmethod(functional.similarity_preserving)

@@ -3,6 +3,8 @@
 In float64 these are what every kernel is measured against.
 """
 
+import contextlib
+
 import torch
 
 from ._inplace import overwritten
@@ -11,6 +13,13 @@ from ._inplace import overwritten
 def compute_dtype(student, teacher):
     """float64 where an input is float64, else float32."""
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+
+
+def without_autocast(device):
+    """Autocast would round embeddings before they are multiplied."""
+    if device.type in ("cpu", "cuda"):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _log_softmax(logits, temperature):
@@ -132,10 +141,53 @@ def _embeddings(student, teacher):
     return student.to(dtype), _ordinary(teacher).detach().to(dtype)
 
 
-def _unit(rows):
+def _distances(x, normalize):
+    """[N, N], by differences. Off the diagonal at least 1e-6, where there is no gradient."""
+    d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6)
+    d = d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
+    pairs = len(x) * (len(x) - 1)
+    return d / (d.sum() / pairs) if normalize and pairs else d
+
+
+def rkd_distance(student, teacher, normalize, delta):
+    """Holds matrices [N, N]."""
+    s, t = _embeddings(student, teacher)
+    if len(s) < 2:
+        return (s * 0).sum()
+    return torch.nn.functional.huber_loss(_distances(s, normalize), _distances(t, normalize), delta=delta)
+
+
+def _cosines(x):
+    """[N, N, N]: of the angle at a between i and k, 0 where a is i or k, or equals them."""
+    difference = x[:, None] - x[None]
+    squares = difference.square().sum(-1, keepdim=True)
+    length = torch.where(squares == 0, 1.0, squares).sqrt()  # what is not differentiated must stay finite
+    unit = torch.where(squares == 0, 0.0, difference / length)
+    return unit @ unit.transpose(1, 2)
+
+
+def rkd_angle(student, teacher, delta):
+    """Holds [N, N, D] and [N, N, N]."""
+    s, t = _embeddings(student, teacher)
+    if len(s) < 2:
+        return (s * 0).sum()
+    return torch.nn.functional.huber_loss(_cosines(s), _cosines(t), delta=delta)
+
+
+def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta):
+    s, t = _embeddings(student, teacher)  # here, or gradients would be added up in half precision
+    loss = (s * 0).sum()
+    if angle_weight:
+        loss = loss + angle_weight * rkd_angle(s, t, angle_delta)
+    if distance_weight:
+        loss = loss + distance_weight * rkd_distance(s, t, True, distance_delta)
+    return loss
+
+
+def _unit(x):
     """Rows to length 1; a row of zeros stays, and has no gradient."""
-    squared = rows.square().sum(1, keepdim=True)
-    return torch.where(squared == 0, 0.0, rows / torch.where(squared == 0, 1.0, squared).sqrt())
+    squares = x.square().sum(1, keepdim=True)
+    return torch.where(squares == 0, 0.0, x / torch.where(squares == 0, 1.0, squares).sqrt())
 
 
 def similarity_preserving(student, teacher):

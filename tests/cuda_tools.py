@@ -86,6 +86,16 @@ class HostCompiler:
             pytest.fail(built)
         return built
 
+    def program(self, name, build, *kernels):
+        """csrc/testing/NAME_main.cpp with csrc/testing/cusim_KERNEL.cpp, all instrumented alike; a
+        kernel's options follow its name."""
+        flags = ["-O1", *BUILDS[build]]
+        parts = []
+        for kernel in kernels:
+            stem, *options = kernel.split()
+            parts.append(self.build(f"{build}-{kernel}.o", *flags, *options, "-c", f"csrc/testing/cusim_{stem}.cpp"))
+        return self.build(f"{build}-{name}", *flags, f"csrc/testing/{name}_main.cpp", *parts, self.cusim())
+
     def cusim(self):
         """The runtime, which is never instrumented."""
         return self.build("cusim.o", "-O2", "-fPIC", "-c", CUSIM / "cusim.cpp")

@@ -10,8 +10,7 @@ import unittest.mock
 
 import torch
 
-from fastkd import _backend, _library
-from fastkd.ops import rows
+from fastkd import _backend, _library, ops
 
 CUSIM = _library.FOLDER / "_cusim.so"
 
@@ -25,9 +24,9 @@ def _define(name, which):
         torch.ops.load_library(CUSIM)
     else:
         real = _backend.namespace(name)
-        for op in rows.NAMES:
+        for op in ops.NAMES:
             library.impl(op, functools.partial(_on_gpu, getattr(getattr(torch.ops, real), op).default), "CPU")
-    rows.use_namespace(namespace)
+    ops.use_namespace(namespace)
     return namespace
 
 

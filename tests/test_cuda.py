@@ -1,6 +1,7 @@
 """The CUDA kernels without a GPU: run on the host under sanitizers, and compiled for every architecture.
 
-Their numbers are tested with everyone's, in test_rows.py and beside it, as the backend cuda-cusim.
+Their numbers are tested with everyone's, in test_rows.py, test_relations.py and beside them, as the
+backend cuda-cusim.
 """
 
 import ctypes
@@ -11,15 +12,20 @@ import subprocess
 import cases
 import elsewhere
 import pytest
+import relation_cases
+import test_relations
 import test_rows
 import torch
 from conftest import use
 from cuda_tools import BUILDS, ORDERS, ROOT, HostCompiler, find_tool, require_cuda_include, run_program
+from relation_truth import TRUTH
+from tolerances import error
 
 from fastkd import _library
 
 DIVERGENCES = ["ForwardKL", "SoftCrossEntropy", "ReverseKL", "JensenShannon"]
-HALF, BFLOAT16, FLOAT = "0", "1", "2"
+STORAGES = ["BFloat16", "Half", "Float", "Double"]  # of the pairs
+HALF, BFLOAT16, FLOAT, DOUBLE = "0", "1", "2", "3"
 # (dtype, N, V, clusters): each takes another way through the kernels
 SHAPES = {
     "a warp a row, several rows a block": (FLOAT, 9, 10, 1),
@@ -27,6 +33,18 @@ SHAPES = {
     "a block a row": (HALF, 3, 4104, 1),
     "a cluster a row, of parts that differ": (FLOAT, 2, 20003, 1),
     "several kernels, several blocks a row": (BFLOAT16, 2, 20001, 0),
+}
+# (schedule, dtype, N, D, whether some rows are alike, rows of a block of triples, multiprocessors)
+RELATIONS = {
+    "pairs, one tile": ("pairs", HALF, 20, 9, 1, 0, 4),
+    "pairs, a sum in two parts": ("pairs", FLOAT, 70, 40, 1, 0, 4),
+    "pairs, several tiles a block": ("pairs", BFLOAT16, 135, 9, 1, 0, 1),
+    "pairs, more features than a block has, and than are copied ahead": ("pairs", BFLOAT16, 10, 530, 0, 0, 4),
+    "pairs, in double": ("pairs", DOUBLE, 70, 17, 1, 0, 1),
+    "triples, one block of rows": ("triples", FLOAT, 70, 5, 0, 1024, 4),
+    "triples, a large spread of distances": ("triples", BFLOAT16, 40, 33, 1, 1024, 4),
+    "triples, two blocks of rows": ("triples", FLOAT, 70, 5, 1, 64, 2),
+    "triples, in double": ("triples", DOUBLE, 70, 5, 1, 64, 2),
 }
 
 
@@ -37,13 +55,12 @@ def compiler(tmp_path_factory):
 
 def program(compiler, build):
     """csrc/testing/rows_main.cpp with the kernels, all instrumented alike."""
-    flags = ["-O1", *BUILDS[build]]
-    parts = [
-        compiler.build(f"{build}-{name}.o", *flags, f"-DFASTKD_DIVERGENCE={name}", "-c", "csrc/testing/cusim_rows.cpp")
-        for name in DIVERGENCES
-    ]
-    return compiler.build(
-        build, *flags, "csrc/testing/rows_main.cpp", "csrc/testing/cusim_reduce.cpp", *parts, compiler.cusim()
+    return compiler.program("rows", build, "reduce", *(f"rows -DFASTKD_DIVERGENCE={name}" for name in DIVERGENCES))
+
+
+def relations_program(compiler, build):
+    return compiler.program(
+        "relations", build, "reduce", "triples", *(f"pairs -DFASTKD_PAIRS_STORAGE={name}" for name in STORAGES)
     )
 
 
@@ -61,6 +78,14 @@ def test_the_kernels_are_clean(compiler, build, shape, divergence):
         assert run_program([program(compiler, build), *arguments]) == "right\n", order
 
 
+@pytest.mark.parametrize("relation", RELATIONS)
+@pytest.mark.parametrize("build", ["address", "thread"])
+def test_the_kernels_of_relations_are_clean(compiler, build, relation):
+    """The orders of threads: below."""
+    arguments = [*map(str, RELATIONS[relation]), *ORDERS["random"]]
+    assert run_program([relations_program(compiler, build), *arguments]) == "right\n"
+
+
 @pytest.fixture
 def cusim():
     """The library that the backend cuda-cusim runs."""
@@ -70,8 +95,14 @@ def cusim():
     library = ctypes.CDLL(str(elsewhere.CUSIM))
     yield library
     library.cusim_order(0, 0)
-    for attribute in (75, 97):
+    triples_block(library).value = 0
+    for attribute in (16, 75, 97):
         library.cusim_device(attribute, -1)
+
+
+def triples_block(cusim):
+    """How many rows the triples take together: so many that a host is slow with several blocks."""
+    return ctypes.c_int.in_dll(cusim, "fastkd_cusim_triples_block")
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["clusters", "no clusters"])
@@ -109,6 +140,41 @@ def test_the_order_of_threads_changes_no_bit(cusim, order):
     assert torch.equal(plain[1], again[1])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
+    """Right, and the same bits. Several tiles a block of threads, several blocks of rows, a rest; some
+    rows alike. cudaDevAttrMultiProcessorCount is 16."""
+    student, teacher = relation_cases.Case("orders", "", 150, (9, 5), relation_cases.repeated).inputs(dtype)
+    cusim.cusim_device(16, 1)
+    triples_block(cusim).value = 64
+    with use("cuda-cusim"):
+        plain = test_relations.run(relation_cases.LOSSES[name], student, teacher)
+        cusim.cusim_order(*map(int, ORDERS[order]))
+        again = test_relations.run(relation_cases.LOSSES[name], student, teacher)
+    assert torch.equal(plain[0], again[0])
+    assert torch.equal(plain[1], again[1])
+    for out, ref in zip(plain, TRUTH[name](student, teacher), strict=True):
+        assert error(out, ref) <= test_relations.PROMISED.get(dtype, 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("make", [None, relation_cases.clusters], ids=["one spread", "clusters"])
+def test_blocks_of_triples_change_no_number(cusim, make, dtype):
+    """The spread is decided over all blocks."""
+    case = relation_cases.Case("blocks", "", 140, (8, 8), make)
+    student, teacher = case.inputs(dtype)
+    found = []
+    for block in (0, 64, 128):
+        triples_block(cusim).value = block
+        with use("cuda-cusim"):
+            found.append(test_relations.run(relation_cases.LOSSES["rkd_angle"], student, teacher, delta=0.3))
+    for loss, grad in found[1:]:
+        assert error(loss, found[0][0]) <= 1e-6
+        assert error(grad, found[0][1]) <= 1e-6
+
+
 # ---- what the compiler made of them
 
 
@@ -141,8 +207,11 @@ def usage(path):
 
 
 def registers_of(function):
-    """As many as leave room for the blocks of 256 threads that rows_kernel.cuh counts on: three a
-    multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL."""
+    """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
+    multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
+    the pairs' sweeps, and of the triples in float."""
+    if "pairs_sweep_kernel" in function or "triples_kernelIf" in function:
+        return 128
     if "rows_kernelIf" in function and "AnyType" not in function:
         return 80 if "ForwardKL" in function or "SoftCrossEntropy" in function else 128
     return 255
@@ -159,21 +228,33 @@ def test_the_library_has_every_architecture_and_no_spills(library):
     assert [x for x in found if x[2] > registers_of(x[1])] == []
 
 
+COPIES, STORES, LOADS = r"LDGSTS\.\S*128", r"STG\.\S*128", r"LDS\.128"  # of 16 bytes
+# What a kernel is fast by. Rows: the kernel that keeps them on chip.
+INSTRUCTIONS = {
+    r"rows_kernelIf13__nv_bfloat16S2_\w*ForwardKL": (COPIES, STORES, LOADS),
+    r"rows_kernelIfff\w*ForwardKL": (COPIES, STORES, LOADS),
+    r"pairs_sweep_kernelI6__half": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32 "),
+    r"pairs_gradient_kernelI13__nv_bfloat16": (COPIES, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.16816\.F32\.BF16"),
+    r"pairs_gradient_kernelIf": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.1688\.F32\.TF32"),
+    r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-def test_logits_move_in_16_bytes(library, arch):
-    """In the kernel that keeps a row on chip: the copies into shared memory, and the gradient's stores."""
-    if arch not in {a for a, *_ in usage(library)}:
+@pytest.mark.parametrize("kernel", INSTRUCTIONS, ids=lambda name: name.partition("I")[0])
+def test_the_instructions_that_are_counted_on(library, kernel, arch):
+    functions = {function for a, function, *_ in usage(library) if a == arch and re.search(kernel, function)}
+    if not functions and not BUILT_FOR_ALL:
         pytest.skip(
             f"the library was not built for {arch}: TORCH_CUDA_ARCH_LIST={os.environ.get('TORCH_CUDA_ARCH_LIST')}"
         )
-    for storage in ("13__nv_bfloat16", "f"):
-        mangled = f"_ZN6fastkd4cuda11rows_kernelIf{storage}{'S2_' if storage != 'f' else 'f'}NS_8baseline9ForwardKLIfEEEEvNS_10RowsParamsIT_EEi"
+    assert functions
+    for function in functions:
         sass = subprocess.run(
-            [find_tool("cuobjdump"), "-sass", "-arch", arch, "-fun", mangled, library], capture_output=True, text=True, check=True
+            [find_tool("cuobjdump"), "-sass", "-arch", arch, "-fun", function, library], capture_output=True, text=True, check=True
         ).stdout  # fmt: skip
-        assert re.search(r"LDGSTS\.\S*128", sass), mangled
-        assert re.search(r"STG\.\S*128", sass)
-        assert re.search(r"LDS\.128", sass)
+        for instruction in INSTRUCTIONS[kernel]:
+            assert re.search(instruction, sass), (function, instruction)
         assert "LDL" not in sass
         assert "STL" not in sass
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import functional
+from fastkd import _backend, functional
+from fastkd.ops import relations
 
 S, T = torch.randn(4, 10), torch.randn(4, 10)
 
@@ -143,6 +144,104 @@ def test_module_checks_its_options_when_it_is_built(options, error, argument):
         fastkd.KLDivLoss(**options)
 
 
+RELATIONAL = {
+    "rkd_distance": fastkd.RKDDistanceLoss,
+    "rkd_angle": fastkd.RKDAngleLoss,
+    "rkd_loss": fastkd.RKDLoss,
+    "similarity_preserving": fastkd.SimilarityPreservingLoss,
+}
+
+
+def with_one(value):
+    x = T.clone()
+    x[2, 3] = value
+    return x
+
+
+BAD_EMBEDDINGS = {
+    "student_is_no_tensor": ([[1.0, 2.0]] * 4, T, TypeError, "student: a torch.Tensor wanted"),
+    "teacher_is_none": (S, None, TypeError, "teacher: a torch.Tensor wanted"),
+    "student_is_a_vector": (S[0], T, ValueError, r"student: embeddings of shape \[N, D\] wanted, got \[10\]"),
+    "teacher_is_a_vector": (S, T[:, 0], ValueError, r"teacher: embeddings of shape \[N, D\] wanted, got \[4\]"),
+    "student_is_a_sequence": (S[None], T, ValueError, r"student: embeddings of shape \[N, D\] wanted, got \[1, 4, 10\]"),
+    "teacher_is_a_map": (S, T[:, :, None, None], ValueError, r"teacher: embeddings of shape \[N, D\] wanted"),
+    "student_is_a_scalar": (torch.tensor(1.0), T, ValueError, r"student: embeddings of shape \[N, D\] wanted, got \[\]"),
+    "as_many_rows": (S, T[:3], ValueError, "teacher: the student's 4 rows wanted, got 3"),
+    "rows_would_broadcast": (S, T[:1], ValueError, "teacher: the student's 4 rows wanted, got 1"),
+    "no_student_features": (S[:, :0], T, ValueError, r"student: at least one feature wanted, got shape \[4, 0\]"),
+    "no_teacher_features": (S, T[:, :0], ValueError, r"teacher: at least one feature wanted, got shape \[4, 0\]"),
+    "integer_student": (S.long(), T, TypeError, "student: float16, bfloat16, float32 or float64 embeddings wanted"),
+    "bool_teacher": (S, T > 0, TypeError, "teacher: float16, .* embeddings wanted, got torch.bool"),
+    "complex_teacher": (S, T.cfloat(), TypeError, "teacher: float16, .* embeddings wanted, got torch.complex64"),
+    "float8_student": (S.to(torch.float8_e4m3fn), T, TypeError, "student: float16, .* embeddings wanted"),
+    "sparse_teacher": (S, T.to_sparse(), TypeError, "teacher: a dense tensor wanted, got torch.sparse_coo"),
+    "sparse_student": (S.to_sparse_csr(), T, TypeError, "student: a dense tensor wanted, got torch.sparse_csr"),
+    "nested_student": (torch.nested.nested_tensor([S[0], S[1]]), T[:2], TypeError, "student: a dense tensor wanted"),
+    "devices_differ": (S, T.to("meta"), ValueError, "teacher: a tensor on the student's device cpu wanted, got meta"),
+    "nan_student": (with_one(torch.nan), T, ValueError, "student: finite embeddings wanted"),
+    "inf_teacher": (S, with_one(-torch.inf), ValueError, "teacher: finite embeddings wanted"),
+    "inf_half_student": (with_one(1e5).half(), T, ValueError, "student: finite embeddings wanted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_EMBEDDINGS)
+@pytest.mark.parametrize("loss", RELATIONAL)
+@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
+def test_embeddings_are_checked(backend_name, loss, name):
+    student, teacher, error, message = BAD_EMBEDDINGS[name]
+    strided = isinstance(student, torch.Tensor) and student.layout is torch.strided and not student.is_nested
+    before = student.clone() if strided else None
+    for call in (getattr(functional, loss), RELATIONAL[loss]()):
+        with fastkd.backend(backend_name), pytest.raises(error, match=f"^{message}"):
+            call(student, teacher)
+    if strided:
+        torch.testing.assert_close(student.float(), before.float(), rtol=0, atol=0, equal_nan=True)
+
+
+NO_NUMBERS = [
+    ("1", TypeError),
+    (None, TypeError),
+    (True, TypeError),
+    (torch.tensor(1.0), TypeError),
+    ([1.0], TypeError),
+]
+NOT_FINITE = [(value, ValueError) for value in (-1, -1e-9, float("nan"), float("inf"))]
+BAD_OPTIONS = [
+    *(
+        (loss, option, value, error, "a .*number wanted")
+        for loss, option in (("rkd_distance", "delta"), ("rkd_angle", "delta"), ("rkd_loss", "distance_delta"), ("rkd_loss", "angle_delta"))
+        for value, error in (*NO_NUMBERS, *NOT_FINITE, (0, ValueError), (0.0, ValueError))
+    ),
+    *(
+        ("rkd_loss", option, value, error, "a .*number .*wanted")
+        for option in ("distance_weight", "angle_weight")
+        for value, error in (*NO_NUMBERS, *NOT_FINITE)
+    ),
+    *(
+        ("rkd_distance", "normalize", value, ValueError, "'mean' or None wanted, got")
+        for value in ("max", "Mean", "", True, False, 1, ["mean"])
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("loss", "option", "value", "error", "message"), BAD_OPTIONS)
+def test_relational_options_are_checked(loss, option, value, error, message):
+    """By the function, and by the module when it is built."""
+    with pytest.raises(error, match=f"^{option}: {message}"):
+        getattr(functional, loss)(S, T, **{option: value})
+    with pytest.raises(error, match=f"^{option}: {message}"):
+        RELATIONAL[loss](**{option: value})
+
+
+@pytest.mark.parametrize("loss", RELATIONAL)
+def test_relational_options_are_keywords_and_known(loss):
+    for call in (lambda *a, **k: getattr(functional, loss)(S, T, *a, **k), RELATIONAL[loss]):
+        with pytest.raises(TypeError, match="positional"):
+            call(1.0)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'detla'"):
+            call(detla=1.0)
+
+
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 def test_second_derivative_raises(kernel, reduction):
     """Also where something else in the sum is differentiable: it must not count as 0."""
@@ -177,3 +276,52 @@ def test_the_op_checks_its_own_contract():
         torch.ops.fastkd.rows_bwd(S, T, *options, torch.ones(2), torch.ones(()))
     with pytest.raises(RuntimeError, match="float16, bfloat16"):
         fwd(S.long(), T.long(), *options, 1)
+
+
+def relational_ops(backend_name):
+    ops = relations.OPS[_backend.namespace(backend_name)]
+    yield "pairs_fwd", lambda s=S, t=T, relation=0, delta=1.0: ops.pairs_fwd(s, t, relation, delta, True, True)
+    yield "triples_fwd", lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, weight, delta, weight, 1.0, True)
+    yield "triples_fwd", lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, 1.0, 1.0, weight, delta, True)
+
+
+def test_the_relational_ops_check_their_own_contract():
+    """Called past the functions, an op still refuses what it would read out of bounds."""
+    for name, op in relational_ops("cpu"):
+        op()
+        for student, teacher in (
+            (S[0], T),
+            (S, T[0]),
+            (S[None], T),
+            (S, T[:3]),
+            (S[:3], T),
+            (S[:, :0], T),
+            (S, T[:, :0]),
+        ):
+            with pytest.raises(RuntimeError, match=r"student and teacher: .*wanted"):
+                op(student, teacher)
+        for student, teacher, side in ((S.long(), T, "student"), (S, T.cfloat(), "teacher")):
+            with pytest.raises(RuntimeError, match=f"{side}: float16, bfloat16"):
+                op(student, teacher)
+        for delta in (0.0, -1.0, float("nan"), float("inf")):
+            with pytest.raises(RuntimeError, match="delta: a positive finite number wanted"):
+                op(delta=delta)
+        if name == "pairs_fwd":
+            for relation in (-1, 1, 77):
+                with pytest.raises(RuntimeError, match="relation: unknown number"):
+                    op(relation=relation)
+        else:
+            for weight in (-1.0, float("nan"), float("inf")):
+                with pytest.raises(RuntimeError, match="weight: a finite number of at least 0 wanted"):
+                    op(weight=weight)
+
+
+def test_similarity_fwd_checks_its_own_contract():
+    op = torch.ops.fastkd.similarity_fwd
+    op(S, T, True)
+    for student, teacher in ((S[0], T), (S, T[0]), (S[None], T), (S, T[:3]), (S[:3], T), (S, T[:1])):
+        with pytest.raises(RuntimeError, match=r"student and teacher: .*wanted"):
+            op(student, teacher, True)
+    for student, teacher, side in ((S.long(), T, "student"), (S, T.cfloat(), "teacher")):
+        with pytest.raises(RuntimeError, match=f"{side}: float16, bfloat16"):
+            op(student, teacher, True)

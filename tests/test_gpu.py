@@ -1,11 +1,14 @@
 """What only a GPU can show: nothing waits for it, graphs, streams, devices, and the choice of backend.
 
-The numbers are tested with everyone's: test_rows.py runs its cases on cuda-gpu and triton-gpu.
+The numbers are tested with everyone's: test_rows.py and test_relations.py run their cases on cuda-gpu
+and triton-gpu. Here are those of sizes that the host is too slow for.
 """
 
 import cases
 import pytest
+import relation_cases
 import torch
+from test_relations import PROMISED
 from tolerances import FLOOR, error
 
 import fastkd
@@ -24,6 +27,50 @@ def backend(request):
 def logits(*shape, dtype=torch.bfloat16):
     student, teacher = torch.randn(*shape, device="cuda").to(dtype), torch.randn(*shape, device="cuda").to(dtype)
     return student.requires_grad_(), teacher
+
+
+def embeddings(N, width=64, teacher_width=48, dtype=torch.bfloat16):
+    student, teacher = (torch.randn(N, D, device="cuda").to(dtype) for D in (width, teacher_width))
+    return student.requires_grad_(), teacher
+
+
+def without_waiting(step):
+    """Runs it twice; the first time may compile."""
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def replayed(step, student, change):
+    """Loss and gradient of step(), captured in a graph and replayed after change()."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+        grad = student.grad
+    with torch.no_grad():
+        change()
+    graph.replay()
+    return loss.clone(), grad.clone()
+
+
+def peak_extra_bytes(step, student):
+    """Of the second call."""
+    step()
+    student.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def test_the_choice_is_cuda():
@@ -55,12 +102,7 @@ def test_nothing_waits_for_the_device(backend, reduction, dtype):
         loss = functional.js_div(student, teacher, mask=mask, weight=weight, normalizer=normalizer, reduction=reduction)
         (loss * 0.5).sum().backward()
 
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waiting(step)
 
 
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
@@ -75,21 +117,12 @@ def test_a_graph_replays_the_step(backend, V, reduction):
         (loss * 0.5).backward()
         return loss
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-        grad = student.grad
-    with torch.no_grad():
+    def change():
         student.copy_(torch.randn_like(student))
         teacher.copy_(torch.randn_like(teacher))
         mask[3] = False
-    graph.replay()
-    found = loss.clone(), grad.clone()
+
+    found = replayed(step, student, change)
     expected = step()
     assert torch.equal(found[0], expected)
     assert torch.equal(found[1], student.grad)
@@ -125,21 +158,14 @@ def test_one_gradient_of_memory_or_none(backend):
     student, teacher = logits(N, V)
     gradient = N * V * 2
 
-    def peak(step):
-        step()
-        student.grad = None
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-
     def train():
         (0.5 * functional.kl_div(student, teacher)).backward()
 
-    assert peak(train) <= gradient + (1 << 20)
-    copied = peak(student.clone)
-    inplace = peak(lambda: torch.autograd.grad(functional.kl_div(made := student.clone(), teacher, inplace=True), made))
+    assert peak_extra_bytes(train, student) <= gradient + (1 << 20)
+    copied = peak_extra_bytes(student.clone, student)
+    inplace = peak_extra_bytes(
+        lambda: torch.autograd.grad(functional.kl_div(made := student.clone(), teacher, inplace=True), made), student
+    )
     assert inplace <= copied + (1 << 20)
 
 
@@ -171,3 +197,115 @@ def test_the_cpu_backend_refuses_gpu_tensors():
         pytest.raises(RuntimeError, match=r"^backend: 'cpu' was chosen, but the tensors are on cuda"),
     ):
         functional.kl_div(student, teacher)
+
+
+# Relations between samples
+
+RELATIONS = relation_cases.LOSSES
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("N", [20, 300])
+@pytest.mark.parametrize("name", RELATIONS)
+def test_no_relation_waits_for_the_device(backend, name, N, dtype):
+    student, teacher = embeddings(N, dtype=dtype)
+
+    def step():
+        (RELATIONS[name](student, teacher) * 0.5).backward()
+
+    without_waiting(step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", RELATIONS)
+def test_a_graph_replays_relations(backend, name, dtype):
+    """What it was captured on has one spread of distances, what it is replayed on another."""
+    student, teacher = embeddings(200, dtype=dtype)
+
+    def step():
+        student.grad = None
+        loss = RELATIONS[name](student, teacher)
+        (loss * 0.5).backward()
+        return loss
+
+    def change():
+        student.copy_(torch.randn_like(student))
+        student[:20] *= 1000
+
+    loss, grad = replayed(step, student, change)
+    assert error(loss, step()) <= FLOOR[torch.float32]
+    assert error(grad, student.grad) <= FLOOR[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "N"), [("rkd_distance", 5000), ("rkd_angle", 1100), ("rkd_loss", 300)])
+def test_relations_give_the_same_bits_again(backend, name, N, dtype):
+    student, teacher = embeddings(N, dtype=dtype)
+    results = []
+    for _ in range(3):
+        loss = RELATIONS[name](student, teacher)
+        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("name", "N", "width"),
+    # all multiprocessors busy; features for several blocks of threads; a sum in many parts; the angles of
+    # many features, and of more rows than are taken together in float64
+    [("rkd_distance", 4100, 64), ("rkd_distance", 1000, 900), ("rkd_distance", 200, 130), ("rkd_angle", 250, 600),
+     ("rkd_angle", 520, 20)],
+)  # fmt: skip
+def test_large_relations_match_float64(backend, name, N, width, dtype):
+    student, teacher = embeddings(N, width, 48, dtype)
+    loss = RELATIONS[name](student, teacher)
+    (grad,) = torch.autograd.grad(loss, student)
+    with fastkd.backend("torch"):
+        exact = student.detach().double().requires_grad_()
+        right = RELATIONS[name](exact, teacher.double())
+        (right_grad,) = torch.autograd.grad(right, exact)
+    assert error(loss, right) <= PROMISED[dtype]
+    assert error(grad, right_grad) <= PROMISED[dtype]
+
+
+def test_angles_of_several_blocks_match_float64(backend):
+    """More rows than are taken together in float32; too many for the reference."""
+    student, teacher = embeddings(1100, dtype=torch.float32)
+    results = []
+    for s, t in ((student, teacher), (student.detach().double().requires_grad_(), teacher.double())):
+        loss = functional.rkd_angle(s, t)
+        results.append((loss, *torch.autograd.grad(loss, s)))
+    for out, ref in zip(*results, strict=True):
+        assert error(out, ref) <= PROMISED[torch.float32]
+
+
+@pytest.mark.parametrize("N", [16384, 65536])
+def test_distances_take_memory_linear_in_the_samples(backend, N):
+    """A matrix N x N of float32 would be 1 GiB, and 16 GiB."""
+    D = 128
+    student, teacher = embeddings(N, D, D)
+    used = peak_extra_bytes(lambda: functional.rkd_distance(student, teacher).backward(), student)
+    assert used <= 16 * N * D * 4 + (64 << 20)
+
+
+def test_angles_take_memory_linear_in_the_samples(backend):
+    """N x N x N of float32 would be 4 GiB; a constant number of matrices of 1024 x 1024 is allowed."""
+    student, teacher = embeddings(1024, 512, 512, torch.float32)
+    used = peak_extra_bytes(lambda: functional.rkd_angle(student, teacher).backward(), student)
+    assert used <= 16 * student.numel() * 4 + (256 << 20)
+
+
+def test_relations_use_the_current_stream(backend):
+    student, teacher = embeddings(300)
+    expected = functional.rkd_loss(student, teacher).detach()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        later = torch.zeros_like(student)
+        torch.cuda._sleep(10_000_000)
+        later.copy_(student)
+        loss = functional.rkd_loss(later, teacher)
+    stream.synchronize()
+    assert torch.equal(loss.detach(), expected)

@@ -65,3 +65,18 @@ def test_similarity_preserving_holds_no_matrix_of_pairs():
         lambda s: functional.similarity_preserving(s, teacher).backward(), lambda: (student.detach().requires_grad_(),)
     )
     assert used <= student.numel() * 4 + (48 << 20)
+
+
+@pytest.mark.parametrize("N", [8192, 16384, 32768])
+def test_rkd_distance_is_linear_in_memory(N):
+    """N x N would be 256 MiB, 1 GiB and 4 GiB."""
+    student, teacher = torch.randn(N, 32), torch.randn(N, 32)
+    used = peak(lambda s: functional.rkd_distance(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
+    assert used <= 6 * student.numel() * 4 + (48 << 20)
+
+
+def test_rkd_angle_holds_no_tensor_of_triples():
+    """N x N x N would be 1 GiB."""
+    student, teacher = torch.randn(640, 64), torch.randn(640, 64)
+    used = peak(lambda s: functional.rkd_angle(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
+    assert used <= 48 << 20

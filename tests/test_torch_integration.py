@@ -1,14 +1,17 @@
 """What torch asks of an operator: schemas, fakes, gradcheck, compile, export, autocast."""
 
+import functools
+
 import cases
 import pytest
+import relation_cases
 import torch
 import torch._dynamo.testing
 from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import _backend, functional
-from fastkd.ops import rows
+from fastkd.ops import relations, rows
 
 without_triton = pytest.mark.skipif(bool(_backend.unavailable("triton")), reason=_backend.unavailable("triton"))
 if torch.cuda.is_available():  # these tests have CPU tensors, which Triton takes under its interpreter only
@@ -37,11 +40,32 @@ def op_calls(backend_name):
     yield "rows_fwd-bfloat16", ops.fwd, (half, teacher.transpose(0, 1), *plain, 1)
 
 
+def relational_calls(backend_name):
+    """The same of the relational losses."""
+    ops = relations.OPS[_backend.namespace(backend_name)]
+    student, teacher = torch.randn(9, 6), torch.randn(9, 4)
+    inputs = {
+        "float32": (student, teacher),
+        "float16": (student.half(), teacher.double()),
+        "bfloat16": (student.bfloat16().T.contiguous().T, teacher[:, ::2]),
+        "one_sample": (student[:1], teacher[:1]),
+        "no_samples": (student[:0], teacher[:0]),
+    }
+    for name, pair in inputs.items():
+        for save in (False, True):
+            yield f"pairs_fwd-{name}-{save}", ops.pairs_fwd, (*pair, 0, 0.5, True, save)
+            yield f"triples_fwd-{name}-{save}", ops.triples_fwd, (*pair, 2.0, 0.5, 1.0, 1.0, save)
+            if backend_name == "cpu":  # it is one for all
+                yield f"similarity_fwd-{name}-{save}", ops.similarity_fwd, (*pair, save)
+    yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, 0, 1.0, False, True)
+    yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, 1.0, 1.0, 0.0, 1.0, True)
+
+
 CALLS = {
     f"{backend_name}-{name}": (op, arguments)
     for backend_name in ("cpu", "triton")
     if not _backend.unavailable(backend_name) and _backend.serves(backend_name, "cpu")
-    for name, op, arguments in op_calls(backend_name)
+    for name, op, arguments in (*op_calls(backend_name), *relational_calls(backend_name))
 }
 
 
@@ -202,3 +226,120 @@ def test_meta_and_fake_tensors_differentiate(reduction):
     assert (grad.shape, grad.device.type) == ((4, 20), "meta")
     with torch._subclasses.FakeTensorMode():
         assert step(torch.empty(4, 20), torch.empty(4, 20)).shape == (4, 20)
+
+
+# The relational losses
+
+RELATIONAL = {
+    **relation_cases.LOSSES,
+    "rkd_distance_plain": functools.partial(functional.rkd_distance, normalize=None, delta=0.6),
+    "rkd_angle_clamped": functools.partial(functional.rkd_angle, delta=0.2),
+    "rkd_loss_clamped": functools.partial(functional.rkd_loss, distance_weight=2, distance_delta=0.3, angle_delta=0.3),
+}
+
+
+@pytest.mark.parametrize("name", RELATIONAL)
+def test_gradcheck_of_relations(backend, name):
+    student = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda s: RELATIONAL[name](s, teacher), student)
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "torch", pytest.param("triton", marks=without_triton)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compile_fullgraph_of_relations(dtype, backend_name):
+    def training_loss(student, teacher):
+        return sum(loss(student * 2, teacher) for loss in RELATIONAL.values())
+
+    arguments = torch.randn(9, 6).to(dtype), torch.randn(9, 4).to(dtype)
+    with fastkd.backend(backend_name):
+        loss, grad = both(training_loss, *arguments)
+        compiled_loss, compiled_grad = both(torch.compile(training_loss, fullgraph=True), *arguments)
+    assert error(compiled_loss, loss) < 8 * FLOOR[torch.float32]
+    assert error(compiled_grad, grad) < 4 * FLOOR[dtype]
+
+
+@pytest.mark.parametrize("name", relation_cases.LOSSES)
+def test_compile_dynamic_shapes_of_relations(name):
+    loss_function = RELATIONAL[name]
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_function, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for N, width in ((4, 5), (9, 6), (40, 17), (5, 33)):
+        student, teacher = torch.randn(N, width), torch.randn(N, width + 2)
+        loss, grad = both(loss_function, student, teacher)
+        compiled_loss, compiled_grad = both(compiled, student, teacher)
+        assert torch.equal(compiled_loss, loss)
+        assert error(compiled_grad, grad) < FLOOR[torch.float32]
+        counts.append(counter.frame_count)  # 2 where dynamo starts anew, having taken a default for a symbol
+    assert len(set(counts)) == 1
+
+
+def test_compile_with_options_that_change():
+    """They become symbols; what cannot be checked then, the op checks."""
+    compiled = torch.compile(
+        lambda s, t, delta, weight: (
+            functional.rkd_loss(s, t, distance_delta=delta, angle_weight=weight)
+            + functional.rkd_distance(s, t, delta=delta)
+        ),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    student, teacher = torch.randn(7, 5), torch.randn(7, 4)
+    for delta, weight in ((1.0, 2.0), (0.5, 3.0), (0.3, 0.5)):
+        expected = functional.rkd_loss(student, teacher, distance_delta=delta, angle_weight=weight)
+        expected += functional.rkd_distance(student, teacher, delta=delta)
+        assert torch.equal(compiled(student, teacher, delta, weight), expected)
+    with pytest.raises((RuntimeError, ValueError), match="delta: a positive finite number wanted"):
+        compiled(student, teacher, -0.7, 1.0)
+    with pytest.raises((RuntimeError, ValueError), match="weight: a finite number of at least 0 wanted"):
+        compiled(student, teacher, 0.9, -1.5)
+
+
+@pytest.mark.parametrize(
+    "module", [fastkd.RKDDistanceLoss, fastkd.RKDAngleLoss, fastkd.RKDLoss, fastkd.SimilarityPreservingLoss]
+)
+def test_compile_and_export_a_relational_module(module):
+    student, teacher = torch.randn(8, 6), torch.randn(8, 4)
+    loss, grad = both(module(), student, teacher)
+    compiled_loss, compiled_grad = both(torch.compile(module(), fullgraph=True, backend="aot_eager"), student, teacher)
+    assert torch.equal(compiled_loss, loss)
+    assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(module(), (student, teacher), dynamic_shapes=({0: batch}, {0: batch}))
+    student, teacher = torch.randn(11, 6), torch.randn(11, 4)
+    assert torch.equal(program.module()(student, teacher), module()(student, teacher))
+
+
+@pytest.mark.parametrize("name", relation_cases.LOSSES)
+def test_autocast_leaves_relations_alone(backend, name):
+    """Embeddings in float32 keep their digits, whatever autocast does to products; those in half precision train."""
+    student, teacher = torch.randn(9, 6), torch.randn(9, 4)
+    loss, grad = both(RELATIONAL[name], student, teacher)
+    leaf = student.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast_loss = RELATIONAL[name](leaf, teacher)
+    (autocast_grad,) = torch.autograd.grad(autocast_loss * 0.5, leaf)
+    assert error(autocast_loss, loss) < 2 * FLOOR[torch.float32]
+    assert error(autocast_grad, grad) < 2 * FLOOR[torch.float32]
+    model = torch.nn.Linear(8, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = RELATIONAL[name](model(torch.randn(9, 8)), teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert model.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", relation_cases.LOSSES)
+def test_relations_of_meta_and_fake_tensors(name, dtype):
+    def step(student, teacher):
+        loss = RELATIONAL[name](student.requires_grad_(), teacher)
+        return loss, torch.autograd.grad(0.5 * loss, student)[0]
+
+    loss, grad = step(*(torch.empty(4, width, device="meta", dtype=dtype) for width in (6, 3)))
+    assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
+    assert (grad.shape, grad.dtype, grad.device.type) == ((4, 6), dtype, "meta")
+    with torch._subclasses.FakeTensorMode():
+        loss, grad = step(torch.empty(4, 6, dtype=dtype), torch.empty(4, 3))
+        assert (loss.shape, grad.shape, grad.dtype) == ((), (4, 6), dtype)

@@ -29,6 +29,15 @@ STACK = {ONE_TILE: 0, TILED: 16}
 # What is not logits: the loss of a program; a row's statistics and the upstream gradient; the factor.
 NARROW_LOADS = {"rows_fwd_kernel": 0, "rows_bwd_kernel": 6, "scale_kernel": 1}
 NARROW_STORES = {"rows_fwd_kernel": 1, "rows_bwd_kernel": 0, "scale_kernel": 0}
+# Of pairs and triples, float64 apart. A program is of 128 or 256 threads; where tensor cores do the work, one on a
+# multiprocessor will do. Which addresses ptxas keeps in memory differs from version to version; a tile's values
+# there would be hundreds of bytes.
+RELATION_REGISTERS = {
+    "distances_kernel": 255, "grad_kernel": 255, "loss_kernel": 128, "triples_kernel": 128, "squares_kernel": 128,
+    "differences_kernel": 128, "prepare_kernel": 128, "centre_kernel": 128, "totals_kernel": 128,
+}  # fmt: skip
+RELATION_STACK = 32
+MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
 def options(divergence, reduction=BATCHMEAN, **changed):
@@ -77,12 +86,27 @@ def other_launches(rows):
     }
 
 
+def relation_launches(pairs, triples):
+    """Every kernel of the pairs and triples schedules: relation/dtype/N/save."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for N in (64, 256, 1024, 2176):
+            x, save = torch.empty(N, 512, dtype=dtype), dtype is not torch.float16
+            name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
+            calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, 0, 1.0, True, True)
+            calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, 2.0, 1.0, 1.0, 1.0, s)
+    x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
+    calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, 0, 1.0, False, True)
+    calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, 2.0, 1.0, 0.0, 1.0, True)
+    return calls
+
+
 def compile_for(target_name):
     """Runs the calls with a driver that compiles and launches nothing; prints what came out as JSON."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import rows
+    from fastkd.triton import pairs, rows, triples
 
     class Driver:
         def get_current_device(self):
@@ -102,7 +126,8 @@ def compile_for(target_name):
         found[name, self.fn.__name__] = report(kernel)
 
     triton.runtime.jit.JITFunction.run = compile_only
-    calls = launches(rows) | (other_launches(rows) if target_name in ("sm_90", "gfx942") else {})
+    calls = launches(rows) | relation_launches(pairs, triples)
+    calls |= other_launches(rows) if target_name in ("sm_90", "gfx942") else {}
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
     print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
@@ -123,7 +148,9 @@ def report(kernel):
         what: [wide in width for width in re.findall(pattern, text)]
         for what, pattern in (("loads", load), ("stores", store))
     }
-    numbers = {"registers": registers, "stack": stack}
+    products = re.findall(r"mma\.sync|wgmma\.mma_async|tcgen05\.mma|v_mfma", text)
+    numbers = {"registers": registers, "stack": stack, "products": len(products)}
+    numbers["wide_copies"] = len(re.findall(r"cp\.async\.cg\S+ \[.*?\], \[.*?\], 0x10", text))
     for what, are_wide in widths.items():
         numbers |= {f"wide_{what}": sum(are_wide), f"narrow_{what}": len(are_wide) - sum(are_wide)}
     return numbers
@@ -151,23 +178,44 @@ def compiled(request, tmp_path_factory):
         [sys.executable, __file__, request.param], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    return [entry for entry in json.loads(done.stdout.splitlines()[-1]) if entry[1] in NARROW_LOADS]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_registers_suffice(compiled):
-    for name, kernel, numbers in compiled:
-        if not name.startswith("other"):
-            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
-            assert numbers["stack"] <= STACK[int(name.split("/")[1])], (name, kernel, numbers)
+@pytest.fixture(scope="module")
+def compiled_rows(compiled):
+    return [entry for entry in compiled if entry[1] in NARROW_LOADS and not entry[0].startswith("other")]
 
 
-def test_logits_move_in_128_bits(compiled):
-    for name, kernel, numbers in compiled:
-        if not name.startswith("other"):
-            assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
-            assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
-            assert numbers["narrow_loads"] <= NARROW_LOADS[kernel], (name, kernel, numbers)
-            assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
+@pytest.fixture(scope="module")
+def compiled_relations(compiled):
+    return [entry for entry in compiled if entry[0].startswith("relation") and "/float64/" not in entry[0]]
+
+
+def test_registers_suffice(compiled_rows):
+    for name, kernel, numbers in compiled_rows:
+        assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+        assert numbers["stack"] <= STACK[int(name.split("/")[1])], (name, kernel, numbers)
+
+
+def test_logits_move_in_128_bits(compiled_rows):
+    for name, kernel, numbers in compiled_rows:
+        assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+        assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
+        assert numbers["narrow_loads"] <= NARROW_LOADS[kernel], (name, kernel, numbers)
+        assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
+
+
+def test_registers_suffice_for_relations(compiled_relations):
+    for name, kernel, numbers in compiled_relations:
+        assert numbers["registers"] <= RELATION_REGISTERS[kernel], (name, kernel, numbers)
+        assert numbers["stack"] <= RELATION_STACK, (name, kernel, numbers)
+
+
+def test_tensor_cores_multiply_embeddings(compiled_relations):
+    for name, kernel, numbers in compiled_relations:
+        assert (numbers["products"] > 0) == (kernel in MULTIPLYING), (name, kernel, numbers)
+        if kernel in MULTIPLYING:
+            assert numbers["wide_loads"] + numbers["wide_copies"] > 0, (name, kernel, numbers)
 
 
 if __name__ == "__main__":

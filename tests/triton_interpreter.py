@@ -3,7 +3,8 @@
 As it comes, the interpreter is silently wrong: it truncates float32 to bfloat16, takes the bits of a
 float64 for a bfloat16, multiplies bfloat16 in tl.dot as bits, and reads and writes past the end of
 tensors. It has no driver, which autotune asks for. It wraps all of triton.language anew for every
-launch and every call of a function, which takes longer than most kernels. And it passes on
+launch and every call of a function, which takes longer than most kernels, and takes to pieces the
+types of operands that need no broadcasting. And it passes on
 NumPy's warnings about NaN and infinity, which a GPU does not have.
 
 All of that is mended in private classes of Triton, so only versions that were looked at are accepted.
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 KNOWN = ("3.6.0", "3.7.0", "3.7.1", "3.9.0")
@@ -35,6 +37,7 @@ _original_load, _original_store = _Builder.create_masked_load, _Builder.create_m
 _original_atomic = _Builder.create_atomic_rmw
 _original_arguments = interpreter.GridExecutor._init_args_hst
 _original_launch = interpreter.GridExecutor.__call__
+_original_broadcast = TritonSemantic.broadcast_impl_value
 
 
 def _to_float32(bits):
@@ -129,6 +132,12 @@ def _launch(self, *positional, **named):
         return _original_launch(self, *positional, **named)
 
 
+def _broadcast(self, a, b):
+    if a.type.is_block() and b.type.is_block() and a.handle.data.shape == b.handle.data.shape:
+        return a, b
+    return _original_broadcast(self, a, b)
+
+
 class _Once:
     """Wraps what a function sees of triton.language, for good."""
 
@@ -166,4 +175,5 @@ interpreter._convert_float, interpreter._patch_lang = _convert_float, _Once.patc
 _Builder.cast_impl, _Builder.create_dot = _cast, _dot
 _Builder.create_masked_load, _Builder.create_masked_store, _Builder.create_atomic_rmw = _load, _store, _atomic
 interpreter.GridExecutor._init_args_hst, interpreter.GridExecutor.__call__ = _arguments, _launch
+TritonSemantic.broadcast_impl_value = _broadcast
 triton.runtime.driver.set_active(_Driver())

@@ -5,14 +5,13 @@
 #include <unistd.h>
 
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <vector>
 
 #include "common/rows_inputs.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/rows_kernel.h"
+#include "cpu/scratch.h"
 #include "math/jensen_shannon_series.h"
 
 namespace fastkd {
@@ -99,25 +98,6 @@ const RowsKernel<T>& kernel(Divergence which) {
   }
 #endif
   return baseline::rows_kernel<T>(which);
-}
-
-// The calling thread's scratch memory. It is kept from call to call (12 bytes a class): its
-// first touch would cost more than a small loss.
-void* scratch(int64_t bytes) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> memory;
-  thread_local int64_t capacity = 0;
-  if (capacity < bytes) {
-    memory.reset();
-    capacity = 0;
-    const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-    memory.reset(std::aligned_alloc(4096, rounded));
-    FASTKD_CHECK(memory, "out of memory: ", rounded, " bytes");
-    capacity = rounded;
-  }
-  return memory.get();
 }
 
 constexpr int64_t kGrain = 16384;  // classes that are worth a thread

@@ -22,6 +22,13 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
                "l"(global)
                : "memory");
 }
+// Ends a group of copies.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All groups of this thread but the last kPending have arrived.
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 // All copies of this thread have arrived.
 __device__ __forceinline__ void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -30,6 +37,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// x within [-bound, bound]; a NaN stays.
+__device__ __forceinline__ float clamp(float x, float bound) {
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(bound));
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-bound));
+  return x;
 }
 
 // Of a launch without the cluster attribute: rank 0 of 1. Older GPUs have no clusters.
@@ -77,15 +91,21 @@ inline void copy_async_16(void* shared, const void* global) {
     copy_now(c);
   } else {
     cusim::async_issue(c);
-    cusim::async_commit();
   }
 }
-inline void copy_async_wait() {
+inline void copy_async_commit() { cusim::async_commit(); }
+template <int kPending>
+void copy_async_wait_group() {
   cusim::AsyncCopy c;
-  while (cusim::async_take(0, &c)) copy_now(c);
+  while (cusim::async_take(kPending, &c)) copy_now(c);
+}
+inline void copy_async_wait() {
+  copy_async_commit();
+  copy_async_wait_group<0>();
 }
 
 inline float exp2_approx(float x) { return exp2f(x); }
+inline float clamp(float x, float bound) { return x < -bound ? -bound : x > bound ? bound : x; }
 
 using cusim::cluster_rank;
 using cusim::cluster_size;

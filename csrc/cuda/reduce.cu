@@ -10,22 +10,15 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-struct Double {
-  double value;
-  static __device__ Double empty() { return {0.0}; }
-  static __device__ Double combine(Double x) { return {warp_sum(x.value)}; }
-};
-
-__device__ double block_sum(double x) {
-  Double* room = reinterpret_cast<Double*>(ptx::dynamic_shared());
-  return combine_over_row(Double{x}, room, 0, kThreads / 32, kThreads / 32).value;
+__device__ double sum_of_block(double x) {
+  return block_sum<kThreads / 32>(x, reinterpret_cast<double*>(ptx::dynamic_shared()));
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) rows_scale_kernel(RowsScale R) {
   double valid = 0;
   for (int64_t n = threadIdx.x; R.mask && n < R.N; n += kThreads) valid += R.mask[n];
-  valid = R.mask ? block_sum(valid) : double(R.N);
+  valid = R.mask ? sum_of_block(valid) : double(R.N);
   if (threadIdx.x) return;
   double divisor = R.divisor * (R.per_row ? valid : 1.0);
   if (R.normalizer) divisor = double(*static_cast<const T*>(R.normalizer));
@@ -37,7 +30,7 @@ __global__ void __launch_bounds__(kThreads)
     rows_sum_kernel(const T* __restrict__ loss, int64_t N, double scale, const double* scale_in_memory, T* sum) {
   double x = 0;
   for (int64_t n = threadIdx.x; n < N; n += kThreads) x += double(loss[n]);
-  x = block_sum(x);
+  x = sum_of_block(x);
   if (scale_in_memory) scale = *scale_in_memory;
   if (threadIdx.x == 0) *sum = scale == 0 ? T(0) : T(x * scale);
 }
@@ -61,7 +54,7 @@ __global__ void __launch_bounds__(256) scale_kernel(char* x, DType type, int siz
   }
 }
 
-constexpr int64_t kRoom = (kThreads / 32 + 1) * sizeof(Double);
+constexpr int64_t kRoom = kThreads / 32 * sizeof(double);
 
 }  // namespace
 

@@ -23,6 +23,18 @@ __device__ __forceinline__ T warp_max(T x) {
   return x;
 }
 
+// Over a block of kWarps warps. room: [kWarps] in shared memory, for this one sum alone.
+template <int kWarps>
+__device__ __forceinline__ double block_sum(double x, double* room) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) x += room[w];
+  return x;
+}
+
 // Combines a value of type X over the threads that share a row: the lanes of each warp, then the
 // warps of the group, then the blocks of the cluster. X::combine(x) combines over a warp's lanes,
 // X::empty() is what changes nothing.

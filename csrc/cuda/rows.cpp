@@ -1,65 +1,17 @@
 // The rows ops on the GPU: checks the contract, allocates, launches. Nothing here waits for the
 // device. FASTKD_CUSIM: the same over host memory, for the tests, in a namespace of its own.
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#if !defined(FASTKD_CUSIM)
-#include <torch/csrc/stable/accelerator.h>
-#endif
-
 #include "common/check.h"
 #include "common/rows_inputs.h"
+#include "cuda/context.h"
 #include "cuda/rows_launch.h"
 #include "cuda/rows_plan.h"
 #include "math/jensen_shannon_series.h"
 
-#if !defined(FASTKD_CUSIM)
-// torch has it where it was built with CUDA; this library loads where it was not as well
-#pragma weak aoti_torch_get_current_cuda_stream
-#endif
-
-#define FASTKD_CUDA_CHECK(call)                                                                   \
-  do {                                                                                            \
-    const cudaError_t e = (call);                                                                 \
-    FASTKD_CHECK(e == cudaSuccess, "CUDA: ", cudaGetErrorString(e), " (", int(e), ") at " #call); \
-  } while (false)
-
 namespace fastkd {
 namespace {
 
-using cuda::Device;
-
-// The device of a tensor, made the current one, and its current stream.
-class Context {
- public:
-#if defined(FASTKD_CUSIM)
-  explicit Context(const Tensor&) { FASTKD_CUDA_CHECK(cuda::current_device(device)); }
-#else
-  explicit Context(const Tensor& x) : guard_(x.get_device_index()) {
-    FASTKD_CHECK(aoti_torch_get_current_cuda_stream, "this torch was built without CUDA");
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
-    stream = static_cast<cudaStream_t>(current);
-    FASTKD_CUDA_CHECK(cuda::current_device(device));
-  }
-#endif
-  Device device{};
-  cudaStream_t stream = nullptr;
-
-#if !defined(FASTKD_CUSIM)
- private:
-  torch::stable::accelerator::DeviceGuard guard_;
-#endif
-};
-
-bool lies_with(const Tensor& x, const Tensor& student) {
-#if defined(FASTKD_CUSIM)
-  return x.is_cpu() && student.is_cpu();
-#else
-  return x.is_cuda() && x.get_device_index() == student.get_device_index();
-#endif
-}
+using cuda::Context;
+using cuda::lies_with;
 
 template <class T>
 const T* optional_data(const OptionalTensor& x, const RowsInputs& in, int64_t numel, ScalarType type,

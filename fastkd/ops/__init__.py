@@ -1,1 +1,11 @@
-"""One file per schedule: fakes, autograd, and the call of the compiled op."""
+"""One file per schedule: fakes, autograd, and the ops of every backend."""
+
+from . import relations, rows
+
+NAMES = (*rows.NAMES, *relations.NAMES)
+
+
+def use_namespace(namespace):
+    """Makes the ops of a namespace, which _library has defined, known to every schedule."""
+    for schedule in (rows, relations):
+        schedule.use_namespace(namespace)

@@ -1,44 +1,91 @@
-"""Relations between the samples of a batch of embeddings."""
+"""Relations between the samples of a batch of embeddings: the pairs and the triples schedules, and
+similarity_preserving, which needs matrix products alone."""
+
+from typing import Any, NamedTuple
 
 import torch
 
 from ..reference import compute_dtype
 from . import similarity
 from .gradient import once, times
-from .rows import OPS
+
+RKD_DISTANCE = 0  # the relations of csrc/common/relations_params.h
 
 
-def _fake_fwd(student, teacher, save):
+class Ops(NamedTuple):
+    """One implementation of the ops."""
+
+    pairs_fwd: Any
+    triples_fwd: Any
+    similarity_fwd: Any
+    scale_: Any
+
+
+NAMES = ("pairs_fwd", "triples_fwd")
+OPS = {}  # by namespace
+
+
+def _fake_fwd(student, teacher, *options):
     """The gradient is in float32 where the student is in float16, whose range it would leave."""
     dtype = torch.float32 if student.dtype is torch.float16 else student.dtype
-    grad = student.new_empty(student.shape if save else (0,), dtype=dtype)
+    grad = student.new_empty(student.shape if options[-1] else (0,), dtype=dtype)
     return student.new_empty((), dtype=compute_dtype(student, teacher)), grad
 
 
+def use_namespace(namespace):
+    """Makes the ops of a namespace, which _library has defined, known here."""
+    for name in NAMES:
+        torch.library.register_fake(f"{namespace}::{name}", _fake_fwd)
+    pairs, triples, scale_ = (getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_"))
+    OPS[namespace] = Ops(pairs, triples, similarity.FWD, scale_)
+
+
 torch.library.register_fake("fastkd::similarity_fwd", _fake_fwd)
+use_namespace("fastkd")
 
 
 class _Relation(torch.autograd.Function):
     """The loss of a student that wants a gradient, which is computed in forward and saved."""
 
     @staticmethod
-    def forward(ctx, namespace, student, teacher):
-        ctx.scale_, ctx.dtype = OPS[namespace].scale_, student.dtype
-        loss, grad = similarity.FWD(student, teacher, True)
+    def forward(ctx, namespace, name, student, teacher, *options):
+        ops = OPS[namespace]
+        ctx.scale_, ctx.dtype = ops.scale_, student.dtype
+        loss, grad = getattr(ops, name)(student, teacher, *options, True)
         ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return None, once(_gradient, ctx, upstream), None
+        grad = once(_gradient, ctx, upstream)
+        return None, None, grad, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _gradient(ctx, upstream):
     return times(ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
 
 
-def similarity_preserving(namespace, student, teacher):
-    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+def _loss(namespace, name, student, teacher, *options):
+    teacher = teacher.detach()
     if student.requires_grad and torch.is_grad_enabled():
-        return _Relation.apply(namespace, student, teacher.detach())
-    return similarity.FWD(student, teacher, False)[0]
+        return _Relation.apply(namespace, name, student, teacher, *options)
+    return getattr(OPS[namespace], name)(student, teacher, *options, False)[0]
+
+
+# The losses of fastkd.functional, where their arguments have been checked.
+
+
+def rkd_distance(namespace, student, teacher, normalize, delta):
+    return _loss(namespace, "pairs_fwd", student, teacher, RKD_DISTANCE, delta, normalize)
+
+
+def rkd_angle(namespace, student, teacher, delta):
+    return _loss(namespace, "triples_fwd", student, teacher, 1.0, delta, 0.0, 1.0)
+
+
+def rkd_loss(namespace, student, teacher, *options):
+    return _loss(namespace, "triples_fwd", student, teacher, *options)
+
+
+def similarity_preserving(namespace, student, teacher):
+    return _loss(namespace, "similarity_fwd", student, teacher)

@@ -22,6 +22,7 @@ import triton.language as tl
 
 from ..reference import compute_dtype
 from .divergences import CENTRED, SOFT_CROSS_ENTROPY, log1p, loss_and_slope
+from .registers import limited
 
 NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves; the numbers are those of fastkd/ops/rows.py
 NONE, SUM, BATCHMEAN, MEAN = 0, 1, 2, 3  # reductions; the numbers are those of csrc/common/params.h
@@ -562,7 +563,7 @@ class _Call:
                 *self.arguments(grad, scale), parts, stats, self.N, self.V,
                 DIVERGENCE=o.divergence, IS_CENTRED=o.divergence in CENTRED, SAME_TEMPERATURE=o.same_temperature,
                 T_SQUARED=o.t_squared, PER_ROW=per_row, ONE_TILE=block >= self.V, ROWS=rows, BLOCK=block,
-                num_warps=warps,
+                num_warps=warps, **limited(self.dtype),
             )  # fmt: skip
             if not per_row:
                 sum_kernel[(1,)](parts, *scale, loss, programs, BLOCK=SUM_BLOCK, num_warps=8)
@@ -577,7 +578,7 @@ class _Call:
             rows_bwd_kernel[(triton.cdiv(self.N, rows), triton.cdiv(self.V, block))](
                 *self.arguments(grad, self.scale()), stats, upstream, int(upstream.numel() > 1), self.N, self.V,
                 DIVERGENCE=o.divergence, SAME_TEMPERATURE=o.same_temperature, T_SQUARED=o.t_squared,
-                ROWS=rows, BLOCK=block, num_warps=warps,
+                ROWS=rows, BLOCK=block, num_warps=warps, **limited(self.dtype),
             )  # fmt: skip
 
 

@@ -1,0 +1,213 @@
+"""The relational losses, and their gradient to the student.
+
+Beside them stands the published code. Rates are of the least work: every pair's inner products once
+per side, the products that make the gradient, 30 operations a triple of the angles; what a schedule
+computes again, because it holds no N x N matrix, does not count. They are shown as a share of the rate
+that ``torch.mm`` reaches in the same run.
+"""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastkd
+from fastkd import functional
+
+from .measure import Provider, interleave
+from .peers import judge, own_backends
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CASES = {  # loss, N x D, dtype
+    "cpu": [
+        *(("rkd_distance", shape, "float32") for shape in ("256x512", "1024x512", "4096x512", "8192x256")),
+        ("rkd_distance", "4096x512", "bfloat16"),
+        ("rkd_distance", "32768x128", "float32"),
+        *(("rkd_angle", shape, "float32") for shape in ("256x512", "512x512")),
+        ("rkd_loss", "256x512", "float32"),
+        *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
+    ],
+    "cuda": [
+        *(("rkd_distance", shape, "bfloat16") for shape in ("1024x512", "16384x512", "65536x512")),
+        *(("rkd_distance", shape, "float32") for shape in ("256x512", "4096x512")),
+        *(("rkd_angle", shape, "float32") for shape in ("256x512", "512x512", "1024x512")),
+        ("rkd_loss", "256x512", "float32"),
+        *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
+    ],
+}
+PRODUCT = 2048  # torch.mm of two matrices of this size
+MOST_BYTES = 16 << 30  # that the published code may hold
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+
+
+def distances(x):
+    squares = x.square().sum(1)
+    d = (squares[:, None] + squares[None] - 2 * x @ x.T).clamp(min=1e-12).sqrt()
+    return d * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+
+
+def eager_distance(student, teacher):
+    with torch.no_grad():
+        t = distances(teacher)
+        t = t / t[t > 0].mean()
+    s = distances(student)
+    return F.smooth_l1_loss(s / s[s > 0].mean(), t)
+
+
+def cosines(x, vertices=slice(None)):
+    """[vertices, N, N]"""
+    unit = F.normalize(x[None] - x[vertices, None], dim=2)
+    return torch.bmm(unit, unit.transpose(1, 2))
+
+
+def eager_angle(student, teacher):
+    with torch.no_grad():
+        t = cosines(teacher)
+    return F.smooth_l1_loss(cosines(student), t)
+
+
+def eager_both(student, teacher):
+    return 25 * eager_distance(student, teacher) + 50 * eager_angle(student, teacher)
+
+
+def eager_similarity(student, teacher):
+    with torch.no_grad():
+        t = F.normalize(teacher @ teacher.T, dim=1)
+    return (F.normalize(student @ student.T, dim=1) - t).square().sum() / len(student) ** 2
+
+
+EAGER = {
+    "rkd_distance": eager_distance,
+    "rkd_angle": eager_angle,
+    "rkd_loss": eager_both,
+    "similarity_preserving": eager_similarity,
+}
+
+
+def eager_bytes(name, N, D, itemsize):
+    """Of the largest tensors that the published code holds at once."""
+    pairs, triples = 7 * N * N, 2 * N * N * D + 2 * N**3
+    return itemsize * {"rkd_distance": pairs, "similarity_preserving": pairs}.get(name, triples)
+
+
+def least_flops(name, N, D):
+    distance, angle = 4 * N * N * D, 4 * N * N * D + 15 * N**3
+    samples, features = 2 * N * N * 4 * D, 20 * N * D * D
+    return {
+        "rkd_distance": distance,
+        "rkd_angle": angle,
+        "rkd_loss": distance + angle,
+        "similarity_preserving": min(samples, features),
+    }[name]
+
+
+class Truth:
+    """The published formulas in float64; angles from a few vertices at a time."""
+
+    def __init__(self, name, student, teacher):
+        x, y = student.detach().double().requires_grad_(), teacher.double()
+        terms = []
+        if name in ("rkd_angle", "rkd_loss"):
+            weight, N = 50 if name == "rkd_loss" else 1, len(x)
+            terms += [
+                functools.partial(self._angles, x, y, slice(a, a + 8), weight / N**3) for a in range(0, N, 8)
+            ]  # fmt: skip
+        if name in ("rkd_distance", "rkd_loss"):
+            terms.append(lambda: (25 if name == "rkd_loss" else 1) * eager_distance(x, y))
+        if name == "similarity_preserving":
+            terms.append(lambda: eager_similarity(x, y))
+        self.loss = 0.0
+        for term in terms:
+            loss = term()
+            loss.backward()
+            self.loss += loss.item()
+        self.grad = x.grad
+
+    @staticmethod
+    def _angles(x, y, vertices, scale):
+        with torch.no_grad():
+            t = cosines(y, vertices)
+        return F.smooth_l1_loss(cosines(x, vertices), t, reduction="sum") * scale
+
+    def errors(self, loss, grad):
+        difference = grad.double() - self.grad
+        return {
+            "loss_error": abs(loss.item() - self.loss) / abs(self.loss),
+            "gradient_error": (difference.norm() / self.grad.norm()).item(),
+        }
+
+
+def wrong(errors, dtype):
+    """Whether errors are beyond what a kernel may have."""
+    tolerance = GRADIENT_TOLERANCE[dtype]
+    loss_tolerance = LOSS_TOLERANCE if dtype is torch.float32 else tolerance
+    return not (errors["loss_error"] <= loss_tolerance and errors["gradient_error"] <= tolerance)
+
+
+def own(name, backend):
+    loss = getattr(functional, name)
+
+    def chosen(student, teacher):
+        with fastkd.backend(backend):
+            return loss(student, teacher)
+
+    return loss if backend == "cpu" else chosen  # there it is the automatic choice
+
+
+def provide(name, loss, student, teacher):
+    def leaf():
+        return student.detach().requires_grad_(), teacher
+
+    def answer():
+        x, _ = leaf()
+        found = loss(x, teacher)
+        found.backward()
+        return found.detach(), x.grad
+
+    return Provider(name, leaf, lambda x, y: loss(x, y).backward(), answer)
+
+
+def providers(name, student, teacher):
+    """All that can run here, and of the others why not."""
+    torch._dynamo.reset()
+    backends, missing = own_backends(student.device.type)
+    losses = {label: own(name, backend) for label, backend in backends.items()}
+    held = eager_bytes(name, *student.shape, student.element_size())
+    if held <= MOST_BYTES:
+        losses |= {"eager": EAGER[name], "torch.compile": torch.compile(EAGER[name], dynamic=False)}
+    else:
+        missing |= {"eager": f"would hold {held / 2**30:.0f} GiB"}
+    found = [provide(label, loss, student, teacher) for label, loss in losses.items()]
+    a, b = (torch.randn(PRODUCT, PRODUCT, device=student.device).to(student.dtype) for _ in range(2))
+    found.append(Provider("mm", lambda: (a, b), torch.mm))
+    return found, missing
+
+
+def test_relations(benchmark, case, rounds, device):
+    name, shape, dtype = case
+    N, D = map(int, shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(N, D, generator=generator).to(device, DTYPES[dtype]) for _ in range(2))
+    found, missing = providers(name, student, teacher)
+    errors = {}
+    if len(found) > 2:  # what eager code cannot hold has no truth either
+        errors = judge(found, missing, Truth(name, student, teacher))
+    flops, heavy = least_flops(name, N, D), device == "cpu" and (N > 2048 or ("distance" not in name and N > 256))
+    results = interleave(benchmark, found, min(rounds, 3) if heavy else rounds, 1, device)
+    rate = 2 * PRODUCT**3 / results["mm"]["median_s"]
+    for label, result in results.items():
+        result.update(
+            product_share=(2 * PRODUCT**3 if label == "mm" else flops) / result["median_s"] / rate,
+            **errors.get(label, {}),
+        )
+    itemsize = DTYPES[dtype].itemsize
+    benchmark.extra_info.update(
+        case=f"{name} {shape} {dtype}", loss=name, shape=[N, D], dtype=dtype, mode="forward+backward",
+        gradient_bytes=N * D * itemsize, pairs_bytes=N * N * itemsize, flops=flops, product_flops_per_s=rate,
+        providers=results, missing=missing,
+    )  # fmt: skip
+    bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype])}
+    if bad:  # measured all the same, to be seen in the file
+        pytest.fail(f"wrong beyond what a kernel may be: {bad}")

@@ -1,0 +1,25 @@
+// What the pairs and the triples schedules are told of their tensors. No torch header reaches a kernel.
+#pragma once
+#include "common/params.h"
+
+namespace fastkd {
+
+// Relations between two samples, each as its functor of math/relation.h is named. The numbers are
+// those of fastkd/ops/pairs.py.
+#define FASTKD_FOR_EACH_RELATION(X) X(RkdDistance)
+#define FASTKD_RELATION_ENUMERATOR(name) k##name,
+enum class Relation : int64_t { FASTKD_FOR_EACH_RELATION(FASTKD_RELATION_ENUMERATOR) kCount };
+#undef FASTKD_RELATION_ENUMERATOR
+
+// Embeddings [N, D], strides in elements.
+struct Embeddings {
+  const char* data;
+  DType dtype;
+  int32_t element_size;
+  int64_t D;
+  int64_t stride_n, stride_d;
+
+  FASTKD_HD const char* at(int64_t n, int64_t d) const { return data + (n * stride_n + d * stride_d) * element_size; }
+};
+
+}  // namespace fastkd

@@ -1,0 +1,375 @@
+"""The pairs schedule in Triton: a loss over all pairs of embeddings [N, D], and its gradient.
+
+    d_ij = |x_i - x_j|, mu = its mean over the pairs; u_ij = d_ij / mu of the student, v_ij of the teacher
+    RKD distance   loss = 1/N^2 sum_ij huber(u_ij - v_ij), r = clamp(u - v, -delta, delta), C = mean of r u
+    W_ij = 2 / (N^2 mu) (r_ij - C) / d_ij, gradient = diag(W 1) X - W X
+
+Tiles of both Gram matrices become distances of a strip of rows, which stays in the L2 cache; loss
+and W are functions of these, and tiles of W are made in registers where they are multiplied by X.
+Up to STRIP elements all of N x N is one strip: distances are computed once. Beyond that they are
+computed anew for the means, the loss (both in the upper triangle of strips) and the gradient.
+Memory: the strips, a constant; of float32, a centred copy of the embeddings.
+Saved for backward: the gradient.
+
+Where a pair is so close that its distance, or the difference of its rows in W X, would cancel
+between products, both come from the differences of the rows as they were given. In float64
+everything does.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..reference import compute_dtype
+from .embeddings import add_up, any_of, clamp, gradient_dtype, prepare, row_pointer, squared_distances, total
+
+STRIP = 2**22  # distances of student and of teacher that are in memory at a time, for N >= 128
+FLOOR = tl.constexpr(1e-6)  # of distances: those of equal rows
+CLOSE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products cancel
+
+# In the kernels
+#   strip   pointers to the distances of student and teacher, [rows of the strip, pitch]: 0 on the
+#           diagonal and, as pitch is N rounded up so that rows are aligned, beyond N
+#   means   pointer to mu and tau, or None: both are 1
+
+
+@triton.jit
+def _gram(
+    x, first_i, first_j, N, D,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    i_row, j_row = row_pointer(x, first_i, D), row_pointer(x, first_j, D)
+    products = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for first in range(0, D, BLOCK_D):
+        k = first + tl.arange(0, BLOCK_D)
+        a_mask, b_mask = (first_i + i < N)[:, None] & (k < D)[None, :], (first_j + j < N)[None, :] & (k < D)[:, None]
+        a = tl.load(i_row + (i[:, None] * D + k[None, :]), mask=a_mask, other=0.0)
+        b = tl.load(j_row + (j[None, :] * D + k[:, None]), mask=b_mask, other=0.0)
+        products = tl.dot(a, b, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def _distances(
+    given, x, norms, first_i, first_j, N, D, dtype: tl.constexpr, EXACT: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS]; 0 on the diagonal and beyond N."""
+    i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
+    pair = (i < N)[:, None] & (j < N)[None, :] & (i[:, None] != j[None, :])
+    if EXACT:
+        squares = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
+    else:
+        i_norms, j_norms = tl.load(norms + i, mask=i < N, other=0.0), tl.load(norms + j, mask=j < N, other=0.0)
+        of_rows = i_norms[:, None] + j_norms[None, :]
+        squares = of_rows - 2.0 * _gram(x, first_i, first_j, N, D, PRECISION, ROWS, COLUMNS, BLOCK_D)
+        close = pair & (squares < of_rows * CLOSE)
+        if any_of(close):
+            exact = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
+            squares = tl.where(close, exact, squares)
+    distances = tl.where(squares < FLOOR * FLOOR, tl.full((), FLOOR, dtype), tl.sqrt(squares))
+    return tl.where(pair, distances, 0.0)
+
+
+@triton.jit(do_not_specialize=["first_part", "parts_n"])
+def distances_kernel(
+    student, student_operand, student_norms,  # [N, student_D] twice, [N]; see embeddings.Side
+    teacher, teacher_operand, teacher_norms,
+    student_strip, teacher_strip, pitch,  # or None: not to be stored
+    parts, first_part, parts_n,  # [2, parts_n], or None: sums of the distances, from first_part on
+    first, end, first_column, N, student_D, teacher_D,
+    EXACT: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STUDENT_BLOCK_D: tl.constexpr, TEACHER_BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The distances of rows first ... end - 1 to the rows from first_column on."""
+    dtype: tl.constexpr = tl.float64 if EXACT else tl.float32
+    first_i, first_j = first + tl.program_id(0) * ROWS, first_column + tl.program_id(1) * COLUMNS
+    i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
+    at = (i - first)[:, None] * pitch + j[None, :]
+    stored = (i < end)[:, None] & (j < pitch)[None, :]
+    part = first_part + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    twice = tl.where(first_j < end, 1.0, 2.0)  # for the triangle below
+    student_distances = _distances(
+        student, student_operand, student_norms, first_i, first_j, N, student_D, dtype, EXACT,
+        PRECISION, ROWS, COLUMNS, STUDENT_BLOCK_D,
+    )  # fmt: skip
+    if student_strip is not None:
+        tl.store(student_strip + at, student_distances, mask=stored)
+    if parts is not None:
+        tl.store(parts + part, total(student_distances) * twice)
+    teacher_distances = _distances(
+        teacher, teacher_operand, teacher_norms, first_i, first_j, N, teacher_D, dtype, EXACT,
+        PRECISION, ROWS, COLUMNS, TEACHER_BLOCK_D,
+    )  # fmt: skip
+    if student_strip is not None:
+        tl.store(teacher_strip + at, teacher_distances, mask=stored)
+    if parts is not None:
+        tl.store(parts + parts_n + part, total(teacher_distances) * twice)
+
+
+@triton.jit
+def _scales(means, dtype: tl.constexpr):
+    """1 / mu and 1 / tau"""
+    by_mu = tl.full((), 1.0, tl.float64)
+    by_tau = by_mu
+    if means is not None:
+        by_mu /= tl.load(means)
+        by_tau /= tl.load(means + 1)
+    return by_mu.to(dtype), by_tau.to(dtype)
+
+
+@triton.jit(do_not_specialize=["first_part", "parts_n"])
+def loss_kernel(
+    student_strip, teacher_strip, pitch,
+    means,  # [2], or None
+    parts, first_part, parts_n,  # [2, parts_n]: sums of the loss and of r u, from first_part on
+    first, end, first_column,
+    delta: tl.float64,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = student_strip.dtype.element_ty
+    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    j = first_column + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    at, here = i[:, None] * pitch + j[None, :], (first + i < end)[:, None] & (j < pitch)[None, :]
+    by_mu, by_tau = _scales(means, dtype)
+    u = tl.load(student_strip + at, mask=here, other=0.0) * by_mu
+    v = tl.load(teacher_strip + at, mask=here, other=0.0) * by_tau
+    r = clamp(u - v, tl.full((), delta, dtype))
+    part = first_part + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    twice = tl.where(first_column + tl.program_id(1) * COLUMNS < end, 1.0, 2.0)
+    tl.store(parts + part, total(r * ((u - v) - 0.5 * r)) * twice)
+    tl.store(parts + parts_n + part, total(r * u) * twice)
+
+
+@triton.jit
+def _weights(student_distances, teacher_distances, by_mu, by_tau, C, delta):
+    """(r - C) / d; 0 on the diagonal and of equal rows, whose distance does not depend on them."""
+    r = clamp(student_distances * by_mu - teacher_distances * by_tau, delta)
+    there = tl.where(student_distances <= FLOOR, 1.0, student_distances)
+    return tl.where(student_distances <= FLOOR, 0.0, (r - C) / there)
+
+
+@triton.jit
+def _add_differences(
+    acc, given, norms_of_rows, norms, student_rows, teacher_rows, by_mu, by_tau, C, delta,
+    i, row_there, columns, begin, end, N, D, EXACT: tl.constexpr,
+):  # fmt: skip
+    """acc - sum_j w_ij (x_i - x_j), over all pairs or over the close ones, from the rows as they were given."""
+    dtype: tl.constexpr = acc.dtype
+    mask = row_there[:, None] & (columns < D)[None, :]
+    mine = tl.load(given + i.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(dtype)
+    for j in range(begin, end):
+        s = tl.load(student_rows + j, mask=row_there, other=0.0)
+        w = _weights(s, tl.load(teacher_rows + j, mask=row_there, other=0.0), by_mu, by_tau, C, delta)
+        if not EXACT:
+            w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * CLOSE, w, 0.0)
+        row = row_pointer(given, j, D)
+        acc -= w[:, None] * (mine - tl.load(row + columns, mask=columns < D, other=0.0).to(dtype)[None, :])
+    return acc
+
+
+@triton.jit
+def grad_kernel(
+    given, x, norms,  # [N, D] twice, [N]; see embeddings.Side
+    student_strip, teacher_strip, pitch,
+    means,  # [2], or None
+    totals,  # [2], or None: C is its second
+    added,  # [N, D], or None: to be added
+    grad,  # [N, D]
+    first, end, N, D,
+    delta: tl.float64, scale: tl.float64,
+    EXACT: tl.constexpr, CLOSE_APART: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
+    """CLOSE_APART: close pairs are to be kept out of the product."""
+    dtype: tl.constexpr = student_strip.dtype.element_ty
+    half: tl.constexpr = x.dtype.element_ty == tl.bfloat16  # float16 has not the range of the weights
+    i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    there = i < end
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    by_mu, by_tau = _scales(means, dtype)
+    bound = tl.full((), delta, dtype)
+    C = tl.zeros((), dtype) if totals is None else tl.load(totals + 1).to(dtype)
+    of_row = (i - first) * pitch
+    norms_of_rows = tl.load(norms + i, mask=there, other=0.0) if CLOSE_APART else None
+
+    acc = tl.zeros((ROWS, COLUMNS), dtype)
+    sums = tl.zeros((ROWS,), dtype)
+    if EXACT:
+        acc = _add_differences(
+            acc, given, None, None, student_strip + of_row, teacher_strip + of_row, by_mu, by_tau, C, bound,
+            i, there, columns, 0, N, N, D, EXACT,
+        )  # fmt: skip
+    else:
+        for begin in range(0, N, OTHERS):
+            j = begin + tl.arange(0, OTHERS)
+            at, here = of_row[:, None] + j[None, :], there[:, None] & (j < pitch)[None, :]
+            s = tl.load(student_strip + at, mask=here, other=0.0)
+            w = _weights(s, tl.load(teacher_strip + at, mask=here, other=0.0), by_mu, by_tau, C, bound)
+            if CLOSE_APART:
+                of_pair = norms_of_rows[:, None] + tl.load(norms + j, mask=j < N, other=0.0)[None, :]
+                close = (s > FLOOR) & (s * s < of_pair * CLOSE)
+                if any_of(close):
+                    acc = _add_differences(
+                        acc, given, norms_of_rows, norms, student_strip + of_row, teacher_strip + of_row,
+                        by_mu, by_tau, C, bound, i, there, columns, begin, tl.minimum(begin + OTHERS, N), N, D, EXACT,
+                    )  # fmt: skip
+                w = tl.where(close, 0.0, w)
+            mask = (j < N)[:, None] & (columns < D)[None, :]
+            at = tl.arange(0, OTHERS)[:, None] * D + columns[None, :]
+            others = tl.load(row_pointer(x, begin, D) + at, mask=mask, other=0.0)
+            if half:  # the sum is of the weights as they are multiplied: or a translation would matter
+                w = w.to(tl.bfloat16)
+            else:
+                others = others.to(tl.float32)
+            sums += tl.sum(w.to(tl.float32), 1)
+            acc = tl.dot(w, others, acc, input_precision=PRECISION)
+
+    first_row = first + tl.program_id(0) * ROWS
+    at, mask = tl.arange(0, ROWS)[:, None] * D + columns[None, :], there[:, None] & (columns < D)[None, :]
+    mine = tl.load(row_pointer(x, first_row, D) + at, mask=mask, other=0.0).to(dtype)
+    result = (sums[:, None] * mine - acc) * (tl.full((), scale, dtype) * by_mu)
+    if added is not None:
+        result += tl.load(row_pointer(added, first_row, D) + at, mask=mask, other=0.0)
+    tl.store(row_pointer(grad, first_row, D) + at, result.to(grad.dtype.element_ty), mask=mask)
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    depth: int  # of the sums of products
+    warps: int
+    stages: int = 3
+
+
+def _up_to(limit, n):
+    """A power of 2, at least the 16 that products need."""
+    return min(limit, max(16, triton.next_power_of_2(n)))
+
+
+def distances_tile(N, D, element_size):
+    """For one side; rows and columns do not depend on it."""
+    if element_size == 8:
+        return Tile(_up_to(32, N), _up_to(32, N), 1, 4)
+    return Tile(_up_to(64, N), _up_to(64, N), _up_to(64 if element_size == 2 else 16, D), 8 if N > 32 else 4)
+
+
+def grad_tile(N, D, dtype):
+    if dtype is torch.float64:
+        return Tile(_up_to(16, N), _up_to(64, D), 1, 4)
+    others = _up_to(64 if dtype is torch.bfloat16 else 16, N)
+    if N * D < 2**19:
+        return Tile(_up_to(32, N), _up_to(64, D), others, 4, 2)
+    return Tile(_up_to(64, N), _up_to(128 if dtype is torch.bfloat16 else 64, D), others, 8, 2)
+
+
+LOSS_TILE = Tile(32, 128, 0, 4)
+
+
+def _precision():
+    """CDNA has no TF32 to take three of."""
+    return "ieee" if triton.runtime.driver.active.get_current_target().backend == "hip" else "tf32x3"
+
+
+class Pairs:
+    """The calls for one student and teacher; both contiguous, N > 1."""
+
+    def __init__(self, student, teacher, delta, normalize):
+        self.dtype = compute_dtype(student, teacher)
+        self.exact = self.dtype is torch.float64
+        self.delta, self.normalize = float(delta), normalize
+        self.sides = prepare(student, teacher, self.exact)
+        self.student, self.teacher = student, teacher
+        self.N = len(student)
+        self.pitch = triton.cdiv(self.N, 16) * 16
+        self.strip_rows = self.N
+        if self.N * self.pitch > STRIP:  # a multiple of every tile, so that a strip's own block ends with one
+            self.strip_rows = max(128, STRIP // self.pitch // 128 * 128)
+        self.strips = range(0, self.N, self.strip_rows)
+        shape = (self.strip_rows, self.pitch)
+        self.strip = tuple(student.new_empty(shape, dtype=self.dtype) for _ in range(2))
+        self.precision = _precision()
+
+    def _count(self, tile):
+        """Programs over the upper triangle of strips."""
+        N, height = self.N, self.strip_rows
+        return [
+            triton.cdiv(min(height, N - first), tile.rows) * triton.cdiv(self.pitch - first, tile.columns)
+            for first in self.strips
+        ]
+
+    def _distances(self, first, first_column, parts=None, first_part=0, parts_n=0):
+        end = min(first + self.strip_rows, self.N)
+        tiles = [
+            distances_tile(self.N, x.shape[1], 8 if self.exact else x.element_size())
+            for x in (self.student, self.teacher)
+        ]
+        tile = tiles[0]
+        distances_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(self.pitch - first_column, tile.columns))](
+            *self.sides[0], *self.sides[1], *self.strip, self.pitch, parts, first_part, parts_n,
+            first, end, first_column, self.N, self.student.shape[1], self.teacher.shape[1],
+            EXACT=self.exact, PRECISION=self.precision, ROWS=tile.rows, COLUMNS=tile.columns,
+            STUDENT_BLOCK_D=tile.depth, TEACHER_BLOCK_D=tiles[1].depth, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    def forward(self, weight, previous, loss):
+        """loss = weight x the loss + previous, [1] or None. Returns the means and the totals."""
+        N, one = self.N, len(self.strips) == 1
+        means = None
+        if self.normalize:
+            counts = self._count(distances_tile(N, 1, 8 if self.exact else 4))
+            parts = self.student.new_empty((2, sum(counts)), dtype=torch.float64)
+            at = 0
+            for first, count in zip(self.strips, counts, strict=True):
+                self._distances(first, first, parts, at, parts.shape[1])
+                at += count
+            means = add_up(parts, 1.0 / (N * (N - 1)), 1.0 / (N * (N - 1)))
+        elif one:
+            self._distances(0, 0)
+        tile = LOSS_TILE
+        counts = self._count(tile)
+        parts = self.student.new_empty((2, sum(counts)), dtype=torch.float64)
+        at = 0
+        for first, count in zip(self.strips, counts, strict=True):
+            if not one:
+                self._distances(first, first)
+            end = min(first + self.strip_rows, N)
+            loss_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(self.pitch - first, tile.columns))](
+                *self.strip, self.pitch, means, parts, at, parts.shape[1], first, end, first, self.delta,
+                ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+            )  # fmt: skip
+            at += count
+        return means, add_up(parts, weight / N**2, 1.0 / (N * (N - 1)), previous, loss)
+
+    def backward(self, means, totals, weight, added, grad):
+        N, D = self.student.shape
+        side = self.sides[0]
+        tile = grad_tile(N, D, torch.float64 if self.exact else self.student.dtype)
+        for first in self.strips:
+            if len(self.strips) > 1:
+                self._distances(first, 0)
+            end = min(first + self.strip_rows, N)
+            grad_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(D, tile.columns))](
+                *side, *self.strip, self.pitch, means, totals if self.normalize else None, added, grad,
+                first, end, N, D, self.delta, 2.0 * weight / N**2, EXACT=self.exact,
+                CLOSE_APART=not self.exact and side.operand.dtype is not torch.bfloat16, PRECISION=self.precision,
+                ROWS=tile.rows, COLUMNS=tile.columns, OTHERS=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
+
+
+def pairs_fwd(student, teacher, relation, delta, normalize, save):
+    """The loss, and its gradient for an upstream gradient of 1; empty where it is not saved."""
+    student, teacher = student.contiguous(), teacher.contiguous()
+    loss = student.new_zeros((), dtype=compute_dtype(student, teacher))
+    grad = student.new_empty(student.shape if save else 0, dtype=gradient_dtype(student))
+    if len(student) < 2:
+        return loss, grad.zero_()
+    with torch.cuda.device_of(student):
+        call = Pairs(student, teacher, delta, normalize)
+        means, totals = call.forward(1.0, None, loss)
+        if save:
+            call.backward(means, totals, 1.0, None, grad)
+    return loss, grad

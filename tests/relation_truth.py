@@ -1,0 +1,134 @@
+"""The relational losses once more, by hand: values and gradients in float64, by differences, without
+a Gram matrix where one cancels. Independent of fastkd.reference, like the published code below."""
+
+import torch
+import torch.nn.functional as F
+
+
+def _double(x):
+    return x.detach().double().contiguous()
+
+
+def _huber(e, delta):
+    """Values and derivatives."""
+    slope = e.clamp(-delta, delta)
+    return slope * (e - slope / 2), slope
+
+
+def _lengths(x):
+    """|x_i - x_j| [N, N], at least 1e-6 off the diagonal; and where they have a derivative."""
+    squares = x.new_zeros(len(x), len(x))
+    for i, row in enumerate(x):
+        squares[i] = (x - row).square().sum(1)
+    lengths = squares.clamp(min=1e-12).sqrt()
+    return lengths.fill_diagonal_(0.0), squares >= 1e-12
+
+
+def rkd_distance(student, teacher, normalize="mean", delta=1.0):
+    x, y = _double(student), _double(teacher)
+    N, pairs = len(x), len(x) * (len(x) - 1)
+    if N < 2:
+        return x.new_zeros(()), torch.zeros_like(x)
+    (d, free), (v, _) = _lengths(x), _lengths(y)
+    mean = d.sum() / pairs if normalize else x.new_ones(())
+    u, v = d / mean, v / (v.sum() / pairs if normalize else 1)
+    values, slopes = _huber(u - v, delta)
+    slopes = slopes / N**2 / mean  # of the loss with respect to d, the mean held
+    if normalize:
+        slopes = slopes - (slopes * u).sum() / pairs
+    weights = torch.where(free & (d > 0), 2 * slopes / torch.where(d > 0, d, 1.0), 0.0)
+    grad = torch.stack([w @ (row - x) for w, row in zip(weights, x, strict=True)])
+    return values.sum() / N**2, grad
+
+
+def _units(x, a):
+    """Unit vectors from row a to all rows, 0 where they equal it; and one over their lengths."""
+    difference = x - x[a]
+    length = difference.norm(dim=1, keepdim=True)
+    inverse = torch.where(length == 0, 0.0, 1 / length)
+    return difference * inverse, inverse
+
+
+def rkd_angle(student, teacher, delta=1.0):
+    x, y = _double(student), _double(teacher)
+    N = len(x)
+    total, grad = x.new_zeros(()), torch.zeros_like(x)
+    for a in range(N):
+        u, inverse = _units(x, a)
+        v, _ = _units(y, a)
+        e = u @ u.T - v @ v.T
+        slopes = e.clamp(-delta, delta)
+        total += (slopes * (e - slopes / 2)).sum()
+        to_units = 2 * slopes @ u
+        to_rows = (to_units - (to_units * u).sum(1, keepdim=True) * u) * inverse
+        grad += to_rows
+        grad[a] -= to_rows.sum(0)
+    return (total / N**3, grad / N**3) if N else (total, grad)
+
+
+def rkd_loss(student, teacher, distance_weight=25.0, angle_weight=50.0, distance_delta=1.0, angle_delta=1.0):
+    by_distance = rkd_distance(student, teacher, delta=distance_delta)
+    by_angle = rkd_angle(student, teacher, delta=angle_delta)
+    return tuple(distance_weight * d + angle_weight * a for d, a in zip(by_distance, by_angle, strict=True))
+
+
+def similarity_preserving(student, teacher):
+    x, y = _double(student), _double(teacher)
+    N = len(x)
+    if not N:
+        return x.new_zeros(()), torch.zeros_like(x)
+    G, H = x @ x.T, y @ y.T
+    inverse, teacher_inverse = (torch.where(z == 0, 0.0, 1 / z) for z in (G.norm(dim=1), H.norm(dim=1)))
+    s, t = G * inverse[:, None], H * teacher_inverse[:, None]
+    difference = s - t
+    to_G = (difference - (difference * s).sum(1, keepdim=True) * s) * inverse[:, None] * 2 / N**2
+    return difference.square().sum() / N**2, (to_G + to_G.T) @ x
+
+
+TRUTH = {f.__name__: f for f in (rkd_distance, rkd_angle, rkd_loss, similarity_preserving)}
+
+
+# As published, in the order of the published code.
+
+
+def _pdist(e, eps=1e-12):
+    squares = e.square().sum(1)
+    d = (squares[:, None] + squares[None] - 2 * e @ e.T).clamp(min=eps).sqrt()
+    return d * (1 - torch.eye(len(e), dtype=e.dtype))
+
+
+def _published_distance(student, teacher):
+    with torch.no_grad():
+        t = _pdist(teacher)
+        t = t / t[t > 0].mean()
+    d = _pdist(student)
+    return F.smooth_l1_loss(d / d[d > 0].mean(), t)
+
+
+def _published_angles(e):
+    unit = F.normalize(e[None] - e[:, None], p=2, dim=2)
+    return torch.bmm(unit, unit.transpose(1, 2))
+
+
+def _published_angle(student, teacher):
+    return F.smooth_l1_loss(_published_angles(student), _published_angles(teacher))
+
+
+def _published_similarity(student, teacher):
+    s, t = (F.normalize(e @ e.T, p=2, dim=1) for e in (student, teacher))
+    return (s - t).square().sum() / len(s) ** 2
+
+
+PUBLISHED = {
+    "rkd_distance": _published_distance,
+    "rkd_angle": _published_angle,
+    "rkd_loss": lambda s, t: 25 * _published_distance(s, t) + 50 * _published_angle(s, t),
+    "similarity_preserving": _published_similarity,
+}
+
+
+def published(name, student, teacher):
+    """Loss and gradient of the published code, in float64."""
+    x, y = _double(student).requires_grad_(), _double(teacher)
+    loss = PUBLISHED[name](x, y)
+    return loss.detach(), torch.autograd.grad(loss, x)[0]
