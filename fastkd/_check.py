@@ -39,9 +39,8 @@ def logits_loss(student, teacher, options):
         mask(options.mask, student)
     if options.weight is not None:
         weight(options.weight, student)
-    for name in ("t_squared", "inplace"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name}: True or False wanted, got {getattr(options, name)!r}")
+    flag("t_squared", options.t_squared)
+    flag("inplace", options.inplace)
     reduction(options.reduction)
     if options.normalizer is not None:
         normalizer(options.normalizer, student, options.reduction)
@@ -142,6 +141,11 @@ def number(name, value):
         return  # the number may be a symbol; the op checks it when it runs
     if not 0 < value < math.inf:  # false for NaN
         raise ValueError(f"{name}: a positive finite number wanted, got {value}")
+
+
+def flag(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: True or False wanted, got {value!r}")
 
 
 def normalize(value):

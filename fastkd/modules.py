@@ -22,6 +22,8 @@ class _LogitsLoss(torch.nn.Module):
         _check.number("temperature", temperature)
         if teacher_temperature is not None:
             _check.number("teacher_temperature", teacher_temperature)
+        _check.flag("t_squared", t_squared)
+        _check.flag("inplace", inplace)
         _check.reduction(reduction)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
@@ -79,8 +81,23 @@ class JSDivLoss(_LogitsLoss):
     _function = staticmethod(functional.js_div)
     _options = ("beta", *_LogitsLoss._options)
 
-    def __init__(self, *, beta=0.5, **options):
-        super().__init__(**options)
+    def __init__(
+        self,
+        *,
+        beta=0.5,
+        temperature=1.0,
+        teacher_temperature=None,
+        t_squared=True,
+        reduction="batchmean",
+        inplace=False,
+    ):
+        super().__init__(
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            t_squared=t_squared,
+            reduction=reduction,
+            inplace=inplace,
+        )
         _check.share("beta", beta)
         self.beta = beta
 

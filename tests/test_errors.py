@@ -137,11 +137,14 @@ def test_options_are_keywords():
         ({"teacher_temperature": -1.0}, ValueError, "teacher_temperature"),
         ({"temperature": "hot"}, TypeError, "temperature"),
         ({"reduction": "average"}, ValueError, "reduction"),
+        ({"t_squared": 2}, TypeError, "t_squared"),
+        ({"inplace": None}, TypeError, "inplace"),
     ],
 )
-def test_module_checks_its_options_when_it_is_built(options, error, argument):
+@pytest.mark.parametrize("module", [fastkd.KLDivLoss, fastkd.JSDivLoss])
+def test_module_checks_its_options_when_it_is_built(module, options, error, argument):
     with pytest.raises(error, match=f"^{argument}: "):
-        fastkd.KLDivLoss(**options)
+        module(**options)
 
 
 RELATIONAL = {
