@@ -26,6 +26,12 @@ SCHEMAS = (
     # the weighted sum of both losses; a loss of weight 0 is left out
     "triples_fwd(Tensor student, Tensor teacher, float angle_weight, float angle_delta, float distance_weight, "
     "float distance_delta, bool save) -> (Tensor loss, Tensor grad)",
+    # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
+    # none at all; loss: of all layers, weighted, one per row where nothing is reduced; layers: each one's own
+    "elements_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
+    "int reduction, float[] layer_weights, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
+    "elements_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
+    "int reduction, float[] layer_weights, Tensor upstream) -> Tensor[] grad",
     # x *= factor, of one element; nothing where it is 1, which is seen on the device
     "scale_(Tensor(a!) x, Tensor factor) -> ()",
 )

@@ -1,0 +1,127 @@
+"""The elements schedule: distances between rows of features, of one layer or of many in one call."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .._check import REDUCTIONS
+from .gradient import once, times
+
+# The numbers are those of csrc/math/feature.h.
+FEATURES = {"squares": 0, "l2": 1, "standardize": 2, "cosine": 3}
+REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
+
+
+class Ops(NamedTuple):
+    """One implementation of the ops of the schedule."""
+
+    fwd: Any
+    bwd: Any
+    scale_: Any
+
+
+NAMES = ("elements_fwd", "elements_bwd")
+OPS = {}  # by namespace
+
+
+def compute_dtype(tensors):
+    """Of all layers: float64 where any of them is."""
+    return torch.float64 if any(x.dtype is torch.float64 for x in tensors) else torch.float32
+
+
+def _rows(student, dims):
+    return [x.numel() // x.shape[dim] for x, dim in zip(student, dims, strict=True)]
+
+
+def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_weights, save):
+    dtype = compute_dtype((*student, *teacher))
+    shape = (sum(_rows(student, dims)),) if reduction == 0 else ()
+    loss, layers = student[0].new_empty(shape, dtype=dtype), student[0].new_empty(len(student), dtype=dtype)
+    return loss, layers, [torch.empty_like(x) for x in student] if save else []
+
+
+def _fake_bwd(student, *_):
+    return [torch.empty_like(x) for x in student]
+
+
+def use_namespace(namespace):
+    """Makes the ops of a namespace, which _library has defined, known here."""
+    for name, fake in zip(NAMES, (_fake_fwd, _fake_bwd), strict=True):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_")))
+
+
+use_namespace("fastkd")
+
+
+class _Elements(torch.autograd.Function):
+    """The loss of students that want a gradient.
+
+    It is computed in forward, where both tensors are at hand, and saved. Where the upstream gradient
+    is one per row ("none"), or the gradient in float16 would underflow before the loss scaler
+    multiplies it, backward computes it from the features.
+    """
+
+    @staticmethod
+    def forward(ctx, namespace, options, count, *tensors):
+        students, teachers = list(tensors[:count]), list(tensors[count : 2 * count])
+        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :])
+        ctx.ops, ctx.options, ctx.count = ops, options, count
+        ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in students)
+        loss, layers, grads = ops.fwd(students, teachers, *arguments, not ctx.recompute)
+        ctx.inference = tuple(x if _is_inference(x) else None for x in tensors)
+        if ctx.recompute:
+            ctx.save_for_backward(*(None if _is_inference(x) else x for x in tensors))
+        else:
+            ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(layers)
+        return loss, layers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        grads = [once(lambda x: x, grad) for grad in _gradients(ctx, upstream)]
+        return None, None, None, *grads, *(None for _ in ctx.needs_input_grad[3 + ctx.count :])
+
+
+def _is_inference(x):
+    return not torch.compiler.is_compiling() and x.is_inference()
+
+
+def _gradients(ctx, upstream):
+    with torch.no_grad():
+        if not ctx.recompute:
+            return [times(ctx.ops.scale_, grad, upstream) for grad in ctx.saved_tensors]
+        tensors = [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.inference, strict=True)]
+        count = ctx.count
+        arguments = _arguments(ctx.options, tensors[2 * count :])
+        return ctx.ops.bwd(tensors[:count], tensors[count : 2 * count], *arguments, upstream.contiguous())
+
+
+class Options(NamedTuple):
+    """What the ops are told beside tensors."""
+
+    feature_dims: tuple
+    feature: int
+    masks: int  # how many of the tensors are masks; the others are weights
+    reduction: int
+    layer_weights: tuple
+
+
+def _arguments(options, tensors):
+    masks, weights = list(tensors[: options.masks]), list(tensors[options.masks :])
+    return (
+        list(options.feature_dims), options.feature, masks, weights, options.reduction, list(options.layer_weights)
+    )  # fmt: skip
+
+
+def feature_loss(namespace, feature, students, teachers, dims, masks, weights, reduction, layer_weights):
+    """Loss and layers of :mod:`fastkd.functional`; the arguments have been checked there. The loss is one
+    value per row of all layers where the reduction is "none"."""
+    dtype = compute_dtype((*students, *teachers))
+    teachers = [x.detach() for x in teachers]
+    masks = [x.reshape(-1).contiguous() for x in masks]
+    weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]
+    options = Options(tuple(dims), FEATURES[feature], len(masks), REDUCTION_NUMBERS[reduction], tuple(layer_weights))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in students):
+        return _Elements.apply(namespace, options, len(students), *students, *teachers, *masks, *weights)
+    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights)), False)[:2]
