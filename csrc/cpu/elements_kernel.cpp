@@ -29,22 +29,35 @@ FASTKD_HD T scaled(T value, const Scale<T>& scale) {
   return (kCentred ? (value - scale.base) - scale.offset : value) * scale.factor;
 }
 
+// Elements that are added up in T; what they add up to in double.
+constexpr int64_t kAtOnce = 512;
+
 // In S: T, or double where T's range is too small for squares.
 template <class S, bool kCentred, class T>
 Statistics<T> statistics_in(const T* x, int64_t n) {
   const S base = kCentred ? S(x[0]) : S(0);
   S mean = 0;
   if constexpr (kCentred) {
+    double total = 0;
+    for (int64_t begin = 0; begin < n; begin += kAtOnce) {
+      const int64_t end = std::min(begin + kAtOnce, n);
+      S sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = begin; i < end; ++i) sum += S(x[i]) - base;
+      total += double(sum);
+    }
+    mean = S(total / double(n));
+  }
+  double squares = 0;
+  for (int64_t begin = 0; begin < n; begin += kAtOnce) {
+    const int64_t end = std::min(begin + kAtOnce, n);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) sum += S(x[i]) - base;
-    mean = sum / S(n);
-  }
-  S squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) {
-    const S d = kCentred ? (S(x[i]) - base) - mean : S(x[i]);
-    squares += d * d;
+    for (int64_t i = begin; i < end; ++i) {
+      const S d = kCentred ? (S(x[i]) - base) - mean : S(x[i]);
+      sum += d * d;
+    }
+    squares += double(sum);
   }
   return {double(base), double(mean), double(squares)};
 }
@@ -95,14 +108,17 @@ double squares_row(const ElementsLayer& layer, const ElementsCall<T>& call, doub
     const int64_t n = D - begin < kFlatRow ? D - begin : kFlatRow;
     const T* s = load_block(layer.student, layer.student.row(row), begin, n, student);
     const T* t = load_block(layer.teacher, layer.teacher.row(row), begin, n, teacher);
-    T sum = 0;
+    for (int64_t first = 0; first < n; first += kAtOnce) {
+      const int64_t last = std::min(first + kAtOnce, n);
+      T sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; ++i) {
-      const T e = s[i] - t[i];
-      out[i] = k * e;
-      sum += e * e;
+      for (int64_t i = first; i < last; ++i) {
+        const T e = s[i] - t[i];
+        out[i] = k * e;
+        sum += e * e;
+      }
+      loss += double(sum);
     }
-    loss += double(sum);
     if (layer.grad.data) store_block(layer.grad, layer.grad.row(row), begin, n, out, call.stream);
   }
   return keep(layer, call, row, loss * row_scale(layer, call, row, false));
@@ -118,24 +134,30 @@ double normalized_row(const ElementsLayer& layer, const ElementsCall<T>& call, d
   const Statistics<T> of_s = statistics<kCentred>(s, D), of_t = statistics<kCentred>(t, D);
   const FeatureScale scale_s = feature_scale(F, 0, of_s.squares, D), scale_t = feature_scale(F, 0, of_t.squares, D);
   const Scale<T> a = to_scale(scale_s, of_s), b = to_scale(scale_t, of_t);
-  T sum = 0, sum_e = 0, sum_xe = 0;
-#pragma omp simd reduction(+ : sum, sum_e, sum_xe)
-  for (int64_t i = 0; i < D; ++i) {
-    const T x = scaled<T, kCentred>(s[i], a), e = x - scaled<T, kCentred>(t[i], b);
-    difference[i] = e;
-    sum += e * e;
-    sum_e += e;
-    sum_xe += x * e;
+  double squares = 0, sum_e = 0, sum_xe = 0;
+  for (int64_t begin = 0; begin < D; begin += kAtOnce) {
+    const int64_t end = std::min(begin + kAtOnce, D);
+    T ee = 0, e1 = 0, xe = 0;
+#pragma omp simd reduction(+ : ee, e1, xe)
+    for (int64_t i = begin; i < end; ++i) {
+      const T x = scaled<T, kCentred>(s[i], a), e = x - scaled<T, kCentred>(t[i], b);
+      difference[i] = e;
+      ee += e * e;
+      e1 += e;
+      xe += x * e;
+    }
+    squares += double(ee);
+    sum_e += double(e1);
+    sum_xe += double(xe);
   }
   if (layer.grad.data) {
-    const FeatureSlope slope =
-        feature_slope(F, scale_s, double(sum_e), double(sum_xe), D, scale * row_scale(layer, call, row, true));
+    const FeatureSlope slope = feature_slope(F, scale_s, sum_e, sum_xe, D, scale * row_scale(layer, call, row, true));
     const T k = T(slope.k), mean = T(slope.mean), p = T(slope.p);
 #pragma omp simd
     for (int64_t i = 0; i < D; ++i) difference[i] = k * ((difference[i] - mean) - scaled<T, kCentred>(s[i], a) * p);
     store_block(layer.grad, layer.grad.row(row), 0, D, difference, call.stream);
   }
-  return keep(layer, call, row, double(sum) * loss_share(F) * row_scale(layer, call, row, false));
+  return keep(layer, call, row, squares * loss_share(F) * row_scale(layer, call, row, false));
 }
 
 // Up to kSideBySide rows that lie next to each other: vectors run across the rows.
