@@ -120,6 +120,27 @@ def features(students, teachers, dim):
             raise ValueError(f"student: all layers on one device wanted, got {students[0].device} and {student.device}")
 
 
+def maps(student, teacher):
+    """Two tensors [B, C, H, W] that differ in C at most."""
+    _inputs(student, teacher, "maps")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: maps of shape [B, C, H, W] wanted, got {list(x.shape)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: at least one channel wanted, got shape {list(x.shape)}")
+    wanted, given = ([x.shape[0], *x.shape[2:]] for x in (student, teacher))
+    if wanted != given:
+        raise ValueError(f"teacher: the student's B, H and W {wanted} wanted, got {given}")
+    _same_device(student, teacher)
+
+
+def exponent(name, value):
+    """A finite number of at least 1."""
+    number(name, value)
+    if not torch.compiler.is_compiling() and value < 1:
+        raise ValueError(f"{name}: a finite number of at least 1 wanted, got {value}")
+
+
 def dim_of(x, dim):
     """Where the features of a row are: of maps [B, C, H, W] the channels, else the last."""
     if dim is None:

@@ -394,3 +394,40 @@ feature_cosine.__doc__ = _FEATURE.format(
     "            loss per row; of lists a list).",
     source='Sanh et al., "DistilBERT", 2019.',
 )
+
+
+def attention_transfer(student, teacher, *, p=2):
+    _check.maps(student, teacher)
+    _check.exponent("p", p)
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return reference.attention_transfer(student, teacher, float(p))
+    from .ops import attention
+
+    return attention.attention_transfer(_backend.namespace(backend), student, teacher, float(p))
+
+
+attention_transfer.__doc__ = r"""Attention transfer: the student looks where the teacher looks.
+
+    .. math:: \frac{1}{B H W} \sum_{bhw} \left(f^s_{bhw} - f^t_{bhw}\right)^2,\quad
+        f = \frac{A}{\|A\|},\ A = \frac{1}{C} \sum_c |x_c|^p
+
+    with the lengths of maps over H W, of at least 1e-12. What is summed over channels is never stored.
+
+    Args:
+        student: maps ``[B, C, H, W]``, in any memory format; float16, bfloat16, float32 or float64.
+        teacher: maps ``[B, C, H, W]``; the number of channels and the dtype may differ. A constant: no
+            gradient flows to it.
+        p: the power, a finite number of at least 1; whole ones up to 4 are fastest. Default 2.
+
+    Returns:
+        The loss, float64 where an input is float64, else float32. Of no samples 0.
+
+    The gradient has the student's dtype; it is computed in forward, in float16 in backward. A map of zeros
+    has none. A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017.
+    """

@@ -240,3 +240,12 @@ def feature_loss(feature, students, teachers, dims, masks, weights, reduction, l
         return torch.cat(weighted), torch.stack([rows.detach().sum() for rows in losses])
     layers = torch.stack(losses)
     return (layers * layers.new_tensor(layer_weights)).sum(), layers.detach()
+
+
+def attention_transfer(student, teacher, p):
+    dtype = compute_dtype(student, teacher)
+    s, t = (x.to(dtype) for x in (student, _ordinary(teacher).detach()))
+    if not s.shape[0] * s.shape[2] * s.shape[3]:
+        return (s * 0).sum()
+    s, t = (_of_length_one(x.double().abs().pow(p).mean(1).flatten(1)) for x in (s, t))
+    return (s - t).square().mean().to(dtype)
