@@ -96,6 +96,7 @@ def features(students, teachers, dim):
     for name, x in (("student", students), ("teacher", teachers)):
         if not isinstance(x, (list, tuple)):
             raise TypeError(f"{name}: a tensor, or a list of one for each layer wanted, got {type(x).__name__}")
+    feature_dim(dim)
     if not students:
         raise ValueError("student: at least one layer wanted, got an empty list")
     if len(students) != len(teachers):
@@ -141,6 +142,30 @@ def exponent(name, value):
         raise ValueError(f"{name}: a finite number of at least 1 wanted, got {value}")
 
 
+def projector(student, projector_weight, projector_bias, teacher):
+    """features [*, D_s] and [*, D_t], a weight [D_t, D_s] and, or not, a bias [D_t]."""
+    _inputs(student, teacher, "features")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError(f"{name}: features of shape [*, D] wanted, got {list(x.shape)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        wanted = [*student.shape[:-1], teacher.shape[-1]]
+        raise ValueError(f"teacher: the student's leading dimensions {wanted} wanted, got {list(teacher.shape)}")
+    _same_device(student, teacher)
+    shapes = {"projector_weight": [teacher.shape[-1], student.shape[-1]], "projector_bias": [teacher.shape[-1]]}
+    for name, x in (("projector_weight", projector_weight), ("projector_bias", projector_bias)):
+        if x is None and name == "projector_bias":
+            continue
+        _tensor(name, x)
+        _floating(name, x)
+        if list(x.shape) != shapes[name]:
+            raise ValueError(f"{name}: shape {shapes[name]} wanted, got {list(x.shape)}")
+        if x.device != student.device:
+            raise ValueError(f"{name}: a tensor on the student's device {student.device} wanted, got {x.device}")
+        if x.dtype != student.dtype and not torch.is_autocast_enabled(student.device.type):
+            raise TypeError(f"{name}: the student's dtype {student.dtype} wanted, got {x.dtype}")
+
+
 def dim_of(x, dim):
     """Where the features of a row are: of maps [B, C, H, W] the channels, else the last."""
     if dim is None:
@@ -178,6 +203,11 @@ def layer_weights(value, layers):
         raise ValueError(f"layer_weights: one for each of {layers} layers wanted, got {len(value)}")
     for weight_ in value:
         at_least_zero("layer_weights", weight_)
+
+
+def feature_dim(value):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"dim: a whole number wanted, got {type(value).__name__}")
 
 
 def feature_normalize(value):

@@ -32,6 +32,9 @@ SCHEMAS = (
     "int reduction, float[] layer_weights, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
     "elements_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
     "int reduction, float[] layer_weights, Tensor upstream) -> Tensor[] grad",
+    # one layer; the gradient is written over the student; reduction: per row, or their sum
+    "elements_fwd_(Tensor(a!) student, Tensor teacher, int feature_dim, int feature, Tensor? mask, Tensor? weight, "
+    "int reduction) -> Tensor loss",
     # maps [B, C, H, W], whose channels may differ in number
     "attention_fwd(Tensor student, Tensor teacher, float p, bool save) -> (Tensor loss, Tensor grad)",
     "attention_bwd(Tensor student, Tensor teacher, float p, Tensor upstream) -> Tensor grad",

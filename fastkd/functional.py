@@ -431,3 +431,59 @@ attention_transfer.__doc__ = r"""Attention transfer: the student looks where the
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017.
     """
+
+
+def linear_feature_mse(
+    student,
+    projector_weight,
+    teacher,
+    *,
+    projector_bias=None,
+    normalize=None,
+    mask=None,
+    weight=None,
+    reduction="mean",
+):
+    _check.projector(student, projector_weight, projector_bias, teacher)
+    _check.feature_normalize(normalize)
+    rows = [teacher]  # what masks and weights are one per row of
+    if mask is not None:
+        (mask,) = _check.per_layer("mask", mask, rows, -1, _check.is_mask)
+    if weight is not None:
+        (weight,) = _check.per_layer("weight", weight, rows, -1, _check._floating)
+    _check.reduction(reduction)
+    feature, backend = normalize or "squares", _backend.select(student.device)
+    arguments = (feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction)
+    if backend == "torch":
+        loss = reference.linear_feature_loss(*arguments)
+    else:
+        from .ops import elements
+
+        loss = elements.linear_feature_loss(_backend.namespace(backend), *arguments)
+    return loss.view(student.shape[:-1]) if reduction == "none" else loss
+
+
+linear_feature_mse.__doc__ = r"""Mean squared difference of projected student features and a teacher's of another width.
+
+    .. math:: \mathrm{feature\_mse}(student\, W^\top + b,\ teacher)
+
+    with gradients to student, projector_weight and projector_bias, all by torch's matrix products. Of the
+    projected features only the residual is kept, in their own place.
+
+    Args:
+        student: features ``[*, D_s]``; float16, bfloat16, float32 or float64.
+        projector_weight: W, ``[D_t, D_s]``, of the student's dtype (any under autocast).
+        teacher: features ``[*, D_t]``; the dtype may differ. A constant: no gradient flows to it.
+        projector_bias: b, ``[D_t]``. Default: none.
+        normalize, mask, weight, reduction: as in :func:`feature_mse`.
+
+    Returns:
+        The loss, float64 where an input is float64, else float32.
+
+    The residual has the dtype of the projection. A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
+    """

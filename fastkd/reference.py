@@ -249,3 +249,9 @@ def attention_transfer(student, teacher, p):
         return (s * 0).sum()
     s, t = (_of_length_one(x.double().abs().pow(p).mean(1).flatten(1)) for x in (s, t))
     return (s - t).square().mean().to(dtype)
+
+
+def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction):
+    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+    masks, weights = ([] if x is None else [x] for x in (mask, weight))
+    return feature_loss(feature, [projected], [teacher], [projected.dim() - 1], masks, weights, reduction, [1.0])[0]

@@ -18,6 +18,21 @@ struct ElementsInputs {
         reduction(a.next<int64_t>()),
         layer_weights(a.next<std::vector<double>>()) {}
 
+  // Of elements_fwd_: one layer.
+  struct OneLayer {};
+  ElementsInputs(Arguments& a, OneLayer)
+      : student{a.next<Tensor>()},
+        teacher{a.next<Tensor>()},
+        feature_dim{a.next<int64_t>()},
+        feature(a.next<int64_t>()),
+        mask(listed(a.next<OptionalTensor>())),
+        weight(listed(a.next<OptionalTensor>())),
+        reduction(a.next<int64_t>()),
+        layer_weights{1.0} {}
+  static std::vector<Tensor> listed(const OptionalTensor& x) {
+    return x ? std::vector<Tensor>{*x} : std::vector<Tensor>{};
+  }
+
   std::vector<Tensor> student, teacher;
   std::vector<int64_t> feature_dim;
   int64_t feature;

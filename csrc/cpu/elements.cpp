@@ -65,7 +65,8 @@ class Elements {
         blocks_.push_back({l, begin, begin + step < layer.N ? begin + step : layer.N});
       }
     }
-    stream_ = bytes > kStreamBytes;
+    const bool over_student = !grads.empty() && layers_[0].grad.data == layers_[0].student.data;
+    stream_ = bytes > kStreamBytes && !over_student;
   }
 
   // The sum of each layer's rows, times what its reduction says.
@@ -165,6 +166,23 @@ void elements_fwd(StableIValue* stack, uint64_t, uint64_t) {
   stack[2] = torch::stable::detail::from(grads);
 }
 
+void elements_fwd_(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const ElementsInputs in(arguments, ElementsInputs::OneLayer());
+  check_all(in);
+  const bool per_row = Reduction(in.reduction) == Reduction::kNone;
+  FASTKD_CHECK(per_row || Reduction(in.reduction) == Reduction::kSum, "reduction: per row or the sum wanted");
+  const std::vector<int64_t> shape = per_row ? std::vector<int64_t>{in.rows()} : std::vector<int64_t>{};
+  const Tensor loss = torch::stable::new_empty(in.student[0], shape, in.compute());
+  dispatch_compute(in.compute(), [&](auto zero) {
+    using T = decltype(zero);
+    T* to = static_cast<T*>(loss.mutable_data_ptr());
+    const double sum = Elements<T>(in, in.student).run(nullptr, 0, per_row ? to : nullptr)[0];
+    if (!per_row) *to = T(sum);
+  });
+  stack[0] = torch::stable::detail::from(loss);
+}
+
 void elements_bwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const ElementsInputs in(arguments);
@@ -186,6 +204,7 @@ void elements_bwd(StableIValue* stack, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("elements_fwd", &elements_fwd);
+  m.impl("elements_fwd_", &elements_fwd_);
   m.impl("elements_bwd", &elements_bwd);
 }
 

@@ -16,11 +16,12 @@ class Ops(NamedTuple):
     """One implementation of the ops of the schedule."""
 
     fwd: Any
+    fwd_: Any
     bwd: Any
     scale_: Any
 
 
-NAMES = ("elements_fwd", "elements_bwd")
+NAMES = ("elements_fwd", "elements_fwd_", "elements_bwd")
 OPS = {}  # by namespace
 
 
@@ -40,13 +41,18 @@ def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_we
     return loss, layers, [torch.empty_like(x) for x in student] if save else []
 
 
+def _fake_fwd_(student, teacher, dim, feature, mask, weight, reduction):
+    shape = (student.numel() // student.shape[dim],) if reduction == 0 else ()
+    return student.new_empty(shape, dtype=compute_dtype((student, teacher)))
+
+
 def _fake_bwd(student, *_):
     return [torch.empty_like(x) for x in student]
 
 
 def use_namespace(namespace):
     """Makes the ops of a namespace, which _library has defined, known here."""
-    for name, fake in zip(NAMES, (_fake_fwd, _fake_bwd), strict=True):
+    for name, fake in zip(NAMES, (_fake_fwd, _fake_fwd_, _fake_bwd), strict=True):
         torch.library.register_fake(f"{namespace}::{name}", fake)
     OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_")))
 
@@ -125,3 +131,80 @@ def feature_loss(namespace, feature, students, teachers, dims, masks, weights, r
     if torch.is_grad_enabled() and any(x.requires_grad for x in students):
         return _Elements.apply(namespace, options, len(students), *students, *teachers, *masks, *weights)
     return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights)), False)[:2]
+
+
+class _Linear(torch.autograd.Function):
+    """The loss of projected features. Their residual, in the dtype of the projection, takes their place in
+    memory; in backward, times the upstream gradient, it is multiplied by student and weight."""
+
+    @staticmethod
+    def forward(ctx, namespace, feature, reduction, student, projector_weight, projector_bias, teacher, mask, weight):
+        ctx.scale_ = OPS[namespace].scale_
+        projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+        rows_or_sum = REDUCTION_NUMBERS["none" if reduction == "none" else "sum"]
+        loss = OPS[namespace].fwd_(
+            projected, teacher, projected.dim() - 1, FEATURES[feature], mask, weight, rows_or_sum
+        )  # fmt: skip
+        ctx.divisor = _divisor(projected, mask, reduction)
+        inference = not torch.compiler.is_compiling() and projector_weight.is_inference()
+        ctx.save_for_backward(projected, student, None if inference else projector_weight)
+        ctx.projector_weight = projector_weight if inference else None
+        return loss if ctx.divisor is None else loss / ctx.divisor
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grads = [grad if grad is None else once(lambda x: x, grad) for grad in _linear_gradients(ctx, upstream)]
+        return None, None, None, *grads, None, None, None
+
+
+def _divisor(projected, mask, reduction):
+    """A number, or where the rows that count must be counted a tensor."""
+    if reduction in ("none", "sum"):
+        return None
+    D = projected.shape[-1]
+    rows = projected.numel() // D if mask is None else mask.sum()
+    rows = max(rows, 1) if mask is None else rows.clamp(min=1)
+    return rows * (D if reduction == "mean" else 1)
+
+
+def _linear_gradients(ctx, upstream):
+    """To student, projector_weight and projector_bias."""
+    residual, student, projector_weight = ctx.saved_tensors
+    projector_weight = ctx.projector_weight if projector_weight is None else projector_weight
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        if ctx.divisor is not None:
+            upstream = upstream / ctx.divisor
+        if upstream.dim():
+            grad = residual * upstream.view(*residual.shape[:-1], 1).to(residual.dtype)
+        else:
+            grad = times(ctx.scale_, residual, upstream)
+        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+        to_student = to_weight = to_bias = None
+        if ctx.needs_input_grad[3]:
+            to_student = (grad @ projector_weight.to(grad.dtype)).to(student.dtype)
+        if ctx.needs_input_grad[4]:
+            to_weight = (rows.T @ student.reshape(len(rows), student.shape[-1]).to(grad.dtype)).to(
+                projector_weight.dtype
+            )
+        if ctx.needs_input_grad[5]:
+            to_bias = rows.sum(0).to(projector_weight.dtype)
+        return to_student, to_weight, to_bias
+
+
+def linear_feature_loss(
+    namespace, feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction
+):
+    """The loss of :mod:`fastkd.functional`, one per row where the reduction is "none"; the arguments have been
+    checked there."""
+    learned = [x for x in (student, projector_weight, projector_bias) if x is not None and x.requires_grad]
+    if learned and torch.is_grad_enabled():
+        dtype = compute_dtype((student, teacher))
+        mask = mask if mask is None else mask.reshape(-1).contiguous()
+        weight = weight if weight is None else weight.to(dtype).reshape(-1).contiguous()
+        return _Linear.apply(
+            namespace, feature, reduction, student, projector_weight, projector_bias, teacher.detach(), mask, weight
+        )
+    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+    masks, weights = ([] if x is None else [x] for x in (mask, weight))
+    dims = [projected.dim() - 1]
+    return feature_loss(namespace, feature, [projected], [teacher], dims, masks, weights, reduction, [1.0])[0]
