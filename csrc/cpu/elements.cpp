@@ -30,19 +30,13 @@ const ElementsKernel<T>& kernel(Feature feature) {
   return baseline::elements_kernel<T>(feature);
 }
 
-constexpr int64_t kBlock = 32768;  // elements of a block of rows, which a thread takes at a time
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
-// Rows begin .. end of a layer.
+// Rows begin .. end of a layer, which a thread takes at a time.
 struct Block {
   size_t layer;
   int64_t begin, end;
 };
-
-int64_t block_rows(const ElementsLayer& layer) {
-  const int64_t rows = kBlock / layer.D + 1;
-  return rows < kSideBySide ? rows : rows / kSideBySide * kSideBySide;
-}
 
 template <class T>
 class Elements {
@@ -60,7 +54,7 @@ class Elements {
       if (!grads.empty()) bytes += layer.numel * layer.grad.element_size;
       layers_.push_back(layer);
       scales_.push_back(scale(l, layer.mask));
-      const int64_t step = block_rows(layer);
+      const int64_t step = kernel_.block_rows(layer);
       for (int64_t begin = 0; begin < layer.N; begin += step) {
         blocks_.push_back({l, begin, begin + step < layer.N ? begin + step : layer.N});
       }

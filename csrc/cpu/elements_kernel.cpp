@@ -62,10 +62,13 @@ Statistics<T> statistics_in(const T* x, int64_t n) {
   return {double(base), double(mean), double(squares)};
 }
 
+// Whether squares of float have kept their digits.
+inline bool in_range(double squares) { return squares > 1e-30 && squares < 1e37; }
+
 template <bool kCentred, class T>
 Statistics<T> statistics(const T* x, int64_t n) {
   const Statistics<T> s = statistics_in<T, kCentred>(x, n);
-  if (sizeof(T) == 4 && !(s.squares > 1e-30 && s.squares < 1e37)) return statistics_in<double, kCentred>(x, n);
+  if (sizeof(T) == 4 && !in_range(s.squares)) return statistics_in<double, kCentred>(x, n);
   return s;
 }
 
@@ -160,126 +163,134 @@ double normalized_row(const ElementsLayer& layer, const ElementsCall<T>& call, d
   return keep(layer, call, row, squares * loss_share(F) * row_scale(layer, call, row, false));
 }
 
-// Up to kSideBySide rows that lie next to each other: vectors run across the rows.
+// Rows that lie next to each other, as the positions of [B, C, H, W] do: vectors run across the rows.
+// Buffers are [D][lanes], lanes the padded number of rows.
 
-// Rows of [D][kSideBySide] that are there: of the others the values are 0.
+constexpr int64_t kMostRows = 1024;
+constexpr int64_t kTileBytes = int64_t(1) << 20;  // of both sides: what a second-level cache holds
+constexpr int64_t kFeaturesAtOnce = 32;           // added up in T; what they add up to in double
+constexpr int64_t kBlock = 32768;                 // elements of a block of rows
+
 template <class T>
 void load_side_by_side(const RowsTensor& x, int64_t row, int64_t rows, int64_t D, T* buffer) {
-  RowsTensor across = x;  // a block of it: one feature of all rows
+  RowsTensor across = x;  // a row of it: one feature of all rows
   across.stride_v = 1;
   const char* from = x.row(row);
+  const int64_t lanes = padded(rows);
   for (int64_t k = 0; k < D; ++k) {
-    T* to = buffer + k * kSideBySide;
+    T* to = buffer + k * lanes;
     const T* found = load_block(across, from + k * x.stride_v * x.element_size, 0, rows, to);
     if (found != to) std::memcpy(to, found, rows * sizeof(T));
-    for (int64_t r = rows; r < kSideBySide; ++r) to[r] = 0;
+    for (int64_t r = rows; r < lanes; ++r) to[r] = 0;
   }
 }
 
-// Sums of so many features in T, what they add up to in double.
-constexpr int64_t kFeaturesAtOnce = 32;
-
-// add(k, r) is what feature k of row r adds to each of the sums.
+// add(k, part) adds to each sum of each row what feature k does.
 template <int kSums, class T, class Add>
-void sums_side_by_side(int64_t D, double (*sums)[kSideBySide], Add add) {
-  for (int i = 0; i < kSums; ++i) std::fill_n(sums[i], kSideBySide, 0.0);
+void sum_features(int64_t D, int64_t lanes, double (*sums)[kMostRows], Add add) {
+  alignas(64) T part[kSums][kMostRows];
+  for (int i = 0; i < kSums; ++i) std::fill_n(sums[i], lanes, 0.0);
   for (int64_t first = 0; first < D; first += kFeaturesAtOnce) {
-    const int64_t last = first + kFeaturesAtOnce < D ? first + kFeaturesAtOnce : D;
-    alignas(64) T part[kSums][kSideBySide] = {};
-    for (int64_t k = first; k < last; ++k) add(k, part);
+    for (int i = 0; i < kSums; ++i) std::fill_n(part[i], lanes, T(0));
+    for (int64_t k = first; k < std::min(first + kFeaturesAtOnce, D); ++k) add(k, part);
     for (int i = 0; i < kSums; ++i) {
-      for (int64_t r = 0; r < kSideBySide; ++r) sums[i][r] += double(part[i][r]);
+      for (int64_t r = 0; r < lanes; ++r) sums[i][r] += double(part[i][r]);
     }
   }
 }
 
+// Of each row what it is scaled by.
+template <class T>
+struct Scales {
+  alignas(64) T base[kMostRows] = {}, offset[kMostRows] = {}, factor[kMostRows];
+  FeatureScale scale[kMostRows];
+};
+
+// Where T's range is too small for squares.
 template <bool kCentred, class T>
-void statistics_side_by_side(const T* x, int64_t D, Statistics<T>* out) {
-  double sums[1][kSideBySide];
-  alignas(64) T base[kSideBySide] = {}, mean[kSideBySide] = {};
-  if constexpr (kCentred) {
-    std::copy_n(x, kSideBySide, base);
-    sums_side_by_side<1, T>(D, sums, [&](int64_t k, T(*part)[kSideBySide]) {
-#pragma omp simd
-      for (int64_t r = 0; r < kSideBySide; ++r) part[0][r] += x[k * kSideBySide + r] - base[r];
-    });
-    for (int64_t r = 0; r < kSideBySide; ++r) mean[r] = T(sums[0][r] / double(D));
+Statistics<T> wide_statistics(const T* x, int64_t D, int64_t lanes) {
+  const double base = kCentred ? double(x[0]) : 0;
+  double mean = 0, squares = 0;
+  for (int64_t k = 0; kCentred && k < D; ++k) mean += (double(x[k * lanes]) - base) / double(D);
+  for (int64_t k = 0; k < D; ++k) {
+    const double d = double(x[k * lanes]) - base - mean;
+    squares += d * d;
   }
-  sums_side_by_side<1, T>(D, sums, [&](int64_t k, T(*part)[kSideBySide]) {
+  return {base, mean, squares};
+}
+
+template <Feature F, class T>
+void find_scales(const T* x, int64_t D, int64_t lanes, Scales<T>& s) {
+  constexpr bool kCentred = F == Feature::kStandardized;
+  double sums[1][kMostRows];
+  if constexpr (kCentred) {
+    std::copy_n(x, lanes, s.base);
+    sum_features<1, T>(D, lanes, sums, [&](int64_t k, T(*part)[kMostRows]) {
 #pragma omp simd
-    for (int64_t r = 0; r < kSideBySide; ++r) {
-      const T d = kCentred ? (x[k * kSideBySide + r] - base[r]) - mean[r] : x[k * kSideBySide + r];
+      for (int64_t r = 0; r < lanes; ++r) part[0][r] += x[k * lanes + r] - s.base[r];
+    });
+    for (int64_t r = 0; r < lanes; ++r) s.offset[r] = T(sums[0][r] / double(D));
+  }
+  sum_features<1, T>(D, lanes, sums, [&](int64_t k, T(*part)[kMostRows]) {
+#pragma omp simd
+    for (int64_t r = 0; r < lanes; ++r) {
+      const T d = kCentred ? (x[k * lanes + r] - s.base[r]) - s.offset[r] : x[k * lanes + r];
       part[0][r] += d * d;
     }
   });
-  for (int64_t r = 0; r < kSideBySide; ++r) {
-    out[r] = {double(base[r]), double(mean[r]), sums[0][r]};
-    if (sizeof(T) == 8 || (out[r].squares > 1e-30 && out[r].squares < 1e37)) continue;
-    double sum = 0, squares = 0;
-    for (int64_t k = 0; kCentred && k < D; ++k) sum += double(x[k * kSideBySide + r]) - out[r].base;
-    for (int64_t k = 0; k < D; ++k) {
-      const double d = double(x[k * kSideBySide + r]) - out[r].base - sum / double(D);
-      squares += d * d;
+  for (int64_t r = 0; r < lanes; ++r) {
+    double squares = sums[0][r];
+    if (sizeof(T) == 4 && !in_range(squares)) {
+      const Statistics<T> wide = wide_statistics<kCentred>(x + r, D, lanes);
+      s.offset[r] = T(wide.mean);
+      squares = wide.squares;
     }
-    out[r].mean = sum / double(D);
-    out[r].squares = squares;
+    s.scale[r] = feature_scale(F, 0, squares, D);
+    s.factor[r] = T(s.scale[r].factor);
   }
 }
 
-template <class T>
-struct ScalesSideBySide {
-  alignas(64) T base[kSideBySide], offset[kSideBySide], factor[kSideBySide];
-  FeatureScale scale[kSideBySide];
-};
-
-template <Feature F, class T>
-ScalesSideBySide<T> scales_side_by_side(const T* x, int64_t D) {
-  ScalesSideBySide<T> s;
-  Statistics<T> of[kSideBySide] = {};
-  if constexpr (F != Feature::kSquares) statistics_side_by_side<F == Feature::kStandardized>(x, D, of);
-  for (int64_t r = 0; r < kSideBySide; ++r) {
-    s.scale[r] = feature_scale(F, 0, of[r].squares, D);
-    s.base[r] = T(of[r].base);
-    s.offset[r] = T(of[r].mean);
-    s.factor[r] = T(s.scale[r].factor);
-  }
-  return s;
+template <class T, Feature F>
+FASTKD_HD T scaled_lane(const T* x, int64_t r, const Scales<T>& s) {
+  if constexpr (F == Feature::kSquares) return x[r];
+  return (F == Feature::kStandardized ? (x[r] - s.base[r]) - s.offset[r] : x[r]) * s.factor[r];
 }
 
 template <class T, Feature F>
 double side_by_side(const ElementsLayer& layer, const ElementsCall<T>& call, double scale, int64_t row, int64_t rows,
                     T* buffer) {
   constexpr bool kNormalized = F != Feature::kSquares, kCentred = F == Feature::kStandardized;
-  const int64_t D = layer.D;
-  T *s = buffer, *t = s + D * kSideBySide;
+  const int64_t D = layer.D, lanes = padded(rows);
+  T *s = buffer, *t = s + D * lanes;
   load_side_by_side(layer.student, row, rows, D, s);
   load_side_by_side(layer.teacher, row, rows, D, t);
-  const ScalesSideBySide<T> of_s = scales_side_by_side<F>(s, D), of_t = scales_side_by_side<F>(t, D);
-  const auto value = [](const T* x, int64_t k, int64_t r, const ScalesSideBySide<T>& of) {
-    const T v = x[k * kSideBySide + r];
-    if constexpr (!kNormalized) return v;
-    return (kCentred ? (v - of.base[r]) - of.offset[r] : v) * of.factor[r];
-  };
-  double sums[3][kSideBySide];
-  sums_side_by_side<3, T>(D, sums, [&](int64_t k, T(*part)[kSideBySide]) {
+  Scales<T> of_s, of_t;
+  if constexpr (kNormalized) {
+    find_scales<F>(s, D, lanes, of_s);
+    find_scales<F>(t, D, lanes, of_t);
+  }
+  double sums[3][kMostRows];
+  sum_features<3, T>(D, lanes, sums, [&](int64_t k, T(*part)[kMostRows]) {
+    const T* student = s + k * lanes;
+    T* difference = t + k * lanes;
 #pragma omp simd
-    for (int64_t r = 0; r < kSideBySide; ++r) {
-      const T x = value(s, k, r, of_s), e = x - value(t, k, r, of_t);
-      t[k * kSideBySide + r] = e;
+    for (int64_t r = 0; r < lanes; ++r) {
+      const T x = scaled_lane<T, F>(student, r, of_s), e = x - scaled_lane<T, F>(difference, r, of_t);
+      difference[r] = e;
       part[0][r] += e * e;
       if (kCentred) part[1][r] += e;
       if (kNormalized) part[2][r] += x * e;
     }
   });
   double loss = 0;
-  alignas(64) T slope_k[kSideBySide] = {}, slope_mean[kSideBySide] = {}, slope_p[kSideBySide] = {};
-  alignas(64) bool here[kSideBySide] = {};
+  alignas(64) T slope_k[kMostRows] = {}, slope_mean[kMostRows] = {}, slope_p[kMostRows] = {};
+  alignas(64) bool here[kMostRows] = {};
   for (int64_t r = 0; r < rows; ++r) {
     here[r] = counts(layer, row + r);
     const double weight = row_scale(layer, call, row + r, false);
     loss += keep(layer, call, row + r, here[r] ? sums[0][r] * loss_share(F) * weight : 0);
-    const FeatureSlope slope =
-        feature_slope(F, of_s.scale[r], sums[1][r], sums[2][r], D, scale * row_scale(layer, call, row + r, true));
+    const FeatureSlope slope = feature_slope(F, kNormalized ? of_s.scale[r] : FeatureScale(), sums[1][r], sums[2][r], D,
+                                             scale * row_scale(layer, call, row + r, true));
     slope_k[r] = T(slope.k);
     slope_mean[r] = T(slope.mean);
     slope_p[r] = T(slope.p);
@@ -289,13 +300,14 @@ double side_by_side(const ElementsLayer& layer, const ElementsCall<T>& call, dou
   across.stride_v = 1;
   char* to = layer.grad.row(row);
   for (int64_t k = 0; k < D; ++k) {
-    T* out = t + k * kSideBySide;
+    const T* student = s + k * lanes;
+    T* out = t + k * lanes;
 #pragma omp simd
-    for (int64_t r = 0; r < kSideBySide; ++r) {
-      const T g = slope_k[r] * ((out[r] - slope_mean[r]) - value(s, k, r, of_s) * slope_p[r]);
+    for (int64_t r = 0; r < lanes; ++r) {
+      const T g = slope_k[r] * ((out[r] - slope_mean[r]) - scaled_lane<T, F>(student, r, of_s) * slope_p[r]);
       out[r] = here[r] ? g : T(0);
     }
-    store_block(across, to + k * layer.grad.stride_v * layer.grad.element_size, 0, rows, out, false);
+    store_block(across, to + k * layer.grad.stride_v * layer.grad.element_size, 0, rows, out, call.stream);
   }
   return loss;
 }
@@ -303,12 +315,37 @@ double side_by_side(const ElementsLayer& layer, const ElementsCall<T>& call, dou
 bool rows_lie_side_by_side(const RowsTensor& x) { return x.stride_v != 1 && x.dims > 0 && x.stride[x.dims - 1] == 1; }
 
 bool lie_side_by_side(const ElementsLayer& layer) {
-  const auto fits = [](const RowsTensor& x) { return rows_lie_side_by_side(x); };
-  return layer.D > 1 && fits(layer.student) && fits(layer.teacher) && (!layer.grad.data || fits(layer.grad));
+  return layer.D > 1 && rows_lie_side_by_side(layer.student) && rows_lie_side_by_side(layer.teacher) &&
+         (!layer.grad.data || rows_lie_side_by_side(layer.grad));
 }
 
-// How many rows from this one on lie next to each other.
+// How many rows lie next to each other, from this one on.
 int64_t run(const RowsTensor& x, int64_t row) { return x.size[x.dims - 1] - row % x.size[x.dims - 1]; }
+
+// Runs in equal parts that fit a tile; several of them where they are short.
+template <class T>
+int64_t tile_rows(const ElementsLayer& layer) {
+  const int64_t length = std::min(run(layer.student, 0), run(layer.teacher, 0));
+  const int64_t fits = kTileBytes / (2 * layer.D * int64_t(sizeof(T))) / kLanes * kLanes;
+  const int64_t most = std::clamp(fits, kLanes, kMostRows);
+  const int64_t parts = (length + most - 1) / most;
+  return (length + parts - 1) / parts;
+}
+
+template <class T>
+int64_t block_rows(const ElementsLayer& layer) {
+  const int64_t rows = kBlock / layer.D + 1;
+  if (!lie_side_by_side(layer)) return rows;
+  const int64_t tile = tile_rows<T>(layer);
+  return std::max(rows / tile, int64_t(1)) * tile;
+}
+
+template <class T>
+int64_t scratch_bytes(const ElementsLayer& layer) {
+  const int64_t row = layer.D > kFlatRow ? padded(layer.D) : kFlatRow;
+  const int64_t elements = lie_side_by_side(layer) ? 2 * layer.D * padded(tile_rows<T>(layer)) : 3 * row;
+  return elements * int64_t(sizeof(T));
+}
 
 template <class T, Feature F>
 double rows(const ElementsLayer& layer, const ElementsCall<T>& call, double scale, int64_t begin, int64_t end,
@@ -316,36 +353,31 @@ double rows(const ElementsLayer& layer, const ElementsCall<T>& call, double scal
   T* buffer = static_cast<T*>(scratch);
   double loss = 0;
   if (lie_side_by_side(layer)) {
+    const int64_t tile = tile_rows<T>(layer);
     for (int64_t row = begin; row < end;) {
-      int64_t n = end - row < kSideBySide ? end - row : kSideBySide;
-      n = std::min({n, run(layer.student, row), run(layer.teacher, row), layer.grad.data ? run(layer.grad, row) : n});
+      int64_t n = std::min({end - row, tile, run(layer.student, row), run(layer.teacher, row)});
+      if (layer.grad.data) n = std::min(n, run(layer.grad, row));
       loss += side_by_side<T, F>(layer, call, scale, row, n, buffer);
       row += n;
     }
-    return loss;
-  }
-  for (int64_t row = begin; row < end; ++row) {
-    if (!counts(layer, row)) {
-      keep(layer, call, row, 0);
-      if (layer.grad.data) zero_row(layer.grad, row, layer.D, buffer);
-    } else if constexpr (F == Feature::kSquares) {
-      loss += squares_row(layer, call, scale, row, buffer);
-    } else {
-      loss += normalized_row<T, F>(layer, call, scale, row, buffer);
+  } else {
+    for (int64_t row = begin; row < end; ++row) {
+      if (!counts(layer, row)) {
+        keep(layer, call, row, 0);
+        if (layer.grad.data) zero_row(layer.grad, row, layer.D, buffer);
+      } else if constexpr (F == Feature::kSquares) {
+        loss += squares_row(layer, call, scale, row, buffer);
+      } else {
+        loss += normalized_row<T, F>(layer, call, scale, row, buffer);
+      }
     }
   }
   if (call.stream) stream_fence();
   return loss;
 }
 
-template <class T>
-int64_t scratch_bytes(const ElementsLayer& layer) {
-  if (lie_side_by_side(layer)) return 2 * layer.D * kSideBySide * int64_t(sizeof(T));
-  return 3 * (layer.D > kFlatRow ? padded(layer.D) : kFlatRow) * int64_t(sizeof(T));
-}
-
 template <class T, Feature F>
-constexpr ElementsKernel<T> kKernel{rows<T, F>, scratch_bytes<T>};
+constexpr ElementsKernel<T> kKernel{rows<T, F>, block_rows<T>, scratch_bytes<T>};
 
 }  // namespace
 

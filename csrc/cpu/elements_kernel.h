@@ -13,15 +13,12 @@ struct ElementsCall {
   bool stream;              // write the gradient past the caches
 };
 
-// Where the rows of a layer lie next to each other, and the features of one apart ([B, C, H, W] with
-// features C), so many are walked side by side.
-inline constexpr int64_t kSideBySide = 64;
-
 template <class T>
 struct ElementsKernel {
   // Rows begin .. end of a layer; returns the sum of their losses. scale: of the gradient.
   double (*rows)(const ElementsLayer&, const ElementsCall<T>&, double scale, int64_t begin, int64_t end, void* scratch);
-  // Bytes of scratch memory that it needs.
+  // Rows to be given to it at once, and bytes of scratch memory that it needs for them.
+  int64_t (*block_rows)(const ElementsLayer&);
   int64_t (*scratch)(const ElementsLayer&);
 };
 
