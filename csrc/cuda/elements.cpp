@@ -21,6 +21,8 @@ void check_all(const ElementsInputs& in) {
   for (size_t l = 0; l < in.layers(); ++l) {
     FASTKD_CHECK(lies_with(in.student[l], in.student[0]) && lies_with(in.teacher[l], in.student[0]),
                  "student and teacher: tensors on one device wanted, layer ", l, " is elsewhere");
+    FASTKD_CHECK(in.D(l) <= cuda::kElementsMostFeatures, "student: at most ", cuda::kElementsMostFeatures,
+                 " features wanted, layer ", l, " has ", in.D(l));
   }
 }
 
@@ -52,13 +54,15 @@ void set_leading(ElementsPart<T>& layer, const Tensor& student, const Tensor& te
     layer.size[layer.dims - 1] *= size;
     for (int i = 0; i < count; ++i) out[i]->stride[layer.dims - 1] = bytes(i, d);
   }
+  for (int d = 0; d < layer.dims; ++d) layer.inverse_size[d] = 1 / double(layer.size[d]);
 }
 
 template <class T>
 class Elements {
  public:
   // grads: one for each layer, or none
-  Elements(const ElementsInputs& in, const std::vector<Tensor>& grads) : in_(in), grads_(grads), context_(in.student[0]) {}
+  Elements(const ElementsInputs& in, const std::vector<Tensor>& grads)
+      : in_(in), grads_(grads), context_(in.student[0]) {}
 
   // Outputs that are null are not wanted.
   void run(const T* upstream, int64_t upstream_stride, T* row_loss, T* layers, T* loss) const {
@@ -216,8 +220,7 @@ void elements_fwd_(StableIValue* stack, uint64_t, uint64_t) {
   const ElementsInputs in(arguments, ElementsInputs::OneLayer());
   check_all(in);
   const Reduction reduction = Reduction(in.reduction);
-  FASTKD_CHECK(reduction == Reduction::kNone || reduction == Reduction::kSum,
-               "reduction: per row or the sum wanted");
+  FASTKD_CHECK(reduction == Reduction::kNone || reduction == Reduction::kSum, "reduction: per row or the sum wanted");
   stack[0] = torch::stable::detail::from(run_forward(in, in.student).first);
 }
 

@@ -100,7 +100,7 @@ cudaError_t elements_finish(const ElementsLosses<T>& L, cudaStream_t stream) {
   return Launch(1, dim3(kSumThreads), kSumRoom, stream)(elements_finish_kernel<T>, L);
 }
 
-#define FASTKD_INSTANTIATE(T)                                                       \
+#define FASTKD_INSTANTIATE(T)                                                        \
   template cudaError_t elements<T>(const ElementsParams<T>&, int64_t, cudaStream_t); \
   template cudaError_t elements_finish<T>(const ElementsLosses<T>&, cudaStream_t);
 FASTKD_INSTANTIATE(float)

@@ -42,10 +42,11 @@ enum Side { kStudent, kTeacher };
 template <class T>
 struct RowState {
   FeatureScale student;
-  double mean[2];           // of both sides, beyond their first values
-  T offset[2], factor[2];   // the mean and the scale
+  T first[2][2];             // values of both sides, of the rows at hand and of those before
+  double mean[2];            // beyond the first value
+  T offset[2], factor[2];    // the mean and the scale
   T k, slope_mean, slope_p;  // of the gradient: k (e - slope_mean - x slope_p)
-  bool again[2];            // the squares leave the range of T
+  bool again[2];             // the squares leave the range of T
 };
 
 // One layer, for the blocks that it has been dealt.
@@ -58,7 +59,7 @@ class ElementsWalk {
       : P(P),
         layer(P.layers[l]),
         by(layer, kRows),
-        scale((P.scales ? P.scales[l] : layer.scale) * layer.layer_weight),
+        l(l),
         states(reinterpret_cast<RowState<T>*>(ptx::dynamic_shared())),
         room(reinterpret_cast<double*>(states + P.state_rows)) {}
 
@@ -66,12 +67,14 @@ class ElementsWalk {
   template <Feature F>
   __device__ __forceinline__ double run() const {
     double loss = 0;
+    int turn = 0;
     for (int64_t first = (blockIdx.x - layer.first_block) * int64_t(layer.rows); first < layer.N;
          first += int64_t(layer.blocks) * layer.rows) {
       if constexpr (F == Feature::kSquares) {
         squares(first, loss);
       } else {
-        normalized<F == Feature::kStandardized>(first, loss);
+        normalized<F == Feature::kStandardized>(first, turn, loss);
+        turn = 1 - turn;
       }
     }
     return loss;
@@ -81,14 +84,18 @@ class ElementsWalk {
   const ElementsParams<T>& P;
   const ElementsPart<T>& layer;
   const Sharers by;
-  const double scale;  // of the gradient
+  const int l;
   RowState<T>* states;
   double* room;  // of the block's sums, [sums, warps, rows]
 
-  __device__ __forceinline__ bool counts(int64_t row) const { return row < layer.N && (!layer.mask || layer.mask[row]); }
+  __device__ __forceinline__ bool counts(int64_t row) const {
+    return row < layer.N && (!layer.mask || layer.mask[row]);
+  }
   __device__ __forceinline__ double weight(int64_t row) const { return layer.weight ? double(layer.weight[row]) : 1.0; }
   __device__ __forceinline__ double gradient_scale(int64_t row, double weight) const {
-    return scale * weight * (P.upstream ? double(P.upstream[(layer.first_row + row) * P.upstream_stride]) : 1.0);
+    const double scale = P.scales ? P.scales[l] : layer.scale;
+    return scale * layer.layer_weight * weight *
+           (P.upstream ? double(P.upstream[(layer.first_row + row) * P.upstream_stride]) : 1.0);
   }
   __device__ __forceinline__ void keep(int64_t row, double loss) const {
     if (P.row_loss && row < layer.N) P.row_loss[layer.first_row + row] = T(loss * layer.layer_weight);
@@ -114,7 +121,8 @@ class ElementsWalk {
 
   // This thread's rows of those that the block has at hand.
   struct Place {
-    int64_t row, packs;
+    int64_t row;
+    int packs;
     RowPointers at;
     bool exists, any;  // any: a row that counts
     bool here[kRows];
@@ -124,53 +132,68 @@ class ElementsWalk {
       const auto& layer = walk.layer;
       exists = row < layer.N;
       const int64_t left = exists ? layer.all_packs - row * layer.packs : 0;
-      packs = left < layer.packs ? left : layer.packs;
+      packs = left < layer.packs ? int(left) : layer.packs;
 #pragma unroll
       for (int q = 0; q < kRows; ++q) any |= here[q] = walk.counts(row + q);
     }
-    // Of the part of each row that begins there, at most so many packs.
-    __device__ __forceinline__ int end(int64_t begin, int most) const {
-      const int64_t left = packs - begin;
-      return left < most ? int(left) : most;
+    // How many packs of the row are in the part that begins there.
+    __device__ __forceinline__ int end(int begin, int most) const {
+      const int left = packs - begin;
+      return left < most ? left : most;
     }
   };
 
   __device__ __forceinline__ int part() const { return kPacks * by.threads; }  // packs
 
-  __device__ __forceinline__ void load(const Place& place, int64_t begin, T* s, T* t) const {
+  // Of rows that do not count, zeros, unless one of its pack does.
+  __device__ __forceinline__ void load(const Place& place, int begin, RawPacks<T, K>& s, RawPacks<T, K>& t) const {
     const int end = place.any ? place.end(begin, part()) : 0;
+    s.load(layer.student, place.at.student, begin, end, by);
+    t.load(layer.teacher, place.at.teacher, begin, end, by);
+  }
+  // Of rows that do not count, zeros.
+  __device__ __forceinline__ void load(const Place& place, int begin, T* s, T* t) const {
     RawPacks<T, K> raw_s, raw_t;
-    raw_s.load(layer.student, place.at.student, begin, end, by);
-    raw_t.load(layer.teacher, place.at.teacher, begin, end, by);
+    load(place, begin, raw_s, raw_t);
     raw_s.unpack(layer.student.dtype, s);
     raw_t.unpack(layer.teacher.dtype, t);
-    if (kRows > 1 && layer.mask) {
+    if constexpr (kRows > 1) {
+      if (!layer.mask) return;
 #pragma unroll
       for (int i = 0; i < kKept; ++i) {
-        if (place.here[i % kRows]) continue;
-        s[i] = 0;
-        t[i] = 0;
+        if (!place.here[i % kRows]) s[i] = t[i] = 0;
       }
     }
   }
 
   __device__ __forceinline__ void squares(int64_t first, double& loss) const {
     const Place place(*this, first);
-    T s[kKept], t[kKept], k[kRows];
+    T k[kRows];
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
       k[q] = place.here[q] ? T(2 * gradient_scale(place.row + q, weight(place.row + q))) : T(0);
     }
-    for (int64_t begin = 0; begin < layer.packs; begin += part()) {
+    for (int begin = 0; begin < layer.packs; begin += part()) {
+      RawPacks<T, K> s, t;
       load(place, begin, s, t);
+      const int64_t step = by.threads * layer.grad.step;
+      char* at = place.at.grad + int64_t(begin + by.rank) * layer.grad.step;
+      int left = place.end(begin, part()) - by.rank;
       T sum[kRows] = {};
 #pragma unroll
-      for (int i = 0; i < kKept; ++i) {
-        const T e = s[i] - t[i];
-        sum[i % kRows] += e * e;
-        s[i] = k[i % kRows] * e;
+      for (int j = 0; j < kPacks; ++j, left -= by.threads, at += step) {
+        T a[K::kElements], b[K::kElements];
+        s.unpack(layer.student.dtype, j, a);
+        t.unpack(layer.teacher.dtype, j, b);
+#pragma unroll
+        for (int i = 0; i < K::kElements; ++i) {
+          const int q = i % kRows;
+          const T e = kRows == 1 || place.here[q] ? a[i] - b[i] : T(0);
+          sum[q] += e * e;
+          a[i] = k[q] * e;
+        }
+        if (layer.grad.data) store_packs<K::kElements, 1>(layer.grad.dtype, at, step, left, by.threads, a);
       }
-      if (layer.grad.data) store_packs<T, K>(layer.grad, place.at.grad, begin, place.end(begin, part()), by, s);
       if (P.row_loss) {
         give(0, sum, begin == 0);
         continue;
@@ -192,21 +215,32 @@ class ElementsWalk {
 
   enum Step { kMean, kSquares, kMeanAgain, kSquaresAgain, kLoss, kGradient, kDone };
 
+  // Whoever has the first values of a row tells the others. They may still be at the rows before.
+  __device__ __forceinline__ void give_first(const T* s, const T* t, int turn) const {
+#pragma unroll
+    for (int q = 0; by.rank == 0 && q < kRows; ++q) {
+      states[by.row + q].first[turn][kStudent] = s[q];
+      states[by.row + q].first[turn][kTeacher] = t[q];
+    }
+    __syncthreads();
+  }
+
   // In S: T, or double where the range of T is too small for squares.
   template <class S, bool kCentred>
-  __device__ __forceinline__ void give_statistics(Side side, bool mean, const T* values, const T (&first)[kRows],
-                                                  int end, bool first_part) const {
-    S offset[kRows], found[kRows] = {};
+  __device__ __forceinline__ void give_statistics(Side side, bool mean, const T* values, int end, int turn,
+                                                  bool first_part) const {
+    S first[kRows], offset[kRows], found[kRows] = {};
 #pragma unroll
     for (int q = 0; q < kRows; ++q) {
       const RowState<T>& state = states[by.row + q];
+      first[q] = S(state.first[turn][side]);
       offset[q] = mean ? S(0) : sizeof(S) == sizeof(T) ? S(state.offset[side]) : S(state.mean[side]);
     }
 #pragma unroll
     for (int i = 0, left = end - by.rank; i < kKept; ++i) {
       const int q = i % kRows;
       S d = S(values[i]);
-      if (kCentred) d = left > 0 ? (d - S(first[q])) - offset[q] : S(0);
+      if (kCentred) d = left > 0 ? (d - first[q]) - offset[q] : S(0);
       found[q] += mean ? d : d * d;
       if ((i + 1) % K::kElements == 0) left -= by.threads;
     }
@@ -215,19 +249,19 @@ class ElementsWalk {
 
   // What is taken from the values of this thread's rows, and what they are multiplied by.
   struct Scales {
-    T base[kRows], offset[kRows], factor[kRows];
-    __device__ __forceinline__ Scales(const ElementsWalk& walk, const T (&of)[kRows], Side side) {
+    T first[kRows], offset[kRows], factor[kRows];
+    __device__ __forceinline__ Scales(const ElementsWalk& walk, int turn, Side side) {
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
         const RowState<T>& state = walk.states[walk.by.row + q];
-        base[q] = of[q];
+        first[q] = state.first[turn][side];
         offset[q] = state.offset[side];
         factor[q] = state.factor[side];
       }
     }
     template <bool kCentred>
     __device__ __forceinline__ T of(T value, int q) const {
-      return product(kCentred ? (value - base[q]) - offset[q] : value, factor[q]);
+      return product(kCentred ? (value - first[q]) - offset[q] : value, factor[q]);
     }
   };
 
@@ -247,7 +281,7 @@ class ElementsWalk {
   }
 
   template <bool kCentred>
-  __device__ __forceinline__ void write_gradient(const Place& place, int64_t begin, T* s, const T* t, const Scales& a,
+  __device__ __forceinline__ void write_gradient(const Place& place, int begin, T* s, const T* t, const Scales& a,
                                                  const Scales& b) const {
     T k[kRows], mean[kRows], p[kRows];
 #pragma unroll
@@ -263,7 +297,8 @@ class ElementsWalk {
       const T x = a.template of<kCentred>(s[i], q), e = x - b.template of<kCentred>(t[i], q);
       s[i] = k[q] * ((kCentred ? e - mean[q] : e) - x * p[q]);
     }
-    store_packs<T, K>(layer.grad, place.at.grad, begin, place.end(begin, part()), by, s);
+    store_packs<K::kElements, kPacks>(layer.grad.dtype, place.at.grad + int64_t(begin + by.rank) * layer.grad.step,
+                                      by.threads * layer.grad.step, place.end(begin, part()) - by.rank, by.threads, s);
   }
 
   // What one thread does for a row once its sums are there. Returns whether they are wanted again.
@@ -323,17 +358,9 @@ class ElementsWalk {
   }
 
   template <bool kCentred>
-  __device__ __forceinline__ void normalized(int64_t first, double& loss) const {
+  __device__ __forceinline__ void normalized(int64_t first, int turn, double& loss) const {
     const Place place(*this, first);
-    T s[kKept], t[kKept], first_s[kRows] = {}, first_t[kRows] = {};
-    if (kCentred && place.any) {
-      load_first<T, K>(layer.student, place.at.student, first_s);
-      load_first<T, K>(layer.teacher, place.at.teacher, first_t);
-#pragma unroll
-      for (int q = 0; q < kRows; ++q) {
-        if (!place.here[q]) first_s[q] = first_t[q] = 0;
-      }
-    }
+    T s[kKept], t[kKept];
     const bool whole = layer.packs <= part();
     bool loaded = false;
 #pragma unroll 1
@@ -341,23 +368,24 @@ class ElementsWalk {
       const bool careful = step == kMeanAgain || step == kSquaresAgain;
       const bool mean = kCentred && (step == kMean || step == kMeanAgain);
 #pragma unroll 1
-      for (int64_t begin = 0; begin < layer.packs; begin += part()) {
+      for (int begin = 0; begin < layer.packs; begin += part()) {
         const int end = place.end(begin, part());
         if (!whole || !loaded) load(place, begin, s, t);
+        if (kCentred && !loaded) give_first(s, t, turn);
         loaded = true;
         if (step == kGradient) {
-          write_gradient<kCentred>(place, begin, s, t, {*this, first_s, kStudent}, {*this, first_t, kTeacher});
+          write_gradient<kCentred>(place, begin, s, t, {*this, turn, kStudent}, {*this, turn, kTeacher});
         } else if (step == kLoss) {
           T found[3][kRows] = {};
-          add_loss<kCentred>(s, t, end, {*this, first_s, kStudent}, {*this, first_t, kTeacher}, found);
+          add_loss<kCentred>(s, t, end, {*this, turn, kStudent}, {*this, turn, kTeacher}, found);
 #pragma unroll
           for (int i = 0; i < (kCentred ? 3 : 2); ++i) give(i, found[i], begin == 0);
         } else if (careful) {
-          give_statistics<double, kCentred>(kStudent, mean, s, first_s, end, begin == 0);
-          give_statistics<double, kCentred>(kTeacher, mean, t, first_t, end, begin == 0);
+          give_statistics<double, kCentred>(kStudent, mean, s, end, turn, begin == 0);
+          give_statistics<double, kCentred>(kTeacher, mean, t, end, turn, begin == 0);
         } else {
-          give_statistics<T, kCentred>(kStudent, mean, s, first_s, end, begin == 0);
-          give_statistics<T, kCentred>(kTeacher, mean, t, first_t, end, begin == 0);
+          give_statistics<T, kCentred>(kStudent, mean, s, end, turn, begin == 0);
+          give_statistics<T, kCentred>(kTeacher, mean, t, end, turn, begin == 0);
         }
       }
       if (step == kGradient) return;
@@ -394,7 +422,9 @@ __device__ __forceinline__ void walk(const ElementsParams<T>& P, int l) {
 
 // grid: the layers' blocks, one layer after the other.
 template <class T, Feature F>
-__global__ void __launch_bounds__(kElementsThreads, sizeof(T) == 8 ? 1 : F == Feature::kSquares ? 4 : 2)
+__global__ void __launch_bounds__(kElementsThreads, sizeof(T) == 8           ? 1
+                                                    : F == Feature::kSquares ? 3
+                                                                             : 2)
     elements_kernel(const __grid_constant__ ElementsParams<T> P) {
   const int l = layer_of(P, blockIdx.x);
   switch (P.layers[l].pack) {

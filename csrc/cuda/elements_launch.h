@@ -8,8 +8,9 @@
 namespace fastkd::cuda {
 
 inline constexpr int kElementsThreads = 256;  // of a block
-inline constexpr int kElementsLayers = 32;    // of one launch: 9 KB of parameters
+inline constexpr int kElementsLayers = 32;    // of one launch: 11 KB of parameters
 inline constexpr int kElementsDims = 4;       // separate leading dimensions
+inline constexpr int64_t kElementsMostFeatures = int64_t(1) << 30;
 // Elements of student and of teacher that a thread keeps in registers.
 template <class T>
 inline constexpr int kElementsKept = sizeof(T) == 4 ? 16 : 8;
@@ -34,11 +35,12 @@ template <class T>
 struct ElementsPart {                     // a layer
   ElementsTensor student, teacher, grad;  // [N, D]
   int64_t size[kElementsDims];            // [dims], leading
+  double inverse_size[kElementsDims];     // [dims]
   int32_t dims;
   ElementsPack pack;
   int64_t N, D;
-  int64_t packs;      // of a row
   int64_t all_packs;  // of all rows: the last row of a flat tensor is shorter
+  int32_t packs;      // of a row
   int32_t threads;    // of a row, a power of 2
   bool side_by_side;  // neighbouring threads take neighbouring rows; else packs of a row
   int32_t rows;       // that a block takes at a time

@@ -19,14 +19,15 @@ struct Pack {
 // The threads of a block that share a row.
 struct Sharers {
   int threads, rank;
-  int row;                   // the first of this thread's, among the block's
-  int rows;                  // of the block
-  int first_bit, end_bit;    // of the lane: those of one row differ in these bits
-  int warps;                 // that have a part of a row
-  bool leads;                // of the lanes of a row
+  int row;                 // the first of this thread's, among the block's
+  int rows;                // of the block
+  int first_bit, end_bit;  // of the lane: those of one row differ in these bits
+  int warps;               // that have a part of a row
+  bool leads;              // of the lanes of a row
 
   template <class T>
-  __device__ __forceinline__ Sharers(const ElementsPart<T>& layer, int rows_of_pack) : threads(layer.threads), rows(layer.rows) {
+  __device__ __forceinline__ Sharers(const ElementsPart<T>& layer, int rows_of_pack)
+      : threads(layer.threads), rows(layer.rows) {
     const int thread = threadIdx.x, across = kElementsThreads / threads;
     rank = layer.side_by_side ? thread / across : thread % threads;
     row = (layer.side_by_side ? thread % across : thread / threads) * rows_of_pack;
@@ -47,10 +48,13 @@ struct RowPointers {
 #pragma unroll 1
     for (int d = layer.dims - 1; d >= 0; --d) {
       int64_t at = row;
-      if (d > 0) {
+      if (d > 0) {  // a division in double, of less than 2^53, is off by one at most
         const int64_t size = layer.size[d];
-        row = (at | size) >> 32 ? at / size : int64_t(uint32_t(at) / uint32_t(size));
+        row = int64_t(double(at) * layer.inverse_size[d]);
         at -= row * size;
+        const int off = at < 0 ? -1 : at >= size ? 1 : 0;
+        row += off;
+        at -= off * size;
       }
       student += at * layer.student.stride[d];
       teacher += at * layer.teacher.stride[d];
@@ -108,9 +112,9 @@ struct RawPacks {
   uint32_t words[kPacks][kWords];
 
   // The packs rank, rank + threads, .. below end; the others are 0.
-  __device__ __forceinline__ void load(const ElementsTensor& x, const char* row, int64_t first, int end,
+  __device__ __forceinline__ void load(const ElementsTensor& x, const char* row, int first, int end,
                                        const Sharers& by) {
-    const char* at = row + (first + by.rank) * x.step;
+    const char* at = row + int64_t(first + by.rank) * x.step;
     const int64_t step = by.threads * x.step;
     if (x.element_size == 2) {
       load_as<2>(at, step, end, by);
@@ -123,13 +127,25 @@ struct RawPacks {
 
   __device__ __forceinline__ void unpack(DType type, T* values) const {
     if (type == DType::kHalf) {
-      unpack_as<__half>(values);
+      unpack_as<__half, kPacks>(values, 0);
     } else if (type == DType::kBFloat16) {
-      unpack_as<__nv_bfloat16>(values);
+      unpack_as<__nv_bfloat16, kPacks>(values, 0);
     } else if (sizeof(T) == 4 || type == DType::kFloat) {
-      unpack_as<float>(values);
+      unpack_as<float, kPacks>(values, 0);
     } else {
-      unpack_as<T>(values);
+      unpack_as<T, kPacks>(values, 0);
+    }
+  }
+  // One of them.
+  __device__ __forceinline__ void unpack(DType type, int j, T* values) const {
+    if (type == DType::kHalf) {
+      unpack_as<__half, 1>(values, j);
+    } else if (type == DType::kBFloat16) {
+      unpack_as<__nv_bfloat16, 1>(values, j);
+    } else if (sizeof(T) == 4 || type == DType::kFloat) {
+      unpack_as<float, 1>(values, j);
+    } else {
+      unpack_as<T, 1>(values, j);
     }
   }
 
@@ -143,57 +159,49 @@ struct RawPacks {
       if (left > 0) load_words<K::kElements * kBytes>(at, words[j]);
     }
   }
-  template <class From>
-  __device__ __forceinline__ void unpack_as(T* values) const {
+  template <class From, int kCount>
+  __device__ __forceinline__ void unpack_as(T* values, int first) const {
 #pragma unroll
-    for (int j = 0; j < kPacks; ++j) {
+    for (int j = 0; j < kCount; ++j) {
       union {
         uint32_t words[kWords];
         From elements[K::kElements];
       } raw = {};
 #pragma unroll
-      for (int w = 0; w < kWords; ++w) raw.words[w] = words[j][w];
+      for (int w = 0; w < kWords; ++w) raw.words[w] = words[first + j][w];
 #pragma unroll
       for (int k = 0; k < K::kElements; ++k) values[j * K::kElements + k] = widen<T>(raw.elements[k]);
     }
   }
 };
 
-// The packs that RawPacks::load takes.
-template <class To, class T, class K>
-__device__ __forceinline__ void store_packs_as(char* at, int64_t step, int end, const Sharers& by, const T* values) {
+// Packs of values to the places from which RawPacks::load takes them: kCount of them, of which the
+// first is at `at`, where so many are left.
+template <class To, int kElements, int kCount, class T>
+__device__ __forceinline__ void store_packs_as(char* at, int64_t step, int left, int threads, const T* values) {
 #pragma unroll
-  for (int j = 0, left = end - by.rank; j < K::template kKept<T>; ++j, left -= by.threads, at += step) {
+  for (int j = 0; j < kCount; ++j, left -= threads, at += step) {
     union {
-      uint32_t words[(K::kElements * sizeof(To) + 3) / 4];
-      To elements[K::kElements];
+      uint32_t words[(kElements * sizeof(To) + 3) / 4];
+      To elements[kElements];
     } raw = {};
 #pragma unroll
-    for (int k = 0; k < K::kElements; ++k) raw.elements[k] = narrow<To>(values[j * K::kElements + k]);
-    if (left > 0) store_words<K::kElements * int(sizeof(To))>(at, raw.words);
+    for (int k = 0; k < kElements; ++k) raw.elements[k] = narrow<To>(values[j * kElements + k]);
+    if (left > 0) store_words<kElements* int(sizeof(To))>(at, raw.words);
   }
 }
-template <class T, class K>
-__device__ __forceinline__ void store_packs(const ElementsTensor& x, char* row, int64_t first, int end,
-                                            const Sharers& by, const T* values) {
-  char* at = row + (first + by.rank) * x.step;
-  const int64_t step = by.threads * x.step;
-  if (x.dtype == DType::kHalf) {
-    store_packs_as<__half, T, K>(at, step, end, by, values);
-  } else if (x.dtype == DType::kBFloat16) {
-    store_packs_as<__nv_bfloat16, T, K>(at, step, end, by, values);
-  } else if (sizeof(T) == 4 || x.dtype == DType::kFloat) {
-    store_packs_as<float, T, K>(at, step, end, by, values);
+template <int kElements, int kCount, class T>
+__device__ __forceinline__ void store_packs(DType type, char* at, int64_t step, int left, int threads,
+                                            const T* values) {
+  if (type == DType::kHalf) {
+    store_packs_as<__half, kElements, kCount>(at, step, left, threads, values);
+  } else if (type == DType::kBFloat16) {
+    store_packs_as<__nv_bfloat16, kElements, kCount>(at, step, left, threads, values);
+  } else if (sizeof(T) == 4 || type == DType::kFloat) {
+    store_packs_as<float, kElements, kCount>(at, step, left, threads, values);
   } else {
-    store_packs_as<T, T, K>(at, step, end, by, values);
+    store_packs_as<T, kElements, kCount>(at, step, left, threads, values);
   }
-}
-
-// The first element of each row of a pack.
-template <class T, class K>
-__device__ __forceinline__ void load_first(const ElementsTensor& x, const char* row, T (&values)[K::kRows]) {
-#pragma unroll
-  for (int q = 0; q < K::kRows; ++q) values[q] = load_one<AnyType, T>(row + q * x.element_size, x.dtype);
 }
 
 }  // namespace fastkd::cuda

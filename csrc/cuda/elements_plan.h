@@ -49,11 +49,11 @@ void plan_rows(ElementsPart<T>& layer, bool keep) {
   };
   for_each_tensor(look, layer.student, layer.teacher, layer.grad);
   layer.pack = ElementsPack::kElement;
-  layer.packs = layer.D;
+  layer.packs = int32_t(layer.D);
   layer.side_by_side = rows;
   if (features && layer.D % kFeaturesPack == 0 && packs_are_aligned(layer, kFeaturesPack, layer.dims, false)) {
     layer.pack = ElementsPack::kFeatures;
-    layer.packs = layer.D / kFeaturesPack;
+    layer.packs = int32_t(layer.D / kFeaturesPack);
     for_each_tensor([](ElementsTensor& x) { x.step *= kFeaturesPack; }, layer.student, layer.teacher, layer.grad);
   } else if (rows && layer.size[last] % kRowsPack == 0 && packs_are_aligned(layer, kRowsPack, last, true)) {
     layer.pack = ElementsPack::kRows;
@@ -69,7 +69,9 @@ void plan_rows(ElementsPart<T>& layer, bool keep) {
     return;
   }
   // of single elements at first few a thread: so neighbouring threads take neighbours
-  const int64_t per_thread = layer.pack == ElementsPack::kFeatures ? kept / kFeaturesPack : layer.packs <= 256 ? 8 : kept;
+  const int64_t per_thread = layer.pack == ElementsPack::kFeatures ? kept / kFeaturesPack
+                             : layer.packs <= 256                  ? 8
+                                                                   : kept;
   const int64_t wanted = power_of_2_from((layer.packs + per_thread - 1) / per_thread);
   layer.threads = int(std::clamp<int64_t>(wanted, 2, kElementsThreads));
   layer.rows = kElementsThreads / layer.threads;
@@ -92,7 +94,7 @@ void plan_flat(ElementsPart<T>& layer, int64_t numel) {
   const bool packs = numel % kFeaturesPack == 0 && packs_are_aligned(layer, kFeaturesPack, 1, false);
   const int step = packs ? kFeaturesPack : 1;
   layer.pack = packs ? ElementsPack::kFeatures : ElementsPack::kElement;
-  layer.packs = layer.D / step;
+  layer.packs = int32_t(layer.D / step);
   layer.all_packs = numel / step;
   for_each_tensor([&](ElementsTensor& x) { x.step *= step; }, layer.student, layer.teacher, layer.grad);
 }
