@@ -7,13 +7,13 @@
 #include "common/elements_inputs.h"
 #include "cuda/context.h"
 #include "cuda/elements_plan.h"
+#include "cuda/elements_tensors.h"
 
 namespace fastkd {
 namespace {
 
 using cuda::Context;
 using cuda::ElementsPart;
-using cuda::ElementsTensor;
 using cuda::lies_with;
 
 void check_all(const ElementsInputs& in) {
@@ -24,37 +24,6 @@ void check_all(const ElementsInputs& in) {
     FASTKD_CHECK(in.D(l) <= cuda::kElementsMostFeatures, "student: at most ", cuda::kElementsMostFeatures,
                  " features wanted, layer ", l, " has ", in.D(l));
   }
-}
-
-ElementsTensor tensor(const RowsTensor& x) {
-  ElementsTensor r{};
-  r.data = x.data;
-  r.step = x.stride_v * x.element_size;
-  r.dtype = x.dtype;
-  r.element_size = x.element_size;
-  return r;
-}
-
-// The leading dimensions in bytes; those that lie one after the other in memory, in all tensors, are one.
-template <class T>
-void set_leading(ElementsPart<T>& layer, const Tensor& student, const Tensor& teacher, const Tensor* grad,
-                 int64_t feature_dim) {
-  const Tensor* tensors[] = {&student, &teacher, grad};
-  ElementsTensor* out[] = {&layer.student, &layer.teacher, &layer.grad};
-  const int count = grad ? 3 : 2;
-  const auto bytes = [&](int i, int64_t d) { return tensors[i]->stride(d) * out[i]->element_size; };
-  for (int64_t d = 0; d < student.dim(); ++d) {
-    const int64_t size = student.size(d);
-    if (d == feature_dim || size == 1) continue;
-    bool merge = layer.dims > 0;
-    for (int i = 0; i < count; ++i) merge = merge && out[i]->stride[layer.dims - 1] == size * bytes(i, d);
-    FASTKD_CHECK(merge || layer.dims < cuda::kElementsDims, "student and teacher: more than ", cuda::kElementsDims,
-                 " separate leading dimensions");
-    if (!merge) layer.size[layer.dims++] = 1;
-    layer.size[layer.dims - 1] *= size;
-    for (int i = 0; i < count; ++i) out[i]->stride[layer.dims - 1] = bytes(i, d);
-  }
-  for (int d = 0; d < layer.dims; ++d) layer.inverse_size[d] = 1 / double(layer.size[d]);
 }
 
 template <class T>
@@ -80,7 +49,10 @@ class Elements {
         P.layers[l].first_row = row;
         row += in_.N(begin + l);
       }
-      const int64_t blocks = cuda::plan_blocks(P, context_.device);
+      const cuda::ElementsGrid grid = cuda::plan_blocks(P.layers, P.count, context_.device);
+      const int64_t blocks = grid.blocks;
+      P.state_rows = grid.rows;
+      P.room = grid.room;
       const std::optional<Tensor> scales = count(P, begin);
       const std::optional<Tensor> partials = layers ? std::optional<Tensor>(doubles(blocks)) : std::nullopt;
       if (partials) P.partials = static_cast<double*>(partials->mutable_data_ptr());
@@ -120,15 +92,16 @@ class Elements {
     const Tensor* grad = grads_.empty() ? nullptr : &grads_[l];
     const ElementsLayer layer = elements_layer(in_, l, grad);
     ElementsPart<T> p{};
-    p.student = tensor(layer.student);
-    p.teacher = tensor(layer.teacher);
-    if (grad) p.grad = tensor(layer.grad);
+    p.student = cuda::elements_tensor(layer.student);
+    p.teacher = cuda::elements_tensor(layer.teacher);
+    if (grad) p.grad = cuda::elements_tensor(layer.grad);
     if (layer.flat) {
       cuda::plan_flat(p, layer.numel);
     } else {
       p.N = layer.N;
       p.D = layer.D;
-      set_leading(p, in_.student[l], in_.teacher[l], grad, in_.feature_dim[l]);
+      cuda::set_leading(p, {{&in_.student[l], &p.student}, {&in_.teacher[l], &p.teacher}, {grad, &p.grad}},
+                        in_.feature_dim[l]);
       cuda::plan_rows(p, normalized(Feature(in_.feature)));
     }
     p.mask = data<bool>(in_.mask, l, ScalarType::Bool, "mask");

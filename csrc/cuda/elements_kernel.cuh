@@ -14,27 +14,11 @@
 // A thread's sums over a row are in T, in double where it is read in parts; the block's are in double,
 // in the order of threads, as is what adds up blocks and layers: the same bits, run after run.
 #pragma once
-#include "cuda/elements_memory.cuh"
+#include "cuda/elements_rows.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 
 namespace fastkd::cuda {
-
-// A product that is not fused with a sum: of equal rows the difference is 0.
-__device__ __forceinline__ float product(float a, float b) {
-#if defined(__CUDACC__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-__device__ __forceinline__ double product(double a, double b) {
-#if defined(__CUDACC__)
-  return __dmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
 
 enum Side { kStudent, kTeacher };
 
@@ -51,17 +35,18 @@ struct RowState {
 
 // One layer, for the blocks that it has been dealt.
 template <class T, class K>
-class ElementsWalk {
+class ElementsWalk : BlockRows<T, K> {
+  using Rows = BlockRows<T, K>;
+  using Rows::by, Rows::counts, Rows::give, Rows::layer, Rows::part, Rows::take;
+  using typename Rows::Place;
   static constexpr int kRows = K::kRows, kPacks = K::template kKept<T>, kKept = kElementsKept<T>;
 
  public:
   __device__ __forceinline__ ElementsWalk(const ElementsParams<T>& P, int l)
-      : P(P),
-        layer(P.layers[l]),
-        by(layer, kRows),
+      : Rows(P.layers[l], reinterpret_cast<double*>(states_of_block() + P.state_rows)),
+        P(P),
         l(l),
-        states(reinterpret_cast<RowState<T>*>(ptx::dynamic_shared())),
-        room(reinterpret_cast<double*>(states + P.state_rows)) {}
+        states(states_of_block()) {}
 
   // Returns what this thread adds to the sum of the rows' losses.
   template <Feature F>
@@ -82,14 +67,11 @@ class ElementsWalk {
 
  private:
   const ElementsParams<T>& P;
-  const ElementsPart<T>& layer;
-  const Sharers by;
   const int l;
   RowState<T>* states;
-  double* room;  // of the block's sums, [sums, warps, rows]
 
-  __device__ __forceinline__ bool counts(int64_t row) const {
-    return row < layer.N && (!layer.mask || layer.mask[row]);
+  static __device__ __forceinline__ RowState<T>* states_of_block() {
+    return reinterpret_cast<RowState<T>*>(ptx::dynamic_shared());
   }
   __device__ __forceinline__ double weight(int64_t row) const { return layer.weight ? double(layer.weight[row]) : 1.0; }
   __device__ __forceinline__ double gradient_scale(int64_t row, double weight) const {
@@ -100,50 +82,6 @@ class ElementsWalk {
   __device__ __forceinline__ void keep(int64_t row, double loss) const {
     if (P.row_loss && row < layer.N) P.row_loss[layer.first_row + row] = T(loss * layer.layer_weight);
   }
-
-  // Sum i: adds up the lanes of each row, and what they gave before; to be followed by a barrier.
-  template <class A>
-  __device__ __forceinline__ void give(int i, A (&sum)[kRows], bool first) const {
-#pragma unroll 1
-    for (int bit = by.first_bit; bit < by.end_bit; bit *= 2) {
-#pragma unroll
-      for (int q = 0; q < kRows; ++q) sum[q] += __shfl_xor_sync(0xffffffffu, sum[q], bit);
-    }
-    double* of_row = room + (i * by.warps + threadIdx.x / 32 % by.warps) * by.rows + by.row;
-    for (int q = 0; by.leads && q < kRows; ++q) of_row[q] = (first ? 0 : of_row[q]) + double(sum[q]);
-  }
-  // And the warps: sum i of a row.
-  __device__ __forceinline__ double take(int i, int row) const {
-    double sum = 0;
-    for (int w = 0; w < by.warps; ++w) sum += room[(i * by.warps + w) * by.rows + row];
-    return sum;
-  }
-
-  // This thread's rows of those that the block has at hand.
-  struct Place {
-    int64_t row;
-    int packs;
-    RowPointers at;
-    bool exists, any;  // any: a row that counts
-    bool here[kRows];
-
-    __device__ __forceinline__ Place(const ElementsWalk& walk, int64_t first)
-        : row(first + walk.by.row), at(walk.layer, row < walk.layer.N ? row : 0), any(false) {
-      const auto& layer = walk.layer;
-      exists = row < layer.N;
-      const int64_t left = exists ? layer.all_packs - row * layer.packs : 0;
-      packs = left < layer.packs ? int(left) : layer.packs;
-#pragma unroll
-      for (int q = 0; q < kRows; ++q) any |= here[q] = walk.counts(row + q);
-    }
-    // How many packs of the row are in the part that begins there.
-    __device__ __forceinline__ int end(int begin, int most) const {
-      const int left = packs - begin;
-      return left < most ? left : most;
-    }
-  };
-
-  __device__ __forceinline__ int part() const { return kPacks * by.threads; }  // packs
 
   // Of rows that do not count, zeros, unless one of its pack does.
   __device__ __forceinline__ void load(const Place& place, int begin, RawPacks<T, K>& s, RawPacks<T, K>& t) const {

@@ -13,7 +13,7 @@ namespace fastkd::cuda {
 template <class F>
 void for_each_tensor(F&& f, ElementsTensor& student, ElementsTensor& teacher, ElementsTensor& grad) {
   f(student);
-  f(teacher);
+  if (teacher.data) f(teacher);
   if (grad.data) f(grad);
 }
 
@@ -99,25 +99,31 @@ void plan_flat(ElementsPart<T>& layer, int64_t numel) {
   for_each_tensor([&](ElementsTensor& x) { x.step *= step; }, layer.student, layer.teacher, layer.grad);
 }
 
-// Deals blocks to the layers of a launch, by what they have to move; returns how many.
+// What a launch of some layers needs beside them.
+struct ElementsGrid {
+  int64_t blocks = 0;
+  int32_t rows = 0, room = 0;  // the most of a layer: rows of a block; doubles of one sum
+};
+
+// Deals blocks to the layers of a launch, by what they have to move.
 template <class T>
-int64_t plan_blocks(ElementsParams<T>& P, const Device& device) {
+ElementsGrid plan_blocks(ElementsPart<T>* layers, int count, const Device& device) {
   constexpr int64_t kWaves = 16;  // blocks a multiprocessor: several at a time, and an even load at the end
   double all = 0;
-  for (int l = 0; l < P.count; ++l) all += double(P.layers[l].N) * double(P.layers[l].D);
-  int64_t blocks = 0;
-  for (int l = 0; l < P.count; ++l) {
-    ElementsPart<T>& layer = P.layers[l];
+  for (int l = 0; l < count; ++l) all += double(layers[l].N) * double(layers[l].D);
+  ElementsGrid grid;
+  for (int l = 0; l < count; ++l) {
+    ElementsPart<T>& layer = layers[l];
     const int64_t steps = (layer.N + layer.rows - 1) / layer.rows;
     const double share = double(layer.N) * double(layer.D) / (all > 0 ? all : 1);
-    layer.first_block = int32_t(blocks);
+    layer.first_block = int32_t(grid.blocks);
     layer.blocks = int32_t(std::min<int64_t>(steps, int64_t(share * double(kWaves * device.multiprocessors)) + 1));
-    blocks += layer.blocks;
+    grid.blocks += layer.blocks;
     const int warps = layer.side_by_side ? kElementsThreads / 32 : std::max(layer.threads / 32, 1);
-    P.state_rows = std::max(P.state_rows, layer.rows);
-    P.room = std::max(P.room, layer.rows * warps);
+    grid.rows = std::max(grid.rows, layer.rows);
+    grid.room = std::max(grid.room, layer.rows * warps);
   }
-  return blocks;
+  return grid;
 }
 
 }  // namespace fastkd::cuda
