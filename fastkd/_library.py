@@ -38,8 +38,8 @@ SCHEMAS = (
     # maps [B, C, H, W], whose channels may differ in number
     "attention_fwd(Tensor student, Tensor teacher, float p, bool save) -> (Tensor loss, Tensor grad)",
     "attention_bwd(Tensor student, Tensor teacher, float p, Tensor upstream) -> Tensor grad",
-    # x *= factor, of one element; nothing where it is 1, which is seen on the device
-    "scale_(Tensor(a!) x, Tensor factor) -> ()",
+    # x *= factor, of one element, for all x at once; nothing where it is 1, which is seen on the device
+    "scale_(Tensor(a!)[] x, Tensor factor) -> ()",
 )
 _libraries = []  # a definition lasts as long as its library
 

@@ -256,11 +256,11 @@ def usage(path):
 def registers_of(function):
     """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
     multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
-    the pairs' sweeps, of the triples in float, and of normalised features; two to three of the others."""
+    the pairs' sweeps, of the triples in float, and of features, three of their plain squares."""
     if "pairs_sweep_kernel" in function or "triples_kernelIf" in function:
         return 128
-    if re.search(r"\d(elements_kernel|attention_(powers|slopes)_kernel)If", function):
-        return 128 if "elements_kernel" in function and "E0E" not in function else 80
+    if re.search(r"elements_kernelIf|attention_\w+_kernelI[fd]", function):
+        return 80 if "FeatureE0E" in function else 128
     if "rows_kernelIf" in function and "AnyType" not in function:
         return 80 if "ForwardKL" in function or "SoftCrossEntropy" in function else 128
     return 255
@@ -285,6 +285,11 @@ INSTRUCTIONS = {
     r"pairs_sweep_kernelI6__half": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32 "),
     r"pairs_gradient_kernelI13__nv_bfloat16": (COPIES, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.16816\.F32\.BF16"),
     r"pairs_gradient_kernelIf": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.1688\.F32\.TF32"),
+    r"elements_kernelIfLNS_7FeatureE0E": (r"LDG\.E\.\S*128", STORES),
+    r"elements_kernelIfLNS_7FeatureE1E": (r"LDG\.E\.\S*128", STORES),
+    r"elements_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
+    r"attention_powers_kernelIfLb1E": (r"LDG\.E\.\S*128",),
+    r"attention_slopes_kernelIfLb1E": (r"LDG\.E\.\S*128", STORES),
     r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
 }  # fmt: skip
 

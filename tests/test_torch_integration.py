@@ -37,7 +37,7 @@ def op_calls(backend_name):
         yield f"rows_bwd_-{name}", ops.bwd_, (student.clone(), teacher, *options, stats, upstream)
     half = student.bfloat16().transpose(0, 1)
     for factor in (1.0, 0.5):
-        yield f"scale_-{factor}", ops.scale_, (student.clone(), torch.tensor(factor))
+        yield f"scale_-{factor}", ops.scale_, ([student.clone(), student.clone()], torch.tensor(factor))
     yield "rows_fwd-bfloat16", ops.fwd, (half, teacher.transpose(0, 1), *plain, 1)
 
 

@@ -64,7 +64,7 @@ def launches(rows):
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = lambda y=y, s=stats, u=upstream: rows.rows_bwd(
             y, y, *options(KL_DIV), s, u
         )
-        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: rows.scale_(y, u)
+        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: rows.scale_([y], u)
     return calls
 
 
@@ -287,7 +287,7 @@ def test_scale(dtype, factor, contiguous):
     x = torch.randn(7, 1300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     x = x if contiguous else x.t()
     expected = x * factor
-    rows.scale_(x, torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+    rows.scale_([x], torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
     assert torch.equal(x.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
@@ -296,7 +296,7 @@ def test_scale_in_several_rounds(monkeypatch):
     monkeypatch.setattr(rows, "SCALE_PROGRAMS", 2)
     x = torch.randn(5 * rows.SCALE_BLOCK + 3)
     expected = x * 0.5
-    rows.scale_(x, torch.tensor([0.5]))
+    rows.scale_([x], torch.tensor([0.5]))
     assert torch.equal(x, expected)
 
 

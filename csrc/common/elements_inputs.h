@@ -1,8 +1,7 @@
 // What the elements ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
-#include <algorithm>
-
 #include "common/elements_params.h"
+#include "common/layout.h"
 #include "common/rows_inputs.h"
 
 namespace fastkd {
@@ -81,23 +80,6 @@ inline void check(const ElementsInputs& in) {
     to_dtype(t.scalar_type(), "teacher");
     FASTKD_CHECK(std::isfinite(in.layer_weights[l]), "layer_weights: finite numbers wanted");
   }
-}
-
-// Whether both lie in memory in the same way, without gaps.
-inline bool same_dense_layout(const Tensor& a, const Tensor& b) {
-  std::vector<std::pair<int64_t, int64_t>> steps;  // stride and size
-  for (int64_t d = 0; d < a.dim(); ++d) {
-    if (a.size(d) == 1) continue;
-    if (a.stride(d) != b.stride(d)) return false;
-    steps.emplace_back(a.stride(d), a.size(d));
-  }
-  std::sort(steps.begin(), steps.end());
-  int64_t next = 1;
-  for (const auto& [stride, size] : steps) {
-    if (stride != next) return false;
-    next *= size;
-  }
-  return true;
 }
 
 // A tensor as one row of rows of D elements, as it lies in memory.

@@ -139,7 +139,7 @@ __device__ __forceinline__ void with_pack(const ElementsPart<T>& layer, F&& f) {
 
 // grid: the blocks of the student, then those of the teacher.
 template <class T, bool kSquares>
-__global__ void __launch_bounds__(kElementsThreads)
+__global__ void __launch_bounds__(kElementsThreads, 2)
     attention_powers_kernel(const __grid_constant__ AttentionPowers<T> A) {
   const int side = int(blockIdx.x) >= A.sides[1].first_block;
   with_pack(A.sides[side],
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kElementsThreads)
 }
 
 template <class T, bool kSquares>
-__global__ void __launch_bounds__(kElementsThreads)
+__global__ void __launch_bounds__(kElementsThreads, 2)
     attention_slopes_kernel(const __grid_constant__ AttentionSlopes<T> A) {
   with_pack(A.layer,
             [&](auto pack) { AttentionWalk<T, decltype(pack), kSquares>(A.layer, A.p).slopes(A.map, A.factors); });

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._check import REDUCTIONS
-from .gradient import once, times
+from .gradient import all_times, once, times
 
 # The numbers are those of csrc/math/feature.h.
 FEATURES = {"squares": 0, "l2": 1, "standardize": 2, "cosine": 3}
@@ -96,7 +96,7 @@ def _is_inference(x):
 def _gradients(ctx, upstream):
     with torch.no_grad():
         if not ctx.recompute:
-            return [times(ctx.ops.scale_, grad, upstream) for grad in ctx.saved_tensors]
+            return all_times(ctx.ops.scale_, list(ctx.saved_tensors), upstream)
         tensors = [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.inference, strict=True)]
         count = ctx.count
         arguments = _arguments(ctx.options, tensors[2 * count :])

@@ -616,11 +616,12 @@ def rows_bwd_(student, teacher, *options_and_tensors):
     _Call(student, teacher, Options(*options)).backward(student, stats, upstream)
 
 
-def scale_(x, factor):
-    """x *= factor, which is read on the device."""
-    if not x.is_contiguous():
-        x.mul_(factor.reshape(()))
-    elif x.numel():
-        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
-        with torch.cuda.device_of(x):
-            scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
+def scale_(tensors, factor):
+    """x *= factor, which is read on the device, for all x."""
+    for x in tensors:
+        if not x.is_contiguous():
+            x.mul_(factor.reshape(()))
+        elif x.numel():
+            programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+            with torch.cuda.device_of(x):
+                scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
