@@ -101,12 +101,56 @@ def relation_launches(pairs, triples):
     return calls
 
 
+def feature_launches(elements, attention):
+    """Layers of every layout: feature/dtype/shape/loss."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        shapes = {"flat": (4096, 1024), "rows": (4096, 1024), "long": (64, 16384), "maps": (16, 256, 56, 56)}
+        for kind, shape in shapes.items():
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            dim = 1 if len(shape) == 4 else len(shape) - 1
+            for feature in (0,) if kind == "flat" else (1, 2):
+                reduction = 3 if kind == "flat" else 0
+                calls[f"feature/{str(dtype)[6:]}/{kind}/{feature}"] = lambda x=x, d=dim, f=feature, r=reduction: (
+                    elements.elements_fwd([x, x], [x, x], [d, d], f, [], [], r, [1.0, 0.5], True)
+                )
+        maps = torch.empty(16, 256, 56, 56, dtype=dtype, device="meta")
+        for p in (2.0, 3.0, 2.5):
+            calls[f"feature/{str(dtype)[6:]}/attention/{p}"] = lambda x=maps, p=p: attention.attention_fwd(
+                x, x, p, True
+            )
+    return calls
+
+
+def other_feature_launches(elements, attention):
+    """That they compile at all: masks, weights, upstream per row, strides of every kind, one feature, mixed dtypes."""
+    x = torch.empty(2, 3, 2, 200, dtype=torch.bfloat16, device="meta")[:, 1:, :, :-1].movedim(-1, 1)
+    t, row = (
+        torch.empty(x.shape, dtype=torch.float64, device="meta"),
+        torch.empty(8, dtype=torch.float64, device="meta"),
+    )
+    single = torch.empty(5, 1, device="meta")
+    calls = {
+        f"other/everything/{f}": lambda f=f: elements.elements_bwd([x], [t], [1], f, [row > 0], [row], 0, [0.1], row)
+        for f in range(4)
+    }
+    calls |= {
+        f"other/one_feature/{f}": lambda f=f: elements.elements_fwd_(single, single, 1, f, None, None, 1)
+        for f in range(4)
+    }
+    calls["other/upstream"] = lambda: elements.elements_bwd(
+        [single], [single], [1], 0, [single[:, 0] > 0], [], 3, [0.1], single[:1, 0]
+    )
+    calls["other/attention"] = lambda: attention.attention_bwd(x, t, 2.0, row[:1])
+    return calls
+
+
 def compile_for(target_name):
     """Runs the calls with a driver that compiles and launches nothing; prints what came out as JSON."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import pairs, rows, triples
+    from fastkd.triton import attention, elements, pairs, rows, triples
 
     class Driver:
         def get_current_device(self):
@@ -126,8 +170,9 @@ def compile_for(target_name):
         found[name, self.fn.__name__] = report(kernel)
 
     triton.runtime.jit.JITFunction.run = compile_only
-    calls = launches(rows) | relation_launches(pairs, triples)
-    calls |= other_launches(rows) if target_name in ("sm_90", "gfx942") else {}
+    calls = launches(rows) | relation_launches(pairs, triples) | feature_launches(elements, attention)
+    if target_name in ("sm_90", "gfx942"):
+        calls |= other_launches(rows) | other_feature_launches(elements, attention)
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
     print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
