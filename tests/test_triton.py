@@ -37,6 +37,9 @@ RELATION_REGISTERS = {
     "differences_kernel": 128, "prepare_kernel": 128, "centre_kernel": 128, "totals_kernel": 128,
 }  # fmt: skip
 RELATION_STACK = 32
+FEATURE_STACK = 64  # of the sums of eight rows, in float64
+# What is not features: a row's first values; its map and slope.
+NARROW_FEATURES = {"flat_kernel": 0, "elements_kernel": 4, "powers_kernel": 0, "slopes_kernel": 8}
 MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
@@ -50,7 +53,7 @@ def options(divergence, reduction=BATCHMEAN, **changed):
     return tuple({**plain, **changed}.values())
 
 
-def launches(rows):
+def launches(rows, scale):
     """Calls by name: every kernel of the rows schedule, as users' calls launch them."""
     calls = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -64,7 +67,7 @@ def launches(rows):
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = lambda y=y, s=stats, u=upstream: rows.rows_bwd(
             y, y, *options(KL_DIV), s, u
         )
-        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: rows.scale_([y], u)
+        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: scale.scale_([y], u)
     return calls
 
 
@@ -150,7 +153,7 @@ def compile_for(target_name):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import attention, elements, pairs, rows, triples
+    from fastkd.triton import attention, elements, pairs, rows, scale, triples
 
     class Driver:
         def get_current_device(self):
@@ -170,7 +173,7 @@ def compile_for(target_name):
         found[name, self.fn.__name__] = report(kernel)
 
     triton.runtime.jit.JITFunction.run = compile_only
-    calls = launches(rows) | relation_launches(pairs, triples) | feature_launches(elements, attention)
+    calls = launches(rows, scale) | relation_launches(pairs, triples) | feature_launches(elements, attention)
     if target_name in ("sm_90", "gfx942"):
         calls |= other_launches(rows) | other_feature_launches(elements, attention)
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
@@ -256,6 +259,17 @@ def test_registers_suffice_for_relations(compiled_relations):
         assert numbers["stack"] <= RELATION_STACK, (name, kernel, numbers)
 
 
+def test_features_stay_in_registers_and_move_in_128_bits(compiled):
+    for name, kernel, numbers in compiled:
+        if name.startswith("feature") and "/float64/" not in name:
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] <= FEATURE_STACK, (name, kernel, numbers)
+            if kernel in NARROW_FEATURES:
+                assert numbers["wide_loads"] > 0, (name, kernel, numbers)
+                assert numbers["narrow_loads"] <= NARROW_FEATURES[kernel], (name, kernel, numbers)
+                assert (numbers["wide_stores"] > 0) == (kernel != "powers_kernel"), (name, kernel, numbers)
+
+
 def test_tensor_cores_multiply_embeddings(compiled_relations):
     for name, kernel, numbers in compiled_relations:
         assert (numbers["products"] > 0) == (kernel in MULTIPLYING), (name, kernel, numbers)
@@ -271,7 +285,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_interpreter  # noqa: E402, F401 - before any kernel
 
-from fastkd.triton import rows  # noqa: E402
+from fastkd.triton import rows, scale  # noqa: E402
 
 
 @triton.jit
@@ -332,16 +346,16 @@ def test_scale(dtype, factor, contiguous):
     x = torch.randn(7, 1300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     x = x if contiguous else x.t()
     expected = x * factor
-    rows.scale_([x], torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+    scale.scale_([x], torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
     assert torch.equal(x.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_scale_in_several_rounds(monkeypatch):
     """More elements than one round of all programs takes."""
-    monkeypatch.setattr(rows, "SCALE_PROGRAMS", 2)
-    x = torch.randn(5 * rows.SCALE_BLOCK + 3)
+    monkeypatch.setattr(scale, "PROGRAMS", 2)
+    x = torch.randn(5 * scale.BLOCK + 3)
     expected = x * 0.5
-    rows.scale_([x], torch.tensor([0.5]))
+    scale.scale_([x], torch.tensor([0.5]))
     assert torch.equal(x, expected)
 
 

@@ -16,18 +16,9 @@ import triton
 import triton.language as tl
 
 from ..ops.elements import FEATURES
-from .layout import row_pointers, rows_of_program
+from .layout import one_of, row_pointers, rows_of_program
 
 SQUARES, L2, STANDARDIZE, COSINE = (tl.constexpr(FEATURES[x]) for x in ("squares", "l2", "standardize", "cosine"))
-
-
-@triton.jit
-def _of_layer(values, layer, LAYERS: tl.constexpr):
-    """One of a tuple of tensors."""
-    found = values[0]
-    for i in tl.static_range(1, LAYERS):
-        found = tl.where(layer == i, values[i], found)
-    return found
 
 
 @triton.jit
@@ -141,11 +132,7 @@ def _statistics(
 
 @triton.jit
 def _first(rows, here, dtype: tl.constexpr, FEATURE: tl.constexpr):
-    if FEATURE == STANDARDIZE:
-        first = tl.load(rows, mask=here, other=0.0).to(dtype)
-    else:
-        first = tl.zeros(here.shape, dtype)
-    return first
+    return tl.load(rows, mask=here & (FEATURE == STANDARDIZE), other=0.0).to(dtype)
 
 
 @triton.jit
@@ -182,10 +169,10 @@ def _row_scales(
     """What a row's loss, and its gradient, are multiplied by."""
     weight = tl.full(row.shape, 1.0, tl.float64)
     if row_weights is not None:
-        weight = tl.load(_of_layer(row_weights, layer, LAYERS) + row, mask=here, other=0.0).to(tl.float64)
+        weight = tl.load(one_of(row_weights, layer, LAYERS) + row, mask=here, other=0.0).to(tl.float64)
     slope = weight * layer_weight * (tl.full((), scale, tl.float64) if scales is None else tl.load(scales + layer))
     if PER_ROW:
-        slope *= tl.load(_of_layer(upstreams, layer, LAYERS) + row, mask=here, other=0.0).to(tl.float64)
+        slope *= tl.load(one_of(upstreams, layer, LAYERS) + row, mask=here, other=0.0).to(tl.float64)
     elif upstreams is not None:
         slope *= tl.load(upstreams[0]).to(tl.float64)
     return weight, slope
@@ -211,13 +198,13 @@ def elements_kernel(
     exists = inner_at < inner
     here = exists
     if masks is not None:
-        here = exists & (tl.load(_of_layer(masks, layer, LAYERS) + row, mask=exists, other=0) != 0)
-    s_rows = row_pointers(_of_layer(students, layer, LAYERS), student_place, outer_at, middle_at, inner_at)
-    t_rows = row_pointers(_of_layer(teachers, layer, LAYERS), teacher_place, outer_at, middle_at, inner_at)
+        here = exists & (tl.load(one_of(masks, layer, LAYERS) + row, mask=exists, other=0) != 0)
+    s_rows = row_pointers(one_of(students, layer, LAYERS), student_place, outer_at, middle_at, inner_at)
+    t_rows = row_pointers(one_of(teachers, layer, LAYERS), teacher_place, outer_at, middle_at, inner_at)
     s_side, t_side = (s_rows, student_place[3], here, D), (t_rows, teacher_place[3], here, D)
     g_rows = s_rows
     if grads is not None:
-        g_rows = row_pointers(_of_layer(grads, layer, LAYERS), grad_place, outer_at, middle_at, inner_at)
+        g_rows = row_pointers(one_of(grads, layer, LAYERS), grad_place, outer_at, middle_at, inner_at)
     layer_weight = _weight_of_layer(layer_weights, layer, LAYERS)
     weight, k = _row_scales(row_weights, layer_weight, upstreams, scales, scale, layer, row, here, LAYERS, PER_ROW)
 
@@ -259,7 +246,7 @@ def elements_kernel(
     loss = tl.where(here, squares * share * weight, 0.0)
     if row_losses is not None:
         losses = (loss * layer_weight).to(dtype)
-        tl.store(_of_layer(row_losses, layer, LAYERS) + row, losses, mask=exists)
+        tl.store(one_of(row_losses, layer, LAYERS) + row, losses, mask=exists)
     tl.store(partials + layer.to(tl.int64) * tl.num_programs(0) + program, tl.sum(loss, 0))
 
 
@@ -276,14 +263,14 @@ def flat_kernel(
     layer, program = tl.program_id(1), tl.program_id(0)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     within = at < n
-    s = tl.load(_of_layer(students, layer, LAYERS) + at, mask=within, other=0.0).to(dtype)
-    t = tl.load(_of_layer(teachers, layer, LAYERS) + at, mask=within, other=0.0).to(dtype)
+    s = tl.load(one_of(students, layer, LAYERS) + at, mask=within, other=0.0).to(dtype)
+    t = tl.load(one_of(teachers, layer, LAYERS) + at, mask=within, other=0.0).to(dtype)
     e = s - t
     if grads is not None:
         k = 2.0 * tl.full((), scale, tl.float64) * _weight_of_layer(layer_weights, layer, LAYERS)
         if upstream is not None:
             k *= tl.load(upstream).to(tl.float64)
-        grad = _of_layer(grads, layer, LAYERS)
+        grad = one_of(grads, layer, LAYERS)
         values = (e * k.to(dtype)).to(grad.dtype.element_ty)
         tl.store(grad + at, values, mask=within, eviction_policy="evict_first")
     tl.store(partials + layer.to(tl.int64) * tl.num_programs(0) + program, tl.sum(e * e, 0).to(tl.float64))
@@ -297,7 +284,7 @@ def count_kernel(
     LAYERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     layer = tl.program_id(0)
-    mask = _of_layer(masks, layer, LAYERS)
+    mask = one_of(masks, layer, LAYERS)
     valid = tl.zeros((BLOCK,), tl.int64)
     for first in range(0, n, BLOCK):
         at = first + tl.arange(0, BLOCK)

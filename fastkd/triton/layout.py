@@ -125,3 +125,12 @@ def rows_of_program(program, middle, inner, ROWS: tl.constexpr):
 @triton.jit
 def row_pointers(x, place, outer, middle, inner):
     return x + outer * place[0] + middle * place[1] + inner.to(tl.int64) * place[2]
+
+
+@triton.jit
+def one_of(tensors, which, COUNT: tl.constexpr):
+    """Of a tuple."""
+    found = tensors[0]
+    for i in tl.static_range(1, COUNT):
+        found = tl.where(which == i, tensors[i], found)
+    return found
