@@ -4,6 +4,7 @@ Inputs are made and results looked at on the CPU, so that next to nothing runs o
 """
 
 import itertools
+import math
 import time
 
 import torch
@@ -16,6 +17,8 @@ ROWS = (3, 300)  # several blocks a row, and more rows than blocks
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # (N, D of the student): less than a tile, several with a rest, several blocks' features
 EMBEDDINGS = ((5, 3), (150, 33), (70, 600))
+# a row a block, rows off their alignment, maps whose positions fill packs and such that do not
+FEATURES = ((9, 33), (3, 5003), (5, 64), (2, 12, 4, 8), (3, 70, 7, 7))
 RELATIONS = ("rkd_distance", "rkd_angle", "rkd_loss")
 FORMS = ({}, {"inplace": True}, {"reduction": "none"})
 
@@ -53,9 +56,26 @@ def relations():
     return count
 
 
+def features():
+    count = 0
+    for shape, dtype in itertools.product(FEATURES, (*DTYPES, torch.float64)):
+        student, teacher = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+        student[0] = 0  # squares out of range, which are computed another way
+        rows = (shape[0], *shape[2:]) if len(shape) == 4 else shape[:-1]
+        mask = (torch.arange(math.prod(rows)) % 3 > 0).view(rows).cuda()
+        forms = ({}, {"mask": mask}, {"reduction": "none"})
+        for normalize, form in itertools.product((None, "l2", "standardize"), forms):
+            run("feature_mse", student, teacher, normalize=normalize, **form)
+            count += 1
+        if len(shape) == 4:
+            run("attention_transfer", student, teacher, p=3)
+            count += 1
+    return count
+
+
 def main():
     start = time.perf_counter()
-    count = rows() + relations()
+    count = rows() + relations() + features()
     print(f"{count} losses, forward and backward, {time.perf_counter() - start:.0f} s")
 
 

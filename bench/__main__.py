@@ -78,13 +78,40 @@ def markdown(data):
     write = markdown_gpu if data["fastkd"].get("device") == "cuda" else markdown_cpu
     steps = [benchmark["extra_info"] for benchmark in data["benchmarks"]]
     steps = [info for info in steps if info["mode"] == "forward+backward"]
-    relations = [info for info in steps if "pairs_bytes" in info]
-    logits = [info for info in steps if info not in relations]
-    if logits:
-        yield from write(logits)
-    if relations:
-        yield from ([""] if logits else [])
-        yield from markdown_relations(relations)
+    families = {markdown_relations: [], markdown_features: [], write: []}
+    for info in steps:
+        family = markdown_relations if "pairs_bytes" in info else markdown_features if "layers" in info else write
+        families[family].append(info)
+    found = [(family, families[family]) for family in (write, markdown_relations, markdown_features)]
+    for number, (family, infos) in enumerate((family, infos) for family, infos in found if infos):
+        yield from ([""] if number else [])
+        yield from family(infos)
+
+
+def markdown_features(steps):
+    columns = (
+        "loss", "features", "fastkd", "eager", "`torch.compile`", "peak extra MiB: fastkd, eager, compile",
+        "of copy bandwidth: fastkd, kernel alone", "gradient's error: fastkd, eager",
+    )  # fmt: skip
+    yield row(columns)
+    yield "|---" * len(columns) + "|"
+    for info in steps:
+        found = info["providers"]
+        own, *others = next(iter(found.values())), found["eager"], found["torch.compile"]
+        alone = next((result for name, result in found.items() if name.endswith("kernel alone")), None)
+        layers, *shape = info["shape"]
+        features = "x".join(map(str, shape)) + (f", {layers} layers" if layers > 1 else "") + f" {info['dtype']}"
+        yield row(
+            (
+                f"`{info['loss']}`",
+                features,
+                time_text(own["median_s"]),
+                *(f"{other['median_s'] / own['median_s']:.1f}x" for other in others),
+                ", ".join(peak_text(info, result) for result in (own, *others)),
+                ", ".join("-" if result is None else f"{result['copy_share']:.0%}" for result in (own, alone)),
+                ", ".join(f"{result['gradient_error']:.0e}" for result in (own, others[0])),
+            )
+        )
 
 
 def markdown_relations(steps):

@@ -10,6 +10,8 @@ label. The students, tiny MLPs, are given the labels of a few images per class a
 * the same with the loss in plain PyTorch: equal accuracy is expected, time and memory differ;
 * with relational distillation as well: distances and angles between the images of a batch, in the
   features before the last layer (16 of the student's, 320 of the teacher's), shall be alike;
+* with a hint as well: these features, projected by a layer that learns with the student, shall be
+  the teacher's;
 * on every label, without a teacher: what the labels that the teacher saw are worth by themselves.
 
 Within a seed all students have the same initial weights, batches and labelled images. Settings
@@ -51,7 +53,7 @@ TRAIN_IMAGES = 797
 BATCHES = 10  # per epoch; no more than CLASSES, so that one label per class reaches every batch
 TEACHERS = 5
 TEACHER_SEED = 10_000  # away from the students' 0, 1, 2, ...
-STUDENT_UNITS = 16
+TEACHER_UNITS, STUDENT_UNITS = 64, 16  # features before the last layer
 LEARNING_RATE = 1e-2
 WARM_UP_STEPS = 20  # whose times do not count
 UNLABELLED = -100  # F.cross_entropy ignores it
@@ -75,9 +77,10 @@ class Data:
 @dataclass
 class Method:
     name: str
-    loss: Callable  # of a batch: the student's logits, its features before the last layer, the Data
+    loss: Callable  # of a batch: the student's logits, its features before the last layer, the Data, the projector
     color: str
     line: str = "-"
+    make_projector: Callable = nn.Identity  # what learns with the student
 
 
 def make_methods(args):
@@ -89,17 +92,24 @@ def make_methods(args):
         log_p, log_q = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
         return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * T * T
 
-    def hard(logits, _, batch):
+    def hard(logits, _, batch, __):
         return F.cross_entropy(logits, batch.known_labels)
 
     def with_hard(soft):
-        return lambda s, f, b: args.soft_weight * soft(s, b) + args.hard_weight * hard(s, f, b)
+        return lambda s, f, b, p: args.soft_weight * soft(s, b) + args.hard_weight * hard(s, f, b, p)
 
     soft_targets = with_hard(lambda s, b: fast_kl(s, b.teacher))
 
-    def with_relations(logits, features, batch):
+    def with_relations(logits, features, batch, projector):
         relational = relations(features, batch.teacher_features)
-        return soft_targets(logits, features, batch) + args.relation_weight * relational
+        return soft_targets(logits, features, batch, projector) + args.relation_weight * relational
+
+    def make_hint():
+        return fastkd.LinearFeatureMSELoss(STUDENT_UNITS, TEACHERS * TEACHER_UNITS)
+
+    def with_hint(logits, features, batch, hint):
+        hinted = hint(features, batch.teacher_features)
+        return soft_targets(logits, features, batch, hint) + args.hint_weight * hinted
 
     return [
         Method("few labels, no teacher", hard, "#767676"),
@@ -109,7 +119,8 @@ def make_methods(args):
         Method("+ teacher, all images: fastkd", soft_targets, "#d55e00"),
         Method("+ teacher, all images: PyTorch", with_hard(lambda s, b: plain_kl(s, b.teacher)), "black", ":"),
         Method("+ relations, all images: fastkd", with_relations, "#e69f00"),
-        Method("every label, no teacher", lambda s, _, b: F.cross_entropy(s, b.labels), "#009e73", "--"),
+        Method("+ hint, all images: fastkd", with_hint, "#56b4e9", make_projector=make_hint),
+        Method("every label, no teacher", lambda s, _, b, __: F.cross_entropy(s, b.labels), "#009e73", "--"),
     ]
 
 
@@ -117,7 +128,8 @@ def make_convnet():
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
         nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Dropout(0.5), nn.Linear(64 * 4 * 4, 64), nn.ReLU(), nn.Linear(64, CLASSES),
+        nn.Flatten(), nn.Dropout(0.5),
+        nn.Linear(64 * 4 * 4, TEACHER_UNITS), nn.ReLU(), nn.Linear(TEACHER_UNITS, CLASSES),
     )  # fmt: skip
 
 
@@ -175,13 +187,15 @@ class Run:
         self.method = method
         self.wait = torch.cuda.synchronize if device == "cuda" else lambda: None
         self.student = copy.deepcopy(student)
-        self.optimizer = torch.optim.Adam(self.student.parameters(), lr=LEARNING_RATE)
+        self.projector = method.make_projector().to(device)
+        self.optimizer = torch.optim.Adam([*self.student.parameters(), *self.projector.parameters()], lr=LEARNING_RATE)
         self.accuracies = []  # test accuracy after each epoch
         self.times = []  # of the loss and its gradient, in microseconds
 
     def gradients(self, outputs):
-        """Of the loss, to logits and features; zeros where it does not look at them."""
-        return torch.autograd.grad(self.method.loss(*outputs, self.batch), outputs, materialize_grads=True)
+        """Of the loss, to logits, features and the projector; zeros where it does not look at them."""
+        loss = self.method.loss(*outputs, self.batch, self.projector)
+        return torch.autograd.grad(loss, (*outputs, *self.projector.parameters()), materialize_grads=True)
 
     def step(self, batch):
         self.batch = batch
@@ -194,7 +208,9 @@ class Run:
         self.wait()
         self.times.append(1e6 * (time.perf_counter() - start))
         self.optimizer.zero_grad()
-        torch.autograd.backward(outputs, gradients)
+        torch.autograd.backward(outputs, gradients[: len(outputs)])
+        for parameter, gradient in zip(self.projector.parameters(), gradients[len(outputs) :], strict=True):
+            parameter.grad = gradient
         self.optimizer.step()
 
 
@@ -290,7 +306,8 @@ def describe(args, train, test):
         "student": f"MLP, {student} parameters, {args.epochs} epochs, {args.seeds} seeds",
         "labels": f"{args.labels_per_class} per class for the students, {args.labels_per_class * CLASSES} in all",
         "loss": f"{args.hard_weight:g} x cross-entropy + {args.soft_weight:g} x KL divergence at "
-        f"temperature {args.temperature:g}; relations: + {args.relation_weight:g} x RKD",
+        f"temperature {args.temperature:g}; "
+        f"relations: + {args.relation_weight:g} x RKD; hint: + {args.hint_weight:g} x squared differences",
         "device": f"{args.device}, one CPU thread",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
@@ -307,13 +324,13 @@ def print_results(console, results, args):
         time_us, peak_kib = f"{result['loss_us_median']:.0f}", f"{result['loss_peak_kib']:.1f}"
         table.add_row(result["method"], percent(result), time_us, peak_kib)
     console.print(table)
-    alone, same, everything, plain, relational, supervised = (result["accuracy_mean"] for result in results)
+    alone, same, everything, plain, relational, hinted, supervised = (result["accuracy_mean"] for result in results)
     console.print(
         f"From the teacher: {everything - alone:+.2f} points of accuracy, of which {same - alone:+.2f} by soft "
         f"targets on the labelled images and {everything - same:+.2f} by the images that only the teacher labels. "
         f"Beside every label without a teacher: {everything - supervised:+.2f}. "
         f"fastkd beside plain PyTorch: {everything - plain:+.2f}. Relations on top of soft targets: "
-        f"{relational - everything:+.2f}.\n"
+        f"{relational - everything:+.2f}; a hint: {hinted - everything:+.2f}.\n"
         "Loss time: loss and its gradients to logits and features, cross-entropy included, median. Loss peak: memory "
         "that these hold at most in a step, beside what the loss is given. With ten classes the time is mostly that "
         "of calling operators; make bench measures large vocabularies and batches.",
@@ -373,6 +390,7 @@ def parse_arguments():
     parser.add_argument("--hard-weight", type=weight, default=0.1, help="of the cross-entropy on labels")
     parser.add_argument("--soft-weight", type=weight, default=0.9, help="of the divergence from the teacher")
     parser.add_argument("--relation-weight", type=weight, default=0.01, help="of RKD, 25 x distances + 50 x angles")
+    parser.add_argument("--hint-weight", type=weight, default=0.03, help="of the squared differences of features")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()

@@ -8,8 +8,12 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 from . import functional
 from ._backend import backend
 from .modules import (
+    AttentionTransferLoss,
+    FeatureCosineLoss,
+    FeatureMSELoss,
     JSDivLoss,
     KLDivLoss,
+    LinearFeatureMSELoss,
     ReverseKLDivLoss,
     RKDAngleLoss,
     RKDDistanceLoss,
@@ -19,8 +23,12 @@ from .modules import (
 )
 
 __all__ = [
+    "AttentionTransferLoss",
+    "FeatureCosineLoss",
+    "FeatureMSELoss",
     "JSDivLoss",
     "KLDivLoss",
+    "LinearFeatureMSELoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "RKDLoss",

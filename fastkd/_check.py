@@ -91,6 +91,130 @@ def embeddings(student, teacher):
             raise ValueError(f"{name}: finite embeddings wanted, got some that are not")
 
 
+def features(students, teachers, dim):
+    """Lists of tensors, layer by layer of one shape, on one device, of floating dtypes."""
+    for name, x in (("student", students), ("teacher", teachers)):
+        if not isinstance(x, (list, tuple)):
+            raise TypeError(f"{name}: a tensor, or a list of one for each layer wanted, got {type(x).__name__}")
+    feature_dim(dim)
+    if not students:
+        raise ValueError("student: at least one layer wanted, got an empty list")
+    if len(students) != len(teachers):
+        raise ValueError(
+            f"teacher: one tensor for each of the student's {len(students)} layers wanted, got {len(teachers)}"
+        )
+    for layer, (student, teacher) in enumerate(zip(students, teachers, strict=True)):
+        where = f" in layer {layer}" if len(students) > 1 else ""
+        _inputs(student, teacher, f"features{where}")
+        if student.dim() == 0:
+            raise ValueError(f"student: features of shape [*, D] wanted{where}, got a tensor without dimensions")
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"teacher: the student's shape {list(student.shape)} wanted{where}, got {list(teacher.shape)}"
+            )
+        if not -student.dim() <= dim_of(student, dim) < student.dim():
+            raise ValueError(f"dim: a dimension of shape {list(student.shape)} wanted{where}, got {dim}")
+        if student.shape[dim_of(student, dim)] == 0:
+            raise ValueError(f"student: at least one feature wanted{where}, got shape {list(student.shape)}")
+        _same_device(student, teacher)
+        if student.device != students[0].device:
+            raise ValueError(f"student: all layers on one device wanted, got {students[0].device} and {student.device}")
+
+
+def maps(student, teacher):
+    """Two tensors [B, C, H, W] that differ in C at most."""
+    _inputs(student, teacher, "maps")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() != 4:
+            raise ValueError(f"{name}: maps of shape [B, C, H, W] wanted, got {list(x.shape)}")
+        if x.shape[1] == 0:
+            raise ValueError(f"{name}: at least one channel wanted, got shape {list(x.shape)}")
+    wanted, given = ([x.shape[0], *x.shape[2:]] for x in (student, teacher))
+    if wanted != given:
+        raise ValueError(f"teacher: the student's B, H and W {wanted} wanted, got {given}")
+    _same_device(student, teacher)
+
+
+def exponent(name, value):
+    """A finite number of at least 1."""
+    number(name, value)
+    if not torch.compiler.is_compiling() and value < 1:
+        raise ValueError(f"{name}: a finite number of at least 1 wanted, got {value}")
+
+
+def projector(student, projector_weight, projector_bias, teacher):
+    """features [*, D_s] and [*, D_t], a weight [D_t, D_s] and, or not, a bias [D_t]."""
+    _inputs(student, teacher, "features")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() == 0 or x.shape[-1] == 0:
+            raise ValueError(f"{name}: features of shape [*, D] wanted, got {list(x.shape)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        wanted = [*student.shape[:-1], teacher.shape[-1]]
+        raise ValueError(f"teacher: the student's leading dimensions {wanted} wanted, got {list(teacher.shape)}")
+    _same_device(student, teacher)
+    shapes = {"projector_weight": [teacher.shape[-1], student.shape[-1]], "projector_bias": [teacher.shape[-1]]}
+    for name, x in (("projector_weight", projector_weight), ("projector_bias", projector_bias)):
+        if x is None and name == "projector_bias":
+            continue
+        _tensor(name, x)
+        _floating(name, x)
+        if list(x.shape) != shapes[name]:
+            raise ValueError(f"{name}: shape {shapes[name]} wanted, got {list(x.shape)}")
+        if x.device != student.device:
+            raise ValueError(f"{name}: a tensor on the student's device {student.device} wanted, got {x.device}")
+        if x.dtype != student.dtype and not torch.is_autocast_enabled(student.device.type):
+            raise TypeError(f"{name}: the student's dtype {student.dtype} wanted, got {x.dtype}")
+
+
+def dim_of(x, dim):
+    """Where the features of a row are: of maps [B, C, H, W] the channels, else the last."""
+    if dim is None:
+        return 1 if x.dim() == 4 else x.dim() - 1
+    return dim
+
+
+def per_layer(name, x, students, dim, check_one):
+    """One tensor for all layers, or a list of one for each; as a list."""
+    listed = isinstance(x, (list, tuple))
+    if listed and len(x) != len(students):
+        raise ValueError(f"{name}: one tensor for all layers, or one for each of {len(students)} wanted, got {len(x)}")
+    found = list(x) if listed else [x] * len(students)
+    for layer, (one, student) in enumerate(zip(found, students, strict=True)):
+        _tensor(name, one)
+        check_one(name, one)
+        shape = list(student.shape)
+        del shape[dim_of(student, dim)]
+        where = f" in layer {layer}" if len(students) > 1 else ""
+        if list(one.shape) != shape:
+            raise ValueError(f"{name}: shape {shape} wanted{where}, one per row; got {list(one.shape)}")
+        _constant(name, one, student)
+    return found
+
+
+def is_mask(name, x):
+    if x.dtype is not torch.bool:
+        raise TypeError(f"{name}: torch.bool wanted (True: the row counts), got {x.dtype}")
+
+
+def layer_weights(value, layers):
+    if isinstance(value, (str, torch.Tensor)) or not hasattr(value, "__len__"):
+        raise TypeError(f"layer_weights: a list of numbers wanted, got {type(value).__name__}")
+    if len(value) != layers:
+        raise ValueError(f"layer_weights: one for each of {layers} layers wanted, got {len(value)}")
+    for weight_ in value:
+        at_least_zero("layer_weights", weight_)
+
+
+def feature_dim(value):
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"dim: a whole number wanted, got {type(value).__name__}")
+
+
+def feature_normalize(value):
+    if value not in (None, "l2", "standardize"):
+        raise ValueError(f"normalize: None, 'l2' or 'standardize' wanted, got {value!r}")
+
+
 def _constant(name, x, student):
     """A tensor beside the student: on its device, and without a gradient."""
     _tensor(name, x)
@@ -179,8 +303,7 @@ def _per_row(name, x, student):
 
 def mask(x, student):
     _tensor("mask", x)
-    if x.dtype is not torch.bool:
-        raise TypeError(f"mask: torch.bool wanted (True: the row counts), got {x.dtype}")
+    is_mask("mask", x)
     _per_row("mask", x, student)
 
 

@@ -26,8 +26,20 @@ SCHEMAS = (
     # the weighted sum of both losses; a loss of weight 0 is left out
     "triples_fwd(Tensor student, Tensor teacher, float angle_weight, float angle_delta, float distance_weight, "
     "float distance_delta, bool save) -> (Tensor loss, Tensor grad)",
-    # x *= factor, of one element; nothing where it is 1, which is seen on the device
-    "scale_(Tensor(a!) x, Tensor factor) -> ()",
+    # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
+    # none at all; loss: of all layers, weighted, one per row where nothing is reduced; layers: each one's own
+    "elements_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
+    "int reduction, float[] layer_weights, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
+    "elements_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
+    "int reduction, float[] layer_weights, Tensor upstream) -> Tensor[] grad",
+    # one layer; the gradient is written over the student; reduction: per row, or their sum
+    "elements_fwd_(Tensor(a!) student, Tensor teacher, int feature_dim, int feature, Tensor? mask, Tensor? weight, "
+    "int reduction) -> Tensor loss",
+    # maps [B, C, H, W], whose channels may differ in number
+    "attention_fwd(Tensor student, Tensor teacher, float p, bool save) -> (Tensor loss, Tensor grad)",
+    "attention_bwd(Tensor student, Tensor teacher, float p, Tensor upstream) -> Tensor grad",
+    # x *= factor, of one element, for all x at once; nothing where it is 1, which is seen on the device
+    "scale_(Tensor(a!)[] x, Tensor factor) -> ()",
 )
 _libraries = []  # a definition lasts as long as its library
 

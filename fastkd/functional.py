@@ -1,5 +1,7 @@
 """The losses as functions. Student first, teacher second; options are keywords."""
 
+import torch
+
 from . import _backend, _check, reference
 from ._check import LogitsOptions
 
@@ -279,3 +281,209 @@ similarity_preserving.__doc__ = _RELATIONAL.format(
     equal="A row of zeros in G stays zero, and has no gradient.",
     source='Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.',
 )
+
+
+def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weights, return_layers, dim):
+    """Checks what a feature loss is given, and hands it to the backend."""
+    listed = isinstance(student, (list, tuple))
+    students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
+    _check.features(students, teachers, dim)
+    dims = [_check.dim_of(x, dim) % x.dim() for x in students]
+    masks = [] if mask is None else _check.per_layer("mask", mask, students, dim, _check.is_mask)
+    weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check._floating)
+    _check.reduction(reduction)
+    if layer_weights is None:
+        layer_weights = [1.0] * len(students)
+    else:
+        _check.layer_weights(layer_weights, len(students))
+    _check.flag("return_layers", return_layers)
+    backend = _backend.select(students[0].device)
+    arguments = (list(students), list(teachers), dims, masks, weights, reduction, [float(x) for x in layer_weights])
+    if backend == "torch":
+        loss, layers = reference.feature_loss(feature, *arguments)
+    else:
+        from .ops import elements
+
+        loss, layers = elements.feature_loss(_backend.namespace(backend), feature, *arguments)
+    if reduction == "none":
+        shapes = [[*x.shape[:at], *x.shape[at + 1 :]] for x, at in zip(students, dims, strict=True)]
+        parts = loss.split([x.numel() // x.shape[at] for x, at in zip(students, dims, strict=True)])
+        rows = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        loss = rows if listed else rows[0]
+    return (loss, layers) if return_layers else loss
+
+
+_FEATURE = r"""{title}
+
+    .. math:: {formula}
+
+    {notes}
+
+    One pass reads student and teacher and, where a gradient is wanted, writes it. Lists of tensors, one
+    for each layer, are one call: one kernel on a GPU, one parallel region on the CPU.
+
+    Args:
+        student: features ``[*, D]``, or maps ``[B, C, H, W]`` whose features are the channels, in any
+            memory format; or a list of these. float16, bfloat16, float32 or float64.
+        teacher: the same shapes; dtypes may differ. A constant: no gradient flows to it.{options}
+        mask: bool, the shape without the features, True: the row counts. A masked row has loss 0 and
+            gradient 0 whatever it holds. With lists one for all layers, or a list of one for each.
+        weight: float, of the mask's shape, multiplies the row's loss; the divisor does not change.
+        reduction: {reduction}
+        layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default 1.
+        return_layers: also return each layer's own loss, without its weight, ``[layers]`` and detached.
+        dim: where the features are. Default: 1 of tensors with four dimensions, else the last.
+
+    Returns:
+        The loss, float64 where an input is float64, else float32; with ``return_layers`` a pair. No rows,
+        or none that counts: 0.
+
+    The gradient has the student's dtype; it is computed in forward, except for float16 and ``"none"``,
+    where backward computes it from the features. A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+
+    Source: {source}
+    """
+
+
+def feature_mse(
+    student,
+    teacher,
+    *,
+    normalize=None,
+    mask=None,
+    weight=None,
+    reduction="mean",
+    layer_weights=None,
+    return_layers=False,
+    dim=None,
+):
+    _check.feature_normalize(normalize)
+    feature = normalize or "squares"
+    return _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weights, return_layers, dim)
+
+
+feature_mse.__doc__ = _FEATURE.format(
+    title="Mean squared difference of features, of one layer or of all layers in one call.",
+    formula=r"\frac{1}{N D} \sum_{nk} (\hat s_{nk} - \hat t_{nk})^2",
+    notes=r"""with :math:`\hat x` the rows as they are, over their length, or standardized.""",
+    options="""
+        normalize: None, the default; ``"l2"``: rows over their length (of at least 1e-12; a row of zeros has
+            no gradient); ``"standardize"``: rows less their mean, over sqrt(variance + 1e-6).""",
+    reduction='``"mean"`` (sum / (rows that count x D), the default), ``"batchmean"`` (sum / rows that\n'
+    '            count), ``"sum"`` or ``"none"`` (a loss per row; of lists a list).',
+    source='Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.',
+)
+
+
+def feature_cosine(
+    student, teacher, *, mask=None, weight=None, reduction="mean", layer_weights=None, return_layers=False, dim=None
+):
+    return _feature_loss("cosine", student, teacher, mask, weight, reduction, layer_weights, return_layers, dim)
+
+
+feature_cosine.__doc__ = _FEATURE.format(
+    title="One minus the cosine between student's and teacher's features.",
+    formula=r"\frac{1}{N} \sum_n \left(1 - \frac{\langle s_n, t_n \rangle}{\|s_n\| \|t_n\|}\right)",
+    notes="computed as half the squared difference of rows of length 1, so that nothing cancels near convergence.\n"
+    "    Lengths are of at least 1e-12; a row of zeros has no gradient, and a loss of 1/2 beside any other.",
+    options="",
+    reduction='``"mean"`` and ``"batchmean"`` (sum / rows that count, the default), ``"sum"`` or ``"none"`` (a\n'
+    "            loss per row; of lists a list).",
+    source='Sanh et al., "DistilBERT", 2019.',
+)
+
+
+def attention_transfer(student, teacher, *, p=2):
+    _check.maps(student, teacher)
+    _check.exponent("p", p)
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return reference.attention_transfer(student, teacher, float(p))
+    from .ops import attention
+
+    return attention.attention_transfer(_backend.namespace(backend), student, teacher, float(p))
+
+
+attention_transfer.__doc__ = r"""Attention transfer: the student looks where the teacher looks.
+
+    .. math:: \frac{1}{B H W} \sum_{bhw} \left(f^s_{bhw} - f^t_{bhw}\right)^2,\quad
+        f = \frac{A}{\|A\|},\ A = \frac{1}{C} \sum_c |x_c|^p
+
+    with the lengths of maps over H W, of at least 1e-12. What is summed over channels is never stored.
+
+    Args:
+        student: maps ``[B, C, H, W]``, in any memory format; float16, bfloat16, float32 or float64.
+        teacher: maps ``[B, C, H, W]``; the number of channels and the dtype may differ. A constant: no
+            gradient flows to it.
+        p: the power, a finite number of at least 1; whole ones up to 4 are fastest. Default 2.
+
+    Returns:
+        The loss, float64 where an input is float64, else float32. Of no samples 0.
+
+    The gradient has the student's dtype; it is computed in forward, in float16 in backward. A map of zeros
+    has none. A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017.
+    """
+
+
+def linear_feature_mse(
+    student,
+    projector_weight,
+    teacher,
+    *,
+    projector_bias=None,
+    normalize=None,
+    mask=None,
+    weight=None,
+    reduction="mean",
+):
+    _check.projector(student, projector_weight, projector_bias, teacher)
+    _check.feature_normalize(normalize)
+    rows = [teacher]  # what masks and weights are one per row of
+    if mask is not None:
+        (mask,) = _check.per_layer("mask", mask, rows, -1, _check.is_mask)
+    if weight is not None:
+        (weight,) = _check.per_layer("weight", weight, rows, -1, _check._floating)
+    _check.reduction(reduction)
+    feature, backend = normalize or "squares", _backend.select(student.device)
+    arguments = (feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction)
+    if backend == "torch":
+        loss = reference.linear_feature_loss(*arguments)
+    else:
+        from .ops import elements
+
+        loss = elements.linear_feature_loss(_backend.namespace(backend), *arguments)
+    return loss.view(student.shape[:-1]) if reduction == "none" else loss
+
+
+linear_feature_mse.__doc__ = r"""Mean squared difference of projected student features and a teacher's of another width.
+
+    .. math:: \mathrm{feature\_mse}(student\, W^\top + b,\ teacher)
+
+    with gradients to student, projector_weight and projector_bias, all by torch's matrix products. Of the
+    projected features only the residual is kept, in their own place.
+
+    Args:
+        student: features ``[*, D_s]``; float16, bfloat16, float32 or float64.
+        projector_weight: W, ``[D_t, D_s]``, of the student's dtype (any under autocast).
+        teacher: features ``[*, D_t]``; the dtype may differ. A constant: no gradient flows to it.
+        projector_bias: b, ``[D_t]``. Default: none.
+        normalize, mask, weight, reduction: as in :func:`feature_mse`.
+
+    Returns:
+        The loss, float64 where an input is float64, else float32.
+
+    The residual has the dtype of the projection. A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
+    """

@@ -178,3 +178,129 @@ class SimilarityPreservingLoss(_RelationalLoss):
     """:func:`fastkd.functional.similarity_preserving` as a module."""
 
     _function = staticmethod(functional.similarity_preserving)
+
+
+class _FeatureLoss(torch.nn.Module):
+    """A loss of features; a subclass names its function of :mod:`fastkd.functional`."""
+
+    _options = ()
+
+    def __init__(self, **options):
+        super().__init__()
+        self._options = tuple(options)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def extra_repr(self):
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
+
+    def _given(self):
+        return {name: getattr(self, name) for name in self._options}
+
+
+def _check_layer_weights(value):
+    if value is not None:
+        _check.layer_weights(value, len(value) if hasattr(value, "__len__") else 1)
+
+
+class FeatureMSELoss(_FeatureLoss):
+    """:func:`fastkd.functional.feature_mse` as a module, of one layer or of lists of them.
+
+    Args:
+        normalize, reduction, layer_weights, return_layers, dim: as there.
+    """
+
+    def __init__(self, *, normalize=None, reduction="mean", layer_weights=None, return_layers=False, dim=None):
+        _check.feature_normalize(normalize)
+        _check.reduction(reduction)
+        _check_layer_weights(layer_weights)
+        _check.feature_dim(dim)
+        _check.flag("return_layers", return_layers)
+        super().__init__(
+            normalize=normalize, reduction=reduction, layer_weights=layer_weights, return_layers=return_layers, dim=dim
+        )
+
+    def forward(self, student, teacher, *, mask=None, weight=None):
+        """The loss of tensors, or lists of them; mask and weight as in the function."""
+        return functional.feature_mse(student, teacher, mask=mask, weight=weight, **self._given())
+
+
+class FeatureCosineLoss(_FeatureLoss):
+    """:func:`fastkd.functional.feature_cosine` as a module, of one layer or of lists of them.
+
+    Args:
+        reduction, layer_weights, return_layers, dim: as there.
+    """
+
+    def __init__(self, *, reduction="mean", layer_weights=None, return_layers=False, dim=None):
+        _check.reduction(reduction)
+        _check_layer_weights(layer_weights)
+        _check.feature_dim(dim)
+        _check.flag("return_layers", return_layers)
+        super().__init__(reduction=reduction, layer_weights=layer_weights, return_layers=return_layers, dim=dim)
+
+    def forward(self, student, teacher, *, mask=None, weight=None):
+        """The loss of tensors, or lists of them; mask and weight as in the function."""
+        return functional.feature_cosine(student, teacher, mask=mask, weight=weight, **self._given())
+
+
+class AttentionTransferLoss(_FeatureLoss):
+    """:func:`fastkd.functional.attention_transfer` as a module.
+
+    Args:
+        p: as there.
+    """
+
+    def __init__(self, *, p=2):
+        _check.exponent("p", p)
+        super().__init__(p=p)
+
+    def forward(self, student, teacher):
+        """The loss of maps ``[B, C_s, H, W]`` and ``[B, C_t, H, W]``."""
+        return functional.attention_transfer(student, teacher, p=self.p)
+
+
+class LinearFeatureMSELoss(_FeatureLoss):
+    """:func:`fastkd.functional.linear_feature_mse` as a module that owns its projector, a ``torch.nn.Linear``
+    to be trained with the student.
+
+    Args:
+        student_features, teacher_features: the widths D_s and D_t.
+        bias: whether the projector has one. Default True.
+        normalize, reduction: as there.
+        device, dtype: of the projector.
+    """
+
+    def __init__(
+        self,
+        student_features,
+        teacher_features,
+        *,
+        bias=True,
+        normalize=None,
+        reduction="mean",
+        device=None,
+        dtype=None,
+    ):
+        for name, value in (("student_features", student_features), ("teacher_features", teacher_features)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name}: a whole number wanted, got {type(value).__name__}")
+            if value < 1:
+                raise ValueError(f"{name}: at least 1 wanted, got {value}")
+        _check.flag("bias", bias)
+        _check.feature_normalize(normalize)
+        _check.reduction(reduction)
+        super().__init__(normalize=normalize, reduction=reduction)
+        self.projector = torch.nn.Linear(student_features, teacher_features, bias, device, dtype)
+
+    def forward(self, student, teacher, *, mask=None, weight=None):
+        """The loss of features ``[*, D_s]`` and ``[*, D_t]``; mask and weight as in the function."""
+        return functional.linear_feature_mse(
+            student,
+            self.projector.weight,
+            teacher,
+            projector_bias=self.projector.bias,
+            mask=mask,
+            weight=weight,
+            **self._given(),
+        )

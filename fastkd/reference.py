@@ -194,3 +194,64 @@ def similarity_preserving(student, teacher):
     """Holds matrices [N, N]."""
     s, t = (_unit(x @ x.T) for x in _embeddings(student, teacher))
     return (s - t).square().sum() / max(len(s), 1) ** 2
+
+
+def _of_length_one(x):
+    """Rows over their length, of at least 1e-12; a row of zeros has no gradient. Lengths in float64,
+    where squares of float32 stay in range."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
+    nothing = length == 0
+    unit = (x.double() / torch.where(nothing, 1.0, length).clamp(min=1e-12)).to(x.dtype)
+    return torch.where(nothing, 0.0, unit)
+
+
+def _standardized(x):
+    """Rows less their mean, over their standard deviation."""
+    centred = x.double() - x[..., :1].detach().double()  # of equal values the mean is exact
+    centred = centred - centred.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype)
+
+
+_FEATURES = {"squares": lambda x: x, "l2": _of_length_one, "standardize": _standardized, "cosine": _of_length_one}
+
+
+def _feature_layer(feature, student, teacher, dim, mask, weight, dtype):
+    """The losses of a layer's rows [*]."""
+    s, t = (x.movedim(dim, -1).to(dtype) for x in (student, _ordinary(teacher).detach()))
+    if mask is not None:  # before anything is computed: a masked row may hold NaN
+        s, t = (torch.where(_ordinary(mask)[..., None], x, 0.0) for x in (s, t))
+    rows = (_FEATURES[feature](s) - _FEATURES[feature](t)).square().sum(-1)
+    if feature == "cosine":
+        rows = rows / 2
+    return rows if weight is None else rows * _ordinary(weight).to(dtype)
+
+
+def feature_loss(feature, students, teachers, dims, masks, weights, reduction, layer_weights):
+    """Loss and layers; the arguments have been checked."""
+    dtype = torch.float64 if any(x.dtype is torch.float64 for x in (*students, *teachers)) else torch.float32
+    losses = []
+    for layer, (student, teacher, dim) in enumerate(zip(students, teachers, dims, strict=True)):
+        mask, weight = (x[layer] if x else None for x in (masks, weights))
+        rows = _feature_layer(feature, student, teacher, dim, mask, weight, dtype)
+        D = 1 if feature == "cosine" else student.shape[dim]
+        losses.append(rows if reduction == "none" else _reduce(rows, D, mask, reduction, None))
+    if reduction == "none":
+        weighted = [weight * rows.reshape(-1) for weight, rows in zip(layer_weights, losses, strict=True)]
+        return torch.cat(weighted), torch.stack([rows.detach().sum() for rows in losses])
+    layers = torch.stack(losses)
+    return (layers * layers.new_tensor(layer_weights)).sum(), layers.detach()
+
+
+def attention_transfer(student, teacher, p):
+    dtype = compute_dtype(student, teacher)
+    s, t = (x.to(dtype) for x in (student, _ordinary(teacher).detach()))
+    if not s.shape[0] * s.shape[2] * s.shape[3]:
+        return (s * 0).sum()
+    s, t = (_of_length_one(x.double().abs().pow(p).mean(1).flatten(1)) for x in (s, t))
+    return (s - t).square().mean().to(dtype)
+
+
+def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction):
+    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+    masks, weights = ([] if x is None else [x] for x in (mask, weight))
+    return feature_loss(feature, [projected], [teacher], [projected.dim() - 1], masks, weights, reduction, [1.0])[0]

@@ -32,20 +32,28 @@ def _define(name, which):
 
 def _there(x):
     """The same tensor on the GPU: its whole storage, so that it lies as it does here."""
+    if isinstance(x, list | tuple):
+        return [_there(y) for y in x]
     if not isinstance(x, torch.Tensor):
         return x
     storage = x.untyped_storage().cuda()
     return torch.empty(0, dtype=x.dtype, device="cuda").set_(storage, x.storage_offset(), x.shape, x.stride())
 
 
+def _back(x):
+    if isinstance(x, list | tuple):
+        return type(x)(_back(y) for y in x)
+    return x if x is None else x.cpu()
+
+
 def _on_gpu(op, *arguments):
     there = [_there(x) for x in arguments]
     results = op(*there)
     if op._schema.arguments[0].alias_info is not None:  # written in place
-        arguments[0].copy_(there[0])
-    if isinstance(results, tuple):
-        return tuple(x.cpu() for x in results)
-    return results if results is None else results.cpu()
+        written = zip(arguments[0], there[0], strict=True) if isinstance(there[0], list) else [(arguments[0], there[0])]
+        for x, y in written:
+            x.copy_(y)
+    return _back(results)
 
 
 @contextlib.contextmanager

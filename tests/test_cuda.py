@@ -11,6 +11,8 @@ import subprocess
 
 import cases
 import elsewhere
+import feature_cases
+import feature_truth
 import pytest
 import relation_cases
 import test_relations
@@ -86,6 +88,32 @@ def test_the_kernels_of_relations_are_clean(compiler, build, relation):
     assert run_program([relations_program(compiler, build), *arguments]) == "right\n"
 
 
+def features_program(compiler, build):
+    return compiler.program("features", build, "reduce", "elements", "attention")
+
+
+# (of csrc/testing/features_main.cpp, dtype, whether rows are masked)
+FEATURES = {
+    "squares, flat": (0, FLOAT, 0),
+    "squares of halves, flat": (0, HALF, 0),
+    "squares, masked": (0, BFLOAT16, 1),
+    "l2": (1, FLOAT, 1),
+    "standardized": (2, BFLOAT16, 0),
+    "standardized, masked": (2, FLOAT, 1),
+    "cosine in double": (3, DOUBLE, 1),
+    "attention": (4, FLOAT, 0),
+    "attention of halves": (4, BFLOAT16, 0),
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize("build", ["address", "thread"])
+def test_the_kernels_of_features_are_clean(compiler, build, feature):
+    """The orders of threads: below."""
+    arguments = [*map(str, FEATURES[feature]), *ORDERS["random"]]
+    assert run_program([features_program(compiler, build), *arguments]) == "right\n"
+
+
 @pytest.fixture
 def cusim():
     """The library that the backend cuda-cusim runs."""
@@ -159,6 +187,25 @@ def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
         assert error(out, ref) <= test_relations.PROMISED.get(dtype, 5e-3)
 
 
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", feature_cases.LOSSES)
+def test_features_in_every_order_of_threads(cusim, name, order):
+    """Right, and the same bits. cudaDevAttrMultiProcessorCount is 16."""
+    shapes = [(37, 50), (3, 5003), (2, 40, 9, 9), (2, 16, 4, 8)]
+    students, teachers = ([torch.randn(shape) for shape in shapes] for _ in range(2))
+    cusim.cusim_device(16, 1)
+    found = []
+    with use("cuda-cusim"):
+        for mode in ("forward", order):
+            cusim.cusim_order(*map(int, ORDERS[mode]))
+            leaves = [x.clone().requires_grad_() for x in students]
+            loss = feature_cases.LOSSES[name](leaves, teachers)
+            found.append((loss, *torch.autograd.grad(loss, leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for student, teacher, grad in zip(students, teachers, found[0][1:], strict=True):
+        assert error(grad, feature_truth.truth(name, student, teacher)[1]) <= 2e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("make", [None, relation_cases.clusters], ids=["one spread", "clusters"])
 def test_blocks_of_triples_change_no_number(cusim, make, dtype):
@@ -209,9 +256,11 @@ def usage(path):
 def registers_of(function):
     """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
     multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
-    the pairs' sweeps, and of the triples in float."""
+    the pairs' sweeps, of the triples in float, and of features, three of their plain squares."""
     if "pairs_sweep_kernel" in function or "triples_kernelIf" in function:
         return 128
+    if re.search(r"elements_kernelIf|attention_\w+_kernelI[fd]", function):
+        return 80 if "FeatureE0E" in function else 128
     if "rows_kernelIf" in function and "AnyType" not in function:
         return 80 if "ForwardKL" in function or "SoftCrossEntropy" in function else 128
     return 255
@@ -236,6 +285,11 @@ INSTRUCTIONS = {
     r"pairs_sweep_kernelI6__half": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32 "),
     r"pairs_gradient_kernelI13__nv_bfloat16": (COPIES, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.16816\.F32\.BF16"),
     r"pairs_gradient_kernelIf": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.1688\.F32\.TF32"),
+    r"elements_kernelIfLNS_7FeatureE0E": (r"LDG\.E\.\S*128", STORES),
+    r"elements_kernelIfLNS_7FeatureE1E": (r"LDG\.E\.\S*128", STORES),
+    r"elements_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
+    r"attention_powers_kernelIfLb1E": (r"LDG\.E\.\S*128",),
+    r"attention_slopes_kernelIfLb1E": (r"LDG\.E\.\S*128", STORES),
     r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
 }  # fmt: skip
 

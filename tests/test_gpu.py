@@ -1,13 +1,14 @@
 """What only a GPU can show: nothing waits for it, graphs, streams, devices, and the choice of backend.
 
-The numbers are tested with everyone's: test_rows.py and test_relations.py run their cases on cuda-gpu
-and triton-gpu. Here are those of sizes that the host is too slow for.
+The numbers are tested with everyone's: test_rows.py and its like run their cases on cuda-gpu and
+triton-gpu. Here are those of sizes that the host is too slow for.
 """
 
 import cases
 import pytest
 import relation_cases
 import torch
+from gpu_tools import BACKENDS, peak_extra_bytes, replayed, without_waiting
 from test_relations import PROMISED
 from tolerances import FLOOR, error
 
@@ -15,7 +16,6 @@ import fastkd
 from fastkd import _backend, functional
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-BACKENDS = [name for name in ("cuda", "triton") if not _backend.unavailable(name)]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -32,45 +32,6 @@ def logits(*shape, dtype=torch.bfloat16):
 def embeddings(N, width=64, teacher_width=48, dtype=torch.bfloat16):
     student, teacher = (torch.randn(N, D, device="cuda").to(dtype) for D in (width, teacher_width))
     return student.requires_grad_(), teacher
-
-
-def without_waiting(step):
-    """Runs it twice; the first time may compile."""
-    step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-def replayed(step, student, change):
-    """Loss and gradient of step(), captured in a graph and replayed after change()."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-        grad = student.grad
-    with torch.no_grad():
-        change()
-    graph.replay()
-    return loss.clone(), grad.clone()
-
-
-def peak_extra_bytes(step, student):
-    """Of the second call."""
-    step()
-    student.grad = None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def test_the_choice_is_cuda():

@@ -80,3 +80,31 @@ def test_rkd_angle_holds_no_tensor_of_triples():
     student, teacher = torch.randn(640, 64), torch.randn(640, 64)
     used = peak(lambda s: functional.rkd_angle(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
     assert used <= 48 << 20
+
+
+@pytest.mark.parametrize("normalize", [None, "l2", "standardize"])
+def test_feature_mse_holds_one_gradient(normalize):
+    student, teacher = torch.randn(16384, 1024), torch.randn(16384, 1024)
+    used = peak(
+        lambda s: (0.5 * functional.feature_mse(s, teacher, normalize=normalize)).backward(),
+        lambda: (student.detach().requires_grad_(),),
+    )
+    assert student.numel() * 4 <= used <= student.numel() * 4 + SLACK
+
+
+def test_attention_transfer_holds_one_gradient():
+    student, teacher = torch.randn(16, 256, 64, 64), torch.randn(16, 128, 64, 64)
+    used = peak(
+        lambda s: functional.attention_transfer(s, teacher).backward(), lambda: (student.detach().requires_grad_(),)
+    )
+    assert student.numel() * 4 <= used <= student.numel() * 4 + SLACK
+
+
+def test_linear_feature_mse_holds_the_residual_alone():
+    """Of what has the teacher's width; and a gradient of the student's."""
+    student, teacher, weight = torch.randn(16384, 64), torch.randn(16384, 1024), torch.randn(1024, 64)
+    used = peak(
+        lambda s: functional.linear_feature_mse(s, weight, teacher).backward(),
+        lambda: (student.detach().requires_grad_(),),
+    )
+    assert used <= (teacher.numel() + student.numel()) * 4 + SLACK

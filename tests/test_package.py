@@ -147,7 +147,7 @@ def test_readme_quotes_the_measured_files():
         check=True,
     )
     tables = run.stdout.strip().split("\n\n")
-    assert len(tables) == 2
+    assert len(tables) == 3
     for table in tables:
         assert table in readme
 

@@ -1,6 +1,7 @@
 """What torch asks of an operator: schemas, fakes, gradcheck, compile, export, autocast."""
 
 import functools
+import pickle
 
 import cases
 import pytest
@@ -11,7 +12,7 @@ from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import _backend, functional
-from fastkd.ops import relations, rows
+from fastkd.ops import attention, elements, relations, rows
 
 without_triton = pytest.mark.skipif(bool(_backend.unavailable("triton")), reason=_backend.unavailable("triton"))
 if torch.cuda.is_available():  # these tests have CPU tensors, which Triton takes under its interpreter only
@@ -36,7 +37,7 @@ def op_calls(backend_name):
         yield f"rows_bwd_-{name}", ops.bwd_, (student.clone(), teacher, *options, stats, upstream)
     half = student.bfloat16().transpose(0, 1)
     for factor in (1.0, 0.5):
-        yield f"scale_-{factor}", ops.scale_, (student.clone(), torch.tensor(factor))
+        yield f"scale_-{factor}", ops.scale_, ([student.clone(), student.clone()], torch.tensor(factor))
     yield "rows_fwd-bfloat16", ops.fwd, (half, teacher.transpose(0, 1), *plain, 1)
 
 
@@ -61,11 +62,35 @@ def relational_calls(backend_name):
     yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, 1.0, 1.0, 0.0, 1.0, True)
 
 
+def feature_calls(backend_name):
+    """The same of the feature losses."""
+    namespace = _backend.namespace(backend_name)
+    ops, attention_ops = elements.OPS[namespace], attention.OPS[namespace]
+    students = [torch.randn(3, 4, 6), torch.randn(2, 5, 3, 3).bfloat16().to(memory_format=torch.channels_last)]
+    teachers = [torch.randn(3, 4, 6), torch.randn(2, 5, 3, 3)]
+    masks, weights = [torch.rand(12) < 0.7, torch.rand(18) < 0.7], [torch.rand(12), torch.rand(18)]
+    for feature in range(4):
+        options = ([2, 1], feature, masks if feature % 2 else [], weights if feature > 1 else [])
+        for reduction in (0, 3):
+            tail = (reduction, [1.0, 0.5])
+            for save in (False, True):
+                yield f"elements_fwd-{feature}-{reduction}-{save}", ops.fwd, (students, teachers, *options, *tail, save)
+            upstream = torch.rand(30) if reduction == 0 else torch.rand(())
+            yield f"elements_bwd-{feature}-{reduction}", ops.bwd, (students, teachers, *options, *tail, upstream)
+        for reduction in (0, 1):
+            one = (students[0].clone(), teachers[0], 2, feature, masks[0], None, reduction)
+            yield f"elements_fwd_-{feature}-{reduction}", ops.fwd_, one
+    maps = students[1], torch.randn(2, 7, 3, 3)
+    for save in (False, True):
+        yield f"attention_fwd-{save}", attention_ops.fwd, (*maps, 2.0, save)
+    yield "attention_bwd", attention_ops.bwd, (*maps, 3.0, torch.rand(()))
+
+
 CALLS = {
     f"{backend_name}-{name}": (op, arguments)
     for backend_name in ("cpu", "triton")
     if not _backend.unavailable(backend_name) and _backend.serves(backend_name, "cpu")
-    for name, op, arguments in (*op_calls(backend_name), *relational_calls(backend_name))
+    for name, op, arguments in (*op_calls(backend_name), *relational_calls(backend_name), *feature_calls(backend_name))
 }
 
 
@@ -343,3 +368,32 @@ def test_relations_of_meta_and_fake_tensors(name, dtype):
     with torch._subclasses.FakeTensorMode():
         loss, grad = step(torch.empty(4, 6, dtype=dtype), torch.empty(4, 3))
         assert (loss.shape, grad.shape, grad.dtype) == ((), (4, 6), dtype)
+
+
+def feature_losses():
+    """Modules and what they are given."""
+    maps, teacher_maps = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)
+    layers = [torch.randn(3, 4, 6), maps], [torch.randn(3, 4, 6), teacher_maps]
+    yield "mse", fastkd.FeatureMSELoss(), layers
+    yield "l2", fastkd.FeatureMSELoss(normalize="l2", layer_weights=[1, 2]), layers
+    yield "none", fastkd.FeatureMSELoss(normalize="standardize", reduction="none"), (maps, teacher_maps)
+    yield "cosine", fastkd.FeatureCosineLoss(), (maps, teacher_maps)
+    yield "attention", fastkd.AttentionTransferLoss(), (maps, torch.randn(2, 3, 4, 4))
+    yield "projector", fastkd.LinearFeatureMSELoss(6, 8), (torch.randn(3, 4, 6), torch.randn(3, 4, 8))
+
+
+@pytest.mark.parametrize(("module", "inputs"), [pytest.param(m, i, id=name) for name, m, i in feature_losses()])
+def test_compile_and_export_a_feature_module(module, inputs):
+    def step(module):
+        students = [x.detach().requires_grad_() for x in (inputs[0] if isinstance(inputs[0], list) else [inputs[0]])]
+        loss = module(students if isinstance(inputs[0], list) else students[0], inputs[1])
+        return loss, *torch.autograd.grad(loss.sum(), (*students, *module.parameters()))
+
+    torch._dynamo.reset()
+    plain, compiled = step(module), step(torch.compile(module, fullgraph=True, backend="aot_eager"))
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    program = torch.export.export(module, inputs)
+    assert torch.equal(program.module()(*inputs), module(*inputs))
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(again(*inputs), module(*inputs))
+    assert repr(again) == repr(module)

@@ -37,6 +37,9 @@ RELATION_REGISTERS = {
     "differences_kernel": 128, "prepare_kernel": 128, "centre_kernel": 128, "totals_kernel": 128,
 }  # fmt: skip
 RELATION_STACK = 32
+FEATURE_STACK = 64  # of the sums of eight rows, in float64
+# What is not features: a row's first values; its map and slope.
+NARROW_FEATURES = {"flat_kernel": 0, "elements_kernel": 4, "powers_kernel": 0, "slopes_kernel": 8}
 MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
@@ -50,7 +53,7 @@ def options(divergence, reduction=BATCHMEAN, **changed):
     return tuple({**plain, **changed}.values())
 
 
-def launches(rows):
+def launches(rows, scale):
     """Calls by name: every kernel of the rows schedule, as users' calls launch them."""
     calls = {}
     for dtype in (torch.bfloat16, torch.float32):
@@ -64,7 +67,7 @@ def launches(rows):
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = lambda y=y, s=stats, u=upstream: rows.rows_bwd(
             y, y, *options(KL_DIV), s, u
         )
-        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: rows.scale_(y, u)
+        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: scale.scale_([y], u)
     return calls
 
 
@@ -101,12 +104,56 @@ def relation_launches(pairs, triples):
     return calls
 
 
+def feature_launches(elements, attention):
+    """Layers of every layout: feature/dtype/shape/loss."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        shapes = {"flat": (4096, 1024), "rows": (4096, 1024), "long": (64, 16384), "maps": (16, 256, 56, 56)}
+        for kind, shape in shapes.items():
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            dim = 1 if len(shape) == 4 else len(shape) - 1
+            for feature in (0,) if kind == "flat" else (1, 2):
+                reduction = 3 if kind == "flat" else 0
+                calls[f"feature/{str(dtype)[6:]}/{kind}/{feature}"] = lambda x=x, d=dim, f=feature, r=reduction: (
+                    elements.elements_fwd([x, x], [x, x], [d, d], f, [], [], r, [1.0, 0.5], True)
+                )
+        maps = torch.empty(16, 256, 56, 56, dtype=dtype, device="meta")
+        for p in (2.0, 3.0, 2.5):
+            calls[f"feature/{str(dtype)[6:]}/attention/{p}"] = lambda x=maps, p=p: attention.attention_fwd(
+                x, x, p, True
+            )
+    return calls
+
+
+def other_feature_launches(elements, attention):
+    """That they compile at all: masks, weights, upstream per row, strides of every kind, one feature, mixed dtypes."""
+    x = torch.empty(2, 3, 2, 200, dtype=torch.bfloat16, device="meta")[:, 1:, :, :-1].movedim(-1, 1)
+    t, row = (
+        torch.empty(x.shape, dtype=torch.float64, device="meta"),
+        torch.empty(8, dtype=torch.float64, device="meta"),
+    )
+    single = torch.empty(5, 1, device="meta")
+    calls = {
+        f"other/everything/{f}": lambda f=f: elements.elements_bwd([x], [t], [1], f, [row > 0], [row], 0, [0.1], row)
+        for f in range(4)
+    }
+    calls |= {
+        f"other/one_feature/{f}": lambda f=f: elements.elements_fwd_(single, single, 1, f, None, None, 1)
+        for f in range(4)
+    }
+    calls["other/upstream"] = lambda: elements.elements_bwd(
+        [single], [single], [1], 0, [single[:, 0] > 0], [], 3, [0.1], single[:1, 0]
+    )
+    calls["other/attention"] = lambda: attention.attention_bwd(x, t, 2.0, row[:1])
+    return calls
+
+
 def compile_for(target_name):
     """Runs the calls with a driver that compiles and launches nothing; prints what came out as JSON."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import pairs, rows, triples
+    from fastkd.triton import attention, elements, pairs, rows, scale, triples
 
     class Driver:
         def get_current_device(self):
@@ -126,8 +173,9 @@ def compile_for(target_name):
         found[name, self.fn.__name__] = report(kernel)
 
     triton.runtime.jit.JITFunction.run = compile_only
-    calls = launches(rows) | relation_launches(pairs, triples)
-    calls |= other_launches(rows) if target_name in ("sm_90", "gfx942") else {}
+    calls = launches(rows, scale) | relation_launches(pairs, triples) | feature_launches(elements, attention)
+    if target_name in ("sm_90", "gfx942"):
+        calls |= other_launches(rows) | other_feature_launches(elements, attention)
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
     print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
@@ -211,6 +259,17 @@ def test_registers_suffice_for_relations(compiled_relations):
         assert numbers["stack"] <= RELATION_STACK, (name, kernel, numbers)
 
 
+def test_features_stay_in_registers_and_move_in_128_bits(compiled):
+    for name, kernel, numbers in compiled:
+        if name.startswith("feature") and "/float64/" not in name:
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] <= FEATURE_STACK, (name, kernel, numbers)
+            if kernel in NARROW_FEATURES:
+                assert numbers["wide_loads"] > 0, (name, kernel, numbers)
+                assert numbers["narrow_loads"] <= NARROW_FEATURES[kernel], (name, kernel, numbers)
+                assert (numbers["wide_stores"] > 0) == (kernel != "powers_kernel"), (name, kernel, numbers)
+
+
 def test_tensor_cores_multiply_embeddings(compiled_relations):
     for name, kernel, numbers in compiled_relations:
         assert (numbers["products"] > 0) == (kernel in MULTIPLYING), (name, kernel, numbers)
@@ -226,7 +285,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_interpreter  # noqa: E402, F401 - before any kernel
 
-from fastkd.triton import rows  # noqa: E402
+from fastkd.triton import rows, scale  # noqa: E402
 
 
 @triton.jit
@@ -287,16 +346,16 @@ def test_scale(dtype, factor, contiguous):
     x = torch.randn(7, 1300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     x = x if contiguous else x.t()
     expected = x * factor
-    rows.scale_(x, torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
+    scale.scale_([x], torch.tensor([factor], dtype=torch.float64 if dtype == torch.float64 else torch.float32))
     assert torch.equal(x.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 def test_scale_in_several_rounds(monkeypatch):
     """More elements than one round of all programs takes."""
-    monkeypatch.setattr(rows, "SCALE_PROGRAMS", 2)
-    x = torch.randn(5 * rows.SCALE_BLOCK + 3)
+    monkeypatch.setattr(scale, "PROGRAMS", 2)
+    x = torch.randn(5 * scale.BLOCK + 3)
     expected = x * 0.5
-    rows.scale_(x, torch.tensor([0.5]))
+    scale.scale_([x], torch.tensor([0.5]))
     assert torch.equal(x, expected)
 
 

@@ -82,7 +82,7 @@ class _Bounds:
 
     @classmethod
     def of_launch(cls, tensors):
-        ranges = sorted({_range(x) for x in tensors if isinstance(x, torch.Tensor) and x.numel()})
+        ranges = sorted({_range(x) for x in _flat(tensors) if isinstance(x, torch.Tensor) and x.numel()})
         cls.starts, cls.ends = np.array(ranges, np.uint64).reshape(-1, 2).T
 
     @classmethod
@@ -98,6 +98,15 @@ class _Bounds:
             raise IndexError(f"{what} out of bounds: {outside.sum()} of {addresses.size} addresses are in no tensor")
         if (addresses % size).any():
             raise IndexError(f"{what} misaligned")
+
+
+def _flat(arguments):
+    """Tensors may be in tuples."""
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from _flat(x)
+        else:
+            yield x
 
 
 def _range(x):

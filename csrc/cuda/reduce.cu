@@ -35,11 +35,16 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *sum = scale == 0 ? T(0) : T(x * scale);
 }
 
+// grid: the parts' blocks, one part after the other.
 template <class T>
-__global__ void __launch_bounds__(256) scale_kernel(char* x, DType type, int size, int64_t n, const T* factor) {
-  const T f = *factor;
+__global__ void __launch_bounds__(256) scale_kernel(const __grid_constant__ Scale<T> S) {
+  const T f = *S.factor;
   if (f == T(1)) return;
-  const int64_t begin = blockIdx.x * int64_t(blockDim.x) + threadIdx.x, step = int64_t(gridDim.x) * blockDim.x;
+  int p = 0;
+  while (p + 1 < S.count && S.parts[p + 1].first_block <= int(blockIdx.x)) ++p;
+  const auto [x, n, type, size, first] = S.parts[p];
+  const int blocks = (p + 1 < S.count ? S.parts[p + 1].first_block : int(gridDim.x)) - first;
+  const int64_t begin = (blockIdx.x - first) * int64_t(blockDim.x) + threadIdx.x, step = int64_t(blocks) * blockDim.x;
   const int64_t packs = reinterpret_cast<uintptr_t>(x) % 16 == 0 ? n / kPack : 0;
   T v[kPack];
   for (int64_t i = begin; i < packs; i += step) {
@@ -77,18 +82,23 @@ cudaError_t rows_sum(const T* loss, int64_t N, double scale, const double* scale
   return Launch(1, dim3(kThreads), kRoom, stream)(rows_sum_kernel<T>, loss, N, scale, scale_in_memory, sum);
 }
 template <class T>
-cudaError_t scale(void* x, DType type, int64_t n, const T* factor, const Device& device, cudaStream_t stream) {
-  if (n == 0) return cudaSuccess;
-  const int64_t wanted = (n / kPack + 255) / 256 + 1, most = 8 * int64_t(device.multiprocessors);
-  const int size = type == DType::kDouble ? 8 : type == DType::kFloat ? 4 : 2;
-  return Launch(wanted < most ? wanted : most, dim3(256), 0, stream)(scale_kernel<T>, static_cast<char*>(x), type, size,
-                                                                     n, factor);
+cudaError_t scale(Scale<T> S, const Device& device, cudaStream_t stream) {
+  double all = 0;
+  for (int p = 0; p < S.count; ++p) all += double(S.parts[p].n);
+  int64_t blocks = 0;
+  for (int p = 0; p < S.count; ++p) {
+    const int64_t wanted = (S.parts[p].n / kPack + 255) / 256 + 1;
+    const int64_t most = int64_t(double(S.parts[p].n) / all * 8 * device.multiprocessors) + 1;
+    S.parts[p].first_block = int32_t(blocks);
+    blocks += wanted < most ? wanted : most;
+  }
+  return Launch(blocks, dim3(256), 0, stream)(scale_kernel<T>, S);
 }
 
 #define FASTKD_INSTANTIATE(T)                                                                   \
   template cudaError_t rows_scale<T>(const RowsScale&, cudaStream_t);                           \
   template cudaError_t rows_sum<T>(const T*, int64_t, double, const double*, T*, cudaStream_t); \
-  template cudaError_t scale<T>(void*, DType, int64_t, const T*, const Device&, cudaStream_t);
+  template cudaError_t scale<T>(Scale<T>, const Device&, cudaStream_t);
 FASTKD_INSTANTIATE(float)
 FASTKD_INSTANTIATE(double)
 

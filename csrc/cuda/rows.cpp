@@ -183,26 +183,6 @@ void rows_bwd_(StableIValue* stack, uint64_t, uint64_t) {
   run_backward(in, stats, upstream, in.student);
 }
 
-void scale_(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const Tensor x = arguments.next<Tensor>(), factor = arguments.next<Tensor>();
-  FASTKD_CHECK(factor.numel() == 1 && lies_with(factor, x) &&
-                   (factor.scalar_type() == ScalarType::Float || factor.scalar_type() == ScalarType::Double),
-               "factor: one element of float32 or float64 on the device of x wanted");
-  if (!x.is_contiguous()) {
-    StableIValue multiply[2] = {torch::stable::detail::from(x), torch::stable::detail::from(factor)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", multiply, TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(multiply[0]);  // the result is x once more: takes its reference back
-    return;
-  }
-  const Context context(x);
-  dispatch_compute(factor.scalar_type(), [&](auto t) {
-    using T = decltype(t);
-    FASTKD_CUDA_CHECK(cuda::scale<T>(x.mutable_data_ptr(), to_dtype(x.scalar_type(), "x"), x.numel(),
-                                     static_cast<const T*>(factor.const_data_ptr()), context.device, context.stream));
-  });
-}
-
 }  // namespace
 
 #if defined(FASTKD_CUSIM)
@@ -214,7 +194,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
   m.impl("rows_fwd_", &rows_fwd_);
   m.impl("rows_bwd", &rows_bwd);
   m.impl("rows_bwd_", &rows_bwd_);
-  m.impl("scale_", &scale_);
 }
 
 }  // namespace fastkd

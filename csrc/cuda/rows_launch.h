@@ -37,8 +37,22 @@ cudaError_t rows_scale(const RowsScale&, cudaStream_t);
 // sum = scale * sum of loss [N]; 0 where the scale is.
 template <class T>
 cudaError_t rows_sum(const T* loss, int64_t N, double scale, const double* scale_in_memory, T* sum, cudaStream_t);
-// x *= factor, n elements; nothing where factor is 1.
+
+// x *= factor, of some x; nothing where factor is 1.
+inline constexpr int kScaleParts = 64;
 template <class T>
-cudaError_t scale(void* x, DType, int64_t n, const T* factor, const Device&, cudaStream_t);
+struct Scale {
+  struct Part {
+    char* x;
+    int64_t n;  // elements
+    DType type;
+    int32_t size;         // of an element
+    int32_t first_block;  // set by scale()
+  } parts[kScaleParts];
+  int32_t count;
+  const T* factor;
+};
+template <class T>
+cudaError_t scale(Scale<T>, const Device&, cudaStream_t);
 
 }  // namespace fastkd::cuda

@@ -150,7 +150,11 @@ int run(Divergence which, int64_t N, int64_t V) {
   FASTKD_FOR_EACH_DIVERGENCE(FASTKD_CASE)
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;
-  if (!e) e = cuda::scale<float>(again.data, kType, N * V, &factor, device, nullptr);
+  cuda::Scale<float> scaled{};
+  scaled.count = 1;
+  scaled.parts[0] = {reinterpret_cast<char*>(again.data), N * V, kType, int32_t(sizeof(*again.data)), 0};
+  scaled.factor = &factor;
+  if (!e) e = cuda::scale(scaled, device, nullptr);
   if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
 
   double worst = 0, total = 0, counted = 0;

@@ -1,11 +1,11 @@
 """One file per schedule: fakes, autograd, and the ops of every backend."""
 
-from . import relations, rows
+from . import attention, elements, relations, rows
 
-NAMES = (*rows.NAMES, *relations.NAMES)
+NAMES = (*rows.NAMES, *relations.NAMES, *elements.NAMES, *attention.NAMES)
 
 
 def use_namespace(namespace):
     """Makes the ops of a namespace, which _library has defined, known to every schedule."""
-    for schedule in (rows, relations):
+    for schedule in (rows, relations, elements, attention):
         schedule.use_namespace(namespace)

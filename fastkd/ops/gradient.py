@@ -3,15 +3,20 @@
 import torch
 
 
-def times(scale_, grad, upstream):
-    """grad * upstream, in the memory of grad where nothing else will need it. Whether upstream is 1
+def all_times(scale_, grads, upstream):
+    """Each of grads * upstream, in their memory where nothing else will need it. Whether upstream is 1
     is looked at where it lies: the host waits for no device."""
     if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor:
-        return grad * upstream
+        return [grad * upstream for grad in grads]
     if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
-        return grad * upstream
-    scale_(grad, upstream)
-    return grad
+        return [grad * upstream for grad in grads]
+    scale_(grads, upstream)
+    return grads
+
+
+def times(scale_, grad, upstream):
+    """The same of one."""
+    return all_times(scale_, [grad], upstream)[0]
 
 
 def once(gradient, *arguments):

@@ -7,15 +7,13 @@ NAMESPACE = "fastkd_triton"
 
 def register():
     """Defines the ops, for tensors on GPUs; for the interpreter, which has those of the CPU, as well."""
-    from ..ops import relations
-    from ..ops import rows as schedule
-    from . import pairs, rows, triples
+    from .. import ops
+    from . import attention, elements, pairs, rows, scale, triples
 
-    implementations = {name: getattr(rows, name) for name in schedule.NAMES}
-    implementations |= {"pairs_fwd": pairs.pairs_fwd, "triples_fwd": triples.triples_fwd}
+    schedules = (rows, pairs, triples, elements, attention, scale)
+    implementations = {name: getattr(next(s for s in schedules if hasattr(s, name)), name) for name in ops.NAMES}
     library = _library.define(NAMESPACE)
     for key in ("CUDA", "CPU"):
         for name, implementation in implementations.items():
             library.impl(name, implementation, key)
-    schedule.use_namespace(NAMESPACE)
-    relations.use_namespace(NAMESPACE)
+    ops.use_namespace(NAMESPACE)

@@ -385,22 +385,6 @@ def sum_kernel(
     tl.store(out, result.to(out.dtype.element_ty))
 
 
-@triton.jit
-def scale_kernel(
-    x,  # [n]
-    factor,  # [1]
-    n,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    dtype: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    by = tl.load(factor).to(dtype)
-    if by != 1.0:  # NaN is not
-        for first in range(tl.program_id(0).to(tl.int64) * BLOCK, n, tl.num_programs(0).to(tl.int64) * BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            values = tl.load(x + at, mask=at < n, other=0.0).to(dtype) * by
-            tl.store(x + at, values.to(x.dtype.element_ty), mask=at < n)
-
-
 # By the bytes of the wider of student's and teacher's elements. The first: a row of 8192 takes 128 registers of
 # each of 512 threads. The second: a longer row is walked in 59 to 101, few rows sharing the L2 cache.
 ONE_TILE = {2: 8192, 4: 8192, 8: 2048}  # the longest row that is kept in registers
@@ -409,7 +393,6 @@ TILE_OF_BACKWARD = {2: 4096, 4: 4096, 8: 1024}  # of any row: tiles do not wait 
 PER_THREAD = {2: 16, 4: 16, 8: 8}  # elements: with fewer, too little is under way; with more, registers run out
 ELEMENTS = 2048  # of a program, as far as rows are shorter
 SUM_BLOCK = 4096
-SCALE_BLOCK, SCALE_PROGRAMS = 4096, 4096
 
 
 class Configuration(NamedTuple):
@@ -614,13 +597,3 @@ def rows_bwd(student, teacher, *options_and_tensors):
 def rows_bwd_(student, teacher, *options_and_tensors):
     *options, stats, upstream = options_and_tensors
     _Call(student, teacher, Options(*options)).backward(student, stats, upstream)
-
-
-def scale_(x, factor):
-    """x *= factor, which is read on the device."""
-    if not x.is_contiguous():
-        x.mul_(factor.reshape(()))
-    elif x.numel():
-        programs = min(triton.cdiv(x.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
-        with torch.cuda.device_of(x):
-            scale_kernel[(programs,)](x, factor, x.numel(), BLOCK=SCALE_BLOCK, num_warps=8)

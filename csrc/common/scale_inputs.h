@@ -1,0 +1,28 @@
+// What scale_ is given, on every device.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <vector>
+
+#include "common/rows_inputs.h"
+
+namespace fastkd {
+
+struct ScaleInputs {
+  explicit ScaleInputs(Arguments& a) : x(a.next<std::vector<Tensor>>()), factor(a.next<Tensor>()) {
+    FASTKD_CHECK(factor.numel() == 1 &&
+                     (factor.scalar_type() == ScalarType::Float || factor.scalar_type() == ScalarType::Double),
+                 "factor: one element of float32 or float64 wanted");
+  }
+  std::vector<Tensor> x;
+  Tensor factor;
+};
+
+// x *= factor, by torch.
+inline void multiply(const Tensor& x, const Tensor& factor) {
+  StableIValue arguments[2] = {torch::stable::detail::from(x), torch::stable::detail::from(factor)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Tensor", arguments, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(arguments[0]);  // the result is x once more: takes its reference back
+}
+
+}  // namespace fastkd

@@ -1,0 +1,2 @@
+// The launches of attention transfer as host code.
+#include "cuda/attention.cu"

@@ -1,0 +1,2 @@
+// The launches of the elements schedule as host code.
+#include "cuda/elements.cu"

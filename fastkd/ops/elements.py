@@ -1,0 +1,210 @@
+"""The elements schedule: distances between rows of features, of one layer or of many in one call."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .._check import REDUCTIONS
+from .gradient import all_times, once, times
+
+# The numbers are those of csrc/math/feature.h.
+FEATURES = {"squares": 0, "l2": 1, "standardize": 2, "cosine": 3}
+REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
+
+
+class Ops(NamedTuple):
+    """One implementation of the ops of the schedule."""
+
+    fwd: Any
+    fwd_: Any
+    bwd: Any
+    scale_: Any
+
+
+NAMES = ("elements_fwd", "elements_fwd_", "elements_bwd")
+OPS = {}  # by namespace
+
+
+def compute_dtype(tensors):
+    """Of all layers: float64 where any of them is."""
+    return torch.float64 if any(x.dtype is torch.float64 for x in tensors) else torch.float32
+
+
+def _rows(student, dims):
+    return [x.numel() // x.shape[dim] for x, dim in zip(student, dims, strict=True)]
+
+
+def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_weights, save):
+    dtype = compute_dtype((*student, *teacher))
+    shape = (sum(_rows(student, dims)),) if reduction == 0 else ()
+    loss, layers = student[0].new_empty(shape, dtype=dtype), student[0].new_empty(len(student), dtype=dtype)
+    return loss, layers, [torch.empty_like(x) for x in student] if save else []
+
+
+def _fake_fwd_(student, teacher, dim, feature, mask, weight, reduction):
+    shape = (student.numel() // student.shape[dim],) if reduction == 0 else ()
+    return student.new_empty(shape, dtype=compute_dtype((student, teacher)))
+
+
+def _fake_bwd(student, *_):
+    return [torch.empty_like(x) for x in student]
+
+
+def use_namespace(namespace):
+    """Makes the ops of a namespace, which _library has defined, known here."""
+    for name, fake in zip(NAMES, (_fake_fwd, _fake_fwd_, _fake_bwd), strict=True):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_")))
+
+
+use_namespace("fastkd")
+
+
+class _Elements(torch.autograd.Function):
+    """The loss of students that want a gradient.
+
+    It is computed in forward, where both tensors are at hand, and saved. Where the upstream gradient
+    is one per row ("none"), or the gradient in float16 would underflow before the loss scaler
+    multiplies it, backward computes it from the features.
+    """
+
+    @staticmethod
+    def forward(ctx, namespace, options, count, *tensors):
+        students, teachers = list(tensors[:count]), list(tensors[count : 2 * count])
+        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :])
+        ctx.ops, ctx.options, ctx.count = ops, options, count
+        ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in students)
+        loss, layers, grads = ops.fwd(students, teachers, *arguments, not ctx.recompute)
+        ctx.inference = tuple(x if _is_inference(x) else None for x in tensors)
+        if ctx.recompute:
+            ctx.save_for_backward(*(None if _is_inference(x) else x for x in tensors))
+        else:
+            ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(layers)
+        return loss, layers
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        grads = [once(lambda x: x, grad) for grad in _gradients(ctx, upstream)]
+        return None, None, None, *grads, *(None for _ in ctx.needs_input_grad[3 + ctx.count :])
+
+
+def _is_inference(x):
+    return not torch.compiler.is_compiling() and x.is_inference()
+
+
+def _gradients(ctx, upstream):
+    with torch.no_grad():
+        if not ctx.recompute:
+            return all_times(ctx.ops.scale_, list(ctx.saved_tensors), upstream)
+        tensors = [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.inference, strict=True)]
+        count = ctx.count
+        arguments = _arguments(ctx.options, tensors[2 * count :])
+        return ctx.ops.bwd(tensors[:count], tensors[count : 2 * count], *arguments, upstream.contiguous())
+
+
+class Options(NamedTuple):
+    """What the ops are told beside tensors."""
+
+    feature_dims: tuple
+    feature: int
+    masks: int  # how many of the tensors are masks; the others are weights
+    reduction: int
+    layer_weights: tuple
+
+
+def _arguments(options, tensors):
+    masks, weights = list(tensors[: options.masks]), list(tensors[options.masks :])
+    return (
+        list(options.feature_dims), options.feature, masks, weights, options.reduction, list(options.layer_weights)
+    )  # fmt: skip
+
+
+def feature_loss(namespace, feature, students, teachers, dims, masks, weights, reduction, layer_weights):
+    """Loss and layers of :mod:`fastkd.functional`; the arguments have been checked there. The loss is one
+    value per row of all layers where the reduction is "none"."""
+    dtype = compute_dtype((*students, *teachers))
+    teachers = [x.detach() for x in teachers]
+    masks = [x.reshape(-1).contiguous() for x in masks]
+    weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]
+    options = Options(tuple(dims), FEATURES[feature], len(masks), REDUCTION_NUMBERS[reduction], tuple(layer_weights))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in students):
+        return _Elements.apply(namespace, options, len(students), *students, *teachers, *masks, *weights)
+    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights)), False)[:2]
+
+
+class _Linear(torch.autograd.Function):
+    """The loss of projected features. Their residual, in the dtype of the projection, takes their place in
+    memory; in backward, times the upstream gradient, it is multiplied by student and weight."""
+
+    @staticmethod
+    def forward(ctx, namespace, feature, reduction, student, projector_weight, projector_bias, teacher, mask, weight):
+        ctx.scale_ = OPS[namespace].scale_
+        projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+        rows_or_sum = REDUCTION_NUMBERS["none" if reduction == "none" else "sum"]
+        loss = OPS[namespace].fwd_(
+            projected, teacher, projected.dim() - 1, FEATURES[feature], mask, weight, rows_or_sum
+        )  # fmt: skip
+        ctx.divisor = _divisor(projected, mask, reduction)
+        inference = not torch.compiler.is_compiling() and projector_weight.is_inference()
+        ctx.save_for_backward(projected, student, None if inference else projector_weight)
+        ctx.projector_weight = projector_weight if inference else None
+        return loss if ctx.divisor is None else loss / ctx.divisor
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grads = [grad if grad is None else once(lambda x: x, grad) for grad in _linear_gradients(ctx, upstream)]
+        return None, None, None, *grads, None, None, None
+
+
+def _divisor(projected, mask, reduction):
+    """A number, or where the rows that count must be counted a tensor."""
+    if reduction in ("none", "sum"):
+        return None
+    D = projected.shape[-1]
+    rows = projected.numel() // D if mask is None else mask.sum()
+    rows = max(rows, 1) if mask is None else rows.clamp(min=1)
+    return rows * (D if reduction == "mean" else 1)
+
+
+def _linear_gradients(ctx, upstream):
+    """To student, projector_weight and projector_bias."""
+    residual, student, projector_weight = ctx.saved_tensors
+    projector_weight = ctx.projector_weight if projector_weight is None else projector_weight
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        if ctx.divisor is not None:
+            upstream = upstream / ctx.divisor
+        if upstream.dim():
+            grad = residual * upstream.view(*residual.shape[:-1], 1).to(residual.dtype)
+        else:
+            grad = times(ctx.scale_, residual, upstream)
+        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+        to_student = to_weight = to_bias = None
+        if ctx.needs_input_grad[3]:
+            to_student = (grad @ projector_weight.to(grad.dtype)).to(student.dtype)
+        if ctx.needs_input_grad[4]:
+            to_weight = (rows.T @ student.reshape(len(rows), student.shape[-1]).to(grad.dtype)).to(
+                projector_weight.dtype
+            )
+        if ctx.needs_input_grad[5]:
+            to_bias = rows.sum(0).to(projector_weight.dtype)
+        return to_student, to_weight, to_bias
+
+
+def linear_feature_loss(
+    namespace, feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction
+):
+    """The loss of :mod:`fastkd.functional`, one per row where the reduction is "none"; the arguments have been
+    checked there."""
+    learned = [x for x in (student, projector_weight, projector_bias) if x is not None and x.requires_grad]
+    if learned and torch.is_grad_enabled():
+        dtype = compute_dtype((student, teacher))
+        mask = mask if mask is None else mask.reshape(-1).contiguous()
+        weight = weight if weight is None else weight.to(dtype).reshape(-1).contiguous()
+        return _Linear.apply(
+            namespace, feature, reduction, student, projector_weight, projector_bias, teacher.detach(), mask, weight
+        )
+    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+    masks, weights = ([] if x is None else [x] for x in (mask, weight))
+    dims = [projected.dim() - 1]
+    return feature_loss(namespace, feature, [projected], [teacher], dims, masks, weights, reduction, [1.0])[0]
