@@ -224,8 +224,8 @@ def test_relations(benchmark, case, rounds, device):
     itemsize = DTYPES[dtype].itemsize
     benchmark.extra_info.update(
         case=f"{name} {shape} {dtype}", loss=name, shape=sizes, dtype=dtype, mode="forward+backward",
-        gradient_bytes=N * sizes[-1] * itemsize, pairs_bytes=N * sizes[-2] * itemsize, flops=flops, product_flops_per_s=rate,
-        providers=results, missing=missing,
+        gradient_bytes=N * sizes[-1] * itemsize, pairs_bytes=N * sizes[-2] * itemsize, flops=flops,
+        product_flops_per_s=rate, providers=results, missing=missing,
     )  # fmt: skip
     bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype])}
     if bad:  # measured all the same, to be seen in the file
