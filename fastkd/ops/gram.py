@@ -27,9 +27,10 @@ FAR = 0.1  # of the terms' sum what is left of it: their errors are of 1e-7
 CLAMPS = {None: 0, "teacher": 1, "both": 2}
 
 
-def _by_features(N, Ds, Dt):
-    """Whether the products of features are cheaper than those of samples; float64 counts twice."""
-    return N * (3 * Ds + Dt) > 2 * (4 * Ds * Ds + 2 * Dt * Dt + 4 * Ds * Dt)
+def _by_features(N, Ds, Dt, cost=1):
+    """Whether the products of features are cheaper than those of samples; cost: how much one takes longer."""
+    features, samples = N * (4 * Ds * (Ds + Dt) + 1.25 * Dt * Dt), 1.25 * N * N * (3 * Ds + Dt)
+    return cost * features < samples
 
 
 def _blocks(n, width, device):
@@ -41,13 +42,14 @@ def _unit(x):
     """Rows to length 1; one of zeros stays, of one below 1e-12 that is the length. With what their gradient is
     multiplied by, and which have the length of their own. Nothing leaves the range: a row is divided by its
     largest element first."""
-    largest = x.abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest == 0, 1.0, largest)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    unit = torch.abs(x)
+    largest = unit.amax(-1, keepdim=True)
+    one_or_largest = torch.where(largest == 0, 1.0, largest)
+    torch.div(x, one_or_largest, out=unit)
+    length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
     short = largest * length < 1e-12
-    own = torch.where(length == 0, 0.0, 1 / length)
-    factor = torch.where(short, largest * 1e12, own)
-    return x * factor, factor / torch.where(largest == 0, 1.0, largest), ~short
+    factor = torch.where(short, largest * 1e12, torch.where(length == 0, 0.0, 1 / length))
+    return unit.mul_(factor), factor / one_or_largest, ~short
 
 
 def _scales(x, mask):
@@ -70,16 +72,18 @@ def _difference(G, H, clamp):
     return H, torch.where(G > 0, H, 0.0)
 
 
-def _samples(x, y, clamp, scales, grad):
+def _samples(x, y, clamp, grad):
     N = x.shape[1]
-    squares = torch.zeros_like(scales)
+    squares = x.new_zeros(len(x), dtype=torch.float64)
     if BLOCK.get(x.device.type, BLOCK["cuda"]) >= N * N:
         for some in _blocks(len(x), N * N, x.device):
             e, sloped = _difference(x[some] @ x[some].mT, y[some] @ y[some].mT, clamp)
-            squares[some] = (e * e).sum((1, 2), dtype=torch.float64)
+            squares[some] = _sum_of_squares(e)
             if grad is not None:
                 torch.bmm(sloped, x[some], out=grad[some])
         return squares
+    if grad is not None:
+        grad.zero_()
     for b in range(len(x)):
         for rows in _blocks(N, N, x.device):
             u, n = x[b, rows], rows.stop - rows.start
@@ -91,41 +95,63 @@ def _samples(x, y, clamp, scales, grad):
     return squares
 
 
-def _features(x, y, grad):
-    if x.dtype is torch.float32 and x.device.type == "cpu":
-        squares, terms = _features_in(torch.float32, x, y, grad)
+def _squares(x, y, clamp, grad):
+    """Of G - H, [B] in float64; its product with X is written to grad where there is a place for it."""
+    sizes = *x.shape[1:], y.shape[2]
+    if not clamp and x.dtype is torch.float32 and x.device.type == "cpu" and _by_features(*sizes):
+        squares, terms = _features(torch.float32, x, y, grad)
         if (squares > FAR * terms).all():
             return squares
-    return _features_in(torch.float64, x, y, grad)[0].clamp(min=0)
+    if not clamp and _by_features(*sizes, 1 if x.dtype is torch.float64 else 2):
+        return _features(torch.float64, x, y, grad)[0].clamp(min=0)
+    return _samples(x, y, clamp, grad)
 
 
-def _features_in(dtype, x, y, grad):
+def _features(dtype, x, y, grad):
     """The squares [B], and the terms that they are the difference of."""
     B, N, Ds, Dt = *x.shape, y.shape[2]
-    wide = {"dtype": dtype, "device": x.device}
     squares, terms = (torch.zeros(B, dtype=torch.float64, device=x.device) for _ in range(2))
     width = max(Ds, Dt)
-    for some in _blocks(B, width * max(width, min(N, 4096)), x.device):
+    # in the dtype of x nothing is copied
+    some_of_batch = [slice(0, B)] if x.dtype is dtype else _blocks(B, width * max(width, min(N, 4096)), x.device)
+    for some in some_of_batch:
         b = some.stop - some.start
-        S, T, C = (torch.zeros(b, *shape, **wide) for shape in ((Ds, Ds), (Dt, Dt), (Ds, Dt)))
-        blocks = _blocks(N, b * width, x.device)
+        blocks = [slice(0, N)] if x.dtype is dtype else _blocks(N, b * width, x.device)
+        S, C = (x.new_zeros(b, Ds, D, dtype=dtype) for D in (Ds, Dt))
+        T = [x.new_zeros(b, strip.stop - strip.start, Dt - strip.start, dtype=dtype) for strip in _strips(Dt)]
         for rows in blocks:
             u, v = x[some, rows].to(dtype), y[some, rows].to(dtype)
             S.baddbmm_(u.mT, u)
-            T.baddbmm_(v.mT, v)
             C.baddbmm_(u.mT, v)
-        s, t, c = ((z * z).sum((1, 2), dtype=torch.float64) for z in (S, T, C))
-        squares[some], terms[some] = s + t - 2 * c, s + t
+            for strip, product in zip(_strips(Dt), T, strict=True):
+                product.baddbmm_(v[:, :, strip].mT, v[:, :, strip.start :])
+        t = sum(2 * _sum_of_squares(z) - _sum_of_squares(z[:, :, : z.shape[1]]) for z in T)
+        both, c = _sum_of_squares(S) + t, _sum_of_squares(C)
+        squares[some], terms[some] = both - 2 * c, both
         for rows in blocks if grad is not None else ():
-            u, v = x[some, rows].to(dtype), y[some, rows].to(dtype)
-            grad[some, rows] = (u @ S).baddbmm_(v, C.mT, alpha=-1)
+            if x.dtype is dtype:
+                torch.bmm(x, S, out=grad).baddbmm_(y, C.mT, alpha=-1)
+            else:
+                u, v = x[some, rows].to(dtype), y[some, rows].to(dtype)
+                grad[some, rows] = (u @ S).baddbmm_(v, C.mT, alpha=-1)
     return squares, terms
 
 
-def _through_unit(grad, x, inverse, own):
+def _strips(D):
+    """Of T = Y^T Y, from the diagonal on: four, where the products of each are still large."""
+    width = max(64, (D + 3) // 4)
+    return [slice(i, min(i + width, D)) for i in range(0, D, width)]
+
+
+def _sum_of_squares(x):
+    return (x * x).sum((1, 2), dtype=torch.float64)
+
+
+def _through_unit(grad, x, factor, own):
     """dL/dX from that of the rows of length 1, in its memory."""
-    grad -= x * torch.where(own, (grad * x).sum(-1, keepdim=True), 0.0)
-    grad *= inverse
+    along = torch.linalg.vecdot(grad, x)[..., None]
+    grad.addcmul_(x, torch.where(own, along, 0.0), value=-1)
+    grad *= factor
 
 
 def _check_embeddings(student, teacher):
@@ -138,41 +164,47 @@ def _check_embeddings(student, teacher):
             raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
 
 
-def _loss_and_gradient(x, y, normalize, clamp, mask, grad):
-    """In float64; the gradient is written to grad, [B, N, D_s], where there is one."""
-    scales = _scales(x, mask)
-    inverse = own = None
+def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
+    """The squares [B] and, where there is a place for it, the gradient; of rows [B, N, D_s] that are there."""
     if normalize:
-        (x, inverse, own), (y, _, _) = _unit(x), _unit(y)
-    if not clamp and _by_features(x.shape[1], x.shape[2], y.shape[2]):
-        squares = _features(x, y, grad)
-    else:
-        squares = _samples(x, y, clamp, scales, grad)
+        (x, factor, own), (y, _, _) = _unit(x), _unit(y)
+    squares = _squares(x, y, clamp, grad)
     if grad is not None:
-        grad *= (4 * scales)[:, None, None].to(grad.dtype)
+        by = (4 * scales)[:, None, None].to(grad.dtype)
         if normalize:
-            _through_unit(grad, x, inverse, own)
-    return torch.where(scales == 0, 0.0, squares * scales).sum()
+            _through_unit(grad, x, factor * by, own)
+        else:
+            grad *= by
+    return squares
 
 
 @torch.no_grad()
 def _gram_fwd(student, teacher, normalize, clamp, mask, save):
     _check_embeddings(student, teacher)
     dtype = compute_dtype(student, teacher)
-    with without_autocast(student.device):
-        x, y = (z.to(dtype)[None] if z.dim() == 2 else z.to(dtype) for z in (student, teacher))
-        if mask is not None:
-            mask = mask.view(x.shape[:2])
-            x, y = (torch.where(mask[..., None], z, 0.0) for z in (x, y))
-        grad = torch.zeros(x.shape, dtype=dtype, device=x.device) if save else None
-        if x.shape[0] * x.shape[1]:
-            loss = _loss_and_gradient(x, y, normalize, clamp, mask, grad).to(dtype)
-        else:
-            loss = x.new_zeros(())
     grad_dtype = torch.float32 if student.dtype is torch.float16 else student.dtype
-    if not save:
-        return loss, student.new_empty((0,), dtype=grad_dtype)
-    return loss, grad.view(student.shape).to(grad_dtype)
+    grad = torch.empty(student.shape if save else (0,), dtype=grad_dtype, device=student.device)
+    x, y, g = (z[None] if z.dim() < 3 else z for z in (student, teacher, grad))
+    mask = mask if mask is None else mask.view(x.shape[:2])
+    loss = x.new_zeros((), dtype=torch.float64)
+    if x.shape[0] * x.shape[1] == 0:
+        return loss.to(dtype), grad
+    scales = _scales(x, mask)
+    with without_autocast(student.device):
+        # a few samples at a time: what is made of them stays in the caches
+        for some in _blocks(len(x), x.shape[1] * max(x.shape[2], y.shape[2]), x.device):
+            u, v = x[some].to(dtype), y[some].to(dtype)
+            if mask is not None:
+                u, v = (torch.where(mask[some, :, None], z, 0.0) for z in (u, v))
+            to = None
+            if save:
+                direct = grad_dtype is dtype
+                to = g[some] if direct else torch.empty_like(u, memory_format=torch.contiguous_format)
+            squares = _squares_and_gradient(u, v, normalize, clamp, scales[some], to)
+            loss += torch.where(scales[some] == 0, 0.0, squares * scales[some]).sum()
+            if save and not direct:
+                g[some] = to
+    return loss.to(dtype), grad
 
 
 _library.fastkd.impl("gram_fwd", _gram_fwd, "CompositeExplicitAutograd")
