@@ -70,7 +70,7 @@ def row(cells):
 
 
 def shape_text(info):
-    return f"{info['shape'][0]}x{info['shape'][1]} {info['dtype']}"
+    return f"{'x'.join(map(str, info['shape']))} {info['dtype']}"
 
 
 def markdown(data):
@@ -100,7 +100,7 @@ def markdown_features(steps):
         own, *others = next(iter(found.values())), found["eager"], found["torch.compile"]
         alone = next((result for name, result in found.items() if name.endswith("kernel alone")), None)
         layers, *shape = info["shape"]
-        features = "x".join(map(str, shape)) + (f", {layers} layers" if layers > 1 else "") + f" {info['dtype']}"
+        features = shape_text({**info, "shape": shape}) + (f", {layers} layers" if layers > 1 else "")
         yield row(
             (
                 f"`{info['loss']}`",

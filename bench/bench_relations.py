@@ -7,6 +7,7 @@ that ``torch.mm`` reaches in the same run.
 """
 
 import functools
+import math
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from .measure import Provider, interleave
 from .peers import judge, own_backends
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = {  # loss, N x D, dtype
+CASES = {  # loss, N x D or B x N x D, dtype
     "cpu": [
         *(("rkd_distance", shape, "float32") for shape in ("256x512", "1024x512", "4096x512", "8192x256")),
         ("rkd_distance", "4096x512", "bfloat16"),
@@ -27,6 +28,7 @@ CASES = {  # loss, N x D, dtype
         *(("rkd_angle", shape, "float32") for shape in ("256x512", "512x512")),
         ("rkd_loss", "256x512", "float32"),
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
+        *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
     ],
     "cuda": [
         *(("rkd_distance", shape, "bfloat16") for shape in ("1024x512", "16384x512", "65536x512")),
@@ -34,6 +36,7 @@ CASES = {  # loss, N x D, dtype
         *(("rkd_angle", shape, "float32") for shape in ("256x512", "512x512", "1024x512")),
         ("rkd_loss", "256x512", "float32"),
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
+        *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
     ],
 }
 PRODUCT = 2048  # torch.mm of two matrices of this size
@@ -78,29 +81,44 @@ def eager_similarity(student, teacher):
     return (F.normalize(student @ student.T, dim=1) - t).square().sum() / len(student) ** 2
 
 
+def eager_gram(student, teacher):
+    with torch.no_grad():
+        t = F.normalize(teacher, dim=-1)
+        t = t @ t.mT
+    s = F.normalize(student, dim=-1)
+    return F.mse_loss(s @ s.mT, t)
+
+
 EAGER = {
     "rkd_distance": eager_distance,
     "rkd_angle": eager_angle,
     "rkd_loss": eager_both,
     "similarity_preserving": eager_similarity,
+    "gram_mse": eager_gram,
 }
 
 
-def eager_bytes(name, N, D, itemsize):
+def eager_bytes(name, shape, itemsize):
     """Of the largest tensors that the published code holds at once."""
-    pairs, triples = 7 * N * N, 2 * N * N * D + 2 * N**3
-    return itemsize * {"rkd_distance": pairs, "similarity_preserving": pairs}.get(name, triples)
+    *B, N, D = shape
+    pairs, triples = 7 * math.prod(B) * N * N, 2 * N * N * D + 2 * N**3
+    return itemsize * (triples if name in ("rkd_angle", "rkd_loss") else pairs)
 
 
-def least_flops(name, N, D):
+def least_flops(name, shape):
+    *B, N, D = shape
     distance, angle = 4 * N * N * D, 4 * N * N * D + 15 * N**3
     samples, features = 2 * N * N * 4 * D, 20 * N * D * D
-    return {
-        "rkd_distance": distance,
-        "rkd_angle": angle,
-        "rkd_loss": distance + angle,
-        "similarity_preserving": min(samples, features),
-    }[name]
+    return (
+        math.prod(B)
+        * {
+            "rkd_distance": distance,
+            "rkd_angle": angle,
+            "rkd_loss": distance + angle,
+            "similarity_preserving": min(samples, features),
+            "gram_mse": min(samples // 2, features // 2),
+        }[name]
+    )
 
 
 class Truth:
@@ -116,8 +134,8 @@ class Truth:
             ]  # fmt: skip
         if name in ("rkd_distance", "rkd_loss"):
             terms.append(lambda: (25 if name == "rkd_loss" else 1) * eager_distance(x, y))
-        if name == "similarity_preserving":
-            terms.append(lambda: eager_similarity(x, y))
+        if name in ("similarity_preserving", "gram_mse"):
+            terms.append(lambda: EAGER[name](x, y))
         self.loss = 0.0
         for term in terms:
             loss = term()
@@ -174,7 +192,7 @@ def providers(name, student, teacher):
     torch._dynamo.reset()
     backends, missing = own_backends(student.device.type)
     losses = {label: own(name, backend) for label, backend in backends.items()}
-    held = eager_bytes(name, *student.shape, student.element_size())
+    held = eager_bytes(name, student.shape, student.element_size())
     if held <= MOST_BYTES:
         losses |= {"eager": EAGER[name], "torch.compile": torch.compile(EAGER[name], dynamic=False)}
     else:
@@ -187,14 +205,15 @@ def providers(name, student, teacher):
 
 def test_relations(benchmark, case, rounds, device):
     name, shape, dtype = case
-    N, D = map(int, shape.split("x"))
+    sizes = [int(x) for x in shape.split("x")]
+    N = math.prod(sizes[:-1])
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(N, D, generator=generator).to(device, DTYPES[dtype]) for _ in range(2))
+    student, teacher = (torch.randn(sizes, generator=generator).to(device, DTYPES[dtype]) for _ in range(2))
     found, missing = providers(name, student, teacher)
     errors = {}
     if len(found) > 2:  # what eager code cannot hold has no truth either
         errors = judge(found, missing, Truth(name, student, teacher))
-    flops, heavy = least_flops(name, N, D), device == "cpu" and (N > 2048 or ("distance" not in name and N > 256))
+    flops, heavy = least_flops(name, sizes), device == "cpu" and (N > 2048 or ("distance" not in name and N > 256))
     results = interleave(benchmark, found, min(rounds, 3) if heavy else rounds, 1, device)
     rate = 2 * PRODUCT**3 / results["mm"]["median_s"]
     for label, result in results.items():
@@ -204,9 +223,9 @@ def test_relations(benchmark, case, rounds, device):
         )
     itemsize = DTYPES[dtype].itemsize
     benchmark.extra_info.update(
-        case=f"{name} {shape} {dtype}", loss=name, shape=[N, D], dtype=dtype, mode="forward+backward",
-        gradient_bytes=N * D * itemsize, pairs_bytes=N * N * itemsize, flops=flops, product_flops_per_s=rate,
-        providers=results, missing=missing,
+        case=f"{name} {shape} {dtype}", loss=name, shape=sizes, dtype=dtype, mode="forward+backward",
+        gradient_bytes=N * sizes[-1] * itemsize, pairs_bytes=N * sizes[-2] * itemsize, flops=flops,
+        product_flops_per_s=rate, providers=results, missing=missing,
     )  # fmt: skip
     bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype])}
     if bad:  # measured all the same, to be seen in the file

@@ -86,9 +86,33 @@ def embeddings(student, teacher):
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     _same_device(student, teacher)
+    finite(student, teacher)
+
+
+def batches_of_embeddings(student, teacher):
+    """The same, and also [B, N, D_s] and [B, N, D_t]."""
+    _inputs(student, teacher, "embeddings")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() not in (2, 3):
+            raise ValueError(f"{name}: embeddings of shape [N, D] or [B, N, D] wanted, got {list(x.shape)}")
+        if x.shape[-1] == 0:
+            raise ValueError(f"{name}: at least one feature wanted, got shape {list(x.shape)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        wanted, got = list(student.shape[:-1]), list(teacher.shape[:-1])
+        raise ValueError(f"teacher: the student's rows {wanted} wanted, got {got}")
+    _same_device(student, teacher)
+
+
+def finite(student, teacher):
+    """Where that can be seen. Not where a mask hides what is not."""
     for name, x in (("student", student), ("teacher", teacher)):
         if _values_known(x) and not _finite(x):
             raise ValueError(f"{name}: finite embeddings wanted, got some that are not")
+
+
+def clamp(value):
+    if value not in (None, "teacher", "both"):
+        raise ValueError(f"clamp: None, 'teacher' or 'both' wanted, got {value!r}")
 
 
 def features(students, teachers, dim):

@@ -56,8 +56,13 @@ def define(namespace):
 
 fastkd = define("fastkd")
 fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
-# matrix products, which torch has for every device: one implementation, in ops/similarity.py
+# matrix products, which torch has for every device: one implementation each, in ops/similarity.py and ops/gram.py
 fastkd.define("similarity_fwd(Tensor student, Tensor teacher, bool save) -> (Tensor loss, Tensor grad)")
+# embeddings [N, D] or [B, N, D]; clamp: negative similarities of none, the teacher, both; mask: one per row
+fastkd.define(
+    "gram_fwd(Tensor student, Tensor teacher, bool normalize, int clamp, Tensor? mask, bool save) "
+    "-> (Tensor loss, Tensor grad)"
+)
 
 FOLDER = Path(__file__).parent / "lib"
 

@@ -283,6 +283,40 @@ similarity_preserving.__doc__ = _RELATIONAL.format(
 )
 
 
+def gram_mse(student, teacher, *, normalize=True, clamp=None, mask=None):
+    _check.batches_of_embeddings(student, teacher)
+    _check.flag("normalize", normalize)
+    _check.clamp(clamp)
+    if mask is None:
+        _check.finite(student, teacher)
+    else:
+        _check.mask(mask, student)
+    return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask)
+
+
+gram_mse.__doc__ = (
+    _RELATIONAL.format(
+        title="Gram matrix distillation: similarities between samples, or between the patches of an image, are kept.",
+        formula=r"\frac{1}{N^2} \sum_{ij} \left( \langle s_i, s_j \rangle - \langle t_i, t_j \rangle \right)^2",
+        notes="of rows of length 1 (at least 1e-12; a row of zeros stays), or as they are. Computed from\n"
+        "    products [N, D] x [D, D] where N is large, linear in N, else from blocks of rows: the cheaper way.\n"
+        "    No matrix [N, N] is held. Of ``[B, N, D]``, dense features as those of vision transformers, it is the\n"
+        "    mean over B.",
+        options="""
+        normalize: whether rows are divided by their length. Default True.
+        clamp: ``"both"``: negative similarities count as 0; ``"teacher"``: the teacher's do; None, the default.
+        mask: bool, one per row, ``[N]`` or ``[B, N]``; True: the row counts. The others are not there: N is the
+            number of those that count, their gradient is 0, and they may hold anything. A batch's sample without
+            any is not there either.""",
+        equal="A row of zeros has no gradient.",
+        source='Siméoni et al., "DINOv3", 2025, as Gram anchoring.',
+    )
+    .replace("embeddings ``[N, D_s]``,", "embeddings ``[N, D_s]`` or ``[B, N, D_s]``,")
+    .replace("teacher: embeddings ``[N, D_t]``;", "teacher: embeddings ``[N, D_t]`` or ``[B, N, D_t]``;")
+    .replace("Fewer than two samples: 0.", "No samples: 0.")
+)
+
+
 def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weights, return_layers, dim):
     """Checks what a feature loss is given, and hands it to the backend."""
     listed = isinstance(student, (list, tuple))

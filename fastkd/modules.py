@@ -180,6 +180,24 @@ class SimilarityPreservingLoss(_RelationalLoss):
     _function = staticmethod(functional.similarity_preserving)
 
 
+class GramMSELoss(_RelationalLoss):
+    """:func:`fastkd.functional.gram_mse` as a module.
+
+    Args:
+        normalize, clamp: as there.
+    """
+
+    def __init__(self, *, normalize=True, clamp=None):
+        super().__init__()
+        _check.flag("normalize", normalize)
+        _check.clamp(clamp)
+        self._remember(normalize=normalize, clamp=clamp)
+
+    def forward(self, student, teacher, mask=None):
+        """The loss of embeddings ``[N, D]`` or ``[B, N, D]``; ``mask``: one per row."""
+        return functional.gram_mse(student, teacher, normalize=self.normalize, clamp=self.clamp, mask=mask)
+
+
 class _FeatureLoss(torch.nn.Module):
     """A loss of features; a subclass names its function of :mod:`fastkd.functional`."""
 

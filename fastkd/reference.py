@@ -196,6 +196,22 @@ def similarity_preserving(student, teacher):
     return (s - t).square().sum() / max(len(s), 1) ** 2
 
 
+def gram_mse(student, teacher, normalize, clamp, mask):
+    """Holds matrices [N, N]."""
+    s, t = _embeddings(student, teacher)
+    shape = student.shape[:-1] if student.dim() == 3 else (1, len(student))
+    mask = torch.ones(shape, dtype=torch.bool, device=s.device) if mask is None else _ordinary(mask).view(shape)
+    s, t = (torch.where(mask[..., None], x.reshape(*shape, x.shape[-1]), 0.0) for x in (s, t))  # it may hold NaN
+    if normalize:
+        s, t = _of_length_one(s), _of_length_one(t)
+    G, H = s @ s.mT, t @ t.mT
+    G = G.clamp(min=0) if clamp == "both" else G
+    H = H.clamp(min=0) if clamp else H
+    rows = mask.sum(1)
+    squares = (G - H).square().sum((1, 2)) / rows.clamp(min=1).to(s.dtype) ** 2
+    return squares.sum() / (rows > 0).sum().clamp(min=1)
+
+
 def _of_length_one(x):
     """Rows over their length, of at least 1e-12; a row of zeros has no gradient. Lengths in float64,
     where squares of float32 stay in range."""

@@ -16,7 +16,9 @@ OPTIONS = {
     "rkd_angle": ("delta",),
     "rkd_loss": ("distance_delta", "angle_delta"),
     "similarity_preserving": (),
+    "gram_mse": ("normalize", "clamp"),
 }
+SIMILARITIES = ("similarity_preserving", "gram_mse")
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -30,7 +32,7 @@ class Case:
     widths: tuple = (16, 16)  # of student and teacher
     make: Any = None  # (student, teacher) in float64 -> the same, changed
     options: dict = field(default_factory=dict)  # each loss takes its own
-    losses: tuple = ("rkd_distance", "rkd_angle", "similarity_preserving")
+    losses: tuple = ("rkd_distance", "rkd_angle", "similarity_preserving", "gram_mse")
     dtypes: tuple = DTYPES
     spread: float = 1.0  # of the distances, where the cosines of an angle lose digits by it
 
@@ -123,15 +125,15 @@ CASES = [
     Case("one_teacher_feature", "D = 1: its cosines are 1 and -1", 7, (2, 1)),
     Case("odd", "no multiple of any tile, different widths", 33, (20, 7)),
     Case("wide", "D above one slice of a product", 9, (70, 65)),
-    Case("tile_and_one", "one row and one feature beyond a tile", 65, (17, 33), losses=("rkd_distance", "similarity_preserving")),
+    Case("tile_and_one", "one row and one feature beyond a tile", 65, (17, 33), losses=("rkd_distance", *SIMILARITIES)),
     Case("tile_and_one_of_angles", "one row beyond a tile", 65, (5, 3), losses=("rkd_angle",), dtypes=DTYPES[:1]),
     Case("repeated", "equal samples: distance 0, no gradient from each other", 24, (6, 9), repeated),
-    Case("equal_students", "a student that has collapsed", 12, (6, 9), equal_students),
+    Case("equal_students", "a student that has collapsed; of gram_mse it has no gradient", 12, (6, 9), equal_students, losses=(*RKD, "similarity_preserving")),
     Case("shifted", "one tight cluster far from the origin", 20, (8, 12), shifted, losses=RKD),
     Case("clusters", "several tight clusters far apart", 20, (8, 8), clusters, losses=RKD, spread=1e5),
     Case("loose_clusters", "the same, less so: products do not quite cancel", 20, (8, 8), functools.partial(clusters, apart=10.0, members=0.3), losses=RKD),
     Case("one_far_away", "one distance is far above the others", 20, (8, 8), one_far_away, losses=RKD, spread=1e5),
-    Case("edge_of_half", "centred embeddings leave float16's range", 17, (8, 8), edge_of_half),
+    Case("edge_of_half", "centred embeddings leave float16's range; their directions are nearly two", 17, (8, 8), edge_of_half, losses=(*RKD, "similarity_preserving")),
     Case("small", "distances far below 1", 17, (8, 8), scaled(1e-3, 1e-2)),
     Case("large", "squares far above 1", 17, (8, 8), scaled(1e4, 1e3)),
     Case("clamped", "most of Huber's loss is linear", 19, (8, 5), options={"delta": 0.1}, losses=RKD),
@@ -140,12 +142,18 @@ CASES = [
     Case("plain_clamped", "the same in Huber's linear part", 19, (8, 5), scaled(4, 1), {"normalize": None, "delta": 0.5}, DISTANCE),
     Case("plain_two_samples", "one pair", 2, (3, 4), options={"normalize": None}, losses=DISTANCE),
     Case("plain_equal_students", "distance 0 against the teacher's", 9, (3, 4), equal_students, {"normalize": None}, DISTANCE),
-    Case("two_samples", "similarities of one pair", 2, (3, 4), losses=("similarity_preserving",)),
-    Case("zero_rows", "samples without a direction", 12, (6, 9), zero_rows, losses=("similarity_preserving",)),
-    Case("many", "similarities by features", 300, (12, 20), losses=("similarity_preserving",)),
-    Case("wide_teacher", "by samples, for the teacher's width", 200, (8, 130), losses=("similarity_preserving",)),
-    Case("wide_student", "for the student's", 200, (130, 8), losses=("similarity_preserving",)),
-    Case("off_the_origin", "all similarities nearly 1", 20, (8, 12), lambda s, t: (3 + s, t - 2), losses=("similarity_preserving",)),
+    Case("two_samples", "similarities of one pair", 2, (3, 4), losses=SIMILARITIES),
+    Case("zero_rows", "samples without a direction", 12, (6, 9), zero_rows, losses=SIMILARITIES),
+    Case("many", "similarities by features", 300, (12, 20), losses=SIMILARITIES),
+    Case("wide_teacher", "by samples, for the teacher's width", 200, (8, 130), losses=SIMILARITIES),
+    Case("wide_student", "for the student's", 200, (130, 8), losses=SIMILARITIES),
+    Case("as_they_are", "rows of any length", 20, (8, 12), options={"normalize": False}, losses=("gram_mse",)),
+    Case("many_as_they_are", "the same by features", 300, (12, 20), options={"normalize": False}, losses=("gram_mse",)),
+    Case("clamped_teacher", "half of the similarities are negative", 70, (6, 5), options={"clamp": "teacher"}, losses=("gram_mse",)),
+    Case("clamped_both", "on both sides", 70, (6, 5), options={"clamp": "both"}, losses=("gram_mse",)),
+    Case("huge", "squares leave float32's range", 20, (8, 12), scaled(1e25, 1e30), losses=("gram_mse",), dtypes=DTYPES[:2]),
+    Case("tiny", "squares vanish", 20, (8, 12), scaled(1e-30, 1e-10), losses=("gram_mse",), dtypes=DTYPES[:2]),
+    Case("off_the_origin", "all similarities nearly 1", 20, (8, 12), lambda s, t: (3 + s, t - 2), losses=SIMILARITIES),
 ]  # fmt: skip
 
 # A student that has nearly learned: the loss is right to 1e-3.
@@ -157,14 +165,14 @@ NEAR = [
 # Loss and gradient 0 by mathematics, whatever the teacher.
 NOTHING = [
     Case("no_samples", "N = 0", 0, (5, 4)),
-    Case("one_sample", "N = 1: no pairs", 1, (5, 4)),
+    Case("one_sample", "N = 1: no pairs", 1, (5, 4), losses=(*RKD, "similarity_preserving")),
     Case("one_pair", "N = 2: divided by their mean its distances are 1, its cosines are 1", 2, (3, 4), losses=RKD),
     Case("all_equal", "distances 0 on both sides", 9, (5, 4), all_equal),
 ]
 
 # Several tiles and strips of the CPU's kernels; too slow for those of GPUs on the host.
 LARGE = [
-    Case("three_blocks", "tiles of the upper triangle", 700, (16, 24), losses=("rkd_distance", "similarity_preserving")),
+    Case("three_blocks", "tiles of the upper triangle", 700, (16, 24), losses=("rkd_distance", *SIMILARITIES)),
     Case("five_blocks", "an odd number of blocks, which do not stay in memory", 1300, (9, 16), losses=("rkd_distance",)),
     Case("many_blocks", "distances are computed again, twice where pairs were clamped", 1500, (8, 8), options={"delta": 0.2}, losses=DISTANCE),
     Case("many_plain_blocks", "not divided by their mean", 1500, (8, 8), options={"normalize": None}, losses=DISTANCE),

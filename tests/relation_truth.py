@@ -85,7 +85,24 @@ def similarity_preserving(student, teacher):
     return difference.square().sum() / N**2, (to_G + to_G.T) @ x
 
 
-TRUTH = {f.__name__: f for f in (rkd_distance, rkd_angle, rkd_loss, similarity_preserving)}
+def gram_mse(student, teacher, normalize=True, clamp=None):
+    x, y = _double(student), _double(teacher)
+    N = len(x)
+    if not N:
+        return x.new_zeros(()), torch.zeros_like(x)
+    lengths = x.norm(dim=1, keepdim=True) if normalize else x.new_ones(N, 1)
+    inverse = torch.where(lengths == 0, 0.0, 1 / lengths.clamp(min=1e-12))
+    s, t = x * inverse, F.normalize(y, dim=1) if normalize else y
+    G, H = s @ s.T, t @ t.T
+    free = G > 0 if clamp == "both" else torch.ones_like(G, dtype=torch.bool)
+    difference = torch.where(free, G, 0.0) - (H.clamp(min=0) if clamp else H)
+    grad = 4 / N**2 * torch.where(free, difference, 0.0) @ s
+    if normalize:
+        grad = (grad - torch.where(lengths >= 1e-12, (grad * s).sum(1, keepdim=True), 0.0) * s) * inverse
+    return difference.square().sum() / N**2, grad
+
+
+TRUTH = {f.__name__: f for f in (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse)}
 
 
 # As published, in the order of the published code.
@@ -119,11 +136,17 @@ def _published_similarity(student, teacher):
     return (s - t).square().sum() / len(s) ** 2
 
 
+def _published_gram(student, teacher):
+    s, t = (F.normalize(e, dim=-1) for e in (student, teacher))
+    return F.mse_loss(s @ s.T, t @ t.T)
+
+
 PUBLISHED = {
     "rkd_distance": _published_distance,
     "rkd_angle": _published_angle,
     "rkd_loss": lambda s, t: 25 * _published_distance(s, t) + 50 * _published_angle(s, t),
     "similarity_preserving": _published_similarity,
+    "gram_mse": _published_gram,
 }
 
 

@@ -67,6 +67,17 @@ def test_similarity_preserving_holds_no_matrix_of_pairs():
     assert used <= student.numel() * 4 + (48 << 20)
 
 
+@pytest.mark.parametrize("clamp", [None, "both"])
+@pytest.mark.parametrize("N", [8192, 16384, 32768])
+def test_gram_mse_is_linear_in_memory(N, clamp):
+    """N x N would be 256 MiB, 1 GiB and 4 GiB."""
+    student, teacher = torch.randn(N, 32), torch.randn(N, 32)
+    used = peak(
+        lambda s: functional.gram_mse(s, teacher, clamp=clamp).backward(), lambda: (student.detach().requires_grad_(),)
+    )
+    assert used <= 6 * student.numel() * 4 + (48 << 20)
+
+
 @pytest.mark.parametrize("N", [8192, 16384, 32768])
 def test_rkd_distance_is_linear_in_memory(N):
     """N x N would be 256 MiB, 1 GiB and 4 GiB."""

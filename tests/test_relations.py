@@ -47,7 +47,7 @@ def check(backend, name, case, dtype, promised=PROMISED):
     promised = promised[compute]
     if name == "rkd_angle" and compute == torch.float64:
         promised *= case.spread
-    on_gpu = backend.startswith(("cuda", "triton")) and name != "similarity_preserving"
+    on_gpu = backend.startswith(("cuda", "triton")) and name not in cases.SIMILARITIES
     assert error(loss, loss_ref) <= promised + (HALF_OPERANDS.get(dtype, 0.0) if on_gpu else 0.0)
     assert error(grad, grad_ref) <= promised + rounding(grad, grad_ref, compute)
 
@@ -416,6 +416,7 @@ MODULES = {
         fastkd.RKDLoss, distance_weight=2.0, angle_weight=3.0, distance_delta=0.3, angle_delta=0.4
     ),
     "similarity_preserving": fastkd.SimilarityPreservingLoss,
+    "gram_mse": functools.partial(fastkd.GramMSELoss, normalize=False, clamp="both"),
 }
 
 

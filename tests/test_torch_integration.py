@@ -58,6 +58,9 @@ def relational_calls(backend_name):
             yield f"triples_fwd-{name}-{save}", ops.triples_fwd, (*pair, 2.0, 0.5, 1.0, 1.0, save)
             if backend_name == "cpu":  # it is one for all
                 yield f"similarity_fwd-{name}-{save}", ops.similarity_fwd, (*pair, save)
+                mask = torch.rand(len(pair[0])) < 0.7
+                yield f"gram_fwd-{name}-{save}", ops.gram_fwd, (*pair, save, 0, mask if save else None, save)
+                yield f"gram_fwd-batch-{name}-{save}", ops.gram_fwd, (*(x[None] for x in pair), True, 2, None, save)
     yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, 0, 1.0, False, True)
     yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, 1.0, 1.0, 0.0, 1.0, True)
 

@@ -1,12 +1,12 @@
 """Relations between the samples of a batch of embeddings: the pairs and the triples schedules, and
-similarity_preserving, which needs matrix products alone."""
+similarity_preserving and gram_mse, which need matrix products alone."""
 
 from typing import Any, NamedTuple
 
 import torch
 
 from ..reference import compute_dtype
-from . import similarity
+from . import gram, similarity
 from .gradient import once, times
 
 RKD_DISTANCE = 0  # the relations of csrc/common/relations_params.h
@@ -18,6 +18,7 @@ class Ops(NamedTuple):
     pairs_fwd: Any
     triples_fwd: Any
     similarity_fwd: Any
+    gram_fwd: Any
     scale_: Any
 
 
@@ -37,10 +38,11 @@ def use_namespace(namespace):
     for name in NAMES:
         torch.library.register_fake(f"{namespace}::{name}", _fake_fwd)
     pairs, triples, scale_ = (getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_"))
-    OPS[namespace] = Ops(pairs, triples, similarity.FWD, scale_)
+    OPS[namespace] = Ops(pairs, triples, similarity.FWD, gram.FWD, scale_)
 
 
-torch.library.register_fake("fastkd::similarity_fwd", _fake_fwd)
+for _name in ("similarity_fwd", "gram_fwd"):
+    torch.library.register_fake(f"fastkd::{_name}", _fake_fwd)
 use_namespace("fastkd")
 
 
@@ -89,3 +91,7 @@ def rkd_loss(namespace, student, teacher, *options):
 
 def similarity_preserving(namespace, student, teacher):
     return _loss(namespace, "similarity_fwd", student, teacher)
+
+
+def gram_mse(namespace, student, teacher, normalize, clamp, mask):
+    return _loss(namespace, "gram_fwd", student, teacher, normalize, gram.CLAMPS[clamp], mask)

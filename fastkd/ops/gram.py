@@ -1,0 +1,211 @@
+"""gram_mse by matrix products alone, on every device, of embeddings [B, N, D] in float32 or float64.
+
+    G = X X^T of the student, H = Y Y^T of the teacher, of rows as they are or of length 1
+    loss = 1/N^2 |G - H|^2, dL/dX = 4/N^2 (G - H) X
+
+Two ways, the cheaper is taken:
+
+Samples: blocks of rows of G - H, [block, N] at a time, from the diagonal on: what is beyond it counts twice.
+2 N^2 (D_s + D_t) / 2 flops, and as many as 2 N^2 D_s for the gradient.
+
+Features: with S = X^T X, T = Y^T Y and C = X^T Y
+    |G - H|^2 = |S|^2 + |T|^2 - 2 |C|^2, (G - H) X = X S - Y C^T
+linear in N. Near convergence the digits cancel, so both are in float64; on the CPU, where the host may look,
+float32 is tried first and serves where they do not. Clamped similarities have no such form.
+
+Saved for backward: the gradient. Beside it rows of length 1, a few blocks of rows and D x D matrices are held.
+"""
+
+import torch
+
+from .. import _library
+from .._check import DTYPES
+from ..reference import compute_dtype, without_autocast
+
+BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
+FAR = 0.1  # of the terms' sum what is left of it: their errors are of 1e-7
+CLAMPS = {None: 0, "teacher": 1, "both": 2}
+
+
+def _by_features(N, Ds, Dt, cost=1):
+    """Whether the products of features are cheaper than those of samples; cost: how much one takes longer."""
+    features, samples = N * (4 * Ds * (Ds + Dt) + 1.25 * Dt * Dt), 1.25 * N * N * (3 * Ds + Dt)
+    return cost * features < samples
+
+
+def _blocks(n, width, device):
+    rows = max(1, BLOCK.get(device.type, BLOCK["cuda"]) // max(1, width))
+    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+
+
+def _unit(x):
+    """Rows to length 1; one of zeros stays, of one below 1e-12 that is the length. With what their gradient is
+    multiplied by, and which have the length of their own. Nothing leaves the range: a row is divided by its
+    largest element first."""
+    unit = torch.abs(x)
+    largest = unit.amax(-1, keepdim=True)
+    one_or_largest = torch.where(largest == 0, 1.0, largest)
+    torch.div(x, one_or_largest, out=unit)
+    length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+    short = largest * length < 1e-12
+    factor = torch.where(short, largest * 1e12, torch.where(length == 0, 0.0, 1 / length))
+    return unit.mul_(factor), factor / one_or_largest, ~short
+
+
+def _scales(x, mask):
+    """What the squares of each are multiplied by, [B] in float64: by its rows that count, and how many have any."""
+    B, N = x.shape[:2]
+    if mask is None:
+        return x.new_full((B,), 1 / (B * N**2), dtype=torch.float64)
+    rows = mask.sum(1, dtype=torch.float64)
+    return torch.where(rows == 0, 0.0, 1 / (rows * rows)) / (rows > 0).sum().clamp(min=1)
+
+
+def _difference(G, H, clamp):
+    """G - H, and the part of it that has a gradient; in the memory of both."""
+    if clamp:
+        H.clamp_(min=0)
+    if clamp < CLAMPS["both"]:
+        G -= H
+        return G, G
+    H = torch.relu(G) - H
+    return H, torch.where(G > 0, H, 0.0)
+
+
+def _samples(x, y, clamp, grad):
+    N = x.shape[1]
+    squares = x.new_zeros(len(x), dtype=torch.float64)
+    if BLOCK.get(x.device.type, BLOCK["cuda"]) >= N * N:
+        for some in _blocks(len(x), N * N, x.device):
+            e, sloped = _difference(x[some] @ x[some].mT, y[some] @ y[some].mT, clamp)
+            squares[some] = _sum_of_squares(e)
+            if grad is not None:
+                torch.bmm(sloped, x[some], out=grad[some])
+        return squares
+    if grad is not None:
+        grad.zero_()
+    for b in range(len(x)):
+        for rows in _blocks(N, N, x.device):
+            u, n = x[b, rows], rows.stop - rows.start
+            e, sloped = _difference(u @ x[b, rows.start :].T, y[b, rows] @ y[b, rows.start :].T, clamp)
+            squares[b] += 2 * (e * e).sum(dtype=torch.float64) - (e[:, :n] * e[:, :n]).sum(dtype=torch.float64)
+            if grad is not None:
+                grad[b, rows].addmm_(sloped, x[b, rows.start :])
+                grad[b, rows.stop :].addmm_(sloped[:, n:].T, u)
+    return squares
+
+
+def _squares(x, y, clamp, grad):
+    """Of G - H, [B] in float64; its product with X is written to grad where there is a place for it."""
+    sizes = *x.shape[1:], y.shape[2]
+    if not clamp and x.dtype is torch.float32 and x.device.type == "cpu" and _by_features(*sizes):
+        squares, terms = _features(torch.float32, x, y, grad)
+        if (squares > FAR * terms).all():
+            return squares
+    if not clamp and _by_features(*sizes, 1 if x.dtype is torch.float64 else 2):
+        return _features(torch.float64, x, y, grad)[0].clamp(min=0)
+    return _samples(x, y, clamp, grad)
+
+
+def _features(dtype, x, y, grad):
+    """The squares [B], and the terms that they are the difference of."""
+    B, N, Ds, Dt = *x.shape, y.shape[2]
+    squares, terms = (torch.zeros(B, dtype=torch.float64, device=x.device) for _ in range(2))
+    width = max(Ds, Dt)
+    # in the dtype of x nothing is copied
+    some_of_batch = [slice(0, B)] if x.dtype is dtype else _blocks(B, width * max(width, min(N, 4096)), x.device)
+    for some in some_of_batch:
+        b = some.stop - some.start
+        blocks = [slice(0, N)] if x.dtype is dtype else _blocks(N, b * width, x.device)
+        S, C = (x.new_zeros(b, Ds, D, dtype=dtype) for D in (Ds, Dt))
+        T = [x.new_zeros(b, strip.stop - strip.start, Dt - strip.start, dtype=dtype) for strip in _strips(Dt)]
+        for rows in blocks:
+            u, v = x[some, rows].to(dtype), y[some, rows].to(dtype)
+            S.baddbmm_(u.mT, u)
+            C.baddbmm_(u.mT, v)
+            for strip, product in zip(_strips(Dt), T, strict=True):
+                product.baddbmm_(v[:, :, strip].mT, v[:, :, strip.start :])
+        t = sum(2 * _sum_of_squares(z) - _sum_of_squares(z[:, :, : z.shape[1]]) for z in T)
+        both, c = _sum_of_squares(S) + t, _sum_of_squares(C)
+        squares[some], terms[some] = both - 2 * c, both
+        for rows in blocks if grad is not None else ():
+            if x.dtype is dtype:
+                torch.bmm(x, S, out=grad).baddbmm_(y, C.mT, alpha=-1)
+            else:
+                u, v = x[some, rows].to(dtype), y[some, rows].to(dtype)
+                grad[some, rows] = (u @ S).baddbmm_(v, C.mT, alpha=-1)
+    return squares, terms
+
+
+def _strips(D):
+    """Of T = Y^T Y, from the diagonal on: four, where the products of each are still large."""
+    width = max(64, (D + 3) // 4)
+    return [slice(i, min(i + width, D)) for i in range(0, D, width)]
+
+
+def _sum_of_squares(x):
+    return (x * x).sum((1, 2), dtype=torch.float64)
+
+
+def _through_unit(grad, x, factor, own):
+    """dL/dX from that of the rows of length 1, in its memory."""
+    along = torch.linalg.vecdot(grad, x)[..., None]
+    grad.addcmul_(x, torch.where(own, along, 0.0), value=-1)
+    grad *= factor
+
+
+def _check_embeddings(student, teacher):
+    """What the functions have checked already; an op may be called past them."""
+    if student.dim() not in (2, 3) or student.shape[:-1] != teacher.shape[:-1]:
+        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
+        raise RuntimeError(f"student and teacher: embeddings [N, D] or [B, N, D] of as many rows wanted, got {shapes}")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dtype not in DTYPES:
+            raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
+
+
+def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
+    """The squares [B] and, where there is a place for it, the gradient; of rows [B, N, D_s] that are there."""
+    if normalize:
+        (x, factor, own), (y, _, _) = _unit(x), _unit(y)
+    squares = _squares(x, y, clamp, grad)
+    if grad is not None:
+        by = (4 * scales)[:, None, None].to(grad.dtype)
+        if normalize:
+            _through_unit(grad, x, factor * by, own)
+        else:
+            grad *= by
+    return squares
+
+
+@torch.no_grad()
+def _gram_fwd(student, teacher, normalize, clamp, mask, save):
+    _check_embeddings(student, teacher)
+    dtype = compute_dtype(student, teacher)
+    grad_dtype = torch.float32 if student.dtype is torch.float16 else student.dtype
+    grad = torch.empty(student.shape if save else (0,), dtype=grad_dtype, device=student.device)
+    x, y, g = (z[None] if z.dim() < 3 else z for z in (student, teacher, grad))
+    mask = mask if mask is None else mask.view(x.shape[:2])
+    loss = x.new_zeros((), dtype=torch.float64)
+    if x.shape[0] * x.shape[1] == 0:
+        return loss.to(dtype), grad
+    scales = _scales(x, mask)
+    with without_autocast(student.device):
+        # a few samples at a time: what is made of them stays in the caches
+        for some in _blocks(len(x), x.shape[1] * max(x.shape[2], y.shape[2]), x.device):
+            u, v = x[some].to(dtype), y[some].to(dtype)
+            if mask is not None:
+                u, v = (torch.where(mask[some, :, None], z, 0.0) for z in (u, v))
+            to = None
+            if save:
+                direct = grad_dtype is dtype
+                to = g[some] if direct else torch.empty_like(u, memory_format=torch.contiguous_format)
+            squares = _squares_and_gradient(u, v, normalize, clamp, scales[some], to)
+            loss += torch.where(scales[some] == 0, 0.0, squares * scales[some]).sum()
+            if save and not direct:
+                g[some] = to
+    return loss.to(dtype), grad
+
+
+_library.fastkd.impl("gram_fwd", _gram_fwd, "CompositeExplicitAutograd")
+FWD = torch.ops.fastkd.gram_fwd.default
