@@ -305,6 +305,7 @@ gram_mse.__doc__ = (
         options="""
         normalize: whether rows are divided by their length. Default True.
         clamp: ``"both"``: negative similarities count as 0; ``"teacher"``: the teacher's do; None, the default.
+            With either, rows are compared with all others: O(N^2 D) work, the memory stays linear.
         mask: bool, one per row, ``[N]`` or ``[B, N]``; True: the row counts. The others are not there: N is the
             number of those that count, their gradient is 0, and they may hold anything. A batch's sample without
             any is not there either.""",
