@@ -136,6 +136,11 @@ def logits_loss(divergence, student, teacher, options):
     return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)
 
 
+def gradient_dtype(student):
+    """A gradient in float16 would underflow, or leave the range, before a loss scaler multiplies it."""
+    return torch.float32 if student.dtype is torch.float16 else student.dtype
+
+
 def _embeddings(student, teacher):
     dtype = compute_dtype(student, teacher)
     return student.to(dtype), _ordinary(teacher).detach().to(dtype)

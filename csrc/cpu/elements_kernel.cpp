@@ -62,13 +62,10 @@ Statistics<T> statistics_in(const T* x, int64_t n) {
   return {double(base), double(mean), double(squares)};
 }
 
-// Whether squares of float have kept their digits.
-inline bool in_range(double squares) { return squares > 1e-30 && squares < 1e37; }
-
 template <bool kCentred, class T>
 Statistics<T> statistics(const T* x, int64_t n) {
   const Statistics<T> s = statistics_in<T, kCentred>(x, n);
-  if (sizeof(T) == 4 && !in_range(s.squares)) return statistics_in<double, kCentred>(x, n);
+  if (sizeof(T) == 4 && !in_float_range(s.squares)) return statistics_in<double, kCentred>(x, n);
   return s;
 }
 
@@ -292,7 +289,7 @@ void find_scales(const T* x, int64_t D, int64_t lanes, Scales<T>& s) {
   });
   for (int64_t r = 0; r < lanes; ++r) {
     double squares = sums[0][r];
-    if (sizeof(T) == 4 && !in_range(squares)) {
+    if (sizeof(T) == 4 && !in_float_range(squares)) {
       const Statistics<T> wide = wide_statistics<kCentred>(x + r, D, lanes);
       s.offset[r] = T(wide.mean);
       squares = wide.squares;

@@ -29,9 +29,6 @@ __device__ __forceinline__ T slope_of(T x, T p) {
   return x > 0 ? y : x < 0 ? -y : x;  // of NaN itself
 }
 
-// Whether powers of float, added up, have kept their digits.
-__device__ __forceinline__ bool in_range(double sum) { return sum > 1e-30 && sum < 1e37; }
-
 template <class T, class K, bool kSquares>
 struct AttentionWalk : BlockRows<T, K> {
   using Rows = BlockRows<T, K>;
@@ -81,12 +78,12 @@ struct AttentionWalk : BlockRows<T, K> {
       for (int r = threadIdx.x; r < by.rows && first + r < layer.N; r += kElementsThreads) {
         const double sum = take(0, r);
         map[first + r] = sum / double(layer.D);
-        again |= sizeof(T) == 4 && !in_range(sum);
+        again |= sizeof(T) == 4 && !in_float_range(sum);
       }
       if (!__syncthreads_or(again)) return;
       give_powers<double>(place);
       for (int r = threadIdx.x; r < by.rows && first + r < layer.N; r += kElementsThreads) {
-        if (!in_range(map[first + r] * double(layer.D))) map[first + r] = take(0, r) / double(layer.D);
+        if (!in_float_range(map[first + r] * double(layer.D))) map[first + r] = take(0, r) / double(layer.D);
       }
       __syncthreads();
     });
@@ -101,7 +98,8 @@ struct AttentionWalk : BlockRows<T, K> {
       for (int q = 0; q < kRows; ++q) {
         factor[q] = place.here[q] ? factors[place.row + q] : 0;
         const double size = factor[q] < 0 ? -factor[q] : factor[q];
-        wide |= sizeof(T) == 4 && place.here[q] && (!in_range(map[place.row + q] * double(layer.D)) || !in_range(size));
+        wide |= sizeof(T) == 4 && place.here[q] &&
+                (!in_float_range(map[place.row + q] * double(layer.D)) || !in_float_range(size));
       }
 #pragma unroll 1
       for (int begin = 0; begin < layer.packs; begin += part()) {

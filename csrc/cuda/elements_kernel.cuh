@@ -254,7 +254,7 @@ class ElementsWalk : BlockRows<T, K> {
       } else if (step == kSquares || (step == kSquaresAgain && state.again[side])) {
         const double squares = take(side, r);
         const FeatureScale found = feature_scale(P.feature, 0, squares, layer.D);
-        const bool out_of_range = sizeof(T) == 4 && !(squares > 1e-30 && squares < 1e37);
+        const bool out_of_range = sizeof(T) == 4 && !in_float_range(squares);
         state.again[side] = step == kSquares && out_of_range && counts(first + r);
         again |= state.again[side];
         state.factor[side] = T(found.factor);

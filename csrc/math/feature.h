@@ -26,6 +26,9 @@ struct FeatureScale {
   bool fixed = true;  // the factor does not change with the row
 };
 
+// Whether squares or powers of float, added up, have kept their digits.
+FASTKD_HD bool in_float_range(double sum) { return sum > 1e-30 && sum < 1e37; }
+
 FASTKD_HD bool normalized(Feature f) { return f != Feature::kSquares; }
 FASTKD_HD bool centred(Feature f) { return f == Feature::kStandardized; }
 FASTKD_HD double loss_share(Feature f) { return f == Feature::kCosine ? 0.5 : 1.0; }

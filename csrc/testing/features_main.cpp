@@ -12,12 +12,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <vector>
 
 #include "cuda/attention_launch.h"
 #include "cuda/elements_plan.h"
+#include "testing/memory.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 extern "C" void cusim_device(int attribute, int value);
@@ -25,22 +25,6 @@ extern "C" void cusim_device(int attribute, int value);
 using namespace fastkd;
 
 namespace {
-
-// Begins 16-byte aligned and ends where its last byte does: reading past it is seen. All NaN: so is
-// reading what nobody wrote.
-struct Memory {
-  explicit Memory(int64_t bytes) {
-    if (posix_memalign(&data, 16, size_t(bytes))) abort();
-    std::memset(data, 0xff, size_t(bytes));
-  }
-  ~Memory() { free(data); }
-  Memory(const Memory&) = delete;
-  template <class T>
-  T* as() const {
-    return static_cast<T*>(data);
-  }
-  void* data;
-};
 
 template <class S>
 double widened(S x) {

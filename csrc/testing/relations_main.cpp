@@ -10,12 +10,12 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "cuda/pairs_launch.h"
 #include "cuda/triples_launch.h"
+#include "testing/memory.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 extern "C" void cusim_device(int attribute, int value);
@@ -25,18 +25,6 @@ using namespace fastkd;
 namespace {
 
 constexpr double kDelta = 0.4;
-
-// Begins 16-byte aligned and ends where its last byte does: reading past it is seen. All NaN: so is
-// reading what nobody wrote.
-struct Memory {
-  explicit Memory(int64_t bytes) {
-    if (posix_memalign(&data, 16, size_t(bytes))) abort();
-    std::memset(data, 0xff, size_t(bytes));
-  }
-  ~Memory() { free(data); }
-  Memory(const Memory&) = delete;
-  void* data;
-};
 
 // Embeddings whose columns lie N elements apart, and their values.
 struct Side {

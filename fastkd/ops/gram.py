@@ -20,7 +20,8 @@ import torch
 
 from .. import _library
 from .._check import DTYPES
-from ..reference import compute_dtype, without_autocast
+from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .similarity import blocks_of
 
 BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
 FAR = 0.1  # of the terms' sum what is left of it: their errors are of 1e-7
@@ -34,8 +35,7 @@ def _by_features(N, Ds, Dt, cost=1):
 
 
 def _blocks(n, width, device):
-    rows = max(1, BLOCK.get(device.type, BLOCK["cuda"]) // max(1, width))
-    return [slice(i, min(i + rows, n)) for i in range(0, n, rows)]
+    return blocks_of(BLOCK, n, width, device)
 
 
 def _unit(x):
@@ -182,7 +182,7 @@ def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
 def _gram_fwd(student, teacher, normalize, clamp, mask, save):
     _check_embeddings(student, teacher)
     dtype = compute_dtype(student, teacher)
-    grad_dtype = torch.float32 if student.dtype is torch.float16 else student.dtype
+    grad_dtype = gradient_dtype(student)
     grad = torch.empty(student.shape if save else (0,), dtype=grad_dtype, device=student.device)
     x, y, g = (z[None] if z.dim() < 3 else z for z in (student, teacher, grad))
     mask = mask if mask is None else mask.view(x.shape[:2])

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import compute_dtype
+from ..reference import compute_dtype, gradient_dtype
 from . import gram, similarity
 from .gradient import once, times
 
@@ -28,8 +28,7 @@ OPS = {}  # by namespace
 
 def _fake_fwd(student, teacher, *options):
     """The gradient is in float32 where the student is in float16, whose range it would leave."""
-    dtype = torch.float32 if student.dtype is torch.float16 else student.dtype
-    grad = student.new_empty(student.shape if options[-1] else (0,), dtype=dtype)
+    grad = student.new_empty(student.shape if options[-1] else (0,), dtype=gradient_dtype(student))
     return student.new_empty((), dtype=compute_dtype(student, teacher)), grad
 
 

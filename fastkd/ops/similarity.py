@@ -22,16 +22,16 @@ import torch
 
 from .. import _library
 from .._check import DTYPES
-from ..reference import compute_dtype, without_autocast
+from ..reference import compute_dtype, gradient_dtype, without_autocast
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
 FAR = 0.1  # of the mean of 1 - cos, whose error in float32 is about 1e-7
 FEATURES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of a block [rows, D]
 
 
-def _blocks(block, N, width, device):
+def blocks_of(block, N, width, device):
     rows = max(1, block.get(device.type, block["cuda"]) // max(1, width))
-    return [slice(i, i + rows) for i in range(0, N, rows)]
+    return [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
 def _by_features(N, Ds, Dt):
@@ -49,7 +49,7 @@ def _unit(rows):
 def _samples(x, y, grad):
     N = len(x)
     loss = x.new_zeros((), dtype=torch.float64)
-    for block in _blocks(SAMPLES_BLOCK, N, N, x.device):
+    for block in blocks_of(SAMPLES_BLOCK, N, N, x.device):
         (s, inverse), (t, _) = _unit(x[block] @ x.T), _unit(y[block] @ y.T)
         difference = s - t
         loss += (difference * difference).sum(1).sum(dtype=torch.float64)
@@ -74,7 +74,7 @@ def _features(x, y, grad):
 def _features_in(dtype, x, y, grad):
     N, wide = len(x), {"dtype": dtype, "device": x.device}
     S, T, C = (torch.zeros(a.shape[1], b.shape[1], **wide) for a, b in ((x, x), (y, y), (x, y)))
-    blocks = _blocks(FEATURES_BLOCK, N, max(x.shape[1], y.shape[1]), x.device)
+    blocks = blocks_of(FEATURES_BLOCK, N, max(x.shape[1], y.shape[1]), x.device)
     for block in blocks:
         u, v = x[block].to(dtype), y[block].to(dtype)
         S.addmm_(u.T, u)
@@ -130,12 +130,8 @@ def _loss_and_gradient(student, teacher, save):
         way = _features if _by_features(N, x.shape[1], y.shape[1]) else _samples
         loss = way(x, y, grad).to(dtype)
     if not save:
-        return loss, student.new_empty((0,), dtype=_grad_dtype(student))
-    return loss, grad.to(_grad_dtype(student))
-
-
-def _grad_dtype(student):
-    return torch.float32 if student.dtype is torch.float16 else student.dtype
+        return loss, student.new_empty((0,), dtype=gradient_dtype(student))
+    return loss, grad.to(gradient_dtype(student))
 
 
 _library.fastkd.impl("similarity_fwd", _similarity_fwd, "CompositeExplicitAutograd")

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 
 from ..reference import compute_dtype
-from .layout import programs, row_pointers, rows_of_program, same_rows, tile_of
+from .layout import UNFUSED, load_features, programs, row_pointers, rows_of_program, same_rows, store_features, tile_of
 
 POSITIONS = 2048  # of a map at a time
-UNFUSED = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -42,13 +41,6 @@ def _slope(x, p, P: tl.constexpr):
 
 
 @triton.jit
-def _load(rows, step, here, D, begin, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    columns = begin + tl.arange(0, BLOCK)
-    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
-    return tl.load(pointers, mask=here[:, None] & (columns < D)[None, :], other=0.0).to(dtype)
-
-
-@triton.jit
 def powers_kernel(
     x, place, map,  # map: [rows], out
     p: tl.float64,
@@ -61,18 +53,20 @@ def powers_kernel(
     power = tl.full((), p, dtype)
     sums = tl.zeros((ROWS,), tl.float64)
     for begin in range(0, D, BLOCK):
-        values = _load(rows, step, here, D, begin, dtype, BLOCK)
+        values = load_features(rows, step, here, D, begin, dtype, BLOCK)
         sums += tl.sum(_power(values, power, P), 1).to(tl.float64)
     if dtype == tl.float32:
         beyond = here & ((sums <= 1e-30) | (sums >= 1e37))
         if tl.max(beyond.to(tl.int32), 0) > 0:
             largest = tl.zeros((ROWS,), dtype)
             for begin in range(0, D, BLOCK):
-                largest = tl.maximum(largest, tl.max(tl.abs(_load(rows, step, here, D, begin, dtype, BLOCK)), 1))
+                largest = tl.maximum(
+                    largest, tl.max(tl.abs(load_features(rows, step, here, D, begin, dtype, BLOCK)), 1)
+                )
             largest = tl.where(largest == 0.0, 1.0, largest)
             again = tl.zeros((ROWS,), tl.float64)
             for begin in range(0, D, BLOCK):
-                values = _load(rows, step, here, D, begin, dtype, BLOCK) / largest[:, None]
+                values = load_features(rows, step, here, D, begin, dtype, BLOCK) / largest[:, None]
                 again += tl.sum(_power(values, power, P), 1).to(tl.float64)
             again *= _power(largest.to(tl.float64), tl.full((), p, tl.float64), P)
             sums = tl.where(beyond, again, sums)
@@ -141,12 +135,9 @@ def slopes_kernel(
     factor = tl.load(slopes + row, mask=here, other=0.0)
     factor = (factor * (r if P == 2 else tl.where(r == 0.0, 0.0, mean / r))).to(dtype)
     for begin in range(0, D, BLOCK):
-        values = _load(rows, step, here, D, begin, dtype, BLOCK) * inverse[:, None]
+        values = load_features(rows, step, here, D, begin, dtype, BLOCK) * inverse[:, None]
         values = _slope(values, tl.full((), p, dtype), P) * factor[:, None]
-        columns = begin + tl.arange(0, BLOCK)
-        pointers = g_rows[:, None] + (columns.to(tl.int64) * g_step)[None, :]
-        mask = here[:, None] & (columns < D)[None, :]
-        tl.store(pointers, values.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+        store_features(g_rows, g_step, here, D, begin, values, BLOCK)
 
 
 def _whole(p):

@@ -9,14 +9,13 @@ import triton.language as tl
 
 from ..ops.elements import FEATURES, compute_dtype
 from .elements_kernels import count_kernel, elements_kernel, finish_kernel, flat_kernel
-from .layout import is_dense, programs, same_rows, tile_of
+from .layout import UNFUSED, is_dense, programs, same_rows, tile_of
 from .registers import limited
 
 NONE, SUM, BATCHMEAN, MEAN = 0, 1, 2, 3  # reductions; the numbers are those of csrc/common/params.h
 LAYERS = 32  # of a launch, at most
 FLAT = 4096  # elements of a program, where rows do not matter
 SUM_BLOCK = 1024
-UNFUSED = {"enable_fp_fusion": False}  # of equal rows the differences are 0
 
 
 def _high_and_low(x):

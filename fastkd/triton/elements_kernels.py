@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from ..ops.elements import FEATURES
-from .layout import one_of, row_pointers, rows_of_program
+from .layout import load_features, one_of, row_pointers, rows_of_program, store_features
 
 SQUARES, L2, STANDARDIZE, COSINE = (tl.constexpr(FEATURES[x]) for x in ("squares", "l2", "standardize", "cosine"))
 
@@ -29,14 +29,6 @@ def _weight_of_layer(weights, layer, LAYERS: tl.constexpr):
         high = tl.where(layer == i, tl.full((), weights[i][0], tl.float64), high)
         low = tl.where(layer == i, tl.full((), weights[i][1], tl.float64), low)
     return high + low
-
-
-@triton.jit
-def _load(rows, step, here, D, begin, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    """[ROWS, BLOCK] features; 0 where there are none."""
-    columns = begin + tl.arange(0, BLOCK)
-    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
-    return tl.load(pointers, mask=here[:, None] & (columns < D)[None, :], other=0.0).to(dtype)
 
 
 @triton.jit
@@ -66,7 +58,7 @@ def _block(tile, side, begin, dtype: tl.constexpr, BLOCK: tl.constexpr, WHOLE: t
     if WHOLE:
         return tile
     rows, step, here, D = side
-    return _load(rows, step, here, D, begin, dtype, BLOCK)
+    return load_features(rows, step, here, D, begin, dtype, BLOCK)
 
 
 @triton.jit
@@ -153,15 +145,6 @@ def _gradient(x, e, k, along, total, D, dtype: tl.constexpr, FEATURE: tl.constex
 
 
 @triton.jit
-def _store(rows, step, exists, here, D, begin, values, BLOCK: tl.constexpr):
-    columns = begin + tl.arange(0, BLOCK)
-    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
-    values = tl.where(here[:, None], values, 0.0).to(rows.dtype.element_ty)
-    mask = exists[:, None] & (columns < D)[None, :]
-    tl.store(pointers, values, mask=mask, eviction_policy="evict_first")
-
-
-@triton.jit
 def _row_scales(
     row_weights, layer_weight, upstreams, scales, scale, layer, row, here,
     LAYERS: tl.constexpr, PER_ROW: tl.constexpr,
@@ -209,8 +192,8 @@ def elements_kernel(
     weight, k = _row_scales(row_weights, layer_weight, upstreams, scales, scale, layer, row, here, LAYERS, PER_ROW)
 
     # the rows, where they are whole; else what is not looked at
-    s = _load(s_rows, student_place[3], here, D, 0, dtype, BLOCK)
-    t = _load(t_rows, teacher_place[3], here, D, 0, dtype, BLOCK)
+    s = load_features(s_rows, student_place[3], here, D, 0, dtype, BLOCK)
+    t = load_features(t_rows, teacher_place[3], here, D, 0, dtype, BLOCK)
     s_first, t_first = _first(s_rows, here, dtype, FEATURE), _first(t_rows, here, dtype, FEATURE)
     s_offset, s_factor, t_offset, t_factor, changes = s_first, s_first, s_first, s_first, here
     if FEATURE != SQUARES:
@@ -233,7 +216,7 @@ def elements_kernel(
             total += tl.sum(e, 1).to(tl.float64)
         elif grads is not None:
             g = _gradient(x, e, k, along, total, D, dtype, FEATURE)
-            _store(g_rows, grad_place[3], exists, here, D, begin, g, BLOCK)
+            store_features(g_rows, grad_place[3], exists, D, begin, tl.where(here[:, None], g, 0.0), BLOCK)
     if grads is not None and FEATURE != SQUARES:
         along = tl.where(changes, along, 0.0)
         for begin in range(0, BLOCK if WHOLE else D, BLOCK):
@@ -242,7 +225,7 @@ def elements_kernel(
             x = _normalized(x, s_first, s_offset, s_factor, D, begin, BLOCK, FEATURE)
             e = x - _normalized(y, t_first, t_offset, t_factor, D, begin, BLOCK, FEATURE)
             g = _gradient(x, e, k, along, total, D, dtype, FEATURE)
-            _store(g_rows, grad_place[3], exists, here, D, begin, g, BLOCK)
+            store_features(g_rows, grad_place[3], exists, D, begin, tl.where(here[:, None], g, 0.0), BLOCK)
     loss = tl.where(here, squares * share * weight, 0.0)
     if row_losses is not None:
         losses = (loss * layer_weight).to(dtype)

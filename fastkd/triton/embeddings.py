@@ -151,11 +151,6 @@ def add_up(parts, scale, other_scale=1.0, previous=None, loss=None):
     return totals
 
 
-def gradient_dtype(student):
-    """A loss scaler multiplies the gradient of float16 after it would have underflowed."""
-    return torch.float32 if student.dtype is torch.float16 else student.dtype
-
-
 class Side(NamedTuple):
     """The embeddings of student or teacher."""
 

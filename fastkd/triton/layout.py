@@ -5,6 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+UNFUSED = {"enable_fp_fusion": False}  # launch option: of equal rows the differences are 0
+
 
 class Place(NamedTuple):
     """The steps of one tensor, in elements."""
@@ -134,3 +136,19 @@ def one_of(tensors, which, COUNT: tl.constexpr):
     for i in tl.static_range(1, COUNT):
         found = tl.where(which == i, tensors[i], found)
     return found
+
+
+@triton.jit
+def load_features(rows, step, here, D, begin, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    """[ROWS, BLOCK] features; 0 where there are none."""
+    columns = begin + tl.arange(0, BLOCK)
+    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
+    return tl.load(pointers, mask=here[:, None] & (columns < D)[None, :], other=0.0).to(dtype)
+
+
+@triton.jit
+def store_features(rows, step, exists, D, begin, values, BLOCK: tl.constexpr):
+    columns = begin + tl.arange(0, BLOCK)
+    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
+    mask = exists[:, None] & (columns < D)[None, :]
+    tl.store(pointers, values.to(rows.dtype.element_ty), mask=mask, eviction_policy="evict_first")

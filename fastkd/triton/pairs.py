@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import compute_dtype
-from .embeddings import add_up, any_of, clamp, gradient_dtype, prepare, row_pointer, squared_distances, total
+from ..reference import compute_dtype, gradient_dtype
+from .embeddings import add_up, any_of, clamp, prepare, row_pointer, squared_distances, total
 
 STRIP = 2**22  # distances of student and of teacher that are in memory at a time, for N >= 128
 FLOOR = tl.constexpr(1e-6)  # of distances: those of equal rows

@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import compute_dtype
-from .embeddings import add_up, clamp, gradient_dtype, row_pointer, squared_distances, total
+from ..reference import compute_dtype, gradient_dtype
+from .embeddings import add_up, clamp, row_pointer, squared_distances, total
 from .pairs import Pairs
 from .registers import limited
 
