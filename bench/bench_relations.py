@@ -29,6 +29,7 @@ CASES = {  # loss, N x D or B x N x D, dtype
         ("rkd_loss", "256x512", "float32"),
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
         *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
+        *(("relation_kl", shape, "float32") for shape in ("256x512", "4096x256", "96x512x64")),
     ],
     "cuda": [
         *(("rkd_distance", shape, "bfloat16") for shape in ("1024x512", "16384x512", "65536x512")),
@@ -37,6 +38,8 @@ CASES = {  # loss, N x D or B x N x D, dtype
         ("rkd_loss", "256x512", "float32"),
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
         *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
+        *(("relation_kl", shape, "bfloat16") for shape in ("16384x512", "96x512x64")),
+        ("relation_kl", "4096x256", "float32"),
     ],
 }
 PRODUCT = 2048  # torch.mm of two matrices of this size
@@ -89,12 +92,24 @@ def eager_gram(student, teacher):
     return F.mse_loss(s @ s.mT, t)
 
 
+def eager_relation_kl(student, teacher):
+    itself = torch.eye(student.shape[-2], dtype=torch.bool, device=student.device)
+
+    def similarities(x):  # -inf would be NaN in F.kl_div
+        return (x @ x.mT / x.shape[-1] ** 0.5).masked_fill(itself, torch.finfo(x.dtype).min).flatten(0, -2)
+
+    with torch.no_grad():
+        q = F.softmax(similarities(teacher), dim=-1)
+    return F.kl_div(F.log_softmax(similarities(student), dim=-1), q, reduction="batchmean")
+
+
 EAGER = {
     "rkd_distance": eager_distance,
     "rkd_angle": eager_angle,
     "rkd_loss": eager_both,
     "similarity_preserving": eager_similarity,
     "gram_mse": eager_gram,
+    "relation_kl": eager_relation_kl,
 }
 
 
@@ -117,6 +132,7 @@ def least_flops(name, shape):
             "rkd_loss": distance + angle,
             "similarity_preserving": min(samples, features),
             "gram_mse": min(samples // 2, features // 2),
+            "relation_kl": samples,
         }[name]
     )
 
@@ -134,7 +150,7 @@ class Truth:
             ]  # fmt: skip
         if name in ("rkd_distance", "rkd_loss"):
             terms.append(lambda: (25 if name == "rkd_loss" else 1) * eager_distance(x, y))
-        if name in ("similarity_preserving", "gram_mse"):
+        if name in ("similarity_preserving", "gram_mse", "relation_kl"):
             terms.append(lambda: EAGER[name](x, y))
         self.loss = 0.0
         for term in terms:

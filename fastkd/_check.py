@@ -86,7 +86,7 @@ def embeddings(student, teacher):
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     _same_device(student, teacher)
-    finite(student, teacher)
+    finite(student=student, teacher=teacher)
 
 
 def batches_of_embeddings(student, teacher):
@@ -103,11 +103,73 @@ def batches_of_embeddings(student, teacher):
     _same_device(student, teacher)
 
 
-def finite(student, teacher):
+def finite(**tensors):
     """Where that can be seen. Not where a mask hides what is not."""
-    for name, x in (("student", student), ("teacher", teacher)):
+    for name, x in tensors.items():
         if _values_known(x) and not _finite(x):
             raise ValueError(f"{name}: finite embeddings wanted, got some that are not")
+
+
+def relation(student, teacher, student_keys, teacher_keys, row_mask, key_mask, row_weight):
+    """Embeddings [*, N, D_s] and [*, N, D_t], their keys [*, M, D_s] and [*, M, D_t] or none, what counts of both."""
+    _inputs(student, teacher, "embeddings")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() < 2 or x.shape[-1] == 0:
+            raise ValueError(f"{name}: embeddings of shape [*, N, D] wanted, got {list(x.shape)}")
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ValueError(
+            f"teacher: the student's rows {list(student.shape[:-1])} wanted, got {list(teacher.shape[:-1])}"
+        )
+    _same_device(student, teacher)
+    tensors = {"student": student, "teacher": teacher}
+    if student_keys is not None or teacher_keys is not None:
+        tensors |= _keys(student, teacher, student_keys, teacher_keys)
+    rows = student.shape[:-1]
+    keys = rows if student_keys is None else student_keys.shape[:-1]
+    for name, x, shape in (("mask", row_mask, rows), ("key_mask", key_mask, keys), ("weight", row_weight, rows)):
+        if x is None:
+            continue
+        _tensor(name, x)
+        (_floating if name == "weight" else is_mask)(name, x)
+        _constant(name, x, student)
+        if not _broadcasts(x.shape, shape):
+            raise ValueError(f"{name}: a shape that broadcasts to {list(shape)} wanted, got {list(x.shape)}")
+    if row_mask is None and key_mask is None:
+        finite(**tensors)
+
+
+def _keys(student, teacher, student_keys, teacher_keys):
+    """By name: both, and as many."""
+    for name, x, keys in (("student_keys", student, student_keys), ("teacher_keys", teacher, teacher_keys)):
+        if keys is None:
+            other = "teacher_keys" if name == "student_keys" else "student_keys"
+            raise ValueError(f"{name}: wanted beside {other}, got None")
+        _tensor(name, keys)
+        if keys.dtype not in DTYPES:
+            raise TypeError(f"{name}: float16, bfloat16, float32 or float64 keys wanted, got {keys.dtype}")
+        if keys.layout is not torch.strided or keys.is_nested:
+            raise TypeError(f"{name}: a dense tensor wanted, got {'a nested one' if keys.is_nested else keys.layout}")
+        wanted = [*x.shape[:-2], "M", x.shape[-1]]
+        if keys.dim() != x.dim() or [*keys.shape[:-2], "M", keys.shape[-1]] != wanted:
+            shape = ", ".join(map(str, wanted))
+            side = name.removesuffix("_keys")
+            raise ValueError(f"{name}: shape [{shape}] wanted, of the {side}'s width; got {list(keys.shape)}")
+        if keys.device != student.device:
+            raise ValueError(f"{name}: a tensor on the student's device {student.device} wanted, got {keys.device}")
+    if student_keys.shape[-2] != teacher_keys.shape[-2]:
+        raise ValueError(
+            f"teacher_keys: {student_keys.shape[-2]} wanted, as many as student_keys; got {teacher_keys.shape[-2]}"
+        )
+    return {"student_keys": student_keys, "teacher_keys": teacher_keys}
+
+
+def _broadcasts(shape, to):
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(to), strict=False))
+
+
+def divergence(value, names):
+    if value not in names:
+        raise ValueError(f"divergence: one of {', '.join(names)} wanted, got {value!r}")
 
 
 def clamp(value):
@@ -272,10 +334,7 @@ def temperature(name, value, student):
     _constant(name, value, student)
     _floating(name, value)
     leading = student.shape[:-1]
-    fits = value.dim() <= len(leading) and all(
-        a in (1, b) for a, b in zip(reversed(value.shape), reversed(leading), strict=False)
-    )
-    if not fits:
+    if not _broadcasts(value.shape, leading):
         raise ValueError(f"{name}: a shape that broadcasts to {list(leading)} wanted, got {list(value.shape)}")
     if _values_known(value) and not bool(((value > 0) & (value < math.inf)).all()):
         raise ValueError(f"{name}: positive finite values wanted")

@@ -56,12 +56,21 @@ def define(namespace):
 
 fastkd = define("fastkd")
 fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
-# matrix products, which torch has for every device: one implementation each, in ops/similarity.py and ops/gram.py
+# matrix products, which torch has for every device: one implementation each, in ops/
 fastkd.define("similarity_fwd(Tensor student, Tensor teacher, bool save) -> (Tensor loss, Tensor grad)")
 # embeddings [N, D] or [B, N, D]; clamp: negative similarities of none, the teacher, both; mask: one per row
 fastkd.define(
     "gram_fwd(Tensor student, Tensor teacher, bool normalize, int clamp, Tensor? mask, bool save) "
     "-> (Tensor loss, Tensor grad)"
+)
+
+# embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is [B, N];
+# exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
+fastkd.define(
+    "relation_kl_fwd(Tensor student, Tensor teacher, Tensor? student_keys, Tensor? teacher_keys, bool exclude_self, "
+    "bool normalize, str rows, int divergence, float parameter, float temperature, Tensor? temperature_rows, "
+    "float teacher_temperature, Tensor? teacher_temperature_rows, Tensor? mask, Tensor? key_mask, Tensor? weight, "
+    "bool save, bool save_keys) -> (Tensor loss, Tensor grad, Tensor keys_grad)"
 )
 
 FOLDER = Path(__file__).parent / "lib"

@@ -145,8 +145,10 @@ def js_div(
     options = LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, float(beta)
     )  # fmt: skip
-    name = "kl_div" if beta == 0 else "reverse_kl_div" if beta == 1 else "js_div"
-    return _logits_loss(name, student, teacher, options)
+    return _logits_loss(_JS_DIV_ENDS.get(beta, "js_div"), student, teacher, options)
+
+
+_JS_DIV_ENDS = {0: "kl_div", 1: "reverse_kl_div"}  # by beta
 
 
 js_div.__doc__ = _DOCSTRING.format(
@@ -288,7 +290,7 @@ def gram_mse(student, teacher, *, normalize=True, clamp=None, mask=None):
     _check.flag("normalize", normalize)
     _check.clamp(clamp)
     if mask is None:
-        _check.finite(student, teacher)
+        _check.finite(student=student, teacher=teacher)
     else:
         _check.mask(mask, student)
     return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask)
@@ -316,6 +318,91 @@ gram_mse.__doc__ = (
     .replace("teacher: embeddings ``[N, D_t]``;", "teacher: embeddings ``[N, D_t]`` or ``[B, N, D_t]``;")
     .replace("Fewer than two samples: 0.", "No samples: 0.")
 )
+
+
+def relation_kl(
+    student,
+    teacher,
+    *,
+    temperature=1.0,
+    teacher_temperature=None,
+    divergence="kl_div",
+    beta=0.5,
+    normalize=False,
+    student_keys=None,
+    teacher_keys=None,
+    mask=None,
+    key_mask=None,
+    weight=None,
+):
+    _check.relation(student, teacher, student_keys, teacher_keys, mask, key_mask, weight)
+    _check.divergence(divergence, reference.DIVERGENCES)
+    _check.share("beta", beta)
+    _check.flag("normalize", normalize)
+    _check.temperature("temperature", temperature, student)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    else:
+        _check.temperature("teacher_temperature", teacher_temperature, student)
+    exclude_self = student_keys is None
+    if student_keys is student and teacher_keys is teacher:
+        student_keys = teacher_keys = None
+    elif student_keys is student:
+        student_keys = student.view_as(student)
+    if divergence == "js_div":
+        divergence = _JS_DIV_ENDS.get(beta, divergence)
+    return _relational_loss(
+        "relation_kl", student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence,
+        float(beta), temperature, teacher_temperature, mask, key_mask, weight,
+    )  # fmt: skip
+
+
+relation_kl.__doc__ = r"""Divergence of student's and teacher's relations: a softmax over similarities for each sample.
+
+    .. math:: \frac{1}{N} \sum_i \mathrm{KL}\left(q_i \,\|\, p_i\right),\quad
+        p_i = \mathrm{softmax}_j \frac{\langle s_i, k^s_j \rangle}{\sqrt{D_s}\, T},\quad
+        q_i = \mathrm{softmax}_j \frac{\langle t_i, k^t_j \rangle}{\sqrt{D_t}\, T_{teacher}}
+
+    over the other samples, :math:`j \ne i`; or over keys, such as a queue or a memory bank. Of attention heads
+    ``[B, H, L, D]`` it is the mean over B, H and L. With ``student_keys=student, teacher_keys=teacher`` a sample is
+    compared with itself as well: MiniLMv2's loss is this one of queries, of keys and of values, or of the three
+    stacked to ``[3, B, H, L, D]``.
+
+    No tensor ``[N, M]`` is held, forward or backward: the similarities are made strip by strip, 2 N M (D_s + D_t)
+    flops for the loss and 4 N M D_s for the gradient.
+
+    Args:
+        student: embeddings ``[*, N, D_s]``, any strides; float16, bfloat16, float32 or float64.
+        teacher: embeddings ``[*, N, D_t]``; width and dtype may differ. A constant: no gradient flows to it.
+        temperature: T, a positive number, or a tensor that broadcasts to ``[*, N]``. Default 1. The loss is not
+            multiplied by T**2.
+        teacher_temperature: the teacher's own; default: ``temperature``.
+        divergence: ``"kl_div"``, the default, ``"reverse_kl_div"``, ``"js_div"`` or ``"soft_cross_entropy"``, as the
+            logit losses of these names.
+        beta: of ``"js_div"``. Default 0.5.
+        normalize: similarities are cosines over T: rows and keys are divided by their length (of at least 1e-12; a
+            row of zeros has no gradient), and nothing by sqrt(D). Default False.
+        student_keys, teacher_keys: ``[*, M, D_s]`` and ``[*, M, D_t]``, what rows are compared with. student_keys have
+            a gradient where they require one, teacher_keys have none. Default: the other rows.
+        mask: bool, broadcastable to ``[*, N]``, True: the row counts. The others are not there: they have no loss
+            and gradient 0, no row is compared with them, and they may hold anything.
+        key_mask: bool, broadcastable to ``[*, M]``, True: rows are compared with the key. Default: with every one;
+            without other keys with those of ``mask``.
+        weight: float, broadcastable to ``[*, N]``, multiplies the row's loss; the divisor, the number of rows that
+            count, does not change.
+
+    Returns:
+        The loss, float64 where an input is float64, else float32. A row that is compared with nothing has loss 0.
+
+    The gradient has the student's dtype; it is computed in forward. A second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+            Embeddings that are not finite are an error on the CPU where there is no mask; on other devices, where
+            looking would cost a synchronisation, they give NaN.
+
+    Source: Wang et al., "MiniLM", 2020, and "MiniLMv2", 2021; with keys and cosines: Fang et al., "SEED", 2021.
+    """
 
 
 def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weights, return_layers, dim):

@@ -198,6 +198,43 @@ class GramMSELoss(_RelationalLoss):
         return functional.gram_mse(student, teacher, normalize=self.normalize, clamp=self.clamp, mask=mask)
 
 
+class RelationKLLoss(_RelationalLoss):
+    """:func:`fastkd.functional.relation_kl` as a module.
+
+    Args:
+        temperature, teacher_temperature, divergence, beta, normalize: as there.
+    """
+
+    def __init__(self, *, temperature=1.0, teacher_temperature=None, divergence="kl_div", beta=0.5, normalize=False):
+        super().__init__()
+        _check.number("temperature", temperature)
+        if teacher_temperature is not None:
+            _check.number("teacher_temperature", teacher_temperature)
+        _check.divergence(divergence, functional.reference.DIVERGENCES)
+        _check.share("beta", beta)
+        _check.flag("normalize", normalize)
+        self._remember(
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            divergence=divergence,
+            beta=beta,
+            normalize=normalize,
+        )
+
+    def forward(self, student, teacher, *, student_keys=None, teacher_keys=None, mask=None, key_mask=None, weight=None):
+        """The loss of embeddings ``[*, N, D]``; keys, masks and weight as in the function."""
+        return functional.relation_kl(
+            student,
+            teacher,
+            student_keys=student_keys,
+            teacher_keys=teacher_keys,
+            mask=mask,
+            key_mask=key_mask,
+            weight=weight,
+            **{name: getattr(self, name) for name in self._options},
+        )
+
+
 class _FeatureLoss(torch.nn.Module):
     """A loss of features; a subclass names its function of :mod:`fastkd.functional`."""
 

@@ -7,12 +7,14 @@ import contextlib
 
 import torch
 
+from ._check import LogitsOptions
 from ._inplace import overwritten
 
 
-def compute_dtype(student, teacher):
-    """float64 where an input is float64, else float32."""
-    return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+def compute_dtype(*tensors):
+    """float64 where one of them is, else float32; None counts for nothing."""
+    wide = any(x is not None and x.dtype is torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
 
 
 def without_autocast(device):
@@ -217,6 +219,45 @@ def gram_mse(student, teacher, normalize, clamp, mask):
     return squares.sum() / (rows > 0).sum().clamp(min=1)
 
 
+def relation_kl(
+    student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence, parameter,
+    temperature, teacher_temperature, mask, key_mask, weight,
+):  # fmt: skip
+    """Holds [*, N, M]."""
+    dtype = compute_dtype(student, teacher, student_keys, teacher_keys)
+    rows = student.shape[:-1]
+    mask, weight = (None if x is None else _ordinary(x).expand(rows) for x in (mask, weight))
+    if key_mask is None and student_keys is None:
+        key_mask = mask
+    elif key_mask is not None:
+        key_mask = _ordinary(key_mask).expand(rows if student_keys is None else student_keys.shape[:-1])
+
+    def similarities(x, keys):
+        keys = x if keys is None else keys
+        x, keys = (
+            z if here is None else torch.where(here[..., None], z, 0.0)  # it may hold NaN
+            for z, here in ((x.to(dtype), mask), (keys.to(dtype), key_mask))
+        )
+        if normalize:
+            x, keys = _of_length_one(x), _of_length_one(keys)
+        # what is added to a row does not count; digits of what is far from the origin do
+        found = keys.new_ones(keys.shape[:-1]) if key_mask is None else key_mask.to(dtype)
+        mean = (keys * found[..., None]).sum(-2, keepdim=True) / found.sum(-1).clamp(min=1)[..., None, None]
+        s = x @ (keys - mean).mT * (1.0 if normalize else x.shape[-1] ** -0.5)
+        if exclude_self:
+            s = s.masked_fill(torch.eye(s.shape[-1], dtype=torch.bool, device=s.device), -torch.inf)
+        return s if key_mask is None else s.masked_fill(~key_mask[..., None, :], -torch.inf)
+
+    if rows.numel() == 0 or (student_keys is not None and student_keys.shape[-2] == 0):
+        return (student.to(dtype) * 0).sum() + (0 if student_keys is None else (student_keys.to(dtype) * 0).sum())
+    s = similarities(student, student_keys)
+    t = similarities(*(x if x is None else _ordinary(x).detach() for x in (teacher, teacher_keys)))
+    options = LogitsOptions(
+        temperature, teacher_temperature, False, mask, weight, "batchmean", None, False, parameter
+    )  # fmt: skip
+    return logits_loss(divergence, s, t, options)
+
+
 def _of_length_one(x):
     """Rows over their length, of at least 1e-12; a row of zeros has no gradient. Lengths in float64,
     where squares of float32 stay in range."""
@@ -249,7 +290,7 @@ def _feature_layer(feature, student, teacher, dim, mask, weight, dtype):
 
 def feature_loss(feature, students, teachers, dims, masks, weights, reduction, layer_weights):
     """Loss and layers; the arguments have been checked."""
-    dtype = torch.float64 if any(x.dtype is torch.float64 for x in (*students, *teachers)) else torch.float32
+    dtype = compute_dtype(*students, *teachers)
     losses = []
     for layer, (student, teacher, dim) in enumerate(zip(students, teachers, dims, strict=True)):
         mask, weight = (x[layer] if x else None for x in (masks, weights))

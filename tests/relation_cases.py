@@ -17,8 +17,9 @@ OPTIONS = {
     "rkd_loss": ("distance_delta", "angle_delta"),
     "similarity_preserving": (),
     "gram_mse": ("normalize", "clamp"),
+    "relation_kl": ("temperature", "normalize"),
 }
-SIMILARITIES = ("similarity_preserving", "gram_mse")
+SIMILARITIES = ("similarity_preserving", "gram_mse", "relation_kl")
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -32,7 +33,7 @@ class Case:
     widths: tuple = (16, 16)  # of student and teacher
     make: Any = None  # (student, teacher) in float64 -> the same, changed
     options: dict = field(default_factory=dict)  # each loss takes its own
-    losses: tuple = ("rkd_distance", "rkd_angle", "similarity_preserving", "gram_mse")
+    losses: tuple = ("rkd_distance", "rkd_angle", *SIMILARITIES)
     dtypes: tuple = DTYPES
     spread: float = 1.0  # of the distances, where the cosines of an angle lose digits by it
 
@@ -134,8 +135,11 @@ CASES = [
     Case("loose_clusters", "the same, less so: products do not quite cancel", 20, (8, 8), functools.partial(clusters, apart=10.0, members=0.3), losses=RKD),
     Case("one_far_away", "one distance is far above the others", 20, (8, 8), one_far_away, losses=RKD, spread=1e5),
     Case("edge_of_half", "centred embeddings leave float16's range; their directions are nearly two", 17, (8, 8), edge_of_half, losses=(*RKD, "similarity_preserving")),
-    Case("small", "distances far below 1", 17, (8, 8), scaled(1e-3, 1e-2)),
-    Case("large", "squares far above 1", 17, (8, 8), scaled(1e4, 1e3)),
+    Case("small", "distances far below 1", 17, (8, 8), scaled(1e-3, 1e-2), losses=(*RKD, "similarity_preserving", "gram_mse")),
+    Case("large", "squares far above 1", 17, (8, 8), scaled(1e4, 1e3), losses=(*RKD, "similarity_preserving", "gram_mse")),
+    Case("sharp", "cosines at a low temperature", 40, (8, 12), options={"normalize": True, "temperature": 0.05}, losses=("relation_kl",)),
+    Case("soft", "products at a high one", 40, (8, 12), options={"temperature": 3.0}, losses=("relation_kl",)),
+    Case("far_off_the_origin", "what all rows have in common is far above the rest", 20, (8, 12), lambda s, t: (300 + s, t - 200), losses=("relation_kl",), dtypes=DTYPES[:2]),
     Case("clamped", "most of Huber's loss is linear", 19, (8, 5), options={"delta": 0.1}, losses=RKD),
     Case("barely_clamped", "some of it is", 19, (8, 5), options={"delta": 0.7}, losses=RKD),
     Case("plain", "distances are not divided by their mean", 19, (8, 5), options={"normalize": None}, losses=DISTANCE),
@@ -158,14 +162,21 @@ CASES = [
 
 # A student that has nearly learned: the loss is right to 1e-3.
 NEAR = [
-    Case("converging", "the difference of nearly equal relations", 33, (16, 16), converging),
+    Case(
+        "converging",
+        "the difference of nearly equal relations",
+        33,
+        (16, 16),
+        converging,
+        losses=(*RKD, "similarity_preserving", "gram_mse"),
+    ),
     Case("converging_small", "the same of few samples", 5, (12, 12), converging),
 ]
 
 # Loss and gradient 0 by mathematics, whatever the teacher.
 NOTHING = [
     Case("no_samples", "N = 0", 0, (5, 4)),
-    Case("one_sample", "N = 1: no pairs", 1, (5, 4), losses=(*RKD, "similarity_preserving")),
+    Case("one_sample", "N = 1: no pairs", 1, (5, 4), losses=(*RKD, "similarity_preserving", "relation_kl")),
     Case("one_pair", "N = 2: divided by their mean its distances are 1, its cosines are 1", 2, (3, 4), losses=RKD),
     Case("all_equal", "distances 0 on both sides", 9, (5, 4), all_equal),
 ]

@@ -102,7 +102,31 @@ def gram_mse(student, teacher, normalize=True, clamp=None):
     return difference.square().sum() / N**2, grad
 
 
-TRUTH = {f.__name__: f for f in (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse)}
+def relation_kl(student, teacher, temperature=1.0, normalize=False):
+    x, y = _double(student), _double(teacher)
+    N = len(x)
+    if N < 2:
+        return x.new_zeros(()), torch.zeros_like(x)
+    lengths = x.norm(dim=1, keepdim=True) if normalize else x.new_ones(N, 1)
+    inverse = torch.where(lengths == 0, 0.0, 1 / lengths.clamp(min=1e-12))
+    s, t = x * inverse, F.normalize(y, dim=1) if normalize else y
+    scale, teacher_scale = (temperature * (1 if normalize else z.shape[1] ** 0.5) for z in (x, y))
+    # relative to their own mean rows keep their digits, and the softmax does not see it
+    total, weights = x.new_zeros(()), x.new_zeros(N, N)
+    for i in range(N):
+        others = [j for j in range(N) if j != i]
+        log_p = torch.log_softmax((s - s.mean(0))[others] @ s[i] / scale, 0)
+        log_q = torch.log_softmax((t - t.mean(0))[others] @ t[i] / teacher_scale, 0)
+        w = log_p - log_q
+        total += (log_q.exp() * (torch.expm1(w) - w)).sum()
+        weights[i, others] = (log_p.exp() - log_q.exp()) / scale / N
+    grad = (weights + weights.T) @ s
+    if normalize:
+        grad = (grad - (grad * s).sum(1, keepdim=True) * s) * inverse
+    return total / N, grad
+
+
+TRUTH = {f.__name__: f for f in (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse, relation_kl)}
 
 
 # As published, in the order of the published code.
@@ -141,12 +165,19 @@ def _published_gram(student, teacher):
     return F.mse_loss(s @ s.T, t @ t.T)
 
 
+def _published_relation_kl(student, teacher):
+    off = ~torch.eye(len(student), dtype=torch.bool)
+    s, t = ((e @ e.T / e.shape[1] ** 0.5)[off].view(len(e), -1) for e in (student, teacher))
+    return F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction="batchmean")
+
+
 PUBLISHED = {
     "rkd_distance": _published_distance,
     "rkd_angle": _published_angle,
     "rkd_loss": lambda s, t: 25 * _published_distance(s, t) + 50 * _published_angle(s, t),
     "similarity_preserving": _published_similarity,
     "gram_mse": _published_gram,
+    "relation_kl": _published_relation_kl,
 }
 
 

@@ -60,6 +60,11 @@ def relational_calls(backend_name):
                 yield f"similarity_fwd-{name}-{save}", ops.similarity_fwd, (*pair, save)
                 mask = torch.rand(len(pair[0])) < 0.7
                 yield f"gram_fwd-{name}-{save}", ops.gram_fwd, (*pair, save, 0, mask if save else None, save)
+                for keys in (None, pair):
+                    options = (keys is None, True, "fastkd", 0, 0.0, 1.0, None, 0.5, None, mask[None], None, None)
+                    arguments = (*(x[None] for x in pair), *(keys and x[None] for x in keys or pair), *options)
+                    yield f"relation_kl-{name}-{save}-{keys is None}", torch.ops.fastkd.relation_kl_fwd, (
+                        *arguments, save, save and keys is not None)  # fmt: skip
                 yield f"gram_fwd-batch-{name}-{save}", ops.gram_fwd, (*(x[None] for x in pair), True, 2, None, save)
     yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, 0, 1.0, False, True)
     yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, 1.0, 1.0, 0.0, 1.0, True)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._check import REDUCTIONS
+from ..reference import compute_dtype
 from .gradient import all_times, once, times
 
 # The numbers are those of csrc/math/feature.h.
@@ -25,17 +26,12 @@ NAMES = ("elements_fwd", "elements_fwd_", "elements_bwd")
 OPS = {}  # by namespace
 
 
-def compute_dtype(tensors):
-    """Of all layers: float64 where any of them is."""
-    return torch.float64 if any(x.dtype is torch.float64 for x in tensors) else torch.float32
-
-
 def _rows(student, dims):
     return [x.numel() // x.shape[dim] for x, dim in zip(student, dims, strict=True)]
 
 
 def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_weights, save):
-    dtype = compute_dtype((*student, *teacher))
+    dtype = compute_dtype(*student, *teacher)
     shape = (sum(_rows(student, dims)),) if reduction == 0 else ()
     loss, layers = student[0].new_empty(shape, dtype=dtype), student[0].new_empty(len(student), dtype=dtype)
     return loss, layers, [torch.empty_like(x) for x in student] if save else []
@@ -43,7 +39,7 @@ def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_we
 
 def _fake_fwd_(student, teacher, dim, feature, mask, weight, reduction):
     shape = (student.numel() // student.shape[dim],) if reduction == 0 else ()
-    return student.new_empty(shape, dtype=compute_dtype((student, teacher)))
+    return student.new_empty(shape, dtype=compute_dtype(student, teacher))
 
 
 def _fake_bwd(student, *_):
@@ -123,7 +119,7 @@ def _arguments(options, tensors):
 def feature_loss(namespace, feature, students, teachers, dims, masks, weights, reduction, layer_weights):
     """Loss and layers of :mod:`fastkd.functional`; the arguments have been checked there. The loss is one
     value per row of all layers where the reduction is "none"."""
-    dtype = compute_dtype((*students, *teachers))
+    dtype = compute_dtype(*students, *teachers)
     teachers = [x.detach() for x in teachers]
     masks = [x.reshape(-1).contiguous() for x in masks]
     weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]
@@ -198,7 +194,7 @@ def linear_feature_loss(
     checked there."""
     learned = [x for x in (student, projector_weight, projector_bias) if x is not None and x.requires_grad]
     if learned and torch.is_grad_enabled():
-        dtype = compute_dtype((student, teacher))
+        dtype = compute_dtype(student, teacher)
         mask = mask if mask is None else mask.reshape(-1).contiguous()
         weight = weight if weight is None else weight.to(dtype).reshape(-1).contiguous()
         return _Linear.apply(

@@ -21,7 +21,7 @@ import torch
 from .. import _library
 from .._check import DTYPES
 from ..reference import compute_dtype, gradient_dtype, without_autocast
-from .similarity import blocks_of
+from .products import blocks_of, through_unit, unit
 
 BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
 FAR = 0.1  # of the terms' sum what is left of it: their errors are of 1e-7
@@ -36,20 +36,6 @@ def _by_features(N, Ds, Dt, cost=1):
 
 def _blocks(n, width, device):
     return blocks_of(BLOCK, n, width, device)
-
-
-def _unit(x):
-    """Rows to length 1; one of zeros stays, of one below 1e-12 that is the length. With what their gradient is
-    multiplied by, and which have the length of their own. Nothing leaves the range: a row is divided by its
-    largest element first."""
-    unit = torch.abs(x)
-    largest = unit.amax(-1, keepdim=True)
-    one_or_largest = torch.where(largest == 0, 1.0, largest)
-    torch.div(x, one_or_largest, out=unit)
-    length = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-    short = largest * length < 1e-12
-    factor = torch.where(short, largest * 1e12, torch.where(length == 0, 0.0, 1 / length))
-    return unit.mul_(factor), factor / one_or_largest, ~short
 
 
 def _scales(x, mask):
@@ -147,13 +133,6 @@ def _sum_of_squares(x):
     return (x * x).sum((1, 2), dtype=torch.float64)
 
 
-def _through_unit(grad, x, factor, own):
-    """dL/dX from that of the rows of length 1, in its memory."""
-    along = torch.linalg.vecdot(grad, x)[..., None]
-    grad.addcmul_(x, torch.where(own, along, 0.0), value=-1)
-    grad *= factor
-
-
 def _check_embeddings(student, teacher):
     """What the functions have checked already; an op may be called past them."""
     if student.dim() not in (2, 3) or student.shape[:-1] != teacher.shape[:-1]:
@@ -167,12 +146,12 @@ def _check_embeddings(student, teacher):
 def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
     """The squares [B] and, where there is a place for it, the gradient; of rows [B, N, D_s] that are there."""
     if normalize:
-        (x, factor, own), (y, _, _) = _unit(x), _unit(y)
+        (x, factor, own), (y, _, _) = unit(x), unit(y)
     squares = _squares(x, y, clamp, grad)
     if grad is not None:
         by = (4 * scales)[:, None, None].to(grad.dtype)
         if normalize:
-            _through_unit(grad, x, factor * by, own)
+            through_unit(grad, x, factor * by, own)
         else:
             grad *= by
     return squares

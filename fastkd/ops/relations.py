@@ -1,5 +1,5 @@
 """Relations between the samples of a batch of embeddings: the pairs and the triples schedules, and
-similarity_preserving and gram_mse, which need matrix products alone."""
+those that need matrix products and, between them, little else."""
 
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 from ..reference import compute_dtype, gradient_dtype
 from . import gram, similarity
 from .gradient import once, times
+from .relation_kl import relation_kl as _relation_kl
 
 RKD_DISTANCE = 0  # the relations of csrc/common/relations_params.h
 
@@ -90,6 +91,10 @@ def rkd_loss(namespace, student, teacher, *options):
 
 def similarity_preserving(namespace, student, teacher):
     return _loss(namespace, "similarity_fwd", student, teacher)
+
+
+def relation_kl(namespace, *arguments):
+    return _relation_kl(namespace, OPS[namespace].scale_, *arguments)
 
 
 def gram_mse(namespace, student, teacher, normalize, clamp, mask):

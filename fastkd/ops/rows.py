@@ -131,11 +131,11 @@ def _gradient(ctx, upstream):
 def logits_loss(namespace, divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
-    temperature, temperature_rows = _number_or_rows(options.temperature, leading, dtype)
+    temperature, temperature_rows = number_or_rows(options.temperature, leading, dtype)
     teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
     # under torch.compile an autograd.Function takes no tensor twice
     if options.teacher_temperature is not options.temperature or torch.compiler.is_compiling():
-        teacher_temperature, teacher_temperature_rows = _number_or_rows(options.teacher_temperature, leading, dtype)
+        teacher_temperature, teacher_temperature_rows = number_or_rows(options.teacher_temperature, leading, dtype)
     mask, weight, normalizer, normalizer_tensor = options.mask, options.weight, options.normalizer, None
     if isinstance(normalizer, torch.Tensor):
         normalizer, normalizer_tensor = None, normalizer.to(dtype).reshape(())
@@ -158,7 +158,7 @@ def logits_loss(namespace, divergence, student, teacher, options):
     return OPS[namespace].fwd(student, teacher, *arguments, NOTHING)[0]
 
 
-def _number_or_rows(temperature, leading, dtype):
+def number_or_rows(temperature, leading, dtype):
     if isinstance(temperature, torch.Tensor):
         return 1.0, temperature.to(dtype).expand(leading).reshape(-1).contiguous()
     return float(temperature), None

@@ -23,15 +23,11 @@ import torch
 from .. import _library
 from .._check import DTYPES
 from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .products import blocks_of
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
 FAR = 0.1  # of the mean of 1 - cos, whose error in float32 is about 1e-7
 FEATURES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of a block [rows, D]
-
-
-def blocks_of(block, N, width, device):
-    rows = max(1, block.get(device.type, block["cuda"]) // max(1, width))
-    return [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
 def _by_features(N, Ds, Dt):

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..ops.elements import FEATURES, compute_dtype
+from ..ops.elements import FEATURES
+from ..reference import compute_dtype
 from .elements_kernels import count_kernel, elements_kernel, finish_kernel, flat_kernel
 from .layout import UNFUSED, is_dense, programs, same_rows, tile_of
 from .registers import limited
@@ -30,7 +31,7 @@ class _Call:
     def __init__(self, student, teacher, feature_dim, feature, mask, weight, reduction, layer_weights):
         self.student, self.teacher, self.dims, self.feature = student, teacher, feature_dim, feature
         self.mask, self.weight, self.reduction, self.layer_weights = mask, weight, reduction, layer_weights
-        self.dtype = compute_dtype((*student, *teacher))
+        self.dtype = compute_dtype(*student, *teacher)
         self.counts = [x.numel() // x.shape[dim] for x, dim in zip(student, feature_dim, strict=True)]
         self.triton_dtype = tl.float64 if self.dtype is torch.float64 else tl.float32
 

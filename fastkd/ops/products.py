@@ -1,0 +1,30 @@
+"""What the losses share that are matrix products with something between them."""
+
+import torch
+
+
+def blocks_of(block, N, width, device):
+    """Of N rows of that width, as slices: as many at a time as block, by device, has elements for."""
+    rows = max(1, block.get(device.type, block["cuda"]) // max(1, width))
+    return [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
+
+
+def unit(x):
+    """Rows to length 1; one of zeros stays, of one below 1e-12 that is the length. With what their gradient is
+    multiplied by, and which have the length of their own. Nothing leaves the range: a row is divided by its
+    largest element first."""
+    scaled = torch.abs(x)
+    largest = scaled.amax(-1, keepdim=True)
+    one_or_largest = torch.where(largest == 0, 1.0, largest)
+    torch.div(x, one_or_largest, out=scaled)
+    length = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    short = largest * length < 1e-12
+    factor = torch.where(short, largest * 1e12, torch.where(length == 0, 0.0, 1 / length))
+    return scaled.mul_(factor), factor / one_or_largest, ~short
+
+
+def through_unit(grad, x, factor, own):
+    """dL/dX from that of the rows of length 1, in its memory."""
+    along = torch.linalg.vecdot(grad, x)[..., None]
+    grad.addcmul_(x, torch.where(own, along, 0.0), value=-1)
+    grad *= factor

@@ -1,0 +1,295 @@
+"""relation_kl on every device: strips of similarities, and the rows schedule over each.
+
+    s_ij = <x_i, k_j> / (sqrt(D) T) of the student, t_ij of the teacher: rows of M keys, as rows of logits are
+    loss = mean_i divergence(softmax(s_i), softmax(t_i)), W = dL/d<x_i, k_j>
+    dL/dX = W K, dL/dK = W^T X; where the keys are the rows themselves the sum of both
+
+A strip [rows, M] of both sides stays in the caches; the rows kernels write W over the student's. The least work is
+2 N M (D_s + D_t) flops for the loss and 4 N M D_s for the gradient.
+
+Softmax does not see what is added to a row, so keys lose their mean first: embeddings far from the origin keep
+their digits. On CUDA half-precision rows that are not divided by their length are multiplied as they are,
+with sums in float32 (a student's in float16 are not: W would leave its range).
+
+Saved for backward: the gradients. Beside them the rows in the dtype that is computed in, and two strips.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _library
+from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .gradient import once, times
+from .products import blocks_of, through_unit, unit
+from .rows import DIVERGENCE_NUMBERS, NOTHING, REDUCTION_NUMBERS, number_or_rows
+from .rows import OPS as ROWS
+
+BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
+HALF = (torch.float16, torch.bfloat16)
+
+
+class _Options(NamedTuple):
+    """What the op is told beside its embeddings [B, N, D]; of rows: [B, N], the keys' mask [B, M]."""
+
+    exclude_self: bool
+    normalize: bool
+    rows: str  # the namespace of the rows ops
+    divergence: int
+    parameter: float
+    temperature: float
+    temperature_rows: Any
+    teacher_temperature: float
+    teacher_temperature_rows: Any
+    mask: Any
+    key_mask: Any
+    weight: Any
+
+
+class _Side:
+    """The rows and the keys of a few samples, [b, N, D] and [b, M, D], as they are multiplied."""
+
+    def __init__(self, x, keys, options, dtype, halves):
+        self.own_keys, normalize = keys is None, options.normalize
+        self.low = x.device.type == "cuda" and not normalize and x.dtype in halves
+        self.low = self.low and (self.own_keys or keys.dtype is x.dtype)
+        dtype = x.dtype if self.low else dtype
+        self.x, self.through = _prepared(x.to(dtype), options.mask, normalize)
+        self.keys, self.keys_through = self.x, None
+        if not self.own_keys:
+            self.keys, self.keys_through = _prepared(keys.to(dtype), options.key_mask, normalize)
+        if not self.low:
+            self.keys = self.keys - _mean(self.keys, options.key_mask)
+
+    def similarities(self, rows, strip):
+        if self.low:
+            return torch.bmm(self.x[:, rows], self.keys.mT, out_dtype=strip.dtype)
+        return torch.bmm(self.x[:, rows], self.keys.mT, out=strip)
+
+    def add_gradients(self, rows, W, grad, keys_grad):
+        """From W of a strip, to those that are wanted; where there are no other keys both are the rows'."""
+        W = W.to(self.x.dtype)
+        if grad is not None:
+            self._add_product(grad[:, rows], W, self.keys)
+        if keys_grad is not None:
+            self._add_product(keys_grad, W.mT, self.x[:, rows])
+
+    def _add_product(self, grad, a, b):
+        if self.low:
+            grad += torch.bmm(a, b, out_dtype=grad.dtype)
+        else:
+            for one, u, v in zip(grad, a, b, strict=True):
+                one.addmm_(u, v)
+
+
+def _prepared(x, mask, normalize):
+    """Rows as they are multiplied, and what through_unit wants where they are of length 1."""
+    if mask is not None:  # a row that does not count may hold anything
+        x = torch.where(mask[..., None], x, 0.0)
+    if not normalize:
+        return x, None
+    x, *how = unit(x)
+    return x, (x, *how)
+
+
+def _mean(keys, mask):
+    """Of those that count; the others are 0."""
+    if mask is None:
+        return keys.mean(1, keepdim=True)
+    return keys.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None, None]
+
+
+def _check_shapes(student, teacher, student_keys, teacher_keys, options):
+    """What the function has checked already; an op may be called past it."""
+    x = student if student_keys is None else student_keys
+    right = student.dim() == x.dim() == teacher.dim() == 3 and student.shape[:2] == teacher.shape[:2]
+    right = right and (student_keys is None) == (teacher_keys is None)
+    if right:
+        keys = len(student), x.shape[1]
+        right = all(x is None or x.shape == student.shape[:2] for x in (options.mask, options.weight))
+        right = right and (options.key_mask is None or options.key_mask.shape == keys)
+        pairs = ((student, student_keys), (teacher, teacher_keys))
+        right = right and all(k is None or k.shape == (*keys, x.shape[2]) for x, k in pairs)
+    if not right:
+        raise RuntimeError(
+            "student, teacher, their keys, mask, weight and key_mask: "
+            "shapes [B, N, D_s], [B, N, D_t], [B, M, D_s], [B, M, D_t], [B, N], [B, N] and [B, M] wanted"
+        )
+
+
+def _some(x, *at):
+    return None if x is None else x[at]
+
+
+class _Strips:
+    """The sum of the rows' losses of a few samples, strip by strip; and its gradients."""
+
+    def __init__(self, B, N, M, options, like, dtype):
+        self.samples, self.rows = (blocks_of(BLOCK, *sizes, like.device) for sizes in ((B, N * M), (N, M)))
+        together = self.samples[0].stop
+        if together > 1:
+            self.rows = [slice(0, N)]
+        self.strips = [like.new_empty(together * self.rows[0].stop * M, dtype=dtype) for _ in range(2)]
+        self.options, self.M, self.dtype = options, M, dtype
+        # the divisor, all rows that count
+        self.normalizer = (float(B * N), None)
+        if options.mask is not None:
+            self.normalizer = (None, options.mask.sum().to(dtype))
+
+    def of(self, s, t, options, grad, keys_grad):
+        """Of the sides of some samples, and what the options say of them."""
+        ops, loss = ROWS[options.rows], 0.0
+        for rows in self.rows:
+            shape = len(s.x), rows.stop - rows.start, self.M
+            strips = (x[: math.prod(shape)].view(shape) for x in self.strips)
+            S, T = (side.similarities(rows, strip) for side, strip in zip((s, t), strips, strict=True))
+            for x in (S, T):
+                if options.exclude_self:
+                    x.diagonal(rows.start, 1, 2).fill_(-math.inf)
+                if options.key_mask is not None:
+                    x.masked_fill_(~options.key_mask[:, None], -math.inf)
+            logits = S.view(-1, self.M), T.view(-1, self.M)
+            arguments = self._arguments(options, rows)
+            if grad is None and keys_grad is None:
+                loss += ops.fwd(*logits, *arguments, NOTHING)[0].double()
+                continue
+            loss += ops.fwd_(*logits, *arguments).double()
+            s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)
+        return loss
+
+    def _arguments(self, options, rows):
+        """Of the rows ops, after the logits."""
+        per_row = (options.temperature_rows, options.teacher_temperature_rows, options.mask, options.weight)
+        temperatures, teacher_temperatures, mask, weight = (
+            None if x is None else x[:, rows].reshape(-1) for x in per_row
+        )
+        return (
+            options.divergence, options.parameter, options.temperature, temperatures, options.teacher_temperature,
+            teacher_temperatures, False, mask, weight, REDUCTION_NUMBERS["sum"], *self.normalizer,
+        )  # fmt: skip
+
+
+def _scaled(options, widths, dtype):
+    """Temperatures times sqrt(D), where similarities are divided by it."""
+    a, b = (1.0 if options.normalize else math.sqrt(D) for D in widths)
+    rows = options.temperature_rows, options.teacher_temperature_rows
+    rows = [None if x is None else (x * by).to(dtype) for x, by in zip(rows, (a, b), strict=True)]
+    return options._replace(
+        temperature=options.temperature * a,
+        temperature_rows=rows[0],
+        teacher_temperature=options.teacher_temperature * b,
+        teacher_temperature_rows=rows[1],
+    )
+
+
+@torch.no_grad()
+def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
+    *options, save, save_keys = options
+    options = _Options(*options)
+    _check_shapes(student, teacher, student_keys, teacher_keys, options)
+    dtype = compute_dtype(student, teacher, student_keys, teacher_keys)
+    grad = torch.zeros(student.shape if save else (0,), dtype=gradient_dtype(student), device=student.device)
+    keys = student if student_keys is None else student_keys
+    keys_grad = torch.zeros(keys.shape if save_keys else (0,), dtype=gradient_dtype(keys), device=keys.device)
+    (B, N, D), M = student.shape, keys.shape[1]
+    loss = student.new_zeros((), dtype=torch.float64)
+    if B * N * M == 0:
+        return loss.to(dtype), grad, keys_grad
+    if student_keys is None and options.key_mask is None:
+        options = options._replace(key_mask=options.mask)
+    options = _scaled(options, (D, teacher.shape[2]), dtype)
+    strips = _Strips(B, N, M, options, student, dtype)
+    halves = HALF[1:] if save or save_keys else HALF
+    with without_autocast(student.device):
+        for some in strips.samples:
+            here = options._replace(**{name: _some(getattr(options, name), some) for name in _PER_SAMPLE})
+            s = _Side(student[some], _some(student_keys, some), here, dtype, halves)
+            t = _Side(teacher[some], _some(teacher_keys, some), here, dtype, HALF)
+            # in their own memory where the dtype is that which is computed in
+            both = (grad, save), (keys_grad, save_keys)
+            to, to_keys = (x[some].to(dtype) if wanted else None for x, wanted in both)
+            loss += strips.of(s, t, here, to, to_keys)
+            for x, g, through in ((grad, to, s.through), (keys_grad, to_keys, s.keys_through)):
+                if g is not None:
+                    if through is not None:
+                        through_unit(g, *through)
+                    if x.dtype is not dtype:
+                        x[some] = g
+    return loss.to(dtype), grad, keys_grad
+
+
+_PER_SAMPLE = ("temperature_rows", "teacher_temperature_rows", "mask", "key_mask", "weight")
+
+
+def _fake_fwd(student, teacher, student_keys, teacher_keys, *options):
+    *_, save, save_keys = options
+    keys = student if student_keys is None else student_keys
+    return (
+        student.new_empty((), dtype=compute_dtype(student, teacher, student_keys, teacher_keys)),
+        student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student)),
+        student.new_empty(keys.shape if save_keys else (0,), dtype=gradient_dtype(keys)),
+    )
+
+
+_library.fastkd.impl("relation_kl_fwd", _relation_kl_fwd, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::relation_kl_fwd", _fake_fwd)
+FWD = torch.ops.fastkd.relation_kl_fwd.default
+
+
+class _RelationKL(torch.autograd.Function):
+    """The loss of rows or keys that want a gradient, which is computed in forward and saved."""
+
+    @staticmethod
+    def forward(ctx, scale_, student, student_keys, teacher, teacher_keys, *options):
+        ctx.scale_ = scale_
+        ctx.wanted = ctx.needs_input_grad[1:3]
+        loss, *grads = FWD(student, teacher, student_keys, teacher_keys, *options, *ctx.wanted)
+        ctx.dtypes = student.dtype, None if student_keys is None else student_keys.dtype
+        ctx.save_for_backward(*(grad for grad, wanted in zip(grads, ctx.wanted, strict=True) if wanted))
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grads = iter([once(times, ctx.scale_, grad, upstream) for grad in ctx.saved_tensors])
+        both = zip(ctx.wanted, ctx.dtypes, strict=True)
+        found = [next(grads).to(dtype) if wanted else None for wanted, dtype in both]
+        return None, *found, *(None for _ in ctx.needs_input_grad[3:])
+
+
+def relation_kl(
+    namespace, scale_, student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence, parameter,
+    temperature, teacher_temperature, mask, key_mask, weight,
+):  # fmt: skip
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+    dtype, leading = compute_dtype(student, teacher, student_keys, teacher_keys), student.shape[:-1]
+    temperature, temperature_rows = number_or_rows(temperature, leading, dtype)
+    teacher_temperature, teacher_temperature_rows = number_or_rows(teacher_temperature, leading, dtype)
+    keys = student if student_keys is None else student_keys
+
+    B = math.prod(leading[:-1])
+
+    def per_sample(x, shape):
+        """[*, N] to [B, N]"""
+        return None if x is None else x.expand(shape).reshape(B, shape[-1])
+
+    def by_row(x):
+        """[B N] to [B, N]"""
+        return None if x is None else x.reshape(B, leading[-1])
+
+    def flat(x):
+        return None if x is None else x.reshape(B, *x.shape[-2:])
+
+    options = (
+        exclude_self, normalize, namespace, DIVERGENCE_NUMBERS[divergence], parameter,
+        temperature, by_row(temperature_rows), teacher_temperature,
+        by_row(teacher_temperature_rows), per_sample(mask, leading),
+        per_sample(key_mask, keys.shape[:-1]), per_sample(weight if weight is None else weight.to(dtype), leading),
+    )  # fmt: skip
+    embeddings = [flat(x) for x in (student, student_keys, teacher.detach(), teacher_keys)]
+    if teacher_keys is not None:
+        embeddings[3] = embeddings[3].detach()
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in embeddings[:2]):
+        return _RelationKL.apply(scale_, *embeddings, *options)
+    student, student_keys, teacher, teacher_keys = embeddings
+    return FWD(student, teacher, student_keys, teacher_keys, *options, False, False)[0]
