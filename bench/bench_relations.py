@@ -30,6 +30,7 @@ CASES = {  # loss, N x D or B x N x D, dtype
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
         *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
         *(("relation_kl", shape, "float32") for shape in ("256x512", "4096x256", "96x512x64")),
+        *(("pkt", shape, "float32") for shape in ("256x512", "4096x256")),
     ],
     "cuda": [
         *(("rkd_distance", shape, "bfloat16") for shape in ("1024x512", "16384x512", "65536x512")),
@@ -39,7 +40,7 @@ CASES = {  # loss, N x D or B x N x D, dtype
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
         *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
         *(("relation_kl", shape, "bfloat16") for shape in ("16384x512", "96x512x64")),
-        ("relation_kl", "4096x256", "float32"),
+        *((name, "4096x256", "float32") for name in ("relation_kl", "pkt")),
     ],
 }
 PRODUCT = 2048  # torch.mm of two matrices of this size
@@ -103,6 +104,17 @@ def eager_relation_kl(student, teacher):
     return F.kl_div(F.log_softmax(similarities(student), dim=-1), q, reduction="batchmean")
 
 
+def eager_pkt(student, teacher, eps=1e-7):
+    def probabilities(x):
+        x = F.normalize(x, dim=1)
+        k = (x @ x.T + 1) / 2
+        return k / k.sum(1, keepdim=True)
+
+    with torch.no_grad():
+        t = probabilities(teacher)
+    return (t * torch.log((t + eps) / (probabilities(student) + eps))).mean()
+
+
 EAGER = {
     "rkd_distance": eager_distance,
     "rkd_angle": eager_angle,
@@ -110,6 +122,7 @@ EAGER = {
     "similarity_preserving": eager_similarity,
     "gram_mse": eager_gram,
     "relation_kl": eager_relation_kl,
+    "pkt": eager_pkt,
 }
 
 
@@ -133,6 +146,7 @@ def least_flops(name, shape):
             "similarity_preserving": min(samples, features),
             "gram_mse": min(samples // 2, features // 2),
             "relation_kl": samples,
+            "pkt": samples // 2,
         }[name]
     )
 
@@ -150,7 +164,7 @@ class Truth:
             ]  # fmt: skip
         if name in ("rkd_distance", "rkd_loss"):
             terms.append(lambda: (25 if name == "rkd_loss" else 1) * eager_distance(x, y))
-        if name in ("similarity_preserving", "gram_mse", "relation_kl"):
+        if name in ("similarity_preserving", "gram_mse", "relation_kl", "pkt"):
             terms.append(lambda: EAGER[name](x, y))
         self.loss = 0.0
         for term in terms:

@@ -75,8 +75,9 @@ def logits(student, teacher):
     _same_device(student, teacher)
 
 
-def embeddings(student, teacher):
-    """Two tensors [N, D_s] and [N, D_t] on one device, of floating dtypes, finite where that can be seen."""
+def embeddings(student, teacher, row_mask=None, row_weight=None):
+    """Two tensors [N, D_s] and [N, D_t] on one device, of floating dtypes, finite where that can be seen; with what
+    counts of their rows."""
     _inputs(student, teacher, "embeddings")
     for name, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 2:
@@ -86,7 +87,12 @@ def embeddings(student, teacher):
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     _same_device(student, teacher)
-    finite(student=student, teacher=teacher)
+    if row_weight is not None:
+        weight(row_weight, student)
+    if row_mask is None:
+        finite(student=student, teacher=teacher)
+    else:
+        mask(row_mask, student)
 
 
 def batches_of_embeddings(student, teacher):

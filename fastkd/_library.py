@@ -64,6 +64,15 @@ fastkd.define(
     "-> (Tensor loss, Tensor grad)"
 )
 
+# embeddings [N, D]; mask, weight: one per row; native: the strips are the CPU's op below, else torch's
+fastkd.define(
+    "pkt_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, bool native, bool save) "
+    "-> (Tensor loss, Tensor grad)"
+)
+fastkd.define(
+    "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor here, Tensor student_inverse, "
+    "Tensor teacher_inverse, Tensor weight, Tensor scale, int row) -> Tensor loss"
+)
 # embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is [B, N];
 # exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
 fastkd.define(

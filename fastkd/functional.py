@@ -190,6 +190,12 @@ _RKD_SOURCE = 'Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.'
 _RKD_EQUAL = "Equal samples have no gradient from each other."
 
 
+_ROW_OPTIONS = """
+        mask: bool ``[N]``, True: the row counts. The others are not there: N is the number of those that count,
+            their gradient is 0, and they may hold anything. Default: every row counts.
+        weight: float ``[N]``, multiplies the row's terms; the divisor does not change."""
+
+
 def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
     backend = _backend.select(student.device)
@@ -318,6 +324,23 @@ gram_mse.__doc__ = (
     .replace("teacher: embeddings ``[N, D_t]``;", "teacher: embeddings ``[N, D_t]`` or ``[B, N, D_t]``;")
     .replace("Fewer than two samples: 0.", "No samples: 0.")
 )
+
+
+def pkt(student, teacher, *, mask=None, weight=None):
+    _check.embeddings(student, teacher, mask, weight)
+    return _relational_loss("pkt", student, teacher, mask, weight)
+
+
+pkt.__doc__ = _RELATIONAL.format(
+    title="Probabilistic knowledge transfer: the student keeps the probabilities with which samples are alike.",
+    formula=r"\frac{1}{N^2} \sum_{ij} t_{ij} \log \frac{t_{ij} + \epsilon}{s_{ij} + \epsilon},\quad"
+    r"s_{ij} = \frac{\cos_{ij} + 1}{\sum_k (\cos_{ik} + 1)},\ \epsilon = 10^{-7}",
+    notes="of the student's embeddings, t of the teacher's. The sums over rows have a closed form, so one sweep over\n"
+    "    half of the pairs makes loss and gradient, in strips of cosines. No matrix [N, N] is held.",
+    options=_ROW_OPTIONS,
+    equal="A row of zeros has no gradient.",
+    source='Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018.',
+).replace("Fewer than two samples: 0.", "No samples: 0.")
 
 
 def relation_kl(

@@ -198,6 +198,14 @@ class GramMSELoss(_RelationalLoss):
         return functional.gram_mse(student, teacher, normalize=self.normalize, clamp=self.clamp, mask=mask)
 
 
+class PKTLoss(_RelationalLoss):
+    """:func:`fastkd.functional.pkt` as a module."""
+
+    def forward(self, student, teacher, *, mask=None, weight=None):
+        """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``; mask and weight: one per row."""
+        return functional.pkt(student, teacher, mask=mask, weight=weight)
+
+
 class RelationKLLoss(_RelationalLoss):
     """:func:`fastkd.functional.relation_kl` as a module.
 

@@ -219,6 +219,29 @@ def gram_mse(student, teacher, normalize, clamp, mask):
     return squares.sum() / (rows > 0).sum().clamp(min=1)
 
 
+PKT_EPSILON = 1e-7  # as published
+
+
+def pkt(student, teacher, mask, weight):
+    """Holds matrices [N, N]."""
+    s, t = _embeddings(student, teacher)
+    here = s.new_ones(len(s)) if mask is None else _ordinary(mask).to(s.dtype)
+    if mask is not None:  # a masked row may hold anything
+        s, t = (torch.where(here[:, None] > 0, x, 0.0) for x in (s, t))
+
+    def probabilities(x):
+        x = _of_length_one(x)
+        k = (x @ x.T + here[:, None] * here) / 2
+        k = k + (k.clamp(min=0) - k).detach()  # of opposite directions rounding may leave less
+        return k / torch.where(here[:, None] > 0, k.sum(1, keepdim=True), 1.0)
+
+    s, t = probabilities(s), probabilities(t)
+    # the first-order term adds up to 0; with it small differences of s and t keep their digits
+    terms = (s - t) - t * torch.log((s + PKT_EPSILON) / (t + PKT_EPSILON))
+    rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(here > 0, _ordinary(weight).to(s.dtype), 0.0)
+    return rows.sum() / here.sum().clamp(min=1) ** 2
+
+
 def relation_kl(
     student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence, parameter,
     temperature, teacher_temperature, mask, key_mask, weight,

@@ -18,8 +18,9 @@ OPTIONS = {
     "similarity_preserving": (),
     "gram_mse": ("normalize", "clamp"),
     "relation_kl": ("temperature", "normalize"),
+    "pkt": (),
 }
-SIMILARITIES = ("similarity_preserving", "gram_mse", "relation_kl")
+SIMILARITIES = ("similarity_preserving", "gram_mse", "relation_kl", "pkt")
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -135,8 +136,8 @@ CASES = [
     Case("loose_clusters", "the same, less so: products do not quite cancel", 20, (8, 8), functools.partial(clusters, apart=10.0, members=0.3), losses=RKD),
     Case("one_far_away", "one distance is far above the others", 20, (8, 8), one_far_away, losses=RKD, spread=1e5),
     Case("edge_of_half", "centred embeddings leave float16's range; their directions are nearly two", 17, (8, 8), edge_of_half, losses=(*RKD, "similarity_preserving")),
-    Case("small", "distances far below 1", 17, (8, 8), scaled(1e-3, 1e-2), losses=(*RKD, "similarity_preserving", "gram_mse")),
-    Case("large", "squares far above 1", 17, (8, 8), scaled(1e4, 1e3), losses=(*RKD, "similarity_preserving", "gram_mse")),
+    Case("small", "distances far below 1", 17, (8, 8), scaled(1e-3, 1e-2), losses=(*RKD, "similarity_preserving", "gram_mse", "pkt")),
+    Case("large", "squares far above 1", 17, (8, 8), scaled(1e4, 1e3), losses=(*RKD, "similarity_preserving", "gram_mse", "pkt")),
     Case("sharp", "cosines at a low temperature", 40, (8, 12), options={"normalize": True, "temperature": 0.05}, losses=("relation_kl",)),
     Case("soft", "products at a high one", 40, (8, 12), options={"temperature": 3.0}, losses=("relation_kl",)),
     Case("far_off_the_origin", "what all rows have in common is far above the rest", 20, (8, 12), lambda s, t: (300 + s, t - 200), losses=("relation_kl",), dtypes=DTYPES[:2]),
@@ -155,7 +156,7 @@ CASES = [
     Case("many_as_they_are", "the same by features", 300, (12, 20), options={"normalize": False}, losses=("gram_mse",)),
     Case("clamped_teacher", "half of the similarities are negative", 70, (6, 5), options={"clamp": "teacher"}, losses=("gram_mse",)),
     Case("clamped_both", "on both sides", 70, (6, 5), options={"clamp": "both"}, losses=("gram_mse",)),
-    Case("huge", "squares leave float32's range", 20, (8, 12), scaled(1e25, 1e30), losses=("gram_mse",), dtypes=DTYPES[:2]),
+    Case("huge", "squares leave float32's range", 20, (8, 12), scaled(1e25, 1e30), losses=("gram_mse", "pkt"), dtypes=DTYPES[:2]),
     Case("tiny", "squares vanish", 20, (8, 12), scaled(1e-30, 1e-10), losses=("gram_mse",), dtypes=DTYPES[:2]),
     Case("off_the_origin", "all similarities nearly 1", 20, (8, 12), lambda s, t: (3 + s, t - 2), losses=SIMILARITIES),
 ]  # fmt: skip
@@ -168,7 +169,7 @@ NEAR = [
         33,
         (16, 16),
         converging,
-        losses=(*RKD, "similarity_preserving", "gram_mse"),
+        losses=(*RKD, "similarity_preserving", "gram_mse", "pkt"),
     ),
     Case("converging_small", "the same of few samples", 5, (12, 12), converging),
 ]
@@ -176,7 +177,7 @@ NEAR = [
 # Loss and gradient 0 by mathematics, whatever the teacher.
 NOTHING = [
     Case("no_samples", "N = 0", 0, (5, 4)),
-    Case("one_sample", "N = 1: no pairs", 1, (5, 4), losses=(*RKD, "similarity_preserving", "relation_kl")),
+    Case("one_sample", "N = 1: no pairs", 1, (5, 4), losses=(*RKD, "similarity_preserving", "relation_kl", "pkt")),
     Case("one_pair", "N = 2: divided by their mean its distances are 1, its cosines are 1", 2, (3, 4), losses=RKD),
     Case("all_equal", "distances 0 on both sides", 9, (5, 4), all_equal),
 ]

@@ -126,7 +126,29 @@ def relation_kl(student, teacher, temperature=1.0, normalize=False):
     return total / N, grad
 
 
-TRUTH = {f.__name__: f for f in (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse, relation_kl)}
+def pkt(student, teacher, weight=None):
+    x, y = _double(student), _double(teacher)
+    N = len(x)
+    if not N:
+        return x.new_zeros(()), torch.zeros_like(x)
+    lengths = x.norm(dim=1, keepdim=True)
+    inverse = torch.where(lengths == 0, 0.0, 1 / lengths.clamp(min=1e-12))
+    units, eps = x * inverse, 1e-7
+    k, h = ((u @ u.T + 1) / 2 for u in (units, F.normalize(y, dim=1)))
+    r = k.sum(1, keepdim=True)
+    s, t = k / r, h / h.sum(1, keepdim=True)
+    rows = x.new_ones(N, 1) if weight is None else weight.double()[:, None]
+    # differences first: the loss is of second order in them
+    d = s - t
+    loss = (rows * (d - t * torch.log1p(d / (t + eps)))).sum() / N**2
+    a = (d + eps) / (s + eps)
+    to_k = rows / N**2 * (a - (s * a).sum(1, keepdim=True)) / r
+    grad = (to_k + to_k.T) / 2 @ units
+    return loss, (grad - (grad * units).sum(1, keepdim=True) * units) * inverse
+
+
+LOSSES = (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse, relation_kl, pkt)
+TRUTH = {f.__name__: f for f in LOSSES}
 
 
 # As published, in the order of the published code.
@@ -171,6 +193,16 @@ def _published_relation_kl(student, teacher):
     return F.kl_div(F.log_softmax(s, 1), F.softmax(t, 1), reduction="batchmean")
 
 
+def _published_pkt(student, teacher, eps=1e-7):
+    def probabilities(e):
+        e = e / (e.square().sum(1, keepdim=True).sqrt() + eps)
+        k = (e @ e.T + 1) / 2
+        return k / k.sum(1, keepdim=True)
+
+    s, t = probabilities(student), probabilities(teacher)
+    return (t * torch.log((t + eps) / (s + eps))).mean()
+
+
 PUBLISHED = {
     "rkd_distance": _published_distance,
     "rkd_angle": _published_angle,
@@ -178,6 +210,7 @@ PUBLISHED = {
     "similarity_preserving": _published_similarity,
     "gram_mse": _published_gram,
     "relation_kl": _published_relation_kl,
+    "pkt": _published_pkt,
 }
 
 

@@ -79,10 +79,12 @@ def test_gram_mse_is_linear_in_memory(N, clamp):
 
 
 @pytest.mark.parametrize("N", [8192, 16384, 32768])
-def test_relation_kl_is_linear_in_memory(N):
+@pytest.mark.parametrize("name", ["relation_kl", "pkt"])
+def test_strips_are_linear_in_memory(name, N):
     """N x N would be 256 MiB, 1 GiB and 4 GiB."""
     student, teacher = torch.randn(N, 32), torch.randn(N, 32)
-    used = peak(lambda s: functional.relation_kl(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
+    loss = getattr(functional, name)
+    used = peak(lambda s: loss(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
     assert used <= 6 * student.numel() * 4 + (48 << 20)
 
 

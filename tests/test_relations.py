@@ -417,6 +417,7 @@ MODULES = {
     ),
     "similarity_preserving": fastkd.SimilarityPreservingLoss,
     "gram_mse": functools.partial(fastkd.GramMSELoss, normalize=False, clamp="both"),
+    "pkt": fastkd.PKTLoss,
     "relation_kl": functools.partial(
         fastkd.RelationKLLoss, temperature=0.5, teacher_temperature=0.7, divergence="js_div", beta=0.3, normalize=True
     ),

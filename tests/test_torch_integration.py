@@ -60,6 +60,9 @@ def relational_calls(backend_name):
                 yield f"similarity_fwd-{name}-{save}", ops.similarity_fwd, (*pair, save)
                 mask = torch.rand(len(pair[0])) < 0.7
                 yield f"gram_fwd-{name}-{save}", ops.gram_fwd, (*pair, save, 0, mask if save else None, save)
+                rows = (mask, torch.rand(len(mask))) if save else (None, None)
+                for native in (False, True):
+                    yield f"pkt-{name}-{save}-{native}", ops.pkt_fwd, (*pair, *rows, native, save)
                 for keys in (None, pair):
                     options = (keys is None, True, "fastkd", 0, 0.0, 1.0, None, 0.5, None, mask[None], None, None)
                     arguments = (*(x[None] for x in pair), *(keys and x[None] for x in keys or pair), *options)
@@ -67,6 +70,10 @@ def relational_calls(backend_name):
                         *arguments, save, save and keys is not None)  # fmt: skip
                 yield f"gram_fwd-batch-{name}-{save}", ops.gram_fwd, (*(x[None] for x in pair), True, 2, None, save)
     yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, 0, 1.0, False, True)
+    if backend_name == "cpu":
+        rows = [torch.rand(9) for _ in range(5)]
+        strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows, 2
+        yield "pkt_strip_", torch.ops.fastkd.pkt_strip_, strip
     yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, 1.0, 1.0, 0.0, 1.0, True)
 
 

@@ -19,9 +19,8 @@ Saved for backward: the gradient. Beside it rows of length 1, a few blocks of ro
 import torch
 
 from .. import _library
-from .._check import DTYPES
 from ..reference import compute_dtype, gradient_dtype, without_autocast
-from .products import blocks_of, through_unit, unit
+from .products import blocks_of, check_embeddings, through_unit, unit
 
 BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
 FAR = 0.1  # of the terms' sum what is left of it: their errors are of 1e-7
@@ -133,16 +132,6 @@ def _sum_of_squares(x):
     return (x * x).sum((1, 2), dtype=torch.float64)
 
 
-def _check_embeddings(student, teacher):
-    """What the functions have checked already; an op may be called past them."""
-    if student.dim() not in (2, 3) or student.shape[:-1] != teacher.shape[:-1]:
-        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
-        raise RuntimeError(f"student and teacher: embeddings [N, D] or [B, N, D] of as many rows wanted, got {shapes}")
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.dtype not in DTYPES:
-            raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
-
-
 def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
     """The squares [B] and, where there is a place for it, the gradient; of rows [B, N, D_s] that are there."""
     if normalize:
@@ -159,7 +148,7 @@ def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
 
 @torch.no_grad()
 def _gram_fwd(student, teacher, normalize, clamp, mask, save):
-    _check_embeddings(student, teacher)
+    check_embeddings(student, teacher, (2, 3))
     dtype = compute_dtype(student, teacher)
     grad_dtype = gradient_dtype(student)
     grad = torch.empty(student.shape if save else (0,), dtype=grad_dtype, device=student.device)

@@ -2,6 +2,19 @@
 
 import torch
 
+from .._check import DTYPES
+
+
+def check_embeddings(student, teacher, dims=(2,)):
+    """What the functions have checked already; an op may be called past them."""
+    if student.dim() not in dims or student.shape[:-1] != teacher.shape[:-1]:
+        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
+        wanted = " or ".join(("[N, D]", "[B, N, D]")[: len(dims)])
+        raise RuntimeError(f"student and teacher: embeddings {wanted} of as many rows wanted, got {shapes}")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dtype not in DTYPES:
+            raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
+
 
 def blocks_of(block, N, width, device):
     """Of N rows of that width, as slices: as many at a time as block, by device, has elements for."""

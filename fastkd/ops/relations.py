@@ -7,6 +7,7 @@ import torch
 
 from ..reference import compute_dtype, gradient_dtype
 from . import gram, similarity
+from . import pkt as _pkt
 from .gradient import once, times
 from .relation_kl import relation_kl as _relation_kl
 
@@ -20,6 +21,7 @@ class Ops(NamedTuple):
     triples_fwd: Any
     similarity_fwd: Any
     gram_fwd: Any
+    pkt_fwd: Any
     scale_: Any
 
 
@@ -38,10 +40,10 @@ def use_namespace(namespace):
     for name in NAMES:
         torch.library.register_fake(f"{namespace}::{name}", _fake_fwd)
     pairs, triples, scale_ = (getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_"))
-    OPS[namespace] = Ops(pairs, triples, similarity.FWD, gram.FWD, scale_)
+    OPS[namespace] = Ops(pairs, triples, similarity.FWD, gram.FWD, _pkt.FWD, scale_)
 
 
-for _name in ("similarity_fwd", "gram_fwd"):
+for _name in ("similarity_fwd", "gram_fwd", "pkt_fwd"):
     torch.library.register_fake(f"fastkd::{_name}", _fake_fwd)
 use_namespace("fastkd")
 
@@ -91,6 +93,11 @@ def rkd_loss(namespace, student, teacher, *options):
 
 def similarity_preserving(namespace, student, teacher):
     return _loss(namespace, "similarity_fwd", student, teacher)
+
+
+def pkt(namespace, student, teacher, mask, weight):
+    native = namespace == "fastkd" and student.device.type == "cpu"
+    return _loss(namespace, "pkt_fwd", student, teacher, mask, weight, native)
 
 
 def relation_kl(namespace, *arguments):

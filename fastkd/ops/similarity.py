@@ -21,9 +21,8 @@ Saved for backward: the gradient. Beside it a few blocks of rows and D x D matri
 import torch
 
 from .. import _library
-from .._check import DTYPES
 from ..reference import compute_dtype, gradient_dtype, without_autocast
-from .products import blocks_of
+from .products import blocks_of, check_embeddings
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
 FAR = 0.1  # of the mean of 1 - cos, whose error in float32 is about 1e-7
@@ -98,19 +97,9 @@ def _features_in(dtype, x, y, grad):
     return loss / N**2
 
 
-def _check_embeddings(student, teacher):
-    """What the functions have checked already; an op may be called past them."""
-    if student.dim() != 2 or teacher.dim() != 2 or len(student) != len(teacher):
-        shapes = f"{list(student.shape)} and {list(teacher.shape)}"
-        raise RuntimeError(f"student and teacher: embeddings [N, D] of as many rows wanted, got {shapes}")
-    for name, x in (("student", student), ("teacher", teacher)):
-        if x.dtype not in DTYPES:
-            raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
-
-
 @torch.no_grad()
 def _similarity_fwd(student, teacher, save):
-    _check_embeddings(student, teacher)
+    check_embeddings(student, teacher)
     with without_autocast(student.device):
         return _loss_and_gradient(student, teacher, save)
 

@@ -1,0 +1,105 @@
+"""pkt on every device: strips of cosines, from the diagonal on.
+
+    k_ij = (cos_ij + 1) / 2, r_i = sum_j k_ij = (<x_i, sum_j x_j> + N) / 2 of unit rows x: no pass of its own
+    s_ij = k_ij / r_i of the student, t_ij of the teacher, loss = 1/N^2 sum_ij t_ij log((t_ij + eps) / (s_ij + eps))
+    a_ij = 1 - t_ij / (s_ij + eps), q_i = sum_j s_ij a_ij, c_i = 1 / (2 N^2 r_i)
+    dL/dx_i = sum_j (c_i a_ij + c_j a_ji) x_j - c_i q_i sum_j x_j - sum_j c_j q_j x_j
+
+The weights of both orders of a pair come from the same two cosines, so half of the pairs are enough; what q adds is of
+rank 1, so that one sweep does. 2 N^2 (D_s + D_t) / 2 flops for the loss and 2 N^2 D_s for the gradient. On the CPU
+one kernel makes the weights out of a strip in its memory; elsewhere torch's own do.
+
+Saved for backward: the gradient. Beside it the unit rows and two strips.
+"""
+
+import torch
+
+from .. import _library
+from ..reference import PKT_EPSILON, compute_dtype, gradient_dtype, without_autocast
+from .products import blocks_of, check_embeddings, through_unit, unit
+
+BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
+
+
+def _order(k, h, inverse, teacher_inverse, weight):
+    """Of each pair in one order: weighted losses, the slope of each similarity, and its part of q."""
+    s, t = k * inverse, h * teacher_inverse
+    d = s - t
+    v = s + PKT_EPSILON
+    a = (d + PKT_EPSILON) / v
+    losses = (d - t * (v / (t + PKT_EPSILON)).log_()) * weight
+    return losses, a, s.mul_(a)
+
+
+def _strip_(student, teacher, slopes, here, student_inverse, teacher_inverse, weight, scale, row):
+    """What the CPU's op does, by torch's."""
+    n = len(student)
+    own, columns = slice(row, row + n), slice(row, None)
+    both = here[own, None] * here[columns]
+    k, h = ((x + both).mul_(0.5).clamp_(min=0) for x in (student, teacher))
+    rows = (x[own, None] for x in (student_inverse, teacher_inverse, weight))
+    losses, a, slope = _order(k, h, *rows)
+    slopes[own] += slope.sum(1, dtype=torch.float64)
+    loss = losses.sum(dtype=torch.float64)
+    torch.mul(a, scale[own, None], out=student)
+    losses, a, slope = _order(k, h, *(x[columns] for x in (student_inverse, teacher_inverse, weight)))
+    slopes[row + n :] += slope[:, n:].sum(0, dtype=torch.float64)
+    student.addcmul_(a, scale[columns].expand_as(a))
+    return loss + losses[:, n:].sum(dtype=torch.float64)
+
+
+@torch.no_grad()
+def _pkt_fwd(student, teacher, mask, weight, native, save):
+    check_embeddings(student, teacher, (2,))
+    dtype = compute_dtype(student, teacher)
+    N = len(student)
+    grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
+    loss = student.new_zeros((), dtype=torch.float64)
+    if N == 0:
+        return loss.to(dtype), grad
+    with without_autocast(student.device):
+        x, y = student.to(dtype), teacher.to(dtype)
+        here = x.new_ones(N)
+        if mask is not None:
+            x, y = (torch.where(mask[:, None], z, 0.0) for z in (x, y))
+            here = mask.to(dtype)
+        (x, *through), (y, *_) = unit(x), unit(y)
+        count = here.sum()
+        rows = here / (count * count).clamp(min=1)
+        if weight is not None:
+            rows = rows * torch.where(here > 0, weight.to(dtype), 0.0)
+        everyone, teachers = x.sum(0), y.sum(0)
+        # an error of a sum is one of all a row's probabilities: what it does to the loss is of second order
+        inverses = [torch.where(here > 0, 2 / (z @ sums + count), 0.0) for z, sums in ((x, everyone), (y, teachers))]
+        scale = 0.5 * rows * inverses[0]
+        slopes = torch.zeros_like(here, dtype=torch.float64)
+        of_samples = here, *inverses, rows, scale
+        direct = grad.dtype is dtype
+        to = (grad.zero_() if direct else torch.zeros_like(x)) if save else None
+        strips = blocks_of(BLOCK, N, N, x.device)
+        memory = [x.new_empty(strips[0].stop * N) for _ in range(2)]
+        strip_ = torch.ops.fastkd.pkt_strip_.default if native else _strip_
+        for some in strips:
+            n, columns = some.stop - some.start, N - some.start
+            s, t = (
+                torch.mm(z[some], z[some.start :].T, out=m[: n * columns].view(n, columns))
+                for z, m in zip((x, y), memory, strict=True)
+            )
+            loss += strip_(s, t, slopes, *of_samples, some.start)
+            if save:
+                to[some].addmm_(s, x[some.start :])
+                to[some.stop :].addmm_(s[:, n:].T, x[some])
+        if save:
+            q = slopes.to(dtype) * scale
+            to.addr_(q, everyone, alpha=-1)
+            to -= q @ x
+            if mask is not None:
+                to.masked_fill_(~mask[:, None], 0.0)
+            through_unit(to, x, *through)
+            if not direct:
+                grad.copy_(to)
+    return loss.to(dtype), grad
+
+
+_library.fastkd.impl("pkt_fwd", _pkt_fwd, "CompositeExplicitAutograd")
+FWD = torch.ops.fastkd.pkt_fwd.default

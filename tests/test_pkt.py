@@ -1,0 +1,129 @@
+"""pkt beyond what every relational loss is tested for: strips, masks and weights."""
+
+import math
+
+import pytest
+import relation_cases as cases
+import torch
+from relation_truth import TRUTH
+from test_relations import PROMISED, check, run
+from tolerances import FLOOR, error
+
+import fastkd
+from fastkd import functional
+from fastkd.ops import pkt
+
+S, T = torch.randn(40, 6), torch.randn(40, 9)
+
+
+@pytest.mark.parametrize("block", [1, 40, 900])
+@pytest.mark.parametrize("backend", ["cpu-baseline", "cpu-avx2", "cpu-avx512", "triton-interpreter"], indirect=True)
+@pytest.mark.parametrize(("name", "case", "dtype"), [x for x in cases.each(cases.CASES) if x[0] == "pkt"], ids=str)
+def test_strips(backend, monkeypatch, name, case, dtype, block):
+    monkeypatch.setattr(pkt, "BLOCK", {"cpu": block, "cuda": block})
+    check(backend, name, case, dtype)
+
+
+@pytest.mark.parametrize("block", [1, 700, 2**21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_masked_rows_are_not_there(backend, monkeypatch, dtype, block):
+    monkeypatch.setattr(pkt, "BLOCK", {"cpu": block, "cuda": block})
+    student, teacher = S.to(dtype), T.to(dtype)
+    mask = torch.rand(40, generator=torch.Generator().manual_seed(1)) < 0.6
+    hidden = student.masked_fill(~mask[:, None], torch.nan), teacher.masked_fill(~mask[:, None], torch.inf)
+    loss, grad = run(functional.pkt, *hidden, 64.0, mask=mask)
+    expected, expected_grad = run(functional.pkt, student[mask], teacher[mask], 64.0)
+    compute = torch.promote_types(dtype, torch.float32)
+    assert error(loss, expected) <= PROMISED[compute]
+    assert error(grad[mask], expected_grad) <= PROMISED[compute] + 8 * FLOOR[dtype]
+    assert not grad[~mask].any()
+
+
+@pytest.mark.parametrize("block", [1, 700, 2**21])
+def test_weights(backend, monkeypatch, block):
+    """Of rows: the pair (i, j) has that of i."""
+    monkeypatch.setattr(pkt, "BLOCK", {"cpu": block, "cuda": block})
+    weight = torch.rand(40, generator=torch.Generator().manual_seed(1))
+    loss, grad = run(functional.pkt, S, T, weight=weight)
+    expected, expected_grad = TRUTH["pkt"](S, T, weight)
+    assert error(loss, expected) <= PROMISED[torch.float32]
+    assert error(grad, expected_grad) <= PROMISED[torch.float32]
+    mask = torch.arange(40) % 3 > 0
+    loss, grad = run(functional.pkt, S, T, weight=weight.masked_fill(~mask, torch.nan), mask=mask)
+    expected, expected_grad = run(functional.pkt, S[mask], T[mask], weight=weight[mask])
+    assert error(loss, expected) <= 1e-6
+    assert error(grad[mask], expected_grad) <= PROMISED[torch.float32]
+
+
+def test_all_masked_and_none(backend):
+    loss, grad = run(functional.pkt, S / 0, T, mask=torch.zeros(40, dtype=torch.bool))
+    assert loss == 0
+    assert not grad.any()
+    loss, grad = run(functional.pkt, S[:0], T[:0])
+    assert loss == 0
+    assert grad.shape == (0, 6)
+
+
+@pytest.mark.parametrize("dtype", PROMISED, ids=str)
+def test_opposite_samples(backend, dtype):
+    """Probability 0 where the teacher has one: log(1/2 / eps), finite."""
+    student = torch.tensor([[2.0, 0], [-3, 0]], dtype=dtype)  # their cosine is -1 to the last digit
+    loss, grad = run(functional.pkt, student, torch.ones(2, 3, dtype=dtype))
+    assert loss.item() == pytest.approx(0.25 * math.log(0.5 / 1e-7) + 0.25 * math.log(0.5), rel=1e-5)
+    assert grad.isfinite().all()
+
+
+def test_nearly_opposite_samples(backend):
+    """What rounding leaves of a probability of 0 is of the size of eps: the logarithm stays that of a small number."""
+    x = torch.randn(1, 7, generator=torch.Generator().manual_seed(3))
+    loss, grad = run(functional.pkt, torch.cat([x, -x, -2 * x]), torch.ones(3, 3))
+    assert loss.isfinite()
+    assert loss > 1
+    assert grad.isfinite().all()
+
+
+def test_value_by_hand(backend):
+    """Orthogonal samples against equal ones: probabilities 2/3 and 1/3 against 1/2."""
+    loss = functional.pkt(torch.eye(2), torch.ones(2, 3))
+    assert loss.item() == pytest.approx((math.log(3 / 4) + math.log(3 / 2)) / 4, rel=1e-5)
+
+
+def test_gradcheck(backend):
+    student, teacher = (x[:5].double() for x in (S, T))
+    options = {"mask": torch.arange(5) < 4, "weight": torch.rand(5)}
+    assert torch.autograd.gradcheck(lambda s: functional.pkt(s, teacher, **options), student.requires_grad_())
+
+
+def test_module_takes_mask_and_weight():
+    options = {"mask": torch.rand(40) < 0.7, "weight": torch.rand(40)}
+    assert torch.equal(fastkd.PKTLoss()(S, T, **options), functional.pkt(S, T, **options))
+
+
+BAD = {
+    "vector": ((S[0], T), {}, ValueError, r"student: embeddings of shape \[N, D\] wanted, got \[6\]"),
+    "rows": ((S, T[:3]), {}, ValueError, "teacher: the student's 40 rows wanted, got 3"),
+    "dtype": ((S, T.long()), {}, TypeError, "teacher: float16, .* embeddings wanted"),
+    "nan": ((S / 0, T), {}, ValueError, "student: finite embeddings wanted"),
+    "mask_shape": ((S, T), {"mask": torch.ones(3) > 0}, ValueError, r"mask: shape \[40\] wanted, one per row; got \[3\]"),
+    "mask_dtype": ((S, T), {"mask": torch.ones(40)}, TypeError, "mask: torch.bool wanted"),
+    "weight_shape": ((S, T), {"weight": torch.ones(40, 1)}, ValueError, r"weight: shape \[40\] wanted"),
+    "weight_dtype": ((S, T), {"weight": torch.ones(40).int()}, TypeError, "weight: a floating dtype wanted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("loss", [functional.pkt, fastkd.PKTLoss()], ids=["function", "module"])
+def test_bad_input(loss, name):
+    given, options, kind, message = BAD[name]
+    with pytest.raises(kind, match=f"^{message}"):
+        loss(*given, **options)
+
+
+def test_the_strips_op_checks_its_own_contract():
+    rows = [torch.rand(9) for _ in range(5)]
+    slopes = torch.zeros(9, dtype=torch.float64)
+    right = [torch.randn(3, 7), torch.randn(3, 7), slopes, *rows, 2]
+    for at, wrong in ((0, torch.randn(3, 7).bfloat16()), (1, torch.randn(7, 3).T), (1, torch.randn(2, 7)), (2, slopes.float()),
+                      (4, rows[0][:8]), (8, 3), (8, -1)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="wanted"):
+            torch.ops.fastkd.pkt_strip_(*right[:at], wrong, *right[at + 1 :])
