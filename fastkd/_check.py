@@ -87,6 +87,11 @@ def embeddings(student, teacher, row_mask=None, row_weight=None):
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     _same_device(student, teacher)
+    _of_rows(student, teacher, row_mask, row_weight)
+
+
+def _of_rows(student, teacher, row_mask, row_weight):
+    """What is said of the rows of embeddings; these, which must be finite where no mask hides what is not."""
     if row_weight is not None:
         weight(row_weight, student)
     if row_mask is None:
@@ -95,7 +100,7 @@ def embeddings(student, teacher, row_mask=None, row_weight=None):
         mask(row_mask, student)
 
 
-def batches_of_embeddings(student, teacher):
+def batches_of_embeddings(student, teacher, row_mask=None, row_weight=None):
     """The same, and also [B, N, D_s] and [B, N, D_t]."""
     _inputs(student, teacher, "embeddings")
     for name, x in (("student", student), ("teacher", teacher)):
@@ -107,6 +112,7 @@ def batches_of_embeddings(student, teacher):
         wanted, got = list(student.shape[:-1]), list(teacher.shape[:-1])
         raise ValueError(f"teacher: the student's rows {wanted} wanted, got {got}")
     _same_device(student, teacher)
+    _of_rows(student, teacher, row_mask, row_weight)
 
 
 def finite(**tensors):

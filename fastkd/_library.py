@@ -19,13 +19,14 @@ SCHEMAS = (
     f"rows_fwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}) -> Tensor loss",
     f"rows_bwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> Tensor grad",
     f"rows_bwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> ()",
-    # embeddings [N, D_s] and [N, D_t]; grad, here as below, is in float32 where the student is in float16,
-    # whose range it would leave before a loss scaler multiplies it; empty where it is not saved
-    "pairs_fwd(Tensor student, Tensor teacher, int relation, float delta, bool normalize, bool save) "
-    "-> (Tensor loss, Tensor grad)",
+    # embeddings [N, D_s] and [N, D_t]; count: rows from there on are not, they hold finite numbers; weight: one per
+    # row; grad, here as below, is in float32 where the student is in float16, whose range it would leave before a
+    # loss scaler multiplies it; empty where it is not saved
+    "pairs_fwd(Tensor student, Tensor teacher, Tensor? count, Tensor? weight, int relation, float delta, "
+    "bool normalize, bool save) -> (Tensor loss, Tensor grad)",
     # the weighted sum of both losses; a loss of weight 0 is left out
-    "triples_fwd(Tensor student, Tensor teacher, float angle_weight, float angle_delta, float distance_weight, "
-    "float distance_delta, bool save) -> (Tensor loss, Tensor grad)",
+    "triples_fwd(Tensor student, Tensor teacher, Tensor? count, float angle_weight, float angle_delta, "
+    "float distance_weight, float distance_delta, bool save) -> (Tensor loss, Tensor grad)",
     # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
     # none at all; loss: of all layers, weighted, one per row where nothing is reduced; layers: each one's own
     "elements_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
@@ -57,10 +58,14 @@ def define(namespace):
 fastkd = define("fastkd")
 fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
 # matrix products, which torch has for every device: one implementation each, in ops/
-fastkd.define("similarity_fwd(Tensor student, Tensor teacher, bool save) -> (Tensor loss, Tensor grad)")
-# embeddings [N, D] or [B, N, D]; clamp: negative similarities of none, the teacher, both; mask: one per row
+# mask, weight: one per row
 fastkd.define(
-    "gram_fwd(Tensor student, Tensor teacher, bool normalize, int clamp, Tensor? mask, bool save) "
+    "similarity_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, bool save) "
+    "-> (Tensor loss, Tensor grad)"
+)
+# embeddings [N, D] or [B, N, D]; clamp: negative similarities of none, the teacher, both; mask, weight: one per row
+fastkd.define(
+    "gram_fwd(Tensor student, Tensor teacher, bool normalize, int clamp, Tensor? mask, Tensor? weight, bool save) "
     "-> (Tensor loss, Tensor grad)"
 )
 

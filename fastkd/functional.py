@@ -190,10 +190,14 @@ _RKD_SOURCE = 'Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.'
 _RKD_EQUAL = "Equal samples have no gradient from each other."
 
 
-_ROW_OPTIONS = """
+_MASK_OPTION = """
         mask: bool ``[N]``, True: the row counts. The others are not there: N is the number of those that count,
-            their gradient is 0, and they may hold anything. Default: every row counts.
-        weight: float ``[N]``, multiplies the row's terms; the divisor does not change."""
+            their gradient is 0, and they may hold anything. Default: every row counts."""
+_ROW_OPTIONS = (
+    _MASK_OPTION
+    + """
+        weight: float ``[N]``, multiplies the terms of row i; the divisor does not change."""
+)
 
 
 def _relational_loss(name, student, teacher, *options):
@@ -207,11 +211,11 @@ def _relational_loss(name, student, teacher, *options):
     return getattr(relations, name)(_backend.namespace(backend), student, teacher, *options)
 
 
-def rkd_distance(student, teacher, *, normalize="mean", delta=1.0):
-    _check.embeddings(student, teacher)
+def rkd_distance(student, teacher, *, normalize="mean", delta=1.0, mask=None, weight=None):
+    _check.embeddings(student, teacher, mask, weight)
     _check.normalize(normalize)
     _check.number("delta", delta)
-    return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta))
+    return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta), mask, weight)
 
 
 rkd_distance.__doc__ = _RELATIONAL.format(
@@ -223,16 +227,19 @@ rkd_distance.__doc__ = _RELATIONAL.format(
     "    No matrix [N, N] is held: beside the inputs a few arrays of their size and tiles of fixed size.",
     options="""
         normalize: ``"mean"``, the default: distances are divided by their mean; None: they are not.
-        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.""",
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1."""
+    + _MASK_OPTION
+    + """
+        weight: float ``[N]``, multiplies the terms ij of row i; neither the divisor nor mu changes.""",
     equal=_RKD_EQUAL,
     source=_RKD_SOURCE,
 )
 
 
-def rkd_angle(student, teacher, *, delta=1.0):
-    _check.embeddings(student, teacher)
+def rkd_angle(student, teacher, *, delta=1.0, mask=None):
+    _check.embeddings(student, teacher, mask)
     _check.number("delta", delta)
-    return _relational_loss("rkd_angle", student, teacher, float(delta))
+    return _relational_loss("rkd_angle", student, teacher, float(delta), mask)
 
 
 rkd_angle.__doc__ = _RELATIONAL.format(
@@ -242,22 +249,23 @@ rkd_angle.__doc__ = _RELATIONAL.format(
     notes="the cosine at a of every triplet, 0 where a is i or k or equals one. O(N^2 D + N^3) work, no\n"
     "    tensor [N, N, N]: beside the inputs a few arrays of their size and strips [512, N] or [1024, N].",
     options="""
-        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.""",
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1."""
+    + _MASK_OPTION,
     equal=_RKD_EQUAL,
     source=_RKD_SOURCE,
 )
 
 
 def rkd_loss(
-    student, teacher, *, distance_weight=25.0, angle_weight=50.0, distance_delta=1.0, angle_delta=1.0
+    student, teacher, *, distance_weight=25.0, angle_weight=50.0, distance_delta=1.0, angle_delta=1.0, mask=None
 ):  # fmt: skip
-    _check.embeddings(student, teacher)
+    _check.embeddings(student, teacher, mask)
     _check.at_least_zero("distance_weight", distance_weight)
     _check.at_least_zero("angle_weight", angle_weight)
     _check.number("distance_delta", distance_delta)
     _check.number("angle_delta", angle_delta)
     options = (float(angle_weight), float(angle_delta), float(distance_weight), float(distance_delta))
-    return _relational_loss("rkd_loss", student, teacher, *options)
+    return _relational_loss("rkd_loss", student, teacher, *options, mask)
 
 
 rkd_loss.__doc__ = _RELATIONAL.format(
@@ -267,15 +275,16 @@ rkd_loss.__doc__ = _RELATIONAL.format(
     options="""
         distance_weight, angle_weight: finite numbers of at least 0; a loss of weight 0 is not computed.
             Defaults 25 and 50.
-        distance_delta, angle_delta: where Huber's losses turn from quadratic to linear. Default 1.""",
+        distance_delta, angle_delta: where Huber's losses turn from quadratic to linear. Default 1."""
+    + _MASK_OPTION,
     equal=_RKD_EQUAL,
     source=_RKD_SOURCE,
 )
 
 
-def similarity_preserving(student, teacher):
-    _check.embeddings(student, teacher)
-    return _relational_loss("similarity_preserving", student, teacher)
+def similarity_preserving(student, teacher, *, mask=None, weight=None):
+    _check.embeddings(student, teacher, mask, weight)
+    return _relational_loss("similarity_preserving", student, teacher, mask, weight)
 
 
 similarity_preserving.__doc__ = _RELATIONAL.format(
@@ -285,21 +294,17 @@ similarity_preserving.__doc__ = _RELATIONAL.format(
     notes="computed from products [N, D] x [D, D] where N is large, linear in N, else from blocks of rows of G:\n"
     "    the cheaper way. No matrix [N, N] is held.\n"
     "    Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.",
-    options="",
+    options=_ROW_OPTIONS,
     equal="A row of zeros in G stays zero, and has no gradient.",
     source='Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.',
 )
 
 
-def gram_mse(student, teacher, *, normalize=True, clamp=None, mask=None):
-    _check.batches_of_embeddings(student, teacher)
+def gram_mse(student, teacher, *, normalize=True, clamp=None, mask=None, weight=None):
+    _check.batches_of_embeddings(student, teacher, mask, weight)
     _check.flag("normalize", normalize)
     _check.clamp(clamp)
-    if mask is None:
-        _check.finite(student=student, teacher=teacher)
-    else:
-        _check.mask(mask, student)
-    return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask)
+    return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask, weight)
 
 
 gram_mse.__doc__ = (
@@ -316,7 +321,9 @@ gram_mse.__doc__ = (
             With either, rows are compared with all others: O(N^2 D) work, the memory stays linear.
         mask: bool, one per row, ``[N]`` or ``[B, N]``; True: the row counts. The others are not there: N is the
             number of those that count, their gradient is 0, and they may hold anything. A batch's sample without
-            any is not there either.""",
+            any is not there either.
+        weight: float, one per row, multiplies the terms ij of row i; the divisor does not change. Rows are then
+            compared with all others, as with a clamp.""",
         equal="A row of zeros has no gradient.",
         source='Siméoni et al., "DINOv3", 2025, as Gram anchoring.',
     )

@@ -115,12 +115,23 @@ class _RelationalLoss(torch.nn.Module):
     def extra_repr(self):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self._options)
 
-    def forward(self, student, teacher):
-        """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``."""
-        return self._function(student, teacher, **{name: getattr(self, name) for name in self._options})
+    def _given(self):
+        return {name: getattr(self, name) for name in self._options}
+
+    def forward(self, student, teacher, *, mask=None):
+        """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``; mask: which rows count."""
+        return self._function(student, teacher, mask=mask, **self._given())
 
 
-class RKDDistanceLoss(_RelationalLoss):
+class _WeightedRelationalLoss(_RelationalLoss):
+    """The same of a loss whose terms each belong to a row."""
+
+    def forward(self, student, teacher, *, mask=None, weight=None):
+        """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``; mask, weight: one per row."""
+        return self._function(student, teacher, mask=mask, weight=weight, **self._given())
+
+
+class RKDDistanceLoss(_WeightedRelationalLoss):
     """:func:`fastkd.functional.rkd_distance` as a module.
 
     Args:
@@ -174,18 +185,20 @@ class RKDLoss(_RelationalLoss):
         )
 
 
-class SimilarityPreservingLoss(_RelationalLoss):
+class SimilarityPreservingLoss(_WeightedRelationalLoss):
     """:func:`fastkd.functional.similarity_preserving` as a module."""
 
     _function = staticmethod(functional.similarity_preserving)
 
 
-class GramMSELoss(_RelationalLoss):
-    """:func:`fastkd.functional.gram_mse` as a module.
+class GramMSELoss(_WeightedRelationalLoss):
+    """:func:`fastkd.functional.gram_mse` as a module, of embeddings ``[N, D]`` or ``[B, N, D]``.
 
     Args:
         normalize, clamp: as there.
     """
+
+    _function = staticmethod(functional.gram_mse)
 
     def __init__(self, *, normalize=True, clamp=None):
         super().__init__()
@@ -193,17 +206,11 @@ class GramMSELoss(_RelationalLoss):
         _check.clamp(clamp)
         self._remember(normalize=normalize, clamp=clamp)
 
-    def forward(self, student, teacher, mask=None):
-        """The loss of embeddings ``[N, D]`` or ``[B, N, D]``; ``mask``: one per row."""
-        return functional.gram_mse(student, teacher, normalize=self.normalize, clamp=self.clamp, mask=mask)
 
-
-class PKTLoss(_RelationalLoss):
+class PKTLoss(_WeightedRelationalLoss):
     """:func:`fastkd.functional.pkt` as a module."""
 
-    def forward(self, student, teacher, *, mask=None, weight=None):
-        """The loss of embeddings ``[N, D_s]`` and ``[N, D_t]``; mask and weight: one per row."""
-        return functional.pkt(student, teacher, mask=mask, weight=weight)
+    _function = staticmethod(functional.pkt)
 
 
 class RelationKLLoss(_RelationalLoss):
@@ -239,7 +246,7 @@ class RelationKLLoss(_RelationalLoss):
             mask=mask,
             key_mask=key_mask,
             weight=weight,
-            **{name: getattr(self, name) for name in self._options},
+            **self._given(),
         )
 
 

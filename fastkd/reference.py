@@ -148,6 +148,15 @@ def _embeddings(student, teacher):
     return student.to(dtype), _ordinary(teacher).detach().to(dtype)
 
 
+def _rows_there(student, teacher, mask, weight):
+    """Without those that are masked: how many are left has to be known here."""
+    weight = None if weight is None else _ordinary(weight).to(student.dtype)
+    if mask is None:
+        return student, teacher, weight
+    mask = _ordinary(mask)
+    return student[mask], teacher[mask], None if weight is None else weight[mask]
+
+
 def _distances(x, normalize):
     """[N, N], by differences. Off the diagonal at least 1e-6, where there is no gradient."""
     d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6)
@@ -156,12 +165,15 @@ def _distances(x, normalize):
     return d / (d.sum() / pairs) if normalize and pairs else d
 
 
-def rkd_distance(student, teacher, normalize, delta):
+def rkd_distance(student, teacher, normalize, delta, mask=None, weight=None):
     """Holds matrices [N, N]."""
-    s, t = _embeddings(student, teacher)
+    s, t, weight = _rows_there(*_embeddings(student, teacher), mask, weight)
     if len(s) < 2:
         return (s * 0).sum()
-    return torch.nn.functional.huber_loss(_distances(s, normalize), _distances(t, normalize), delta=delta)
+    d, e = _distances(s, normalize), _distances(t, normalize)
+    if weight is None:
+        return torch.nn.functional.huber_loss(d, e, delta=delta)
+    return (torch.nn.functional.huber_loss(d, e, delta=delta, reduction="none") * weight[:, None]).mean()
 
 
 def _cosines(x):
@@ -173,16 +185,17 @@ def _cosines(x):
     return unit @ unit.transpose(1, 2)
 
 
-def rkd_angle(student, teacher, delta):
+def rkd_angle(student, teacher, delta, mask=None):
     """Holds [N, N, D] and [N, N, N]."""
-    s, t = _embeddings(student, teacher)
+    s, t, _ = _rows_there(*_embeddings(student, teacher), mask, None)
     if len(s) < 2:
         return (s * 0).sum()
     return torch.nn.functional.huber_loss(_cosines(s), _cosines(t), delta=delta)
 
 
-def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta):
-    s, t = _embeddings(student, teacher)  # here, or gradients would be added up in half precision
+def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta, mask=None):
+    # here, or gradients would be added up in half precision
+    s, t, _ = _rows_there(*_embeddings(student, teacher), mask, None)
     loss = (s * 0).sum()
     if angle_weight:
         loss = loss + angle_weight * rkd_angle(s, t, angle_delta)
@@ -197,13 +210,14 @@ def _unit(x):
     return torch.where(squares == 0, 0.0, x / torch.where(squares == 0, 1.0, squares).sqrt())
 
 
-def similarity_preserving(student, teacher):
+def similarity_preserving(student, teacher, mask=None, weight=None):
     """Holds matrices [N, N]."""
-    s, t = (_unit(x @ x.T) for x in _embeddings(student, teacher))
-    return (s - t).square().sum() / max(len(s), 1) ** 2
+    s, t, weight = _rows_there(*_embeddings(student, teacher), mask, weight)
+    rows = (_unit(s @ s.T) - _unit(t @ t.T)).square().sum(1)
+    return (rows if weight is None else rows * weight).sum() / max(len(s), 1) ** 2
 
 
-def gram_mse(student, teacher, normalize, clamp, mask):
+def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
     shape = student.shape[:-1] if student.dim() == 3 else (1, len(student))
@@ -215,7 +229,10 @@ def gram_mse(student, teacher, normalize, clamp, mask):
     G = G.clamp(min=0) if clamp == "both" else G
     H = H.clamp(min=0) if clamp else H
     rows = mask.sum(1)
-    squares = (G - H).square().sum((1, 2)) / rows.clamp(min=1).to(s.dtype) ** 2
+    squares = (G - H).square().sum(2)
+    if weight is not None:
+        squares = squares * torch.where(mask, _ordinary(weight).view(shape).to(s.dtype), 0.0)
+    squares = squares.sum(1) / rows.clamp(min=1).to(s.dtype) ** 2
     return squares.sum() / (rows > 0).sum().clamp(min=1)
 
 

@@ -283,9 +283,18 @@ def test_the_op_checks_its_own_contract():
 
 def relational_ops(backend_name):
     ops = relations.OPS[_backend.namespace(backend_name)]
-    yield "pairs_fwd", lambda s=S, t=T, relation=0, delta=1.0: ops.pairs_fwd(s, t, relation, delta, True, True)
-    yield "triples_fwd", lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, weight, delta, weight, 1.0, True)
-    yield "triples_fwd", lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, 1.0, 1.0, weight, delta, True)
+    yield (
+        "pairs_fwd",
+        lambda s=S, t=T, relation=0, delta=1.0: ops.pairs_fwd(s, t, None, None, relation, delta, True, True),
+    )
+    yield (
+        "triples_fwd",
+        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, None, weight, delta, weight, 1.0, True),
+    )
+    yield (
+        "triples_fwd",
+        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, None, 1.0, 1.0, weight, delta, True),
+    )
 
 
 def test_the_relational_ops_check_their_own_contract():
@@ -321,10 +330,10 @@ def test_the_relational_ops_check_their_own_contract():
 
 def test_similarity_fwd_checks_its_own_contract():
     op = torch.ops.fastkd.similarity_fwd
-    op(S, T, True)
+    op(S, T, None, None, True)
     for student, teacher in ((S[0], T), (S, T[0]), (S[None], T), (S, T[:3]), (S[:3], T), (S, T[:1])):
         with pytest.raises(RuntimeError, match=r"student and teacher: .*wanted"):
-            op(student, teacher, True)
+            op(student, teacher, None, None, True)
     for student, teacher, side in ((S.long(), T, "student"), (S, T.cfloat(), "teacher")):
         with pytest.raises(RuntimeError, match=f"{side}: float16, bfloat16"):
-            op(student, teacher, True)
+            op(student, teacher, None, None, True)

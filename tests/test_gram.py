@@ -165,6 +165,6 @@ def test_the_op_checks_its_own_contract():
     op = torch.ops.fastkd.gram_fwd
     for student, teacher in ((S, T[:3]), (S[0], T[0]), (S[None], T)):
         with pytest.raises(RuntimeError, match="student and teacher: embeddings"):
-            op(student, teacher, True, 0, None, True)
+            op(student, teacher, True, 0, None, None, True)
     with pytest.raises(RuntimeError, match=r"teacher: float16, .* wanted, got torch.int64"):
-        op(S, T.long(), True, 0, None, False)
+        op(S, T.long(), True, 0, None, None, False)

@@ -13,6 +13,7 @@ from tolerances import FLOOR, error
 import fastkd
 from fastkd import _backend, functional
 from fastkd.ops import attention, elements, relations, rows
+from fastkd.reference import compute_dtype
 
 without_triton = pytest.mark.skipif(bool(_backend.unavailable("triton")), reason=_backend.unavailable("triton"))
 if torch.cuda.is_available():  # these tests have CPU tensors, which Triton takes under its interpreter only
@@ -54,13 +55,19 @@ def relational_calls(backend_name):
     }
     for name, pair in inputs.items():
         for save in (False, True):
-            yield f"pairs_fwd-{name}-{save}", ops.pairs_fwd, (*pair, 0, 0.5, True, save)
-            yield f"triples_fwd-{name}-{save}", ops.triples_fwd, (*pair, 2.0, 0.5, 1.0, 1.0, save)
+            of_rows = None, None
+            if save:
+                count = torch.tensor(min(2, len(pair[0])))
+                of_rows = count, torch.rand(len(pair[0]), dtype=compute_dtype(*pair))
+            yield f"pairs_fwd-{name}-{save}", ops.pairs_fwd, (*pair, *of_rows, 0, 0.5, True, save)
+            yield f"triples_fwd-{name}-{save}", ops.triples_fwd, (*pair, of_rows[0], 2.0, 0.5, 1.0, 1.0, save)
             if backend_name == "cpu":  # it is one for all
-                yield f"similarity_fwd-{name}-{save}", ops.similarity_fwd, (*pair, save)
+                yield f"similarity_fwd-{name}-{save}", ops.similarity_fwd, (*pair, None, None, save)
                 mask = torch.rand(len(pair[0])) < 0.7
-                yield f"gram_fwd-{name}-{save}", ops.gram_fwd, (*pair, save, 0, mask if save else None, save)
+                yield f"gram_fwd-{name}-{save}", ops.gram_fwd, (*pair, save, 0, mask if save else None, None, save)
                 rows = (mask, torch.rand(len(mask))) if save else (None, None)
+                yield f"similarity_fwd-rows-{name}-{save}", ops.similarity_fwd, (*pair, *rows, save)
+                yield f"gram_fwd-rows-{name}-{save}", ops.gram_fwd, (*pair, save, 0, *rows, save)
                 for native in (False, True):
                     yield f"pkt-{name}-{save}-{native}", ops.pkt_fwd, (*pair, *rows, native, save)
                 for keys in (None, pair):
@@ -68,13 +75,17 @@ def relational_calls(backend_name):
                     arguments = (*(x[None] for x in pair), *(keys and x[None] for x in keys or pair), *options)
                     yield f"relation_kl-{name}-{save}-{keys is None}", torch.ops.fastkd.relation_kl_fwd, (
                         *arguments, save, save and keys is not None)  # fmt: skip
-                yield f"gram_fwd-batch-{name}-{save}", ops.gram_fwd, (*(x[None] for x in pair), True, 2, None, save)
-    yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, 0, 1.0, False, True)
+                yield (
+                    f"gram_fwd-batch-{name}-{save}",
+                    ops.gram_fwd,
+                    (*(x[None] for x in pair), True, 2, None, None, save),
+                )
+    yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, None, None, 0, 1.0, False, True)
     if backend_name == "cpu":
         rows = [torch.rand(9) for _ in range(5)]
         strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows, 2
         yield "pkt_strip_", torch.ops.fastkd.pkt_strip_, strip
-    yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, 1.0, 1.0, 0.0, 1.0, True)
+    yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, None, 1.0, 1.0, 0.0, 1.0, True)
 
 
 def feature_calls(backend_name):

@@ -96,11 +96,11 @@ def relation_launches(pairs, triples):
         for N in (64, 256, 1024, 2176):
             x, save = torch.empty(N, 512, dtype=dtype), dtype is not torch.float16
             name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
-            calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, 0, 1.0, True, True)
-            calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, 2.0, 1.0, 1.0, 1.0, s)
+            calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, 1.0, True, True)
+            calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, 2.0, 1.0, 1.0, 1.0, s)
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
-    calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, 0, 1.0, False, True)
-    calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, 2.0, 1.0, 0.0, 1.0, True)
+    calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, 1.0, False, True)
+    calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, None, 2.0, 1.0, 0.0, 1.0, True)
     return calls
 
 

@@ -6,12 +6,14 @@
 
 namespace fastkd {
 
-// Embeddings of both sides: what every relational op starts with.
+// Embeddings of both sides: what every relational op starts with. Rows from `count` on are not there: they hold
+// finite numbers, and have no gradient.
 struct RelationInputs {
-  explicit RelationInputs(Arguments& a) : student(a.next<Tensor>()), teacher(a.next<Tensor>()) {}
-  RelationInputs(const Tensor& student, const Tensor& teacher) : student(student), teacher(teacher) {}
+  explicit RelationInputs(Arguments& a)
+      : student(a.next<Tensor>()), teacher(a.next<Tensor>()), count(a.next<OptionalTensor>()) {}
 
   Tensor student, teacher;  // [N, D_s], [N, D_t]
+  OptionalTensor count;     // int64, one element, where they are
 
   int64_t N() const { return student.size(0); }
   // Of the loss, and of what is computed.
@@ -32,11 +34,13 @@ struct RelationInputs {
 struct PairsInputs : RelationInputs {
   explicit PairsInputs(Arguments& a)
       : RelationInputs(a),
+        weight(a.next<OptionalTensor>()),
         relation(a.next<int64_t>()),
         delta(a.next<double>()),
         normalize(a.next<bool>()),
         save(a.next<bool>()) {}
 
+  OptionalTensor weight;  // [N], of the compute dtype
   int64_t relation;
   double delta;
   bool normalize, save;
@@ -71,6 +75,8 @@ inline void check_embeddings(const RelationInputs& in) {
   FASTKD_CHECK(s.size(1) > 0 && t.size(1) > 0, "student and teacher: at least one feature wanted");
   to_dtype(s.scalar_type(), "student");
   to_dtype(t.scalar_type(), "teacher");
+  FASTKD_CHECK(!in.count || (in.count->numel() == 1 && in.count->scalar_type() == ScalarType::Long),
+               "count: an int64 tensor of one element wanted");
 }
 
 inline void check_delta(double delta, const char* name) {
@@ -79,6 +85,9 @@ inline void check_delta(double delta, const char* name) {
 
 inline void check(const PairsInputs& in) {
   check_embeddings(in);
+  FASTKD_CHECK(!in.weight || (in.weight->dim() == 1 && in.weight->size(0) == in.N() && in.weight->is_contiguous() &&
+                              in.weight->scalar_type() == in.compute()),
+               "weight: one per row wanted, contiguous, of the dtype that is computed in");
   FASTKD_CHECK(in.relation >= 0 && in.relation < int64_t(Relation::kCount), "relation: unknown number ", in.relation);
   check_delta(in.delta, "delta");
 }

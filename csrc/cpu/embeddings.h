@@ -11,6 +11,15 @@
 
 namespace fastkd {
 
+// How many rows are there, of a relational op's inputs.
+template <class Inputs>
+int64_t rows_there(const Inputs& in) {
+  if (!in.count) return in.N();
+  const int64_t count = *static_cast<const int64_t*>(in.count->const_data_ptr());
+  FASTKD_CHECK(count >= 0 && count <= in.N(), "count: from 0 to ", in.N(), " wanted, got ", count);
+  return count;
+}
+
 template <class T>
 struct Centred {
   torch::stable::Tensor memory, source;
@@ -50,10 +59,13 @@ void centre_columns(const T* from, int64_t stride, T* to, int64_t N, int64_t D) 
   });
 }
 
+// Of the first N rows.
 template <class T>
-Centred<T> centre(const torch::stable::Tensor& embeddings) {
+Centred<T> centre(const torch::stable::Tensor& all, int64_t N) {
   using torch::stable::Tensor;
-  const int64_t N = embeddings.size(0), D = embeddings.size(1);
+  Tensor given = all;
+  const Tensor embeddings = torch::stable::narrow(given, 0, 0, N);
+  const int64_t D = embeddings.size(1);
   const ScalarType type = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const auto copy = [&] {
     Tensor out = torch::stable::new_empty(embeddings, {N, D}, type);

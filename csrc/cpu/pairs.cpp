@@ -37,27 +37,28 @@ constexpr int64_t kRows = 16;    // of that tile, dealt to a thread at once
 constexpr int64_t kKept = int64_t(16) << 20;
 
 template <class T>
-const PairsKernel<T>& kernel(Relation relation) {
+const PairsKernel<T>& kernel(Relation relation, bool weighted) {
 #if FASTKD_X86
   switch (isa()) {
     case Isa::kBaseline:
       break;
     case Isa::kAvx2:
-      return avx2::pairs_kernel<T>(relation);
+      return avx2::pairs_kernel<T>(relation, weighted);
     case Isa::kAvx512:
-      return avx512::pairs_kernel<T>(relation);
+      return avx512::pairs_kernel<T>(relation, weighted);
   }
 #endif
-  return baseline::pairs_kernel<T>(relation);
+  return baseline::pairs_kernel<T>(relation, weighted);
 }
 
 template <class T>
 class Pairs {
  public:
-  Pairs(Relation relation, const RelationOptions& options, const Centred<T>& student, const Centred<T>& teacher)
+  Pairs(Relation relation, const RelationOptions& options, const Centred<T>& student, const Centred<T>& teacher,
+        const T* weight)
       : student_(student),
         teacher_(teacher),
-        k_(kernel<T>(relation)),
+        k_(kernel<T>(relation, weight != nullptr)),
         options_(options),
         N_(student.N),
         blocks_(N_ <= kWhole ? 1 : (N_ + kBlock - 1) / kBlock),
@@ -69,6 +70,10 @@ class Pairs {
         student_norms_(norms(student)),
         teacher_norms_(norms(teacher)) {
     if (keeps_) kept_ = make_buffer<char>(tiles_ * tile_bytes());
+    if (weight) {
+      half_weights_ = make_buffer<T>(N_);
+      for (int64_t i = 0; i < N_; ++i) half_weights_[i] = weight[i] / 2;
+    }
   }
 
   double run(T* grad) {
@@ -132,6 +137,8 @@ class Pairs {
     };
     return {side(student_, student_norms_, memory),
             side(teacher_, teacher_norms_, memory + block_ * block_),
+            half_weights_ ? half_weights_.get() + bi.begin : nullptr,
+            half_weights_ ? half_weights_.get() + bj.begin : nullptr,
             bi.n,
             bj.n,
             block_,
@@ -278,6 +285,7 @@ class Pairs {
   std::vector<RelationSums> sums_;  // a tile's, or of a tile that is shared a part's
   std::vector<char> near_;          // whether any two of the student's rows are, in the same order
   const Buffer<T> student_norms_, teacher_norms_;
+  Buffer<T> half_weights_;  // or none
   Buffer<char> kept_;
   Buffer<T> product_;
   std::vector<double> weight_sums_;
@@ -290,12 +298,15 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
   dispatch_compute(in.compute(), [&](auto zero) {
     using T = decltype(zero);
-    const Centred<T> student = centre<T>(in.student), teacher = centre<T>(in.teacher);
+    const int64_t N = rows_there(in);
+    const Centred<T> student = centre<T>(in.student, N), teacher = centre<T>(in.teacher, N);
+    const T* weight = in.weight ? static_cast<const T*>(in.weight->const_data_ptr()) : nullptr;
     const bool direct = in.save && grad.scalar_type() == in.compute();
     Tensor wide = in.save && !direct ? torch::stable::new_empty(grad, grad.sizes(), in.compute()) : grad;
     T* to = in.save ? static_cast<T*>(wide.mutable_data_ptr()) : nullptr;
-    *static_cast<T*>(loss.mutable_data_ptr()) =
-        T(pairs_loss(Relation(in.relation), RelationOptions{in.delta, in.normalize, in.N()}, student, teacher, to));
+    *static_cast<T*>(loss.mutable_data_ptr()) = T(
+        pairs_loss(Relation(in.relation), RelationOptions{in.delta, in.normalize, N}, student, teacher, weight, to));
+    if (to) std::fill(to + N * student.D, to + in.N() * student.D, T(0));
     if (in.save && !direct) torch::stable::copy_(grad, wide);
   });
   stack[0] = torch::stable::detail::from(loss);
@@ -306,15 +317,17 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
 
 template <class T>
 double pairs_loss(Relation relation, const RelationOptions& options, const Centred<T>& student,
-                  const Centred<T>& teacher, T* grad) {
+                  const Centred<T>& teacher, const T* weight, T* grad) {
   if (student.N < 2) {
     if (grad) std::fill_n(grad, student.N * student.D, T(0));
     return 0;
   }
-  return Pairs<T>(relation, options, student, teacher).run(grad);
+  return Pairs<T>(relation, options, student, teacher, weight).run(grad);
 }
-template double pairs_loss(Relation, const RelationOptions&, const Centred<float>&, const Centred<float>&, float*);
-template double pairs_loss(Relation, const RelationOptions&, const Centred<double>&, const Centred<double>&, double*);
+template double pairs_loss(Relation, const RelationOptions&, const Centred<float>&, const Centred<float>&,
+                           const float*, float*);
+template double pairs_loss(Relation, const RelationOptions&, const Centred<double>&, const Centred<double>&,
+                           const double*, double*);
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("pairs_fwd", &pairs_fwd); }
 

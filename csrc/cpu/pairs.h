@@ -6,13 +6,15 @@
 
 namespace fastkd {
 
-// The loss of all pairs; options.N is theirs. Into grad [N, D_s], where it is not null, goes its gradient.
+// The loss of all pairs; options.N is theirs; weight [N], or null: 1. Into grad [N, D_s], where it is not null, goes
+// its gradient.
 template <class T>
-double pairs_loss(Relation, const RelationOptions&, const Centred<T>& student, const Centred<T>& teacher, T* grad);
+double pairs_loss(Relation, const RelationOptions&, const Centred<T>& student, const Centred<T>& teacher,
+                  const T* weight, T* grad);
 
 extern template double pairs_loss(Relation, const RelationOptions&, const Centred<float>&, const Centred<float>&,
-                                  float*);
+                                  const float*, float*);
 extern template double pairs_loss(Relation, const RelationOptions&, const Centred<double>&, const Centred<double>&,
-                                  double*);
+                                  const double*, double*);
 
 }  // namespace fastkd

@@ -67,7 +67,20 @@ int measures_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_
   return near;
 }
 
-template <class R, class T>
+// Of row i's pairs: weight(j).
+template <bool kWeighted, class T>
+struct WeightsOfRow {
+  WeightsOfRow(const PairsTile<T>& tile, int64_t i)
+      : own(kWeighted ? tile.half_weights_i[i] : T(0)), others(tile.half_weights_j) {}
+  T operator()(int64_t j) const {
+    if constexpr (kWeighted) return own + others[j];
+    return T(1);
+  }
+  T own;
+  const T* others;
+};
+
+template <class R, bool kWeighted, class T>
 bool measures(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums& sums) {
   bool near = false;
   for (int64_t i = begin; i < end; ++i) {
@@ -76,13 +89,14 @@ bool measures(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums
     measures_of_row<R>(tile.teacher, i, tile.columns, tile.stride, self);
     const T* s = tile.student.tile + i * tile.stride;
     const T* t = tile.teacher.tile + i * tile.stride;
+    const WeightsOfRow<kWeighted, T> weight(tile, i);
     T student = 0, teacher = 0, squared = 0, product = 0;
 #pragma omp simd reduction(+ : student, teacher, squared, product)
     for (int64_t j = 0; j < tile.columns; ++j) {
       student += s[j];
       teacher += t[j];
-      squared += s[j] * s[j];
-      product += s[j] * t[j];
+      squared += weight(j) * (s[j] * s[j]);
+      product += weight(j) * (s[j] * t[j]);
     }
     sums.student += double(student);
     sums.teacher += double(teacher);
@@ -92,24 +106,25 @@ bool measures(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums
   return near;
 }
 
-template <class R, class T>
+template <class R, bool kWeighted, class T>
 void loss(const PairsTile<T>& tile, const RelationOptions& options, const RelationSums& known, int64_t begin,
           int64_t end, RelationSums& sums) {
   const R relation(options, known);
   for (int64_t i = begin; i < end; ++i) {
     const T* s = tile.student.tile + i * tile.stride;
     const T* t = tile.teacher.tile + i * tile.stride;
+    const WeightsOfRow<kWeighted, T> weight(tile, i);
     T loss = 0, slope = 0;
 #pragma omp simd reduction(+ : loss, slope)
-    for (int64_t j = 0; j < tile.columns; ++j) relation.pair(s[j], t[j], loss, slope);
+    for (int64_t j = 0; j < tile.columns; ++j) relation.pair(s[j], t[j], weight(j), loss, slope);
     sums.loss += double(loss);
     sums.slope += double(slope);
   }
 }
 
-// The student's tile becomes weights, f(s, t, loss, slope) of each pair's measures; near pairs' go into
-// the teacher's.
-template <bool kAnyNear, class T, class F>
+// The student's tile becomes weights, f(s, t, w, loss, slope) of each pair's measures and weight; near pairs' go
+// into the teacher's.
+template <bool kAnyNear, bool kWeighted, class T, class F>
 void replace(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums& sums, T* row_sums, T* column_sums,
              F&& f) {
   const T* norms_j = tile.student.norms_j;
@@ -117,10 +132,11 @@ void replace(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums&
     T* s = tile.student.tile + i * tile.stride;
     T* t = tile.teacher.tile + i * tile.stride;
     const T norm = tile.student.norms_i[i];
+    const WeightsOfRow<kWeighted, T> weight(tile, i);
     T loss = 0, slope = 0, row = 0;
 #pragma omp simd reduction(+ : loss, slope, row)
     for (int64_t j = 0; j < tile.columns; ++j) {
-      const T w = f(s[j], t[j], loss, slope);
+      const T w = f(s[j], t[j], weight(j), loss, slope);
       if constexpr (kAnyNear) {
         const bool near = s[j] * s[j] < kNear<T> * (norm + norms_j[j]);
         s[j] = near ? T(0) : w;
@@ -140,16 +156,16 @@ void replace(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums&
   }
 }
 
-template <class R, class T>
+template <class R, bool kWeighted, class T>
 void weights(const PairsTile<T>& tile, const RelationOptions& options, const RelationSums& known, int64_t begin,
              int64_t end, bool any_near, RelationSums& sums, T* row_sums, T* column_sums) {
   const R relation(options, known);
-  const auto f = [relation](T s, T t, T& loss, T& slope) __attribute__((always_inline)) {
-    relation.pair(s, t, loss, slope);
-    return relation.weight(s, t);
+  const auto f = [relation](T s, T t, T w, T& loss, T& slope) __attribute__((always_inline)) {
+    relation.pair(s, t, w, loss, slope);
+    return relation.weight(s, t, w);
   };
-  any_near ? replace<true>(tile, begin, end, sums, row_sums, column_sums, f)
-           : replace<false>(tile, begin, end, sums, row_sums, column_sums, f);
+  any_near ? replace<true, kWeighted>(tile, begin, end, sums, row_sums, column_sums, f)
+           : replace<false, kWeighted>(tile, begin, end, sums, row_sums, column_sums, f);
 }
 
 template <class R, class T>
@@ -157,11 +173,11 @@ void slope_weights(const PairsTile<T>& tile, const RelationOptions& options, con
                    int64_t begin, int64_t end, bool any_near, T* row_sums, T* column_sums) {
   const R relation(options, known);
   const T factor = T(error);
-  const auto f = [relation, factor, options](T s, T, T&, T&)
+  const auto f = [relation, factor, options](T s, T, T, T&, T&)
                      __attribute__((always_inline)) { return factor * relation.slope_weight(s, options); };
   RelationSums unused;
-  any_near ? replace<true>(tile, begin, end, unused, row_sums, column_sums, f)
-           : replace<false>(tile, begin, end, unused, row_sums, column_sums, f);
+  any_near ? replace<true, false>(tile, begin, end, unused, row_sums, column_sums, f)
+           : replace<false, false>(tile, begin, end, unused, row_sums, column_sums, f);
 }
 
 template <class T>
@@ -180,26 +196,34 @@ void near(const PairsTile<T>& tile, int64_t begin, int64_t end, T* out_i, T* out
   }
 }
 
-template <template <class> class Functor, class T, class R = Functor<T>>
-const PairsKernel<T> kernel = {norms<T>, measures<R, T>,     loss<R, T>, weights<R, T>, slope_weights<R, T>,
-                               near<T>,  R::unclamped_slope, R::matters, R::measures,   R::loss_scale};
+template <template <class> class Functor, bool kWeighted, class T, class R = Functor<T>>
+const PairsKernel<T> kernel = {norms<T>,
+                               measures<R, kWeighted, T>,
+                               loss<R, kWeighted, T>,
+                               weights<R, kWeighted, T>,
+                               slope_weights<R, T>,
+                               near<T>,
+                               R::unclamped_slope,
+                               R::matters,
+                               R::measures,
+                               R::loss_scale};
 
 }  // namespace
 
 template <class T>
-const PairsKernel<T>& pairs_kernel(Relation relation) {
+const PairsKernel<T>& pairs_kernel(Relation relation, bool weighted) {
   switch (relation) {
 #define FASTKD_CASE(name) \
   case Relation::k##name: \
-    return kernel<name, T>;
+    return weighted ? kernel<name, true, T> : kernel<name, false, T>;
     FASTKD_FOR_EACH_RELATION(FASTKD_CASE)
 #undef FASTKD_CASE
     case Relation::kCount:
       break;
   }
-  return kernel<RkdDistance, T>;  // the binding has refused other numbers
+  return kernel<RkdDistance, false, T>;  // the binding has refused other numbers
 }
-template const PairsKernel<float>& pairs_kernel<float>(Relation);
-template const PairsKernel<double>& pairs_kernel<double>(Relation);
+template const PairsKernel<float>& pairs_kernel<float>(Relation, bool weighted);
+template const PairsKernel<double>& pairs_kernel<double>(Relation, bool weighted);
 
 }  // namespace fastkd::FASTKD_ISA

@@ -22,6 +22,7 @@ struct PairsSide {
 template <class T>
 struct PairsTile {
   PairsSide<T> student, teacher;
+  const T *half_weights_i, *half_weights_j;  // [rows], [columns]: a pair's weight is their sum; or null: it is 1
   int64_t rows, columns, stride;
   int64_t diagonal;  // row i = 0 is column `diagonal`; negative: no row meets itself
 };
@@ -56,15 +57,15 @@ struct PairsKernel {
 // One for each level of isa.h.
 namespace baseline {
 template <class T>
-const PairsKernel<T>& pairs_kernel(Relation);
+const PairsKernel<T>& pairs_kernel(Relation, bool weighted);
 }
 namespace avx2 {
 template <class T>
-const PairsKernel<T>& pairs_kernel(Relation);
+const PairsKernel<T>& pairs_kernel(Relation, bool weighted);
 }
 namespace avx512 {
 template <class T>
-const PairsKernel<T>& pairs_kernel(Relation);
+const PairsKernel<T>& pairs_kernel(Relation, bool weighted);
 }
 
 }  // namespace fastkd

@@ -18,7 +18,8 @@ namespace {
 // += its gradient.
 template <class T>
 double add_angles(const TriplesInputs& in, T* grad) {
-  const Centred<double> student = centre<double>(in.student), teacher = centre<double>(in.teacher);
+  const int64_t N = rows_there(in);
+  const Centred<double> student = centre<double>(in.student, N), teacher = centre<double>(in.teacher, N);
   double loss = 0;
   if (triples::Angles<T>(student, teacher, in.angle_delta).run(in.angle_weight, grad, loss)) return loss;
   const int64_t n = grad ? student.N * student.D : 0;
@@ -34,11 +35,12 @@ double triples_loss(const TriplesInputs& in, T* grad) {
   const int64_t n = grad ? in.student.numel() : 0;
   double loss = 0;
   std::fill_n(grad, n, T(0));
-  if (in.N() < 2) return 0;
+  const int64_t N = rows_there(in);
+  if (N < 2) return 0;
   if (in.distance_weight != 0) {
-    const Centred<T> student = centre<T>(in.student), teacher = centre<T>(in.teacher);
-    loss = in.distance_weight *
-           pairs_loss(Relation::kRkdDistance, RelationOptions{in.distance_delta, true, in.N()}, student, teacher, grad);
+    const Centred<T> student = centre<T>(in.student, N), teacher = centre<T>(in.teacher, N);
+    loss = in.distance_weight * pairs_loss(Relation::kRkdDistance, RelationOptions{in.distance_delta, true, N}, student,
+                                           teacher, static_cast<const T*>(nullptr), grad);
     for (int64_t i = 0; i < n; ++i) grad[i] *= T(in.distance_weight);
   }
   if (in.angle_weight != 0) loss += add_angles(in, grad);

@@ -62,6 +62,7 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
   const PairsInputs in(arguments);
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
+  FASTKD_CHECK(!in.count && !in.weight, "count and weight: not yet");
   const Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
   cuda::PairsParams P{};
   P.options = {in.delta, in.normalize, in.N()};

@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __g
         y = R::measure(teacher);
       } else {
         x = y = 0;
-        relation.pair(R::measure(student), R::measure(teacher), x, y);
+        relation.pair(R::measure(student), R::measure(teacher), T(1), x, y);
       }
       a += x;
       b += y;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
       const T student = room.student[at];
       const bool pair = is_pair(P, i + row, j + c), near = pair && std::signbit(student);
       const T w =
-          pair ? relation.weight(R::measure(std::fabs(student)), R::measure(std::fabs(room.teacher[at]))) : T(0);
+          pair ? relation.weight(R::measure(std::fabs(student)), R::measure(std::fabs(room.teacher[at])), T(1)) : T(0);
       const T far = near ? T(0) : Product::rounded(w);
       room.student[at] = far;
       room.teacher[at] = near ? w : T(0);

@@ -39,6 +39,7 @@ void triples_fwd(StableIValue* stack, uint64_t, uint64_t) {
   const TriplesInputs in(arguments);
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
+  FASTKD_CHECK(!in.count, "count: not yet");
   const Tensor loss = in.new_loss();
   Tensor grad = in.new_grad(in.save);
   const cuda::Context context(in.student);

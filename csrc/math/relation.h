@@ -1,6 +1,7 @@
 // Relations between two samples: what a pair contributes, as a functor of its measures s and t, those
-// of the student's and of the teacher's pair (of RKD: their distances). A schedule computes squared
-// distances and walks all ordered pairs of different samples up to three times:
+// of the student's and of the teacher's pair (of RKD: their distances), and of its weight w, the mean of
+// those of its samples. A schedule computes squared distances and walks all ordered pairs of different
+// samples up to three times:
 //   1. per side the sum of measure(), where measures()
 //   2. the sums of the loss and the slope that pair() adds
 //   3. weight(), w_ij: the gradient is sum_j w_ij (x_i - x_j)
@@ -28,7 +29,7 @@ struct RelationOptions {
 // Sums over the ordered pairs; 0 where they are not known yet.
 struct RelationSums {
   double student = 0, teacher = 0;          // of the measures s and t
-  double student_squared = 0, product = 0;  // of s^2 and s t; on the CPU
+  double student_squared = 0, product = 0;  // of w s^2 and w s t; on the CPU
   double loss = 0, slope = 0;
 
   FASTKD_HD void add(const RelationSums& o, double times) {
@@ -48,9 +49,9 @@ namespace fastkd::FASTKD_ISA {
 FASTKD_HD float square_root(float x) { return sqrtf(x); }
 FASTKD_HD double square_root(double x) { return sqrt(x); }
 
-// loss = 1/N^2 sum huber(e), e = u - v; u = d_s / mean d_s, v = d_t / mean d_t, d = sqrt(max(d^2, 1e-12)).
-// With r = clamp(e, +-delta) and C the mean of r u, which comes from the student's mean:
-// w = 2 / (N^2 mean d_s) (r - C) / d_s.
+// loss = 1/N^2 sum w huber(e), e = u - v; u = d_s / mean d_s, v = d_t / mean d_t, d = sqrt(max(d^2, 1e-12)).
+// With r = clamp(e, +-delta) and C the mean of w r u, which comes from the student's mean:
+// w_ij = 2 / (N^2 mean d_s) (w r - C) / d_s.
 template <class T>
 class RkdDistance {
  public:
@@ -73,18 +74,18 @@ class RkdDistance {
 
   FASTKD_HD static T measure(T squared) { return square_root(squared < kLeast ? kLeast : squared); }
 
-  FASTKD_HD void pair(T s, T t, T& loss, T& slope) const {
+  FASTKD_HD void pair(T s, T t, T w, T& loss, T& slope) const {
     const T u = s * inv_student_, e = u - t * inv_teacher_, r = clamp(e);
-    loss += r * (e - r / 2);
-    slope += r * u;
+    loss += w * (r * (e - r / 2));
+    slope += w * (r * u);
   }
 
-  FASTKD_HD T weight(T s, T t) const {
-    const T w = scale_ * (clamp(s * inv_student_ - t * inv_teacher_) - slope_mean_) / s;
-    return s <= square_root(kLeast) ? T(0) : w;  // torch.clamp has no gradient below its floor
+  FASTKD_HD T weight(T s, T t, T w) const {
+    const T of_pair = scale_ * (w * clamp(s * inv_student_ - t * inv_teacher_) - slope_mean_) / s;
+    return s <= square_root(kLeast) ? T(0) : of_pair;  // torch.clamp has no gradient below its floor
   }
 
-  // Mean u^2 - u v: what the slopes add up to unless a pair is clamped.
+  // The sum of w (u^2 - u v): what the slopes add up to unless a pair is clamped.
   FASTKD_HD static double unclamped_slope(const RelationOptions& options, const RelationSums& sums) {
     if (!options.normalize) return 0;
     const double u = T(options.pairs() / sums.student), v = T(options.pairs() / sums.teacher);  // as pair() has them

@@ -2,6 +2,7 @@
 
     G = X X^T of the student, H = Y Y^T of the teacher, of rows as they are or of length 1
     loss = 1/N^2 |G - H|^2, dL/dX = 4/N^2 (G - H) X
+    with weights w of rows 1/N^2 sum_ij v_ij (G - H)_ij^2, v_ij = (w_i + w_j) / 2
 
 Two ways, the cheaper is taken:
 
@@ -11,7 +12,7 @@ Samples: blocks of rows of G - H, [block, N] at a time, from the diagonal on: wh
 Features: with S = X^T X, T = Y^T Y and C = X^T Y
     |G - H|^2 = |S|^2 + |T|^2 - 2 |C|^2, (G - H) X = X S - Y C^T
 linear in N. Near convergence the digits cancel, so both are in float64; on the CPU, where the host may look,
-float32 is tried first and serves where they do not. Clamped similarities have no such form.
+float32 is tried first and serves where they do not. Clamped or weighted similarities have no such form.
 
 Saved for backward: the gradient. Beside it rows of length 1, a few blocks of rows and D x D matrices are held.
 """
@@ -57,13 +58,22 @@ def _difference(G, H, clamp):
     return H, torch.where(G > 0, H, 0.0)
 
 
-def _samples(x, y, clamp, grad):
+def _weighed(e, sloped, half, rows, columns):
+    """Both times the pairs' weights; half: of all rows, halved, or None; rows, columns: which of them e has."""
+    if half is None:
+        return e, sloped
+    weight = half[rows][..., None] + half[columns][..., None, :]
+    return e * weight, sloped * weight
+
+
+def _samples(x, y, clamp, half, grad):
     N = x.shape[1]
     squares = x.new_zeros(len(x), dtype=torch.float64)
     if BLOCK.get(x.device.type, BLOCK["cuda"]) >= N * N:
         for some in _blocks(len(x), N * N, x.device):
             e, sloped = _difference(x[some] @ x[some].mT, y[some] @ y[some].mT, clamp)
-            squares[some] = _sum_of_squares(e)
+            weighed, sloped = _weighed(e, sloped, half, some, some)
+            squares[some] = (e * weighed).sum((1, 2), dtype=torch.float64)
             if grad is not None:
                 torch.bmm(sloped, x[some], out=grad[some])
         return squares
@@ -73,23 +83,27 @@ def _samples(x, y, clamp, grad):
         for rows in _blocks(N, N, x.device):
             u, n = x[b, rows], rows.stop - rows.start
             e, sloped = _difference(u @ x[b, rows.start :].T, y[b, rows] @ y[b, rows.start :].T, clamp)
-            squares[b] += 2 * (e * e).sum(dtype=torch.float64) - (e[:, :n] * e[:, :n]).sum(dtype=torch.float64)
+            weighed, sloped = _weighed(e, sloped, half, (b, rows), (b, slice(rows.start, None)))
+            squares[b] += 2 * (e * weighed).sum(dtype=torch.float64)
+            squares[b] -= (e[:, :n] * weighed[:, :n]).sum(dtype=torch.float64)
             if grad is not None:
                 grad[b, rows].addmm_(sloped, x[b, rows.start :])
                 grad[b, rows.stop :].addmm_(sloped[:, n:].T, u)
     return squares
 
 
-def _squares(x, y, clamp, grad):
+def _squares(x, y, clamp, half, grad):
     """Of G - H, [B] in float64; its product with X is written to grad where there is a place for it."""
     sizes = *x.shape[1:], y.shape[2]
+    if half is not None:
+        return _samples(x, y, clamp, half, grad)
     if not clamp and x.dtype is torch.float32 and x.device.type == "cpu" and _by_features(*sizes):
         squares, terms = _features(torch.float32, x, y, grad)
         if (squares > FAR * terms).all():
             return squares
     if not clamp and _by_features(*sizes, 1 if x.dtype is torch.float64 else 2):
         return _features(torch.float64, x, y, grad)[0].clamp(min=0)
-    return _samples(x, y, clamp, grad)
+    return _samples(x, y, clamp, None, grad)
 
 
 def _features(dtype, x, y, grad):
@@ -132,11 +146,11 @@ def _sum_of_squares(x):
     return (x * x).sum((1, 2), dtype=torch.float64)
 
 
-def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
+def _squares_and_gradient(x, y, normalize, clamp, half, scales, grad):
     """The squares [B] and, where there is a place for it, the gradient; of rows [B, N, D_s] that are there."""
     if normalize:
         (x, factor, own), (y, _, _) = unit(x), unit(y)
-    squares = _squares(x, y, clamp, grad)
+    squares = _squares(x, y, clamp, half, grad)
     if grad is not None:
         by = (4 * scales)[:, None, None].to(grad.dtype)
         if normalize:
@@ -147,13 +161,14 @@ def _squares_and_gradient(x, y, normalize, clamp, scales, grad):
 
 
 @torch.no_grad()
-def _gram_fwd(student, teacher, normalize, clamp, mask, save):
+def _gram_fwd(student, teacher, normalize, clamp, mask, weight, save):
     check_embeddings(student, teacher, (2, 3))
     dtype = compute_dtype(student, teacher)
     grad_dtype = gradient_dtype(student)
     grad = torch.empty(student.shape if save else (0,), dtype=grad_dtype, device=student.device)
     x, y, g = (z[None] if z.dim() < 3 else z for z in (student, teacher, grad))
-    mask = mask if mask is None else mask.view(x.shape[:2])
+    mask = mask if mask is None else mask.reshape(x.shape[:2])
+    half = weight if weight is None else weight.to(dtype).reshape(x.shape[:2]) / 2
     loss = x.new_zeros((), dtype=torch.float64)
     if x.shape[0] * x.shape[1] == 0:
         return loss.to(dtype), grad
@@ -162,13 +177,15 @@ def _gram_fwd(student, teacher, normalize, clamp, mask, save):
         # a few samples at a time: what is made of them stays in the caches
         for some in _blocks(len(x), x.shape[1] * max(x.shape[2], y.shape[2]), x.device):
             u, v = x[some].to(dtype), y[some].to(dtype)
+            of_rows = half if half is None else half[some]
             if mask is not None:
                 u, v = (torch.where(mask[some, :, None], z, 0.0) for z in (u, v))
+                of_rows = of_rows if half is None else torch.where(mask[some], of_rows, 0.0)
             to = None
             if save:
                 direct = grad_dtype is dtype
                 to = g[some] if direct else torch.empty_like(u, memory_format=torch.contiguous_format)
-            squares = _squares_and_gradient(u, v, normalize, clamp, scales[some], to)
+            squares = _squares_and_gradient(u, v, normalize, clamp, of_rows, scales[some], to)
             loss += torch.where(scales[some] == 0, 0.0, squares * scales[some]).sum()
             if save and not direct:
                 g[some] = to

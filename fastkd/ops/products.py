@@ -16,6 +16,15 @@ def check_embeddings(student, teacher, dims=(2,)):
             raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
 
 
+def row_factors(mask, weight, x):
+    """Of rows [*, N] of x: what each one's terms of a mean over N^2 pairs are multiplied by, weight / N^2; N is how
+    many of them count. In float64, and 0 where it does not."""
+    rows = x.new_ones(x.shape[:-1], dtype=torch.float64) if mask is None else mask.to(torch.float64)
+    count = rows.sum(-1, keepdim=True)
+    factors = rows / (count * count).clamp(min=1)
+    return factors if weight is None else torch.where(rows > 0, factors * weight, 0.0)
+
+
 def blocks_of(block, N, width, device):
     """Of N rows of that width, as slices: as many at a time as block, by device, has elements for."""
     rows = max(1, block.get(device.type, block["cuda"]) // max(1, width))

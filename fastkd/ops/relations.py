@@ -76,23 +76,47 @@ def _loss(namespace, name, student, teacher, *options):
     return getattr(OPS[namespace], name)(student, teacher, *options, False)[0]
 
 
+def _loss_of_rows(namespace, name, mask, tensors, *options):
+    """The same of a schedule that is told how many rows there are. tensors: student, teacher, and what else is said
+    of rows.
+
+    Those that count come first, in their order, and how many they are the device knows: nothing waits for it. In
+    place of the others stands the first."""
+    count = None
+    if mask is not None:
+        count = mask.sum()
+        order = torch.argsort(~mask, stable=True)
+        there = torch.arange(len(mask), device=mask.device) < count
+        source = torch.where(there, order, order[:1])
+        # a row that does not count may hold anything, and where none does it is the first
+        tensors = [torch.where(mask.view(-1, *(1,) * (x.dim() - 1)), x, 0.0)[source] for x in tensors]
+    student, teacher, *rows = tensors
+    return _loss(namespace, name, student, teacher, count, *rows, *options)
+
+
 # The losses of fastkd.functional, where their arguments have been checked.
 
 
-def rkd_distance(namespace, student, teacher, normalize, delta):
-    return _loss(namespace, "pairs_fwd", student, teacher, RKD_DISTANCE, delta, normalize)
+def rkd_distance(namespace, student, teacher, normalize, delta, mask, weight):
+    if weight is None:
+        return _loss_of_rows(
+            namespace, "pairs_fwd", mask, (student, teacher), None, RKD_DISTANCE, delta, normalize
+        )  # fmt: skip
+    weight = weight.to(compute_dtype(student, teacher))
+    return _loss_of_rows(namespace, "pairs_fwd", mask, (student, teacher, weight), RKD_DISTANCE, delta, normalize)
 
 
-def rkd_angle(namespace, student, teacher, delta):
-    return _loss(namespace, "triples_fwd", student, teacher, 1.0, delta, 0.0, 1.0)
+def rkd_angle(namespace, student, teacher, delta, mask):
+    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), 1.0, delta, 0.0, 1.0)
 
 
 def rkd_loss(namespace, student, teacher, *options):
-    return _loss(namespace, "triples_fwd", student, teacher, *options)
+    *options, mask = options
+    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), *options)
 
 
-def similarity_preserving(namespace, student, teacher):
-    return _loss(namespace, "similarity_fwd", student, teacher)
+def similarity_preserving(namespace, student, teacher, mask, weight):
+    return _loss(namespace, "similarity_fwd", student, teacher, mask, weight)
 
 
 def pkt(namespace, student, teacher, mask, weight):
@@ -104,5 +128,5 @@ def relation_kl(namespace, *arguments):
     return _relation_kl(namespace, OPS[namespace].scale_, *arguments)
 
 
-def gram_mse(namespace, student, teacher, normalize, clamp, mask):
-    return _loss(namespace, "gram_fwd", student, teacher, normalize, gram.CLAMPS[clamp], mask)
+def gram_mse(namespace, student, teacher, normalize, clamp, mask, weight):
+    return _loss(namespace, "gram_fwd", student, teacher, normalize, gram.CLAMPS[clamp], mask, weight)

@@ -1,7 +1,7 @@
 """similarity_preserving by matrix products alone, on every device.
 
     G = X X^T of the student, H = Y Y^T of the teacher, a_i = |G_i|^2, b_i = |H_i|^2, c_i = G_i.H_i
-    loss = 1/N^2 sum_i |G_i / |G_i| - H_i / |H_i||^2
+    loss = 1/N^2 sum_i w_i |G_i / |G_i| - H_i / |H_i||^2
 
 Two ways, the cheaper is taken:
 
@@ -9,11 +9,13 @@ Samples: blocks of rows of G and H, [block, N] at a time, as the formula says: 2
 
 Features: |x_i^T X^T|^2 = x_i^T (X^T X) x_i, and likewise the others, with S = X^T X, T = Y^T Y and C = X^T Y:
     a_i = x_i^T S x_i, b_i = y_i^T T y_i, c_i = x_i^T C y_i,
-    loss = 2/N^2 sum_i (1 - cos_i), cos_i = c_i / sqrt(a_i b_i)
-    alpha_i = dL/da_i = cos_i / (N^2 a_i), gamma_i = dL/dc_i = -2 / (N^2 sqrt(a_i b_i))
+    loss = 2/N^2 sum_i w_i (1 - cos_i), cos_i = c_i / sqrt(a_i b_i)
+    alpha_i = dL/da_i = w_i cos_i / (N^2 a_i), gamma_i = dL/dc_i = -2 w_i / (N^2 sqrt(a_i b_i))
     dL/dX = 2 diag(alpha) X S + diag(gamma) Y C^T + 2 X (X^T diag(alpha) X) + Y (Y^T diag(gamma) X)
 linear in N. 1 - cos loses its digits near convergence, so all that leads to it is in float64; on the CPU,
 where the host may look, float32 is tried first and serves while 1 - cos is large (1.5 times faster).
+
+A row that is masked is one of zeros, whose similarities are 0; N is the number of the others.
 
 Saved for backward: the gradient. Beside it a few blocks of rows and D x D matrices are held.
 """
@@ -22,7 +24,7 @@ import torch
 
 from .. import _library
 from ..reference import compute_dtype, gradient_dtype, without_autocast
-from .products import blocks_of, check_embeddings
+from .products import blocks_of, check_embeddings, row_factors
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
 FAR = 0.1  # of the mean of 1 - cos, whose error in float32 is about 1e-7
@@ -41,32 +43,31 @@ def _unit(rows):
     return rows * inverse, inverse
 
 
-def _samples(x, y, grad):
-    N = len(x)
+def _samples(x, y, rows, grad):
     loss = x.new_zeros((), dtype=torch.float64)
-    for block in blocks_of(SAMPLES_BLOCK, N, N, x.device):
+    for block in blocks_of(SAMPLES_BLOCK, len(x), len(x), x.device):
         (s, inverse), (t, _) = _unit(x[block] @ x.T), _unit(y[block] @ y.T)
         difference = s - t
-        loss += (difference * difference).sum(1).sum(dtype=torch.float64)
+        loss += ((difference * difference).sum(1) * rows[block]).sum(dtype=torch.float64)
         if grad is not None:  # the part of the difference that is not along s, to both sides of G
             difference -= s * (difference * s).sum(1, keepdim=True)
-            difference *= inverse
+            difference *= inverse * rows[block, None].to(inverse.dtype)
             grad[block].addmm_(difference, x)
             grad.addmm_(difference.T, x[block])
     if grad is not None:
-        grad *= 2 / N**2
-    return loss / N**2
+        grad *= 2
+    return loss
 
 
-def _features(x, y, grad):
+def _features(x, y, rows, grad):
     if x.dtype is torch.float32 and x.device.type == "cpu":
-        loss = _features_in(torch.float32, x, y, grad)
-        if loss * len(x) / 2 > FAR:
+        loss = _features_in(torch.float32, x, y, rows, grad)
+        if loss > 2 * FAR * rows.sum(dtype=torch.float64):
             return loss
-    return _features_in(torch.float64, x, y, grad)
+    return _features_in(torch.float64, x, y, rows, grad)
 
 
-def _features_in(dtype, x, y, grad):
+def _features_in(dtype, x, y, rows, grad):
     N, wide = len(x), {"dtype": dtype, "device": x.device}
     S, T, C = (torch.zeros(a.shape[1], b.shape[1], **wide) for a, b in ((x, x), (y, y), (x, y)))
     blocks = blocks_of(FEATURES_BLOCK, N, max(x.shape[1], y.shape[1]), x.device)
@@ -77,6 +78,7 @@ def _features_in(dtype, x, y, grad):
         C.addmm_(u.T, v)
     loss = x.new_zeros((), dtype=torch.float64)
     if grad is not None:
+        grad.zero_()
         P, Q = S.new_zeros(S.shape), S.new_zeros(C.T.shape)
     for block in blocks:
         u, v = x[block].to(dtype), y[block].to(dtype)
@@ -84,36 +86,38 @@ def _features_in(dtype, x, y, grad):
         a, b, c = (uS * u).sum(1), ((v @ T) * v).sum(1), (vC * u).sum(1)
         root = torch.where((a == 0) | (b == 0), 0.0, a.rsqrt() * b.rsqrt())  # a * b would leave float32's range
         cos = c * root
-        loss += ((a != 0).double() + (b != 0).double() - 2 * cos.double()).sum()
+        loss += (((a != 0).double() + (b != 0).double() - 2 * cos.double()) * rows[block]).sum()
         if grad is not None:
-            alpha, gamma = torch.where(a == 0, 0.0, cos / a)[:, None], -2 * root[:, None]
+            of_row = rows[block].to(dtype)
+            alpha, gamma = (torch.where(a == 0, 0.0, cos / a) * of_row)[:, None], (-2 * root * of_row)[:, None]
             grad[block] = 2 * alpha * uS + gamma * vC
             P.addmm_(u.T, alpha * u)
             Q.addmm_(v.T, gamma * u)
     if grad is not None:
         for block in blocks:
             grad[block] += (2 * x[block].to(dtype) @ P).addmm_(y[block].to(dtype), Q)
-        grad *= 1 / N**2
-    return loss / N**2
+    return loss
 
 
 @torch.no_grad()
-def _similarity_fwd(student, teacher, save):
+def _similarity_fwd(student, teacher, mask, weight, save):
     check_embeddings(student, teacher)
     with without_autocast(student.device):
-        return _loss_and_gradient(student, teacher, save)
+        return _loss_and_gradient(student, teacher, mask, weight, save)
 
 
-def _loss_and_gradient(student, teacher, save):
+def _loss_and_gradient(student, teacher, mask, weight, save):
     dtype = compute_dtype(student, teacher)
     x, y = student.to(dtype), teacher.to(dtype)
-    N = len(x)
+    if mask is not None:
+        x, y = (torch.where(mask[:, None], z, 0.0) for z in (x, y))
+    rows = row_factors(mask, weight, x)
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if save else None
-    if N == 0:
+    if len(x) == 0:
         loss = x.new_zeros(())
     else:
-        way = _features if _by_features(N, x.shape[1], y.shape[1]) else _samples
-        loss = way(x, y, grad).to(dtype)
+        way = _features if _by_features(len(x), x.shape[1], y.shape[1]) else _samples
+        loss = way(x, y, rows, grad).to(dtype)
     if not save:
         return loss, student.new_empty((0,), dtype=gradient_dtype(student))
     return loss, grad.to(gradient_dtype(student))

@@ -360,7 +360,7 @@ class Pairs:
             )  # fmt: skip
 
 
-def pairs_fwd(student, teacher, relation, delta, normalize, save):
+def pairs_fwd(student, teacher, count, weight, relation, delta, normalize, save):
     """The loss, and its gradient for an upstream gradient of 1; empty where it is not saved."""
     student, teacher = student.contiguous(), teacher.contiguous()
     loss = student.new_zeros((), dtype=compute_dtype(student, teacher))

@@ -285,7 +285,7 @@ class Angles:
         return parts
 
 
-def triples_fwd(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta, save):
+def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_weight, distance_delta, save):
     """The weighted losses, and the gradient for an upstream gradient of 1; empty where it is not saved."""
     student, teacher = student.contiguous(), teacher.contiguous()
     dtype, N = compute_dtype(student, teacher), len(student)
