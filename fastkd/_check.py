@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 
 
@@ -88,6 +89,33 @@ def embeddings(student, teacher, row_mask=None, row_weight=None):
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     _same_device(student, teacher)
     _of_rows(student, teacher, row_mask, row_weight)
+
+
+def triplet(student, teacher, labels, positives, row_mask, row_weight):
+    """Embeddings [N, D_s]; labels [N], or embeddings [N, D_t] of which the nearest are similar; what counts of rows."""
+    if teacher is None and labels is None:
+        raise ValueError("teacher, labels: one of the two wanted, to tell who is similar to whom; got neither")
+    embeddings(student, student if teacher is None else teacher, row_mask, row_weight)
+    N = len(student)
+    if labels is not None:
+        _tensor("labels", labels)
+        if labels.dtype not in INTEGERS:
+            raise TypeError(f"labels: an integer dtype wanted, one class number per row; got {labels.dtype}")
+        _per_row("labels", labels, student)
+    if positives is None:
+        return
+    count_of_positives(positives)
+    if labels is not None:
+        raise ValueError("positives: wanted with the teacher's neighbours alone; here labels tell who is similar")
+    if positives > N - 1 and N > 0:
+        raise ValueError(f"positives: at most the {N - 1} other rows wanted, got {positives}")
+
+
+def count_of_positives(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"positives: a whole number wanted, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"positives: at least 1 wanted, got {value}")
 
 
 def _of_rows(student, teacher, row_mask, row_weight):

@@ -27,6 +27,17 @@ SCHEMAS = (
     # the weighted sum of both losses; a loss of weight 0 is left out
     "triples_fwd(Tensor student, Tensor teacher, Tensor? count, float angle_weight, float angle_delta, "
     "float distance_weight, float distance_delta, bool save) -> (Tensor loss, Tensor grad)",
+    # Rows row .. row + n of all pairs of samples, in strips that become weights of the gradient; what is said of
+    # samples is [N]. pkt: cosines [n, N - row], from the diagonal on, which become weights of unit vectors;
+    # slopes += in float64; see csrc/cpu/pkt_kernel.h
+    "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor here, Tensor student_inverse, "
+    "Tensor teacher_inverse, Tensor weight, Tensor scale, int row) -> Tensor loss",
+    # triplets: inner products [n, N] of centred rows, of which norms are the squared lengths; x: the rows as they were
+    # given, [N, D]; positives of sample i: positives[first[i] .. last[i]]; count: of those that are here; grad, where
+    # weights are wanted: += of near pairs, whose weights in the strip are 0; sums: of the loss, the active triplets
+    # and all; see csrc/cpu/triplet_kernel.h
+    "triplet_strip_(Tensor(a!) strip, Tensor x, Tensor norms, Tensor positives, Tensor first, Tensor last, "
+    "Tensor here, Tensor count, Tensor weight, float margin, int row, Tensor(b!)? grad) -> Tensor sums",
     # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
     # none at all; loss: of all layers, weighted, one per row where nothing is reduced; layers: each one's own
     "elements_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
@@ -69,14 +80,16 @@ fastkd.define(
     "-> (Tensor loss, Tensor grad)"
 )
 
-# embeddings [N, D]; mask, weight: one per row; native: the strips are the CPU's op below, else torch's
+# embeddings [N, D]; mask, weight: one per row; strips: the namespace whose op computes each strip
 fastkd.define(
-    "pkt_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, bool native, bool save) "
+    "pkt_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, str strips, bool save) "
     "-> (Tensor loss, Tensor grad)"
 )
+# who is similar to whom: labels, or the positives nearest to each row of the teacher; strips: the namespace whose op
+# computes each strip; active: the share of triplets that have a loss
 fastkd.define(
-    "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor here, Tensor student_inverse, "
-    "Tensor teacher_inverse, Tensor weight, Tensor scale, int row) -> Tensor loss"
+    "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, float margin, Tensor? mask, "
+    "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)"
 )
 # embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is [B, N];
 # exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities

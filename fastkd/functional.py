@@ -350,6 +350,65 @@ pkt.__doc__ = _RELATIONAL.format(
 ).replace("Fewer than two samples: 0.", "No samples: 0.")
 
 
+def relational_triplet(
+    student, teacher=None, labels=None, *, margin=1.0, positives=None, mask=None, weight=None, return_active=False
+):  # fmt: skip
+    _check.triplet(student, teacher, labels, positives, mask, weight)
+    _check.number("margin", margin)
+    _check.flag("return_active", return_active)
+    if labels is not None:
+        teacher = None
+    if positives is None:
+        positives = max(0, min(5, len(student) - 2))
+    loss, active = _relational_loss(
+        "relational_triplet", student, teacher, labels, positives, float(margin), mask, weight
+    )  # fmt: skip
+    return (loss, active) if return_active else loss
+
+
+relational_triplet.__doc__ = r"""Contrastive relations: similar samples are nearer to each other than to others, by a margin.
+
+    .. math:: \frac{1}{N} \sum_i \frac{1}{|neg(i)|} \sum_{j \in pos(i)} \sum_{k \in neg(i)}
+        \max(0,\ margin + d_{ij} - d_{ik}),\quad d_{ij} = \sqrt{\max(\|s_i - s_j\|^2, 10^{-12})}
+
+    of the student's distances. pos(i) are the other samples of i's label, or the nearest neighbours that i has in the
+    teacher; neg(i) are all the rest. The loss is often printed with the signs of :math:`d_{ij}` and :math:`d_{ik}`
+    exchanged; that form pushes similar samples apart, so this is the one that is computed.
+
+    All triplets count, and none is held: distances are made strip by strip, and of a row all its triplets follow from
+    ranks of its negatives among its positives. No tensor ``[N, N]`` is held, forward or backward.
+
+    Args:
+        student: embeddings ``[N, D_s]``, any strides; float16, bfloat16, float32 or float64.
+        teacher: embeddings ``[N, D_t]``, whose nearest neighbours are the positives; a constant. Where there are labels
+            they decide, and the teacher is not looked at.
+        labels: integers ``[N]``, the class of each row.
+        margin: a positive number. Default 1.
+        positives: how many of the teacher's nearest neighbours, from 1 to N - 1; of equally near ones any. Default: 5,
+            or N - 2 in batches of fewer than 7.
+        mask: bool ``[N]``, True: the row counts. The others are not there: N is the number of those that count,
+            their gradient is 0, and they may hold anything. Default: every row counts.
+        weight: float ``[N]``, multiplies the terms of row i; the divisor does not change.
+        return_active: whether the share of active triplets, those that have a loss, is returned as well: a float32
+            tensor without dimensions, for which nothing waits. Default False.
+
+    Returns:
+        The loss, float64 where the student is, else float32; or (loss, share). A row without positives or without
+        negatives has loss 0.
+
+    The gradient has the student's dtype; it is computed in forward. Equal samples have no gradient from each other. A
+    second derivative raises.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
+            Embeddings that are not finite are an error on the CPU where there is no mask; on other devices, where
+            looking would cost a synchronisation, they give NaN.
+
+    Source: Schroff et al., "FaceNet", 2015; of all triplets of a batch: Hermans et al., "In Defense of the Triplet
+    Loss for Person Re-Identification", 2017.
+    """
+
+
 def relation_kl(
     student,
     teacher,

@@ -213,6 +213,26 @@ class PKTLoss(_WeightedRelationalLoss):
     _function = staticmethod(functional.pkt)
 
 
+class RelationalTripletLoss(_RelationalLoss):
+    """:func:`fastkd.functional.relational_triplet` as a module.
+
+    Args:
+        margin, positives, return_active: as there.
+    """
+
+    def __init__(self, *, margin=1.0, positives=None, return_active=False):
+        super().__init__()
+        _check.number("margin", margin)
+        if positives is not None:
+            _check.count_of_positives(positives)
+        _check.flag("return_active", return_active)
+        self._remember(margin=margin, positives=positives, return_active=return_active)
+
+    def forward(self, student, teacher=None, labels=None, *, mask=None, weight=None):
+        """The loss of embeddings ``[N, D_s]``, with labels ``[N]`` or a teacher ``[N, D_t]``; mask, weight: per row."""
+        return functional.relational_triplet(student, teacher, labels, mask=mask, weight=weight, **self._given())
+
+
 class RelationKLLoss(_RelationalLoss):
     """:func:`fastkd.functional.relation_kl` as a module.
 

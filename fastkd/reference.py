@@ -259,6 +259,32 @@ def pkt(student, teacher, mask, weight):
     return rows.sum() / here.sum().clamp(min=1) ** 2
 
 
+def relational_triplet(student, teacher, labels, positives, margin, mask, weight):
+    """Holds [N, N, N]."""
+    s = student.to(compute_dtype(student, student))
+    N, device = len(s), s.device
+    here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else _ordinary(mask)
+    s = torch.where(here[:, None], s, 0.0)
+    others = here[:, None] & here & ~torch.eye(N, dtype=torch.bool, device=device)
+    if labels is not None:
+        similar = others & (_ordinary(labels)[:, None] == _ordinary(labels))
+    else:
+        t = torch.where(here[:, None], _ordinary(teacher).detach().double(), 0.0)
+        between = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~others, torch.inf)
+        nearest = between.topk(min(positives, N), largest=False).indices
+        similar = torch.zeros_like(others).scatter_(1, nearest, torch.ones_like(nearest, dtype=torch.bool)) & others
+        s = s + (0 * t.sum()).to(s.dtype)  # a NaN has no neighbours
+    different = others & ~similar
+    d = _distances(s, False)
+    triplets = similar[:, :, None] & different[:, None, :]
+    e = torch.where(triplets, margin + d[:, :, None] - d[:, None, :], 0.0).clamp(min=0)
+    rows = e.sum((1, 2)) / different.sum(1).clamp(min=1)
+    if weight is not None:
+        rows = rows * torch.where(here, _ordinary(weight).to(s.dtype), 0.0)
+    share = (e > 0).sum() / triplets.sum().clamp(min=1)
+    return rows.sum() / here.sum().clamp(min=1), share.float().detach()
+
+
 def relation_kl(
     student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence, parameter,
     temperature, teacher_temperature, mask, key_mask, weight,

@@ -304,8 +304,8 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
     const bool direct = in.save && grad.scalar_type() == in.compute();
     Tensor wide = in.save && !direct ? torch::stable::new_empty(grad, grad.sizes(), in.compute()) : grad;
     T* to = in.save ? static_cast<T*>(wide.mutable_data_ptr()) : nullptr;
-    *static_cast<T*>(loss.mutable_data_ptr()) = T(
-        pairs_loss(Relation(in.relation), RelationOptions{in.delta, in.normalize, N}, student, teacher, weight, to));
+    *static_cast<T*>(loss.mutable_data_ptr()) =
+        T(pairs_loss(Relation(in.relation), RelationOptions{in.delta, in.normalize, N}, student, teacher, weight, to));
     if (to) std::fill(to + N * student.D, to + in.N() * student.D, T(0));
     if (in.save && !direct) torch::stable::copy_(grad, wide);
   });
@@ -324,8 +324,8 @@ double pairs_loss(Relation relation, const RelationOptions& options, const Centr
   }
   return Pairs<T>(relation, options, student, teacher, weight).run(grad);
 }
-template double pairs_loss(Relation, const RelationOptions&, const Centred<float>&, const Centred<float>&,
-                           const float*, float*);
+template double pairs_loss(Relation, const RelationOptions&, const Centred<float>&, const Centred<float>&, const float*,
+                           float*);
 template double pairs_loss(Relation, const RelationOptions&, const Centred<double>&, const Centred<double>&,
                            const double*, double*);
 

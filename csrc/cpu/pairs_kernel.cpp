@@ -11,21 +11,22 @@
 
 #include <cmath>
 
+#include "cpu/distances.h"
 #include "cpu/memory.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// Below this share of |x|^2 + |y|^2 a squared distance from the Gram has lost too many digits: a pair is near.
-template <class T>
-constexpr T kNear = T(1) / 256;
-
-template <class T>
-T squared_distance(const T* x, const T* y, int64_t D) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t k = 0; k < D; ++k) sum += (x[k] - y[k]) * (x[k] - y[k]);
-  return sum;
+// Row i of a tile: inner products become measures. Returns whether any others are near.
+template <class R, class T>
+bool measures_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_t stride, int64_t self) {
+  T* m = side.tile + i * stride;
+  const bool near = squared_distances(m, side.norms_i[i], side.norms_j, columns, self, side.x_i + i * side.x_stride,
+                                      side.x_j, side.D, side.x_stride);
+#pragma omp simd
+  for (int64_t j = 0; j < columns; ++j) m[j] = R::measure(m[j]);
+  if (self >= 0 && self < columns) m[self] = 0;
+  return near;
 }
 
 template <class T>
@@ -37,34 +38,6 @@ void norms(const T* x, int64_t n, int64_t D, T* out) {
     for (int64_t k = 0; k < D; ++k) sum += row[k] * row[k];
     out[i] = sum;
   }
-}
-
-// Row i of a tile: inner products become measures. Returns how many others are near.
-template <class R, class T>
-int measures_of_row(const PairsSide<T>& side, int64_t i, int64_t columns, int64_t stride, int64_t self) {
-  T* m = side.tile + i * stride;
-  const T norm = side.norms_i[i];
-  const T* norms_j = side.norms_j;
-  int near = 0;
-#pragma omp simd reduction(+ : near)
-  for (int64_t j = 0; j < columns; ++j) {
-    const T both = norm + norms_j[j], squared = both - 2 * m[j];
-    near += squared < kNear<T> * both;
-    m[j] = squared;
-  }
-  const bool meets_itself = self >= 0 && self < columns;
-  near -= meets_itself && m[self] < kNear<T> * 2 * norm;
-  if (near) {
-    for (int64_t j = 0; j < columns; ++j) {
-      if (j != self && m[j] < kNear<T> * (norm + norms_j[j])) {
-        m[j] = squared_distance(side.x_i + i * side.x_stride, side.x_j + j * side.x_stride, side.D);
-      }
-    }
-  }
-#pragma omp simd
-  for (int64_t j = 0; j < columns; ++j) m[j] = R::measure(m[j]);
-  if (meets_itself) m[self] = 0;
-  return near;
 }
 
 // Of row i's pairs: weight(j).
@@ -85,7 +58,7 @@ bool measures(const PairsTile<T>& tile, int64_t begin, int64_t end, RelationSums
   bool near = false;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t self = tile.diagonal < 0 ? -1 : tile.diagonal + i;
-    near |= measures_of_row<R>(tile.student, i, tile.columns, tile.stride, self) > 0;
+    near |= measures_of_row<R>(tile.student, i, tile.columns, tile.stride, self);
     measures_of_row<R>(tile.teacher, i, tile.columns, tile.stride, self);
     const T* s = tile.student.tile + i * tile.stride;
     const T* t = tile.teacher.tile + i * tile.stride;

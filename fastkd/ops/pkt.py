@@ -6,8 +6,8 @@
     dL/dx_i = sum_j (c_i a_ij + c_j a_ji) x_j - c_i q_i sum_j x_j - sum_j c_j q_j x_j
 
 The weights of both orders of a pair come from the same two cosines, so half of the pairs are enough; what q adds is of
-rank 1, so that one sweep does. 2 N^2 (D_s + D_t) / 2 flops for the loss and 2 N^2 D_s for the gradient. On the CPU
-one kernel makes the weights out of a strip in its memory; elsewhere torch's own do.
+rank 1, so that one sweep does. 2 N^2 (D_s + D_t) / 2 flops for the loss and 2 N^2 D_s for the gradient. A kernel makes
+the weights out of a strip of cosines, in its memory.
 
 Saved for backward: the gradient. Beside it the unit rows and two strips.
 """
@@ -15,41 +15,14 @@ Saved for backward: the gradient. Beside it the unit rows and two strips.
 import torch
 
 from .. import _library
-from ..reference import PKT_EPSILON, compute_dtype, gradient_dtype, without_autocast
+from ..reference import compute_dtype, gradient_dtype, without_autocast
 from .products import blocks_of, check_embeddings, through_unit, unit
 
 BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
 
 
-def _order(k, h, inverse, teacher_inverse, weight):
-    """Of each pair in one order: weighted losses, the slope of each similarity, and its part of q."""
-    s, t = k * inverse, h * teacher_inverse
-    d = s - t
-    v = s + PKT_EPSILON
-    a = (d + PKT_EPSILON) / v
-    losses = (d - t * (v / (t + PKT_EPSILON)).log_()) * weight
-    return losses, a, s.mul_(a)
-
-
-def _strip_(student, teacher, slopes, here, student_inverse, teacher_inverse, weight, scale, row):
-    """What the CPU's op does, by torch's."""
-    n = len(student)
-    own, columns = slice(row, row + n), slice(row, None)
-    both = here[own, None] * here[columns]
-    k, h = ((x + both).mul_(0.5).clamp_(min=0) for x in (student, teacher))
-    rows = (x[own, None] for x in (student_inverse, teacher_inverse, weight))
-    losses, a, slope = _order(k, h, *rows)
-    slopes[own] += slope.sum(1, dtype=torch.float64)
-    loss = losses.sum(dtype=torch.float64)
-    torch.mul(a, scale[own, None], out=student)
-    losses, a, slope = _order(k, h, *(x[columns] for x in (student_inverse, teacher_inverse, weight)))
-    slopes[row + n :] += slope[:, n:].sum(0, dtype=torch.float64)
-    student.addcmul_(a, scale[columns].expand_as(a))
-    return loss + losses[:, n:].sum(dtype=torch.float64)
-
-
 @torch.no_grad()
-def _pkt_fwd(student, teacher, mask, weight, native, save):
+def _pkt_fwd(student, teacher, mask, weight, strips, save):
     check_embeddings(student, teacher, (2,))
     dtype = compute_dtype(student, teacher)
     N = len(student)
@@ -76,10 +49,10 @@ def _pkt_fwd(student, teacher, mask, weight, native, save):
         of_samples = here, *inverses, rows, scale
         direct = grad.dtype is dtype
         to = (grad.zero_() if direct else torch.zeros_like(x)) if save else None
-        strips = blocks_of(BLOCK, N, N, x.device)
-        memory = [x.new_empty(strips[0].stop * N) for _ in range(2)]
-        strip_ = torch.ops.fastkd.pkt_strip_.default if native else _strip_
-        for some in strips:
+        blocks = blocks_of(BLOCK, N, N, x.device)
+        memory = [x.new_empty(blocks[0].stop * N) for _ in range(2)]
+        strip_ = getattr(torch.ops, strips).pkt_strip_.default
+        for some in blocks:
             n, columns = some.stop - some.start, N - some.start
             s, t = (
                 torch.mm(z[some], z[some.start :].T, out=m[: n * columns].view(n, columns))

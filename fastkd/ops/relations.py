@@ -10,6 +10,7 @@ from . import gram, similarity
 from . import pkt as _pkt
 from .gradient import once, times
 from .relation_kl import relation_kl as _relation_kl
+from .triplet import relational_triplet as _relational_triplet
 
 RKD_DISTANCE = 0  # the relations of csrc/common/relations_params.h
 
@@ -25,7 +26,7 @@ class Ops(NamedTuple):
     scale_: Any
 
 
-NAMES = ("pairs_fwd", "triples_fwd")
+NAMES = ("pairs_fwd", "triples_fwd", "pkt_strip_", "triplet_strip_")
 OPS = {}  # by namespace
 
 
@@ -35,11 +36,20 @@ def _fake_fwd(student, teacher, *options):
     return student.new_empty((), dtype=compute_dtype(student, teacher)), grad
 
 
+def _fake_pkt_strip_(student, *_):
+    return student.new_empty((), dtype=torch.float64)
+
+
+def _fake_triplet_strip_(strip, *_):
+    return strip.new_empty((3,), dtype=torch.float64)
+
+
 def use_namespace(namespace):
     """Makes the ops of a namespace, which _library has defined, known here."""
-    for name in NAMES:
-        torch.library.register_fake(f"{namespace}::{name}", _fake_fwd)
-    pairs, triples, scale_ = (getattr(getattr(torch.ops, namespace), name).default for name in (*NAMES, "scale_"))
+    for name, fake in zip(NAMES, (_fake_fwd, _fake_fwd, _fake_pkt_strip_, _fake_triplet_strip_), strict=True):
+        torch.library.register_fake(f"{namespace}::{name}", fake)
+    ops = getattr(torch.ops, namespace)
+    pairs, triples, scale_ = (getattr(ops, name).default for name in ("pairs_fwd", "triples_fwd", "scale_"))
     OPS[namespace] = Ops(pairs, triples, similarity.FWD, gram.FWD, _pkt.FWD, scale_)
 
 
@@ -120,8 +130,11 @@ def similarity_preserving(namespace, student, teacher, mask, weight):
 
 
 def pkt(namespace, student, teacher, mask, weight):
-    native = namespace == "fastkd" and student.device.type == "cpu"
-    return _loss(namespace, "pkt_fwd", student, teacher, mask, weight, native)
+    return _loss(namespace, "pkt_fwd", student, teacher, mask, weight, namespace)
+
+
+def relational_triplet(namespace, *arguments):
+    return _relational_triplet(namespace, OPS[namespace].scale_, *arguments)
 
 
 def relation_kl(namespace, *arguments):

@@ -1,0 +1,144 @@
+"""relational_triplet on every device: strips of the student's distances, and of each row all triplets at once.
+
+    d_ij = sqrt(max(|x_i - x_j|^2, 1e-12)), loss = 1/N sum_i w_i/|neg(i)| sum_{j in pos(i), k in neg(i)}
+    max(0, margin + d_ij - d_ik)
+    c_ij = dL/dd_ij: of a positive how many negatives are nearer than margin + d_ij, of a negative minus how many
+    positives have it so, times w_i / (N |neg(i)|)
+    W_ij = c_ij / d_ij, dL/dX = diag(W 1 + W^T 1) X - (W + W^T) X
+
+Distances do not change when the mean of all rows is subtracted, and far fewer of their digits cancel. Those of near
+pairs, and what they have of the gradient, are taken from the rows as they were given.
+
+Who is similar to whom is a list of samples, and of each row the part of it that has its positives: with labels the
+samples in the order of their labels, one list for all; with a teacher each row's nearest neighbours, which strips of
+its distances tell. 2 N^2 D_s flops for the loss, 4 N^2 D_s for the gradient, 2 N^2 D_t for the neighbours; and
+O(N^2 log P) for ranks among P positives on the CPU.
+
+Saved for backward: the gradient. Beside it the rows, what is said of them, and a strip.
+"""
+
+import torch
+
+from .. import _library
+from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .gradient import once, times
+from .products import blocks_of, check_embeddings
+
+BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
+
+
+def _centred(x, here, count):
+    """Rows less the mean of those that are here, and their squared norms."""
+    mean = (x * here[:, None]).sum(0, dtype=torch.float64) / count.clamp(min=1)
+    x = x - mean.to(x.dtype)
+    return x, (x * x).sum(1)
+
+
+def _of_labels(labels, here):
+    """The samples in the order of their labels, and where each row's class begins and ends."""
+    last = torch.iinfo(torch.int64).max
+    labels = torch.where(here, labels.long(), last)  # behind all classes but this number's own, which asks who is here
+    ordered, samples = torch.sort(labels, stable=True)
+    return samples, torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
+
+
+def _nearest(teacher, positives, here, count):
+    """Of each row its nearest others. What is not there is the row itself, which is none."""
+    # the order of nearly equal distances is worth the time where that is cheap
+    y = teacher.double() if teacher.device.type == "cpu" else teacher.to(compute_dtype(teacher, teacher))
+    y, norms = _centred(torch.where(here[:, None], y, 0.0), here, count)
+    N = len(y)
+    rows = torch.arange(N, device=y.device)
+    norms = torch.where(here, norms, torch.inf)  # infinitely far
+    found = torch.empty(N, positives, dtype=torch.int64, device=y.device)
+    for some in blocks_of(BLOCK, N, N, y.device):
+        distances = torch.addmm(norms, y[some], y.T, alpha=-2)  # less the row's own norm
+        distances.diagonal(some.start).fill_(torch.inf)
+        nearest = distances.topk(positives, largest=False)
+        torch.where(nearest.values == torch.inf, rows[some, None], nearest.indices, out=found[some])
+    first = rows * positives
+    return found.view(-1), first, first + positives
+
+
+@torch.no_grad()
+def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, strips, save):
+    check_embeddings(student, student if teacher is None else teacher)
+    dtype, device = compute_dtype(student, student), student.device
+    N = len(student)
+    grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    if N < 2:
+        return sums[0].to(dtype), sums[1].float(), grad.zero_()
+    with without_autocast(device):
+        here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask.contiguous()
+        count = here.sum()
+        of_rows = here.to(dtype) / count.clamp(min=1)
+        if weight is not None:
+            of_rows = torch.where(here, of_rows * weight.to(dtype), 0.0)
+        x = student.to(dtype).contiguous()
+        if mask is not None:  # a row that does not count may hold anything
+            x = torch.where(mask[:, None], x, 0.0)
+        if labels is not None:
+            similar = _of_labels(labels, here)
+        else:
+            similar = _nearest(teacher, positives, here, count)
+            known = torch.where(here, teacher.sum(1, dtype=torch.float64), 0.0)  # a NaN has no neighbours
+            of_rows = of_rows + (0.0 * known).to(dtype)
+        centred, norms = _centred(x, here, count)
+        to = torch.zeros_like(x) if save else None
+        weights = torch.zeros(N, dtype=torch.float64, device=device)  # W 1 + W^T 1
+        blocks = blocks_of(BLOCK, N, N, device)
+        memory = x.new_empty(blocks[0].stop * N)
+        strip_ = getattr(torch.ops, strips).triplet_strip_.default
+        for some in blocks:
+            n = some.stop - some.start
+            W = torch.mm(centred[some], centred.T, out=memory[: n * N].view(n, N))
+            sums += strip_(W, x, norms, *similar, here, count, of_rows, margin, some.start, to)
+            if save:
+                weights[some] += W.sum(1, dtype=torch.float64)
+                weights += W.sum(0, dtype=torch.float64)
+                to[some].addmm_(W, centred, alpha=-1)
+                to.addmm_(W.T, centred[some], alpha=-1)
+        if save:
+            to.addcmul_(centred, weights.to(dtype)[:, None])
+            if mask is not None:
+                to.masked_fill_(~mask[:, None], 0.0)
+            grad.copy_(to)
+    return sums[0].to(dtype), (sums[1] / sums[2].clamp(min=1)).float(), grad
+
+
+def _fake_fwd(student, teacher, labels, *options):
+    grad = student.new_empty(student.shape if options[-1] else (0,), dtype=gradient_dtype(student))
+    loss = student.new_empty((), dtype=compute_dtype(student, student))
+    return loss, student.new_empty((), dtype=torch.float32), grad
+
+
+_library.fastkd.impl("triplet_fwd", _triplet_fwd, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::triplet_fwd", _fake_fwd)
+FWD = torch.ops.fastkd.triplet_fwd.default
+
+
+class _Triplet(torch.autograd.Function):
+    """The loss of a student that wants a gradient, which is computed in forward and saved; and the active share."""
+
+    @staticmethod
+    def forward(ctx, scale_, student, *options):
+        loss, active, grad = FWD(student, *options, True)
+        ctx.scale_, ctx.dtype = scale_, student.dtype
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(active)
+        return loss, active
+
+    @staticmethod
+    def backward(ctx, upstream, _):
+        grad = once(times, ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
+        return None, grad, *(None for _ in ctx.needs_input_grad[2:])
+
+
+def relational_triplet(namespace, scale_, student, teacher, *options):
+    """The loss of :mod:`fastkd.functional`, and the share of active triplets; the arguments have been checked there."""
+    teacher = teacher if teacher is None else teacher.detach()
+    arguments = (student, teacher, *options, namespace)
+    if student.requires_grad and torch.is_grad_enabled():
+        return _Triplet.apply(scale_, *arguments)
+    return FWD(*arguments, False)[:2]
