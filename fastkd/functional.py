@@ -366,7 +366,7 @@ def relational_triplet(
     return (loss, active) if return_active else loss
 
 
-relational_triplet.__doc__ = r"""Contrastive relations: similar samples are nearer to each other than to others, by a margin.
+relational_triplet.__doc__ = r"""Contrastive relations: similar samples are nearer than all others, by a margin.
 
     .. math:: \frac{1}{N} \sum_i \frac{1}{|neg(i)|} \sum_{j \in pos(i)} \sum_{k \in neg(i)}
         \max(0,\ margin + d_{ij} - d_{ik}),\quad d_{ij} = \sqrt{\max(\|s_i - s_j\|^2, 10^{-12})}
@@ -393,7 +393,7 @@ relational_triplet.__doc__ = r"""Contrastive relations: similar samples are near
             tensor without dimensions, for which nothing waits. Default False.
 
     Returns:
-        The loss, float64 where the student is, else float32; or (loss, share). A row without positives or without
+        The loss, float64 where an input is float64, else float32; or (loss, share). A row without positives or without
         negatives has loss 0.
 
     The gradient has the student's dtype; it is computed in forward. Equal samples have no gradient from each other. A

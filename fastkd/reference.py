@@ -254,14 +254,16 @@ def pkt(student, teacher, mask, weight):
 
     s, t = probabilities(s), probabilities(t)
     # the first-order term adds up to 0; with it small differences of s and t keep their digits
-    terms = (s - t) - t * torch.log((s + PKT_EPSILON) / (t + PKT_EPSILON))
+    grown = (s - t) / (t + PKT_EPSILON)
+    near = torch.log1p(grown.clamp(min=-0.5))
+    terms = (s - t) - t * torch.where(grown > -0.5, near, torch.log((s + PKT_EPSILON) / (t + PKT_EPSILON)))
     rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(here > 0, _ordinary(weight).to(s.dtype), 0.0)
     return rows.sum() / here.sum().clamp(min=1) ** 2
 
 
 def relational_triplet(student, teacher, labels, positives, margin, mask, weight):
     """Holds [N, N, N]."""
-    s = student.to(compute_dtype(student, student))
+    s = student.to(compute_dtype(*(x for x in (student, teacher) if x is not None)))
     N, device = len(s), s.device
     here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else _ordinary(mask)
     s = torch.where(here[:, None], s, 0.0)

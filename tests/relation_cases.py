@@ -19,8 +19,10 @@ OPTIONS = {
     "gram_mse": ("normalize", "clamp"),
     "relation_kl": ("temperature", "normalize"),
     "pkt": (),
+    "relational_triplet": ("margin",),
 }
 SIMILARITIES = ("similarity_preserving", "gram_mse", "relation_kl", "pkt")
+TRIPLET = ("relational_triplet",)
 
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -34,7 +36,7 @@ class Case:
     widths: tuple = (16, 16)  # of student and teacher
     make: Any = None  # (student, teacher) in float64 -> the same, changed
     options: dict = field(default_factory=dict)  # each loss takes its own
-    losses: tuple = ("rkd_distance", "rkd_angle", *SIMILARITIES)
+    losses: tuple = ("rkd_distance", "rkd_angle", *SIMILARITIES, *TRIPLET)
     dtypes: tuple = DTYPES
     spread: float = 1.0  # of the distances, where the cosines of an angle lose digits by it
 
@@ -125,15 +127,20 @@ CASES = [
     Case("three_samples", "the fewest that have a shape", 3, (5, 4)),
     Case("one_feature", "D = 1; on a line angles and similarities hardly change", 7, (1, 3), losses=DISTANCE),
     Case("one_teacher_feature", "D = 1: its cosines are 1 and -1", 7, (2, 1)),
+    Case("line", "D = 1 of the student", 9, (1, 3), losses=TRIPLET),
     Case("odd", "no multiple of any tile, different widths", 33, (20, 7)),
+    Case("narrow_margin", "few triplets are active", 40, (3, 5), options={"margin": 0.05}, losses=TRIPLET),
+    Case("wide_margin", "all are", 40, (3, 5), options={"margin": 30.0}, losses=TRIPLET),
     Case("wide", "D above one slice of a product", 9, (70, 65)),
-    Case("tile_and_one", "one row and one feature beyond a tile", 65, (17, 33), losses=("rkd_distance", *SIMILARITIES)),
+    Case("tile_and_one", "one row and one feature beyond a tile", 65, (17, 33), losses=("rkd_distance", *SIMILARITIES, *TRIPLET)),
     Case("tile_and_one_of_angles", "one row beyond a tile", 65, (5, 3), losses=("rkd_angle",), dtypes=DTYPES[:1]),
-    Case("repeated", "equal samples: distance 0, no gradient from each other", 24, (6, 9), repeated),
+    Case("repeated", "equal samples: distance 0, no gradient from each other", 24, (6, 9), repeated, losses=(*RKD, *SIMILARITIES)),
+    Case("repeated_students", "the same, of neighbours that are not equally near", 24, (6, 9), lambda s, t: (repeated(s, t.clone())[0], t), losses=TRIPLET),
     Case("equal_students", "a student that has collapsed; of gram_mse it has no gradient", 12, (6, 9), equal_students, losses=(*RKD, "similarity_preserving")),
-    Case("shifted", "one tight cluster far from the origin", 20, (8, 12), shifted, losses=RKD),
+    Case("shifted", "one tight cluster far from the origin", 20, (8, 12), shifted, losses=(*RKD, *TRIPLET)),
     Case("clusters", "several tight clusters far apart", 20, (8, 8), clusters, losses=RKD, spread=1e5),
-    Case("loose_clusters", "the same, less so: products do not quite cancel", 20, (8, 8), functools.partial(clusters, apart=10.0, members=0.3), losses=RKD),
+    Case("clusters_by_a_margin", "near pairs have most of the gradient", 20, (8, 8), clusters, {"margin": 2000.0}, TRIPLET, DTYPES[:2]),
+    Case("loose_clusters", "the same, less so: products do not quite cancel", 20, (8, 8), functools.partial(clusters, apart=10.0, members=0.3), losses=(*RKD, *TRIPLET)),
     Case("one_far_away", "one distance is far above the others", 20, (8, 8), one_far_away, losses=RKD, spread=1e5),
     Case("edge_of_half", "centred embeddings leave float16's range; their directions are nearly two", 17, (8, 8), edge_of_half, losses=(*RKD, "similarity_preserving")),
     Case("small", "distances far below 1", 17, (8, 8), scaled(1e-3, 1e-2), losses=(*RKD, "similarity_preserving", "gram_mse", "pkt")),
@@ -149,7 +156,7 @@ CASES = [
     Case("plain_equal_students", "distance 0 against the teacher's", 9, (3, 4), equal_students, {"normalize": None}, DISTANCE),
     Case("two_samples", "similarities of one pair", 2, (3, 4), losses=SIMILARITIES),
     Case("zero_rows", "samples without a direction", 12, (6, 9), zero_rows, losses=SIMILARITIES),
-    Case("many", "similarities by features", 300, (12, 20), losses=SIMILARITIES),
+    Case("many", "similarities by features", 300, (12, 20), losses=(*SIMILARITIES, *TRIPLET)),
     Case("wide_teacher", "by samples, for the teacher's width", 200, (8, 130), losses=SIMILARITIES),
     Case("wide_student", "for the student's", 200, (130, 8), losses=SIMILARITIES),
     Case("as_they_are", "rows of any length", 20, (8, 12), options={"normalize": False}, losses=("gram_mse",)),
@@ -171,20 +178,26 @@ NEAR = [
         converging,
         losses=(*RKD, "similarity_preserving", "gram_mse", "pkt"),
     ),
-    Case("converging_small", "the same of few samples", 5, (12, 12), converging),
+    Case("converging_small", "the same of few samples", 5, (12, 12), converging, losses=(*RKD, *SIMILARITIES)),
 ]
 
 # Loss and gradient 0 by mathematics, whatever the teacher.
 NOTHING = [
     Case("no_samples", "N = 0", 0, (5, 4)),
-    Case("one_sample", "N = 1: no pairs", 1, (5, 4), losses=(*RKD, "similarity_preserving", "relation_kl", "pkt")),
+    Case(
+        "one_sample",
+        "N = 1: no pairs",
+        1,
+        (5, 4),
+        losses=(*RKD, "similarity_preserving", "relation_kl", "pkt", *TRIPLET),
+    ),
     Case("one_pair", "N = 2: divided by their mean its distances are 1, its cosines are 1", 2, (3, 4), losses=RKD),
-    Case("all_equal", "distances 0 on both sides", 9, (5, 4), all_equal),
+    Case("all_equal", "distances 0 on both sides", 9, (5, 4), all_equal, losses=(*RKD, *SIMILARITIES)),
 ]
 
 # Several tiles and strips of the CPU's kernels; too slow for those of GPUs on the host.
 LARGE = [
-    Case("three_blocks", "tiles of the upper triangle", 700, (16, 24), losses=("rkd_distance", *SIMILARITIES)),
+    Case("three_blocks", "tiles of the upper triangle", 700, (16, 24), losses=("rkd_distance", *SIMILARITIES, *TRIPLET)),
     Case("five_blocks", "an odd number of blocks, which do not stay in memory", 1300, (9, 16), losses=("rkd_distance",)),
     Case("many_blocks", "distances are computed again, twice where pairs were clamped", 1500, (8, 8), options={"delta": 0.2}, losses=DISTANCE),
     Case("many_plain_blocks", "not divided by their mean", 1500, (8, 8), options={"normalize": None}, losses=DISTANCE),

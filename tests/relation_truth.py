@@ -147,7 +147,43 @@ def pkt(student, teacher, weight=None):
     return loss, (grad - (grad * units).sum(1, keepdim=True) * units) * inverse
 
 
-LOSSES = (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse, relation_kl, pkt)
+def nearest(teacher, positives):
+    """[N, N]: whether j is among the nearest others of i."""
+    y = _double(teacher)
+    d = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
+    return torch.zeros(d.shape, dtype=torch.bool).scatter_(1, d.argsort(1)[:, :positives], True)
+
+
+def triplets(student, similar, margin=1.0):
+    """Loss, gradient and the share of active triplets, row by row; similar: [N, N]."""
+    x = _double(student)
+    N = len(x)
+    total, weights, active, count = x.new_zeros(()), x.new_zeros(N, N), 0, 0
+    squared = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+    d = squared.clamp(min=1e-12).sqrt()
+    for i in range(N):
+        positive = similar[i].nonzero()[:, 0]
+        negative = (~similar[i]).nonzero()[:, 0]
+        negative = negative[negative != i]
+        e = margin + d[i, positive][:, None] - d[i, negative]
+        count += e.numel()
+        if not e.numel():
+            continue
+        total += e.clamp(min=0).sum() / len(negative) / N
+        active += int((e > 0).sum())
+        weights[i, positive] = (e > 0).sum(1).double() / len(negative) / N
+        weights[i, negative] = -(e > 0).sum(0).double() / len(negative) / N
+    weights = torch.where(d <= 1e-6, 0.0, weights / d)
+    weights = weights + weights.T
+    grad = torch.stack([w @ (row - x) for w, row in zip(weights, x, strict=True)]) if N else torch.zeros_like(x)
+    return total, grad, active / max(count, 1)
+
+
+def relational_triplet(student, teacher, margin=1.0):
+    return triplets(student, nearest(teacher, min(5, max(0, len(teacher) - 2))), margin)[:2]
+
+
+LOSSES = (rkd_distance, rkd_angle, rkd_loss, similarity_preserving, gram_mse, relation_kl, pkt, relational_triplet)
 TRUTH = {f.__name__: f for f in LOSSES}
 
 
@@ -195,12 +231,23 @@ def _published_relation_kl(student, teacher):
 
 def _published_pkt(student, teacher, eps=1e-7):
     def probabilities(e):
-        e = e / (e.square().sum(1, keepdim=True).sqrt() + eps)
+        e = e / e.square().sum(1, keepdim=True).sqrt()  # there + eps: one part in 1e7
         k = (e @ e.T + 1) / 2
         return k / k.sum(1, keepdim=True)
 
     s, t = probabilities(student), probabilities(teacher)
     return (t * torch.log((t + eps) / (s + eps))).mean()
+
+
+def _published_triplet(student, teacher):
+    """All triplets, in the order of their distances."""
+    d, similar = _pdist(student), nearest(teacher, min(5, len(student) - 2))
+    rows = []
+    for i in range(len(student)):
+        negatives = [k for k in range(len(student)) if k != i and not similar[i, k]]
+        terms = [F.relu(1 + d[i, j] - d[i, k]) for j in similar[i].nonzero()[:, 0] for k in negatives]
+        rows.append(torch.stack(terms).sum() / len(negatives))
+    return torch.stack(rows).mean()
 
 
 PUBLISHED = {
@@ -211,6 +258,7 @@ PUBLISHED = {
     "gram_mse": _published_gram,
     "relation_kl": _published_relation_kl,
     "pkt": _published_pkt,
+    "relational_triplet": _published_triplet,
 }
 
 

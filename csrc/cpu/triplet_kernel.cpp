@@ -101,7 +101,7 @@ void row(const TripletStrip<T>& P, int64_t i, TripletSums& sums, std::vector<Nea
   }
   sums.triplets = double(count) * double(negatives);
   const T factor = P.weight[self] / T(negatives);
-  if (!numbers) {
+  if (!numbers || std::isnan(factor)) {
     sums.loss = std::numeric_limits<double>::quiet_NaN();
     std::fill_n(d, N, std::numeric_limits<T>::quiet_NaN());
     return;

@@ -63,7 +63,7 @@ def _nearest(teacher, positives, here, count):
 @torch.no_grad()
 def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, strips, save):
     check_embeddings(student, student if teacher is None else teacher)
-    dtype, device = compute_dtype(student, student), student.device
+    dtype, device = compute_dtype(*(x for x in (student, teacher) if x is not None)), student.device
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
@@ -109,7 +109,7 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
 
 def _fake_fwd(student, teacher, labels, *options):
     grad = student.new_empty(student.shape if options[-1] else (0,), dtype=gradient_dtype(student))
-    loss = student.new_empty((), dtype=compute_dtype(student, student))
+    loss = student.new_empty((), dtype=compute_dtype(*(x for x in (student, teacher) if x is not None)))
     return loss, student.new_empty((), dtype=torch.float32), grad
 
 
