@@ -31,6 +31,7 @@ CASES = {  # loss, N x D or B x N x D, dtype
         *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
         *(("relation_kl", shape, "float32") for shape in ("256x512", "4096x256", "96x512x64")),
         *(("pkt", shape, "float32") for shape in ("256x512", "4096x256")),
+        *(("relational_triplet", shape, "float32") for shape in ("512x256", "4096x256")),
     ],
     "cuda": [
         *(("rkd_distance", shape, "bfloat16") for shape in ("1024x512", "16384x512", "65536x512")),
@@ -40,9 +41,11 @@ CASES = {  # loss, N x D or B x N x D, dtype
         *(("similarity_preserving", shape, "float32") for shape in ("256x512", "8192x256")),
         *(("gram_mse", shape, "float32") for shape in ("8192x256", "8x1024x384")),
         *(("relation_kl", shape, "bfloat16") for shape in ("16384x512", "96x512x64")),
-        *((name, "4096x256", "float32") for name in ("relation_kl", "pkt")),
+        *((name, "4096x256", "float32") for name in ("relation_kl", "pkt", "relational_triplet")),
+        ("relational_triplet", "512x256", "float32"),
     ],
 }
+CLASSES = 16  # of relational_triplet
 PRODUCT = 2048  # torch.mm of two matrices of this size
 MOST_BYTES = 16 << 30  # that the published code may hold
 LOSS_TOLERANCE = 1e-5
@@ -115,6 +118,21 @@ def eager_pkt(student, teacher, eps=1e-7):
     return (t * torch.log((t + eps) / (probabilities(student) + eps))).mean()
 
 
+def class_of(x):
+    """Of each sample, one of CLASSES."""
+    return torch.arange(len(x), device=x.device) % CLASSES
+
+
+def eager_triplet(student, teacher, anchors=slice(None)):
+    """Of all triplets; the sum over some anchors, divided by all."""
+    labels, d = class_of(student), distances(student)[anchors]
+    alike = labels[anchors, None] == labels
+    itself = torch.eye(len(student), dtype=torch.bool, device=student.device)[anchors]
+    triplets = (alike & ~itself)[:, :, None] & ~alike[:, None, :]
+    e = torch.relu(1 + d[:, :, None] - d[:, None, :]) * triplets
+    return (e.sum((1, 2)) / (~alike).sum(1)).sum() / len(student)
+
+
 EAGER = {
     "rkd_distance": eager_distance,
     "rkd_angle": eager_angle,
@@ -123,6 +141,7 @@ EAGER = {
     "gram_mse": eager_gram,
     "relation_kl": eager_relation_kl,
     "pkt": eager_pkt,
+    "relational_triplet": eager_triplet,
 }
 
 
@@ -130,7 +149,9 @@ def eager_bytes(name, shape, itemsize):
     """Of the largest tensors that the published code holds at once."""
     *B, N, D = shape
     pairs, triples = 7 * math.prod(B) * N * N, 2 * N * N * D + 2 * N**3
-    return itemsize * (triples if name in ("rkd_angle", "rkd_loss") else pairs)
+    if name == "relational_triplet":
+        triples = 4 * N**3
+    return itemsize * (triples if name in ("rkd_angle", "rkd_loss", "relational_triplet") else pairs)
 
 
 def least_flops(name, shape):
@@ -147,6 +168,7 @@ def least_flops(name, shape):
             "gram_mse": min(samples // 2, features // 2),
             "relation_kl": samples,
             "pkt": samples // 2,
+            "relational_triplet": 3 * N * N * D,
         }[name]
     )
 
@@ -166,6 +188,8 @@ class Truth:
             terms.append(lambda: (25 if name == "rkd_loss" else 1) * eager_distance(x, y))
         if name in ("similarity_preserving", "gram_mse", "relation_kl", "pkt"):
             terms.append(lambda: EAGER[name](x, y))
+        if name == "relational_triplet":
+            terms += [functools.partial(eager_triplet, x, y, slice(a, a + 16)) for a in range(0, len(x), 16)]
         self.loss = 0.0
         for term in terms:
             loss = term()
@@ -194,8 +218,14 @@ def wrong(errors, dtype):
     return not (errors["loss_error"] <= loss_tolerance and errors["gradient_error"] <= tolerance)
 
 
+def by_classes(student, teacher):
+    return functional.relational_triplet(student, labels=class_of(student))
+
+
 def own(name, backend):
     loss = getattr(functional, name)
+    if name == "relational_triplet":
+        loss = by_classes
 
     def chosen(student, teacher):
         with fastkd.backend(backend):

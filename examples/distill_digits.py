@@ -10,6 +10,8 @@ label. The students, tiny MLPs, are given the labels of a few images per class a
 * the same with the loss in plain PyTorch: equal accuracy is expected, time and memory differ;
 * with relational distillation as well: distances and angles between the images of a batch, in the
   features before the last layer (16 of the student's, 320 of the teacher's), shall be alike;
+* with a contrastive relation as well: an image's features shall be nearer to those of the images that
+  are its neighbours for the teacher than to all others in the batch, by a margin;
 * with a hint as well: these features, projected by a layer that learns with the student, shall be
   the teacher's;
 * on every label, without a teacher: what the labels that the teacher saw are worth by themselves.
@@ -87,6 +89,7 @@ def make_methods(args):
     """The students' losses, in the order of the table."""
     T = args.temperature
     fast_kl, relations = fastkd.KLDivLoss(temperature=T), fastkd.RKDLoss()
+    contrast = fastkd.RelationalTripletLoss(positives=5)
 
     def plain_kl(student, teacher):
         log_p, log_q = F.log_softmax(student / T, -1), F.log_softmax(teacher / T, -1)
@@ -104,6 +107,10 @@ def make_methods(args):
         relational = relations(features, batch.teacher_features)
         return soft_targets(logits, features, batch, projector) + args.relation_weight * relational
 
+    def with_contrast(logits, features, batch, projector):
+        contrastive = contrast(features, batch.teacher_features)
+        return soft_targets(logits, features, batch, projector) + args.contrast_weight * contrastive
+
     def make_hint():
         return fastkd.LinearFeatureMSELoss(STUDENT_UNITS, TEACHERS * TEACHER_UNITS)
 
@@ -119,6 +126,7 @@ def make_methods(args):
         Method("+ teacher, all images: fastkd", soft_targets, "#d55e00"),
         Method("+ teacher, all images: PyTorch", with_hard(lambda s, b: plain_kl(s, b.teacher)), "black", ":"),
         Method("+ relations, all images: fastkd", with_relations, "#e69f00"),
+        Method("+ contrast, all images: fastkd", with_contrast, "#8c510a"),
         Method("+ hint, all images: fastkd", with_hint, "#56b4e9", make_projector=make_hint),
         Method("every label, no teacher", lambda s, _, b, __: F.cross_entropy(s, b.labels), "#009e73", "--"),
     ]
@@ -307,7 +315,8 @@ def describe(args, train, test):
         "labels": f"{args.labels_per_class} per class for the students, {args.labels_per_class * CLASSES} in all",
         "loss": f"{args.hard_weight:g} x cross-entropy + {args.soft_weight:g} x KL divergence at "
         f"temperature {args.temperature:g}; "
-        f"relations: + {args.relation_weight:g} x RKD; hint: + {args.hint_weight:g} x squared differences",
+        f"relations: + {args.relation_weight:g} x RKD; contrast: + {args.contrast_weight:g} x triplets; "
+        f"hint: + {args.hint_weight:g} x squared differences",
         "device": f"{args.device}, one CPU thread",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
@@ -324,13 +333,16 @@ def print_results(console, results, args):
         time_us, peak_kib = f"{result['loss_us_median']:.0f}", f"{result['loss_peak_kib']:.1f}"
         table.add_row(result["method"], percent(result), time_us, peak_kib)
     console.print(table)
-    alone, same, everything, plain, relational, hinted, supervised = (result["accuracy_mean"] for result in results)
+    alone, same, everything, plain, relational, contrastive, hinted, supervised = (
+        result["accuracy_mean"] for result in results
+    )
     console.print(
         f"From the teacher: {everything - alone:+.2f} points of accuracy, of which {same - alone:+.2f} by soft "
         f"targets on the labelled images and {everything - same:+.2f} by the images that only the teacher labels. "
         f"Beside every label without a teacher: {everything - supervised:+.2f}. "
         f"fastkd beside plain PyTorch: {everything - plain:+.2f}. Relations on top of soft targets: "
-        f"{relational - everything:+.2f}; a hint: {hinted - everything:+.2f}.\n"
+        f"{relational - everything:+.2f}; contrast: {contrastive - everything:+.2f}; "
+        f"a hint: {hinted - everything:+.2f}.\n"
         "Loss time: loss and its gradients to logits and features, cross-entropy included, median. Loss peak: memory "
         "that these hold at most in a step, beside what the loss is given. With ten classes the time is mostly that "
         "of calling operators; make bench measures large vocabularies and batches.",
@@ -390,6 +402,7 @@ def parse_arguments():
     parser.add_argument("--hard-weight", type=weight, default=0.1, help="of the cross-entropy on labels")
     parser.add_argument("--soft-weight", type=weight, default=0.9, help="of the divergence from the teacher")
     parser.add_argument("--relation-weight", type=weight, default=0.01, help="of RKD, 25 x distances + 50 x angles")
+    parser.add_argument("--contrast-weight", type=weight, default=0.03, help="of the relational triplet loss")
     parser.add_argument("--hint-weight", type=weight, default=0.03, help="of the squared differences of features")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")

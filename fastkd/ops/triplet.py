@@ -86,7 +86,7 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
             of_rows = of_rows + (0.0 * known).to(dtype)
         centred, norms = _centred(x, here, count)
         to = torch.zeros_like(x) if save else None
-        weights = torch.zeros(N, dtype=torch.float64, device=device)  # W 1 + W^T 1
+        ones, weights = x.new_ones(N), x.new_zeros(N)  # W 1 + W^T 1
         blocks = blocks_of(BLOCK, N, N, device)
         memory = x.new_empty(blocks[0].stop * N)
         strip_ = getattr(torch.ops, strips).triplet_strip_.default
@@ -95,12 +95,12 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
             W = torch.mm(centred[some], centred.T, out=memory[: n * N].view(n, N))
             sums += strip_(W, x, norms, *similar, here, count, of_rows, margin, some.start, to)
             if save:
-                weights[some] += W.sum(1, dtype=torch.float64)
-                weights += W.sum(0, dtype=torch.float64)
+                weights[some] += W.mv(ones)
+                weights += W.T.mv(ones[some])
                 to[some].addmm_(W, centred, alpha=-1)
                 to.addmm_(W.T, centred[some], alpha=-1)
         if save:
-            to.addcmul_(centred, weights.to(dtype)[:, None])
+            to.addcmul_(centred, weights[:, None])
             if mask is not None:
                 to.masked_fill_(~mask[:, None], 0.0)
             grad.copy_(to)
