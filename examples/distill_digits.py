@@ -402,7 +402,7 @@ def parse_arguments():
     parser.add_argument("--hard-weight", type=weight, default=0.1, help="of the cross-entropy on labels")
     parser.add_argument("--soft-weight", type=weight, default=0.9, help="of the divergence from the teacher")
     parser.add_argument("--relation-weight", type=weight, default=0.01, help="of RKD, 25 x distances + 50 x angles")
-    parser.add_argument("--contrast-weight", type=weight, default=0.03, help="of the relational triplet loss")
+    parser.add_argument("--contrast-weight", type=weight, default=0.1, help="of the relational triplet loss")
     parser.add_argument("--hint-weight", type=weight, default=0.03, help="of the squared differences of features")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")

@@ -100,6 +100,15 @@ fastkd.define(
     "bool save, bool save_keys) -> (Tensor loss, Tensor grad, Tensor keys_grad)"
 )
 
+# the same on the CPU, of strips from the diagonal on, [n, N - row]: both orders of a pair at once; sums [N, 2]: += of
+# exponentials, of student and teacher; then products become weights; see csrc/cpu/relation_kernel.h
+_RELATION_STRIP = "Tensor here, float student_scale, float teacher_scale, int row"
+fastkd.define(f"relation_sums(Tensor student, Tensor teacher, {_RELATION_STRIP}, Tensor(a!) sums) -> ()")
+fastkd.define(
+    f"relation_weights_(Tensor(a!) student, Tensor teacher, {_RELATION_STRIP}, Tensor student_inverse, "
+    "Tensor teacher_inverse, Tensor difference, Tensor weight, Tensor scale) -> Tensor loss"
+)
+
 FOLDER = Path(__file__).parent / "lib"
 
 

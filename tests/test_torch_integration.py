@@ -85,6 +85,9 @@ def relational_calls(backend_name):
         rows = [torch.rand(9) for _ in range(5)]
         strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows, 2
         yield "pkt_strip_", torch.ops.fastkd.pkt_strip_, strip
+        strip = torch.randn(3, 7), torch.randn(3, 7), torch.ones(9), 1.0, 0.5, 2
+        yield "relation_sums", torch.ops.fastkd.relation_sums, (*strip, torch.zeros(9, 2, dtype=torch.float64))
+        yield "relation_weights_", torch.ops.fastkd.relation_weights_, (*strip, *rows)
     yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, None, 1.0, 1.0, 0.0, 1.0, True)
 
 

@@ -4,6 +4,10 @@
     loss = mean_i divergence(softmax(s_i), softmax(t_i)), W = dL/d<x_i, k_j>
     dL/dX = W K, dL/dK = W^T X; where the keys are the rows themselves the sum of both
 
+On the CPU the products of samples with each other are symmetric, and few enough flops to be worth it: where no
+exponential can leave its range, strips begin at the diagonal, once for the sums of exponentials, and once more for
+both orders' weights: 2 N^2 (D_s + D_t) flops in all, and 2 N^2 D_s for the gradient.
+
 A strip [rows, M] of both sides stays in the caches; the rows kernels write W over the student's. The least work is
 2 N M (D_s + D_t) flops for the loss and 4 N M D_s for the gradient.
 
@@ -28,6 +32,7 @@ from .rows import OPS as ROWS
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 HALF = (torch.float16, torch.bfloat16)
+MOST = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
 
 
 class _Options(NamedTuple):
@@ -139,6 +144,8 @@ class _Strips:
 
     def of(self, s, t, options, grad, keys_grad):
         """Of the sides of some samples, and what the options say of them."""
+        if len(self.rows) > 1 and self._both_orders(s, t, options):
+            return self._of_pairs(s, t, options, grad)
         ops, loss = ROWS[options.rows], 0.0
         for rows in self.rows:
             shape = len(s.x), rows.stop - rows.start, self.M
@@ -156,6 +163,54 @@ class _Strips:
                 continue
             loss += ops.fwd_(*logits, *arguments).double()
             s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)
+        return loss
+
+    def _both_orders(self, s, t, options):
+        """Whether the products are symmetric, and all exponentials of them in range, which the host may look at."""
+        like = s.own_keys and t.own_keys and self.options.key_mask is self.options.mask
+        simple = options.temperature_rows is None and options.teacher_temperature_rows is None
+        if not (like and simple and options.rows == "fastkd" and s.x.device.type == "cpu"):
+            return False
+        if options.divergence != DIVERGENCE_NUMBERS["kl_div"]:
+            return False
+        pairs = (s.x, options.temperature), (t.x, options.teacher_temperature)
+        return all(torch.linalg.vecdot(x, x).max() <= MOST * T for x, T in pairs)  # false of NaN
+
+    def _of_pairs(self, s, t, options, grad):
+        """Of one sample: strips from the diagonal on."""
+        x, y = s.x[0], t.x[0]
+        N = len(x)
+        here = x.new_ones(N) if options.mask is None else options.mask[0].to(x.dtype)
+        scales = 1 / options.temperature, 1 / options.teacher_temperature
+        sums = torch.zeros(N, 2, dtype=torch.float64)
+
+        def strips():
+            for rows in self.rows:
+                shape = rows.stop - rows.start, N - rows.start
+                S, T = (memory[: math.prod(shape)].view(shape) for memory in self.strips)
+                for z, out in ((x, S), (y, T)):
+                    torch.mm(z[rows], z[rows.start :].T, out=out)
+                    if options.exclude_self:
+                        out.diagonal().fill_(-math.inf)
+                yield rows, S, T
+
+        for rows, S, T in strips():
+            torch.ops.fastkd.relation_sums.default(S, T, here, *scales, rows.start, sums)
+        inverses = torch.where((sums > 0) & (here[:, None] > 0), 1 / sums, 0.0)
+        logarithms = torch.where(sums > 0, sums, 1.0).log()
+        factor, count = self.normalizer
+        weight = here / (factor or count.clamp(min=1))
+        if options.weight is not None:
+            weight = torch.where(here > 0, weight * options.weight[0], 0.0)
+        of_samples = [z.to(x.dtype) for z in (*inverses.T.contiguous(), logarithms[:, 0] - logarithms[:, 1], weight)]
+        loss = torch.zeros((), dtype=torch.float64)
+        for rows, S, T in strips():
+            loss += torch.ops.fastkd.relation_weights_.default(
+                S, T, here, *scales, rows.start, *of_samples, of_samples[-1] * scales[0]
+            )  # fmt: skip
+            if grad is not None:
+                grad[0, rows].addmm_(S, x[rows.start :])
+                grad[0, rows.stop :].addmm_(S[:, rows.stop - rows.start :].T, x[rows])
         return loss
 
     def _arguments(self, options, rows):
@@ -234,6 +289,10 @@ def _fake_fwd(student, teacher, student_keys, teacher_keys, *options):
 
 _library.fastkd.impl("relation_kl_fwd", _relation_kl_fwd, "CompositeExplicitAutograd")
 torch.library.register_fake("fastkd::relation_kl_fwd", _fake_fwd)
+torch.library.register_fake("fastkd::relation_sums", lambda *_: None)
+torch.library.register_fake(
+    "fastkd::relation_weights_", lambda student, *_: student.new_empty((), dtype=torch.float64)
+)  # fmt: skip
 FWD = torch.ops.fastkd.relation_kl_fwd.default
 
 
