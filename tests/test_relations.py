@@ -253,6 +253,8 @@ def test_any_strides(backend, name, kind, dtype):
 def test_expanded_embeddings(backend, name):
     """Stride 0: one sample for all, and one feature for all."""
     row, column, other = torch.randn(1, 6), torch.randn(9, 1), torch.randn(9, 4)
+    if name == "pkt":  # opposite samples, whose probability is what rounding leaves of 0
+        column = column.abs()
     for x in (row.expand(9, 6), column.expand(9, 6)):
         for ours, compact in ((run(LOSSES[name], x, other), run(LOSSES[name], x.clone(), other)),
                               (run(LOSSES[name], other, x), run(LOSSES[name], other, x.clone()))):  # fmt: skip

@@ -143,7 +143,10 @@ def _strips(D):
 
 
 def _sum_of_squares(x):
-    return (x * x).sum((1, 2), dtype=torch.float64)
+    """[B] of [B, *, *], in float64."""
+    if x.dtype is torch.float64:
+        return (x * x).sum((1, 2))
+    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64).square()  # whose root costs no digit of these
 
 
 def _squares_and_gradient(x, y, normalize, clamp, half, scales, grad):
