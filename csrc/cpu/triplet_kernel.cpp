@@ -4,8 +4,8 @@
 //   loss_i = f sum_k (sum_{j >= r_k} a_j - (P - r_k) d_ik), f = weight_i / |neg(i)|
 //   dL/dd_ik = -f (P - r_k), dL/dd_ij = f #{k: r_k <= j}, both over d are the weights of x_i - x_j
 //
-// Ranks by binary search, sums of thresholds and counts by prefix sums: O(N log P + P log P), where the triplets
-// are N P.
+// Ranks by the part of the thresholds' range that a distance is in, and binary search there; sums of thresholds and
+// counts by prefix sums: O(N log P + P log P) at the most, where the triplets are N P.
 #include "cpu/triplet_kernel.h"
 
 #include <algorithm>
@@ -24,15 +24,6 @@ template <class T>
 struct Positive {
   T threshold, distance;
   int64_t j;
-};
-
-// What a thread keeps from row to row.
-template <class T>
-struct Room {
-  std::vector<Positive<T>> positives;
-  std::vector<T> thresholds;  // padded to a power of 2 with what is above all
-  std::vector<double> sums;   // of the thresholds from each on
-  std::vector<int32_t> ranks, of_rank;
 };
 
 template <class T>
@@ -67,19 +58,64 @@ bool take_positives(const TripletStrip<T>& P, int64_t self, T* d, std::vector<Po
   return numbers;
 }
 
-// ranks[k]: how many thresholds are at most d[k]. A NaN's is 0.
+// Equal parts of the range of the thresholds, each with how many lie before it. What is rounded is monotone: a
+// distance is above all thresholds of the parts before its own, and below all of those behind.
 template <class T>
-void rank(const T* d, int64_t N, const std::vector<T>& thresholds, int32_t* ranks) {
-  std::fill_n(ranks, N, 0);
-  const T* a = thresholds.data();
-  for (int32_t half = int32_t(thresholds.size() / 2); half > 0; half /= 2) {
+class Parts {
+ public:
+  // thresholds: sorted, and behind them as many again that nothing is above
+  void make(const T* a, int32_t count) {
+    int32_t parts = 1;
+    while (parts < 4 * count) parts *= 2;
+    first_ = a[0];
+    const T range = a[count - 1] - a[0];
+    last_ = T(parts - 1);
+    by_ = range > 0 && last_ / range < std::numeric_limits<T>::max() ? last_ / range : T(0);
+    before_.assign(parts + 1, 0);
+    for (int32_t p = 0; p < count; ++p) ++before_[of(a[p]) + 1];
+    const int32_t most = *std::max_element(before_.begin(), before_.end());
+    for (int32_t part = 0; part < parts; ++part) before_[part + 1] += before_[part];
+    half_ = 1;
+    while (2 * half_ <= most) half_ *= 2;
+  }
+
+  // ranks[k]: how many thresholds are at most d[k]. A NaN's is 0.
+  void rank(const T* a, const T* d, int64_t N, int32_t* ranks) const {
+    const int32_t* before = before_.data();
+    const T first = first_, by = by_, last = last_;
 #pragma omp simd
     for (int64_t k = 0; k < N; ++k) {
-      const int32_t r = ranks[k];
-      ranks[k] = r + (a[r + half - 1] <= d[k] ? half : 0);
+      const T above = (d[k] - first) * by, at = above > 0 ? above : T(0);  // in this order a NaN's is 0
+      ranks[k] = before[int32_t(at < last ? at : last)];
+    }
+    for (int32_t half = half_; half > 0; half /= 2) {
+#pragma omp simd
+      for (int64_t k = 0; k < N; ++k) {
+        const int32_t r = ranks[k];
+        ranks[k] = r + (a[r + half - 1] <= d[k] ? half : 0);
+      }
     }
   }
-}
+
+ private:
+  int32_t of(T x) const {
+    const T at = (x - first_) * by_;
+    return int32_t(at < last_ ? at : last_);
+  }
+  T first_, by_, last_;
+  int32_t half_;  // of the largest part, as a power of 2
+  std::vector<int32_t> before_;
+};
+
+// What a thread keeps from row to row.
+template <class T>
+struct Room {
+  std::vector<Positive<T>> positives;
+  std::vector<T> thresholds;  // and behind them what is above all
+  std::vector<double> sums;   // of the thresholds from each on
+  std::vector<int32_t> ranks, of_rank;
+  Parts<T> parts;
+};
 
 template <class T>
 void row(const TripletStrip<T>& P, int64_t i, TripletSums& sums, std::vector<NearPair<T>>& near) {
@@ -110,9 +146,7 @@ void row(const TripletStrip<T>& P, int64_t i, TripletSums& sums, std::vector<Nea
   std::sort(positives.begin(), positives.end(), [](const Positive<T>& a, const Positive<T>& b) {
     return a.threshold < b.threshold || (a.threshold == b.threshold && a.j < b.j);
   });
-  int32_t size = 1;
-  while (size < count + 1) size *= 2;
-  room.thresholds.assign(size, std::numeric_limits<T>::quiet_NaN());  // at most nothing
+  room.thresholds.assign(3 * count + 2, std::numeric_limits<T>::quiet_NaN());  // at most nothing
   room.sums.assign(count + 1, 0.0);
   for (int32_t p = count - 1; p >= 0; --p) {
     room.thresholds[p] = positives[p].threshold;
@@ -120,7 +154,8 @@ void row(const TripletStrip<T>& P, int64_t i, TripletSums& sums, std::vector<Nea
   }
   room.ranks.resize(N);
   int32_t* ranks = room.ranks.data();
-  rank(d, N, room.thresholds, ranks);
+  room.parts.make(room.thresholds.data(), count);
+  room.parts.rank(room.thresholds.data(), d, N, ranks);
 
   const double* threshold_sums = room.sums.data();
   const T norm = P.norms[self];
