@@ -16,6 +16,7 @@ struct RelationInputs {
   OptionalTensor count;     // int64, one element, where they are
 
   int64_t N() const { return student.size(0); }
+  const int64_t* count_data() const { return count ? static_cast<const int64_t*>(count->const_data_ptr()) : nullptr; }
   // Of the loss, and of what is computed.
   ScalarType compute() const { return compute_type(student.scalar_type(), teacher.scalar_type()); }
   // A gradient in float16 would underflow before a loss scaler multiplies it.

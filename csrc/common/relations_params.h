@@ -11,6 +11,13 @@ namespace fastkd {
 enum class Relation : int64_t { FASTKD_FOR_EACH_RELATION(FASTKD_RELATION_ENUMERATOR) kCount };
 #undef FASTKD_RELATION_ENUMERATOR
 
+// How many of `rows` rows from `first` on are there. count: of all rows, or null: every row is.
+FASTKD_HD int64_t rows_there(const int64_t* count, int64_t first, int64_t rows) {
+  if (!count) return rows;
+  const int64_t there = *count - first;
+  return there < 0 ? 0 : there < rows ? there : rows;
+}
+
 // Embeddings [N, D], strides in elements.
 struct Embeddings {
   const char* data;

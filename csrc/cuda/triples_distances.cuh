@@ -36,6 +36,7 @@ struct DistancesTask {
   Embeddings x[2];           // student, teacher
   int64_t first_i, first_j;  // rows of the embeddings
   int rows, columns, pitch;
+  const int64_t* count;  // of the rows that are there, or null
   bool mirror;  // one block with itself: a tile is computed once, and written twice
   bool add;     // to the spread that was noted before
   DistancesMode mode;
