@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kCopyThreads)
   S* out = reinterpret_cast<S*>(side.rows) + n * side.D_padded;
   double norm = 0;
 #pragma unroll 4
-  for (int64_t d = lane; d < side.D_padded; d += 32) {
+  for (int d = lane; d < int(side.D_padded); d += 32) {
     S x = narrow<S>(0.0f);
     if (n < N && d < side.source.D) {
       if constexpr (sizeof(S) == 2) {  // the source's own type
@@ -86,8 +86,8 @@ inline cudaError_t embeddings_means(const PairsParams& P, cudaStream_t stream) {
 template <class S>
 cudaError_t embeddings_copy(const PairsParams& P, cudaStream_t stream) {
   const int64_t N_padded = P.tiles * kPairsTile;
-  return Launch(2 * N_padded / (kCopyThreads / 32), dim3(kCopyThreads), 0, stream)(embeddings_copy_kernel<S>, P.student,
-                                                                                   P.teacher, P.count, P.options.N, N_padded);
+  return Launch(2 * N_padded / (kCopyThreads / 32), dim3(kCopyThreads), 0, stream)(
+      embeddings_copy_kernel<S>, P.student, P.teacher, P.count, P.options.N, N_padded);
 }
 
 }  // namespace fastkd::cuda

@@ -63,7 +63,8 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
   FASTKD_CHECK(!in.count || cuda::lies_with(*in.count, in.student), "count: a tensor on the student's device wanted");
-  FASTKD_CHECK(!in.weight || cuda::lies_with(*in.weight, in.student), "weight: a tensor on the student's device wanted");
+  FASTKD_CHECK(!in.weight || cuda::lies_with(*in.weight, in.student),
+               "weight: a tensor on the student's device wanted");
   const Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
   cuda::PairsParams P{};
   P.options = {in.delta, in.normalize, in.N()};

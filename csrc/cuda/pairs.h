@@ -12,7 +12,7 @@ namespace fastkd::cuda {
 // count: on the device, or null. The inputs were checked (common/relations_inputs.h). N = 0 and N = 1 add
 // nothing.
 void pairs_accumulate(const torch::stable::Tensor& student, const torch::stable::Tensor& teacher, double delta,
-                      double weight, const int64_t* count, const torch::stable::Tensor& loss, const torch::stable::Tensor* grad,
-                      const Context&);
+                      double weight, const int64_t* count, const torch::stable::Tensor& loss,
+                      const torch::stable::Tensor* grad, const Context&);
 
 }  // namespace fastkd::cuda

@@ -6,7 +6,7 @@
 namespace fastkd::cuda {
 
 // Of pairs (y + 16 a, x + 16 b), a, b < 4, in the thread 16 y + x.
-__device__ __forceinline__ void squared_distances(const PairsSide& side, const PairsRows& rows, PairsPlace place, char* stages, double* tile) {
+__device__ __forceinline__ void squared_distances(const PairsSide& side, PairsPlace place, char* stages, double* tile) {
   constexpr int kDepth = 16, kStride = kDepth + 1;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
   const double* x_rows = reinterpret_cast<const double*>(side.rows);
@@ -33,7 +33,7 @@ __device__ __forceinline__ void squared_distances(const PairsSide& side, const P
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int r = y + i / 4 * 16, c = x + i % 4 * 16;
-    tile[r * kTileStride + c] = is_pair(rows, place.i + r, place.j + c) ? sum[i / 4][i % 4] : 0.0;
+    tile[r * kTileStride + c] = sum[i / 4][i % 4];
   }
   __syncthreads();
 }

@@ -27,9 +27,9 @@ __device__ __forceinline__ void both_distances(const PairsParams& P, PairsPlace 
   for (int side = 0; side < 2; ++side) {  // in a loop: the code is there once
     Compute<S>* tile = side ? room.teacher : room.student;
     if constexpr (std::is_same_v<S, double>) {
-      squared_distances(side ? P.teacher : P.student, room.rows, place, room.stages, tile);
+      squared_distances(side ? P.teacher : P.student, place, room.stages, tile);
     } else {
-      squared_distances<S>(side ? P.teacher : P.student, room.rows, place, room.stages, tile);
+      squared_distances<S>(side ? P.teacher : P.student, place, room.stages, tile);
     }
   }
 }
@@ -49,15 +49,21 @@ __device__ __forceinline__ void sum_blocks(const double* sums, int blocks, doubl
   block_sums(a, b, room);
 }
 
-// The tile of the upper triangle that has this number: rows from the first, each from the diagonal.
-__device__ __forceinline__ PairsPlace upper_tile(int64_t number, int64_t tiles) {
-  const double b = 2.0 * double(tiles) + 1;
-  int64_t row = int64_t((b - sqrt(b * b - 8.0 * double(number))) / 2);
-  const auto before = [&](int64_t r) { return r * tiles - r * (r - 1) / 2; };
-  while (row > 0 && before(row) > number) --row;
-  while (before(row + 1) <= number) ++row;
-  return {row * kTile, (row + number - before(row)) * kTile};
-}
+// A walk over the tiles of the upper triangle, row by row, in strides.
+class UpperTiles {
+ public:
+  explicit __device__ __forceinline__ UpperTiles(int first) : row_(0), column_(first) {}
+  // Whether the walk is at a tile, of `tiles` in each direction.
+  __device__ __forceinline__ bool at_tile(int tiles) {
+    for (; row_ < tiles && column_ >= tiles; ++row_) column_ += row_ + 1 - tiles;
+    return row_ < tiles;
+  }
+  __device__ __forceinline__ void advance(int stride) { column_ += stride; }
+  __device__ __forceinline__ PairsPlace place() const { return {int64_t(row_) * kTile, int64_t(column_) * kTile}; }
+
+ private:
+  int row_, column_;
+};
 
 // f(weight), where weight(i, j) is a pair's.
 template <class T, class F>
@@ -85,11 +91,11 @@ __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __g
   const R relation(room.rows.options(P), sums);
   const int row = threadIdx.x / 4, column = threadIdx.x % 4;
   double first = 0, second = 0;
-  for (int64_t t = blockIdx.x; t < room.rows.tiles * (room.rows.tiles + 1) / 2; t += gridDim.x) {
-    const PairsPlace place = upper_tile(t, room.rows.tiles);
+  for (UpperTiles walk(blockIdx.x); walk.at_tile(room.rows.tiles); walk.advance(gridDim.x)) {
+    const PairsPlace place = walk.place();
     both_distances<S>(P, place, room);
     T a = 0, b = 0;
-    const auto walk = [&](auto&& add) {
+    const auto add_pairs = [&](auto&& add) {
 #pragma unroll 4
       for (int k = 0; k < kTile / 4; ++k) {
         const int c = column + 4 * k, at = row * kTileStride + c;
@@ -101,13 +107,13 @@ __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __g
       }
     };
     if constexpr (kSweep == Sweep::kMeasure) {
-      walk([](int, T student, T teacher, T& x, T& y) {
+      add_pairs([](int, T student, T teacher, T& x, T& y) {
         x = student;
         y = teacher;
       });
     } else {
       with_weights<T>(P, [&](auto&& weight) {
-        walk([&](int c, T student, T teacher, T& x, T& y) {
+        add_pairs([&](int c, T student, T teacher, T& x, T& y) {
           relation.pair(student, teacher, weight(place.i + row, place.j + c), x, y);
         });
       });
@@ -129,11 +135,9 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   using T = Compute<S>;
   using Product = std::conditional_t<std::is_same_v<S, double>, DifferencesProduct, WeightedProduct<S>>;
   PairsRoom<T>& room = *reinterpret_cast<PairsRoom<T>*>(ptx::dynamic_shared());
-  const int split = int(blockIdx.x % unsigned(P.splits)), part = int(blockIdx.x / unsigned(P.splits));
-  const int row_tile = part / P.slices;
   if (threadIdx.x == 0) room.rows = PairsRows(P);
   __syncthreads();
-  if (row_tile >= room.rows.tiles) return;
+  if (int(blockIdx.x / unsigned(P.splits)) / P.slices >= room.rows.tiles) return;
   RelationSums sums{};
   if (R::measures(P.options)) {
     sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, sums.student, sums.teacher);
@@ -145,10 +149,12 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   if (threadIdx.x < kPairsWarps) room.touched[threadIdx.x] = 0;
   if (threadIdx.x < kTile) room.row_sums[threadIdx.x] = 0;
 
+  const int split = int(blockIdx.x % unsigned(P.splits)), part = int(blockIdx.x / unsigned(P.splits));
+  const int row_tile = part / P.slices;
   T* partial = reinterpret_cast<T*>(P.partial) + split * P.tiles * kTile * P.student.D_padded;
   Product product(P, row_tile, part % P.slices);
   const int row = threadIdx.x / 4, column = threadIdx.x % 4;
-  for (int block = split; block < int(room.rows.tiles); block += P.splits) {
+  for (int block = split; block < room.rows.tiles; block += P.splits) {
     const PairsPlace place{int64_t(row_tile) * kTile, int64_t(block) * kTile};
     both_distances<S>(P, place, room);
     const R relation = *shared_relation;

@@ -25,11 +25,12 @@ inline constexpr float kNear = sizeof(S) == 4 ? 1.0f / 64 : 1.0f / 1024;
 
 // The rows that are there; none where they are too few for a pair.
 struct PairsRows {
-  int64_t N, tiles;
+  int64_t N;
+  int tiles;
 
   explicit __device__ __forceinline__ PairsRows(const PairsParams& P) : N(rows_there(P.count, 0, P.options.N)) {
     if (N < 2) N = 0;
-    tiles = (N + kTile - 1) / kTile;
+    tiles = int((N + kTile - 1) / kTile);
   }
   __device__ __forceinline__ RelationOptions options(const PairsParams& P) const {
     return {P.options.delta, P.options.normalize, N};
@@ -183,7 +184,7 @@ __device__ __forceinline__ void for_marked(const float* tile, W&& wanted, F&& f)
 
 // The tile; all threads of the block, which may read it when it returns.
 template <class S>
-__device__ __forceinline__ void squared_distances(const PairsSide& side, const PairsRows& rows, PairsPlace place, char* stages, float* tile) {
+__device__ __forceinline__ void squared_distances(const PairsSide& side, PairsPlace place, char* stages, float* tile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / 4 * 32, column = warp % 4 * 16;
   const int64_t row_bytes = side.D_padded * int64_t(sizeof(S)), chunks = row_bytes / kChunkBytes;
   GramPart gram = {};
@@ -212,8 +213,9 @@ __device__ __forceinline__ void squared_distances(const PairsSide& side, const P
     const int r = row + i / 8 * 16 + lane / 4 + i % 4 / 2 * 8, c = column + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
     const float norms = side.norms[place.i + r] + side.norms[place.j + c];
     const float squared = norms - 2 * gram[i / 8][i / 4 % 2][i % 4];
-    const bool pair = is_pair(rows, place.i + r, place.j + c), near = pair && squared < norms * kNear<S>;
-    tile[r * kTileStride + c] = near ? -1.0f : pair ? squared : 0.0f;
+    // of rows that are not there, which are 0, none is
+    const bool self = place.i + r == place.j + c, near = !self && squared < norms * kNear<S>;
+    tile[r * kTileStride + c] = near ? -1.0f : self ? 0.0f : squared;
     any_near |= near;
   }
   if (!__syncthreads_or(any_near)) return;

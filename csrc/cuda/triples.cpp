@@ -55,7 +55,8 @@ void triples_fwd(StableIValue* stack, uint64_t, uint64_t) {
     if (wanted) torch::stable::fill_(sum, 0);
   }
   if (in.distance_weight != 0) {
-    cuda::pairs_accumulate(in.student, in.teacher, in.distance_delta, in.distance_weight, in.count_data(), loss, wanted, context);
+    cuda::pairs_accumulate(in.student, in.teacher, in.distance_delta, in.distance_weight, in.count_data(), loss, wanted,
+                           context);
   }
   if (convert) torch::stable::copy_(grad, sum);
   stack[0] = torch::stable::detail::from(loss);
