@@ -108,7 +108,8 @@ __device__ __forceinline__ void squared_distances(const Embeddings& x, int64_t i
   C* left = reinterpret_cast<C*>(ptx::dynamic_shared());
   C* right = left + kDepth * kDistancePitch;
   const int column = threadIdx.x % 8 * 4, row = threadIdx.x / 8 * 2;
-  for (int64_t depth = 0; depth < x.D; depth += kDepth) {
+  const bool any = rows > 0 && columns > 0;
+  for (int64_t depth = 0; any && depth < x.D; depth += kDepth) {
     __syncthreads();
     stage_features(left, x, i, rows, depth);
     stage_features(right, x, j, columns, depth);
@@ -153,9 +154,7 @@ __device__ __forceinline__ void distance_tile(const DistancesTask<T>& P, int whi
   C sum[2][4] = {}, rest[2][4] = {};
   const int rows = int(rows_there(P.count, P.first_i, P.rows)),
             columns = int(rows_there(P.count, P.first_j, P.columns));
-  if (i0 < rows && j0 < columns) {
-    squared_distances(P.x[which], P.first_i + i0, rows - i0, P.first_j + j0, columns - j0, sum, rest);
-  }
+  squared_distances(P.x[which], P.first_i + i0, rows - i0, P.first_j + j0, columns - j0, sum, rest);
   const int i = i0 + threadIdx.x / 8 * 2, j = j0 + threadIdx.x % 8 * 4;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
