@@ -4,6 +4,15 @@
 #include "common/relations_params.h"
 #include "common/rows_inputs.h"
 
+// Of the ops: a build with relations of its own, beside fastkd's, has its own.
+#ifndef FASTKD_NAMESPACE
+#if defined(FASTKD_CUSIM)
+#define FASTKD_NAMESPACE fastkd_cusim
+#else
+#define FASTKD_NAMESPACE fastkd
+#endif
+#endif
+
 namespace fastkd {
 
 // Embeddings of both sides: what every relational op starts with. Rows from `count` on are not there: they hold

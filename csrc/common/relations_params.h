@@ -4,9 +4,12 @@
 
 namespace fastkd {
 
-// Relations between two samples, each as its functor of math/relation.h is named. The numbers are
-// those of fastkd/ops/pairs.py.
-#define FASTKD_FOR_EACH_RELATION(X) X(RkdDistance)
+// Relations between two samples, each as its functor is named: of math/relation.h, and of what else a build
+// has. The numbers are those of fastkd/ops/relations.py.
+#ifndef FASTKD_MORE_RELATIONS
+#define FASTKD_MORE_RELATIONS(X)
+#endif
+#define FASTKD_FOR_EACH_RELATION(X) X(RkdDistance) FASTKD_MORE_RELATIONS(X)
 #define FASTKD_RELATION_ENUMERATOR(name) k##name,
 enum class Relation : int64_t { FASTKD_FOR_EACH_RELATION(FASTKD_RELATION_ENUMERATOR) kCount };
 #undef FASTKD_RELATION_ENUMERATOR

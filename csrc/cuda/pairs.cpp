@@ -92,9 +92,9 @@ void cuda::pairs_accumulate(const Tensor& student, const Tensor& teacher, double
 }  // namespace fastkd
 
 #if defined(FASTKD_CUSIM)
-STABLE_TORCH_LIBRARY_IMPL(fastkd_cusim, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_NAMESPACE, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_NAMESPACE, CUDA, m) {
 #endif
   m.impl("pairs_fwd", &fastkd::pairs_fwd);
 }
