@@ -213,7 +213,7 @@ __device__ __forceinline__ void squared_distances(const PairsSide& side, PairsPl
     const int r = row + i / 8 * 16 + lane / 4 + i % 4 / 2 * 8, c = column + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
     const float norms = side.norms[place.i + r] + side.norms[place.j + c];
     const float squared = norms - 2 * gram[i / 8][i / 4 % 2][i % 4];
-    // of rows that are not there, which are 0, none is
+    // rows that are not there are 0, and near to none
     const bool self = place.i + r == place.j + c, near = !self && squared < norms * kNear<S>;
     tile[r * kTileStride + c] = near ? -1.0f : self ? 0.0f : squared;
     any_near |= near;
