@@ -58,17 +58,15 @@ def find_tool(name):
     return tool
 
 
-class HostCompiler:
-    """Compiles CUDA sources for the host, into a folder."""
+class Compiler:
+    """Compiles C++ into a folder."""
 
     def __init__(self, folder):
         self.folder = folder
         self.command = os.environ.get("CXX", "g++").split()
         if shutil.which(self.command[0]) is None:
             missing(f"C++ compiler '{self.command[0]}'")
-        # nvcc lets a float* be read as a uint4*
-        self.flags = ["-std=c++20", "-g", "-fno-strict-aliasing", f"-I{CUSIM / 'include'}", "-Icsrc"]
-        self.flags += ["-isystem", require_cuda_include()]
+        self.flags = ["-std=c++20", "-g", "-Icsrc"]
         self.warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         self.built = {}
 
@@ -85,6 +83,15 @@ class HostCompiler:
         if isinstance(built, str):
             pytest.fail(built)
         return built
+
+
+class HostCompiler(Compiler):
+    """Compiles CUDA sources for the host."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        # nvcc lets a float* be read as a uint4*
+        self.flags += ["-fno-strict-aliasing", f"-I{CUSIM / 'include'}", "-isystem", require_cuda_include()]
 
     def program(self, name, build, *kernels):
         """csrc/testing/NAME_main.cpp with csrc/testing/cusim_KERNEL.cpp, all instrumented alike; a

@@ -36,17 +36,26 @@ SHAPES = {
     "a cluster a row, of parts that differ": (FLOAT, 2, 20003, 1),
     "several kernels, several blocks a row": (BFLOAT16, 2, 20001, 0),
 }
-# (schedule, dtype, N, D, whether some rows are alike, rows of a block of triples, multiprocessors)
+# (schedule, dtype, N, D, whether some rows are alike, rows of a block of triples, multiprocessors, how many
+# rows the device is told are there or -1, whether they have weights)
 RELATIONS = {
-    "pairs, one tile": ("pairs", HALF, 20, 9, 1, 0, 4),
-    "pairs, a sum in two parts": ("pairs", FLOAT, 70, 40, 1, 0, 4),
-    "pairs, several tiles a block": ("pairs", BFLOAT16, 135, 9, 1, 0, 1),
-    "pairs, more features than a block has, and than are copied ahead": ("pairs", BFLOAT16, 10, 530, 0, 0, 4),
-    "pairs, in double": ("pairs", DOUBLE, 70, 17, 1, 0, 1),
-    "triples, one block of rows": ("triples", FLOAT, 70, 5, 0, 1024, 4),
-    "triples, a large spread of distances": ("triples", BFLOAT16, 40, 33, 1, 1024, 4),
-    "triples, two blocks of rows": ("triples", FLOAT, 70, 5, 1, 64, 2),
-    "triples, in double": ("triples", DOUBLE, 70, 5, 1, 64, 2),
+    "pairs, one tile": ("pairs", HALF, 20, 9, 1, 0, 4, -1, 0),
+    "pairs, a sum in two parts": ("pairs", FLOAT, 70, 40, 1, 0, 4, -1, 0),
+    "pairs, several tiles a block": ("pairs", BFLOAT16, 135, 9, 1, 0, 1, -1, 0),
+    "pairs, more features than a block has, and than are copied ahead": ("pairs", BFLOAT16, 10, 530, 0, 0, 4, -1, 0),
+    "pairs, in double": ("pairs", DOUBLE, 70, 17, 1, 0, 1, -1, 0),
+    "pairs, tiles of no rows": ("pairs", FLOAT, 200, 9, 1, 0, 4, 70, 1),
+    "pairs, weights": ("pairs", HALF, 70, 9, 1, 0, 4, -1, 1),
+    "pairs, fewer rows, in double": ("pairs", DOUBLE, 135, 17, 1, 0, 1, 64, 1),
+    "pairs, one row": ("pairs", BFLOAT16, 70, 9, 0, 0, 4, 1, 1),
+    "pairs, no row": ("pairs", FLOAT, 70, 9, 0, 0, 4, 0, 0),
+    "triples, one block of rows": ("triples", FLOAT, 70, 5, 0, 1024, 4, -1, 0),
+    "triples, a large spread of distances": ("triples", BFLOAT16, 40, 33, 1, 1024, 4, -1, 0),
+    "triples, two blocks of rows": ("triples", FLOAT, 70, 5, 1, 64, 2, -1, 0),
+    "triples, fewer rows": ("triples", FLOAT, 140, 5, 1, 1024, 4, 35, 0),
+    "triples, a block of no rows": ("triples", FLOAT, 140, 5, 0, 64, 2, 60, 0),
+    "triples, no row": ("triples", FLOAT, 70, 5, 0, 64, 2, 0, 0),
+    "triples, in double": ("triples", DOUBLE, 70, 5, 1, 64, 2, -1, 0),
 }
 
 

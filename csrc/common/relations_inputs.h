@@ -4,6 +4,15 @@
 #include "common/relations_params.h"
 #include "common/rows_inputs.h"
 
+// Of the ops: a build with relations of its own, beside fastkd's, has its own.
+#ifndef FASTKD_NAMESPACE
+#if defined(FASTKD_CUSIM)
+#define FASTKD_NAMESPACE fastkd_cusim
+#else
+#define FASTKD_NAMESPACE fastkd
+#endif
+#endif
+
 namespace fastkd {
 
 // Embeddings of both sides: what every relational op starts with. Rows from `count` on are not there: they hold
@@ -16,6 +25,7 @@ struct RelationInputs {
   OptionalTensor count;     // int64, one element, where they are
 
   int64_t N() const { return student.size(0); }
+  const int64_t* count_data() const { return count ? static_cast<const int64_t*>(count->const_data_ptr()) : nullptr; }
   // Of the loss, and of what is computed.
   ScalarType compute() const { return compute_type(student.scalar_type(), teacher.scalar_type()); }
   // A gradient in float16 would underflow before a loss scaler multiplies it.

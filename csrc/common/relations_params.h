@@ -4,12 +4,22 @@
 
 namespace fastkd {
 
-// Relations between two samples, each as its functor of math/relation.h is named. The numbers are
-// those of fastkd/ops/pairs.py.
-#define FASTKD_FOR_EACH_RELATION(X) X(RkdDistance)
+// Relations between two samples, each as its functor is named: of math/relation.h, and of what else a build
+// has. The numbers are those of fastkd/ops/relations.py.
+#ifndef FASTKD_MORE_RELATIONS
+#define FASTKD_MORE_RELATIONS(X)
+#endif
+#define FASTKD_FOR_EACH_RELATION(X) X(RkdDistance) FASTKD_MORE_RELATIONS(X)
 #define FASTKD_RELATION_ENUMERATOR(name) k##name,
 enum class Relation : int64_t { FASTKD_FOR_EACH_RELATION(FASTKD_RELATION_ENUMERATOR) kCount };
 #undef FASTKD_RELATION_ENUMERATOR
+
+// How many of `rows` rows from `first` on are there. count: of all rows, or null: every row is.
+FASTKD_HD int64_t rows_there(const int64_t* count, int64_t first, int64_t rows) {
+  if (!count) return rows;
+  const int64_t there = *count - first;
+  return there < 0 ? 0 : there < rows ? there : rows;
+}
 
 // Embeddings [N, D], strides in elements.
 struct Embeddings {

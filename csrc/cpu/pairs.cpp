@@ -329,6 +329,6 @@ template double pairs_loss(Relation, const RelationOptions&, const Centred<float
 template double pairs_loss(Relation, const RelationOptions&, const Centred<double>&, const Centred<double>&,
                            const double*, double*);
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("pairs_fwd", &pairs_fwd); }
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_NAMESPACE, CPU, m) { m.impl("pairs_fwd", &pairs_fwd); }
 
 }  // namespace fastkd

@@ -20,7 +20,8 @@ __device__ __forceinline__ T load_embedding(const Embeddings& x, int64_t n, int6
 template <class T>
 __global__ void __launch_bounds__(kMeansThreads)
     embeddings_means_kernel(const __grid_constant__ PairsSide student, const __grid_constant__ PairsSide teacher,
-                            int64_t N) {
+                            const int64_t* count, int64_t all) {
+  const int64_t N = rows_there(count, 0, all);
   T(*room)[kMeansColumns + 1] = reinterpret_cast<T(*)[kMeansColumns + 1]>(ptx::dynamic_shared());
   const int64_t student_blocks = (student.source.D + kMeansColumns - 1) / kMeansColumns;
   const bool first = blockIdx.x < student_blocks;
@@ -44,16 +45,17 @@ __global__ void __launch_bounds__(kMeansThreads)
 template <class S>
 __global__ void __launch_bounds__(kCopyThreads)
     embeddings_copy_kernel(const __grid_constant__ PairsSide student, const __grid_constant__ PairsSide teacher,
-                           int64_t N, int64_t N_padded) {
+                           const int64_t* count, int64_t all, int64_t N_padded) {
   const int lane = threadIdx.x % 32;
   const int64_t warp = (int64_t(blockIdx.x) * kCopyThreads + threadIdx.x) / 32;
   const bool first = warp < N_padded;
   const PairsSide& side = first ? student : teacher;
-  const int64_t n = first ? warp : warp - N_padded;
+  const int64_t n = first ? warp : warp - N_padded, N = rows_there(count, 0, all);
+  if (n >= (N + kPairsTile - 1) / kPairsTile * kPairsTile) return;
   S* out = reinterpret_cast<S*>(side.rows) + n * side.D_padded;
   double norm = 0;
 #pragma unroll 4
-  for (int64_t d = lane; d < side.D_padded; d += 32) {
+  for (int d = lane; d < int(side.D_padded); d += 32) {
     S x = narrow<S>(0.0f);
     if (n < N && d < side.source.D) {
       if constexpr (sizeof(S) == 2) {  // the source's own type
@@ -78,14 +80,14 @@ inline cudaError_t embeddings_means(const PairsParams& P, cudaStream_t stream) {
   const auto blocks = [](const PairsSide& side) { return (side.source.D + kMeansColumns - 1) / kMeansColumns; };
   constexpr int64_t kRoom = kMeansThreads / kMeansColumns * (kMeansColumns + 1) * sizeof(double);
   return Launch(blocks(P.student) + blocks(P.teacher), dim3(kMeansColumns, kMeansThreads / kMeansColumns), kRoom,
-                stream)(embeddings_means_kernel<double>, P.student, P.teacher, P.options.N);
+                stream)(embeddings_means_kernel<double>, P.student, P.teacher, P.count, P.options.N);
 }
 
 template <class S>
 cudaError_t embeddings_copy(const PairsParams& P, cudaStream_t stream) {
   const int64_t N_padded = P.tiles * kPairsTile;
-  return Launch(2 * N_padded / (kCopyThreads / 32), dim3(kCopyThreads), 0, stream)(embeddings_copy_kernel<S>, P.student,
-                                                                                   P.teacher, P.options.N, N_padded);
+  return Launch(2 * N_padded / (kCopyThreads / 32), dim3(kCopyThreads), 0, stream)(
+      embeddings_copy_kernel<S>, P.student, P.teacher, P.count, P.options.N, N_padded);
 }
 
 }  // namespace fastkd::cuda

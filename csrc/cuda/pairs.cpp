@@ -32,7 +32,7 @@ cudaError_t run_relation(Relation relation, cuda::PairsStorage storage, const cu
   __builtin_unreachable();  // check() has looked
 }
 
-// P: options, weight and accumulate. N = 0 and N = 1 have no pairs: nothing is added to a sum that
+// P: what does not follow from the tensors. N = 0 and N = 1 have no pairs: nothing is added to a sum that
 // is accumulated.
 void run(cuda::PairsParams P, Relation relation, const Tensor& student, const Tensor& teacher, const Tensor& loss,
          const Tensor* grad, const cuda::Context& context) {
@@ -62,11 +62,15 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
   const PairsInputs in(arguments);
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
-  FASTKD_CHECK(!in.count && !in.weight, "count and weight: not yet");
+  FASTKD_CHECK(!in.count || cuda::lies_with(*in.count, in.student), "count: a tensor on the student's device wanted");
+  FASTKD_CHECK(!in.weight || cuda::lies_with(*in.weight, in.student),
+               "weight: a tensor on the student's device wanted");
   const Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
   cuda::PairsParams P{};
   P.options = {in.delta, in.normalize, in.N()};
   P.weight = 1;
+  P.count = in.count_data();
+  if (in.weight) P.row_weights = in.weight->const_data_ptr();
   const cuda::Context context(in.student);
   run(P, Relation(in.relation), in.student, in.teacher, loss, in.save ? &grad : nullptr, context);
   stack[0] = torch::stable::detail::from(loss);
@@ -76,10 +80,11 @@ void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
 }  // namespace
 
 void cuda::pairs_accumulate(const Tensor& student, const Tensor& teacher, double delta, double weight,
-                            const Tensor& loss, const Tensor* grad, const Context& context) {
+                            const int64_t* count, const Tensor& loss, const Tensor* grad, const Context& context) {
   PairsParams P{};
   P.options = {delta, true, student.size(0)};
   P.weight = weight;
+  P.count = count;
   P.accumulate = true;
   run(P, Relation::kRkdDistance, student, teacher, loss, grad, context);
 }
@@ -87,9 +92,9 @@ void cuda::pairs_accumulate(const Tensor& student, const Tensor& teacher, double
 }  // namespace fastkd
 
 #if defined(FASTKD_CUSIM)
-STABLE_TORCH_LIBRARY_IMPL(fastkd_cusim, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_NAMESPACE, CPU, m) {
 #else
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(FASTKD_NAMESPACE, CUDA, m) {
 #endif
   m.impl("pairs_fwd", &fastkd::pairs_fwd);
 }

@@ -6,11 +6,10 @@
 namespace fastkd::cuda {
 
 // Of pairs (y + 16 a, x + 16 b), a, b < 4, in the thread 16 y + x.
-__device__ __forceinline__ void squared_distances(const PairsParams& P, const PairsSide& side, PairsPlace place,
-                                                  char* stages, double* tile) {
+__device__ __forceinline__ void squared_distances(const PairsSide& side, PairsPlace place, char* stages, double* tile) {
   constexpr int kDepth = 16, kStride = kDepth + 1;
   const int x = threadIdx.x % 16, y = threadIdx.x / 16;
-  const double* rows = reinterpret_cast<const double*>(side.rows);
+  const double* x_rows = reinterpret_cast<const double*>(side.rows);
   double* room = reinterpret_cast<double*>(stages);
   double sum[4][4] = {};
   for (int64_t d = 0; d < side.D_padded; d += kDepth) {
@@ -19,7 +18,7 @@ __device__ __forceinline__ void squared_distances(const PairsParams& P, const Pa
     for (int k = 0; k < 2 * kTile / 16; ++k) {
       const int row = y + 16 * k;
       const int64_t n = row < kTile ? place.i + row : place.j + row - kTile;
-      room[row * kStride + x] = rows[n * side.D_padded + d + x];
+      room[row * kStride + x] = x_rows[n * side.D_padded + d + x];
     }
     __syncthreads();
 #pragma unroll 4
@@ -34,7 +33,7 @@ __device__ __forceinline__ void squared_distances(const PairsParams& P, const Pa
 #pragma unroll
   for (int i = 0; i < 16; ++i) {
     const int r = y + i / 4 * 16, c = x + i % 4 * 16;
-    tile[r * kTileStride + c] = is_pair(P, place.i + r, place.j + c) ? sum[i / 4][i % 4] : 0.0;
+    tile[r * kTileStride + c] = sum[i / 4][i % 4];
   }
   __syncthreads();
 }

@@ -8,6 +8,7 @@
 //    of W from distances that are computed once more, and multiplies them with X at once. Where
 //    there are few such blocks the sum over j is split among several.
 // 5. pairs_finish_kernel: sums the parts, in the gradient's own type.
+// The grids are those of all rows; where the device knows of fewer, their tiles are what is walked.
 // No N x N matrix exists: extra memory is two copies of the embeddings, the parts of the gradient, and
 // two numbers a block. Traffic: (D_s + D_t) N^2 / 64 values from the L2 for 2 and 3 together, as
 // much and N^2 D_s / 64 for each 512 columns in 4. Saved for backward: the gradient.
@@ -26,9 +27,9 @@ __device__ __forceinline__ void both_distances(const PairsParams& P, PairsPlace 
   for (int side = 0; side < 2; ++side) {  // in a loop: the code is there once
     Compute<S>* tile = side ? room.teacher : room.student;
     if constexpr (std::is_same_v<S, double>) {
-      squared_distances(P, side ? P.teacher : P.student, place, room.stages, tile);
+      squared_distances(side ? P.teacher : P.student, place, room.stages, tile);
     } else {
-      squared_distances<S>(P, side ? P.teacher : P.student, place, room.stages, tile);
+      squared_distances<S>(side ? P.teacher : P.student, place, room.stages, tile);
     }
   }
 }
@@ -48,14 +49,30 @@ __device__ __forceinline__ void sum_blocks(const double* sums, int blocks, doubl
   block_sums(a, b, room);
 }
 
-// The tile of the upper triangle that has this number: rows from the first, each from the diagonal.
-__device__ __forceinline__ PairsPlace upper_tile(int64_t number, int64_t tiles) {
-  const double b = 2.0 * double(tiles) + 1;
-  int64_t row = int64_t((b - sqrt(b * b - 8.0 * double(number))) / 2);
-  const auto before = [&](int64_t r) { return r * tiles - r * (r - 1) / 2; };
-  while (row > 0 && before(row) > number) --row;
-  while (before(row + 1) <= number) ++row;
-  return {row * kTile, (row + number - before(row)) * kTile};
+// A walk over the tiles of the upper triangle, row by row, in strides.
+class UpperTiles {
+ public:
+  explicit __device__ __forceinline__ UpperTiles(int first) : row_(0), column_(first) {}
+  // Whether the walk is at a tile, of `tiles` in each direction.
+  __device__ __forceinline__ bool at_tile(int tiles) {
+    for (; row_ < tiles && column_ >= tiles; ++row_) column_ += row_ + 1 - tiles;
+    return row_ < tiles;
+  }
+  __device__ __forceinline__ void advance(int stride) { column_ += stride; }
+  __device__ __forceinline__ PairsPlace place() const { return {int64_t(row_) * kTile, int64_t(column_) * kTile}; }
+
+ private:
+  int row_, column_;
+};
+
+// f(weight), where weight(i, j) is a pair's.
+template <class T, class F>
+__device__ __forceinline__ void with_weights(const PairsParams& P, F&& f) {
+  if (const T* rows = static_cast<const T*>(P.row_weights)) {
+    f([rows](int64_t i, int64_t j) { return (__ldg(rows + i) + __ldg(rows + j)) / 2; });
+  } else {
+    f([](int64_t, int64_t) { return T(1); });
+  }
 }
 
 enum class Sweep { kMeasure, kLoss };
@@ -65,32 +82,41 @@ template <class S, class R, Sweep kSweep>
 __global__ void __launch_bounds__(kPairsThreads, 2) pairs_sweep_kernel(const __grid_constant__ PairsParams P) {
   using T = Compute<S>;
   PairsRoom<T>& room = *reinterpret_cast<PairsRoom<T>*>(ptx::dynamic_shared());
+  if (threadIdx.x == 0) room.rows = PairsRows(P);
+  __syncthreads();
   RelationSums sums{};
   if (kSweep == Sweep::kLoss && R::measures(P.options)) {
     sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, sums.student, sums.teacher);
   }
-  const R relation(P.options, sums);
+  const R relation(room.rows.options(P), sums);
   const int row = threadIdx.x / 4, column = threadIdx.x % 4;
   double first = 0, second = 0;
-  for (int64_t t = blockIdx.x; t < P.tiles * (P.tiles + 1) / 2; t += gridDim.x) {
-    const PairsPlace place = upper_tile(t, P.tiles);
+  for (UpperTiles walk(blockIdx.x); walk.at_tile(room.rows.tiles); walk.advance(gridDim.x)) {
+    const PairsPlace place = walk.place();
     both_distances<S>(P, place, room);
     T a = 0, b = 0;
+    const auto add_pairs = [&](auto&& add) {
 #pragma unroll 4
-    for (int k = 0; k < kTile / 4; ++k) {
-      const int c = column + 4 * k, at = row * kTileStride + c;
-      if (!is_pair(P, place.i + row, place.j + c)) continue;
-      T x, y;
-      const T student = std::fabs(room.student[at]), teacher = std::fabs(room.teacher[at]);
-      if constexpr (kSweep == Sweep::kMeasure) {
-        x = R::measure(student);
-        y = R::measure(teacher);
-      } else {
-        x = y = 0;
-        relation.pair(R::measure(student), R::measure(teacher), T(1), x, y);
+      for (int k = 0; k < kTile / 4; ++k) {
+        const int c = column + 4 * k, at = row * kTileStride + c;
+        if (!is_pair(room.rows, place.i + row, place.j + c)) continue;
+        T x = 0, y = 0;
+        add(c, R::measure(std::fabs(room.student[at])), R::measure(std::fabs(room.teacher[at])), x, y);
+        a += x;
+        b += y;
       }
-      a += x;
-      b += y;
+    };
+    if constexpr (kSweep == Sweep::kMeasure) {
+      add_pairs([](int, T student, T teacher, T& x, T& y) {
+        x = student;
+        y = teacher;
+      });
+    } else {
+      with_weights<T>(P, [&](auto&& weight) {
+        add_pairs([&](int c, T student, T teacher, T& x, T& y) {
+          relation.pair(student, teacher, weight(place.i + row, place.j + c), x, y);
+        });
+      });
     }
     const double times = place.i == place.j ? 1 : 2;  // both orders of a pair
     first += times * double(a);
@@ -109,15 +135,17 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   using T = Compute<S>;
   using Product = std::conditional_t<std::is_same_v<S, double>, DifferencesProduct, WeightedProduct<S>>;
   PairsRoom<T>& room = *reinterpret_cast<PairsRoom<T>*>(ptx::dynamic_shared());
+  if (threadIdx.x == 0) room.rows = PairsRows(P);
+  __syncthreads();
+  if (int(blockIdx.x / unsigned(P.splits)) / P.slices >= room.rows.tiles) return;
   RelationSums sums{};
   if (R::measures(P.options)) {
     sum_blocks(P.measure_sums, P.sweep_blocks, room.sums, sums.student, sums.teacher);
   }
   sum_blocks(P.loss_sums, P.sweep_blocks, room.sums + 2, sums.loss, sums.slope);
-  // In shared memory: registers are what this kernel is short of.
   R* const shared_relation = reinterpret_cast<R*>(room.relation);
   static_assert(sizeof(R) <= sizeof(room.relation));
-  if (threadIdx.x == 0) *shared_relation = R(P.options, sums);
+  if (threadIdx.x == 0) *shared_relation = R(room.rows.options(P), sums);
   if (threadIdx.x < kPairsWarps) room.touched[threadIdx.x] = 0;
   if (threadIdx.x < kTile) room.row_sums[threadIdx.x] = 0;
 
@@ -126,30 +154,33 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
   T* partial = reinterpret_cast<T*>(P.partial) + split * P.tiles * kTile * P.student.D_padded;
   Product product(P, row_tile, part % P.slices);
   const int row = threadIdx.x / 4, column = threadIdx.x % 4;
-  for (int block = split; block < int(P.tiles); block += P.splits) {
-    const int64_t i = int64_t(row_tile) * kTile, j = int64_t(block) * kTile;
-    both_distances<S>(P, {i, j}, room);
+  for (int block = split; block < room.rows.tiles; block += P.splits) {
+    const PairsPlace place{int64_t(row_tile) * kTile, int64_t(block) * kTile};
+    both_distances<S>(P, place, room);
     const R relation = *shared_relation;
     bool any_near = false;
     T of_tile = 0;
+    with_weights<T>(P, [&](auto&& weight) {
 #pragma unroll 4
-    for (int k = 0; k < kTile / 4; ++k) {
-      const int c = column + 4 * k, at = row * kTileStride + c;
-      const T student = room.student[at];
-      const bool pair = is_pair(P, i + row, j + c), near = pair && std::signbit(student);
-      const T w =
-          pair ? relation.weight(R::measure(std::fabs(student)), R::measure(std::fabs(room.teacher[at])), T(1)) : T(0);
-      const T far = near ? T(0) : Product::rounded(w);
-      room.student[at] = far;
-      room.teacher[at] = near ? w : T(0);
-      of_tile += far;
-      any_near |= near;
-    }
+      for (int k = 0; k < kTile / 4; ++k) {
+        const int c = column + 4 * k, at = row * kTileStride + c;
+        const T student = room.student[at];
+        const bool pair = is_pair(room.rows, place.i + row, place.j + c), near = pair && std::signbit(student);
+        const T w = pair ? relation.weight(R::measure(std::fabs(student)), R::measure(std::fabs(room.teacher[at])),
+                                           weight(place.i + row, place.j + c))
+                         : T(0);
+        const T far = near ? T(0) : Product::rounded(w);
+        room.student[at] = far;
+        room.teacher[at] = near ? w : T(0);
+        of_tile += far;
+        any_near |= near;
+      }
+    });
     of_tile += __shfl_xor_sync(0xffffffffu, of_tile, 1);
     of_tile += __shfl_xor_sync(0xffffffffu, of_tile, 2);
     if (column == 0) room.row_sums[row] += double(of_tile);
-    if (__syncthreads_or(any_near)) product.near(room.teacher, j, partial, room.touched);
-    product.add(room.student, j, room.stages);
+    if (__syncthreads_or(any_near)) product.near(room.teacher, place.j, partial, room.touched);
+    product.add(room.student, place.j, room.stages);
   }
   __syncthreads();
   product.store(room.row_sums, room.touched, partial);
@@ -158,12 +189,13 @@ __global__ void __launch_bounds__(kPairsThreads, 1) pairs_gradient_kernel(const 
 // Loss, and where it is wanted the gradient in its own type: of the first block, and of all.
 template <class T, class R>
 __global__ void __launch_bounds__(kPairsThreads) pairs_finish_kernel(const __grid_constant__ PairsParams P) {
+  const PairsRows rows(P);
   if (blockIdx.x == 0) {
     double loss, slope;
     sum_blocks(P.loss_sums, P.sweep_blocks, reinterpret_cast<double (*)[kPairsWarps]>(ptx::dynamic_shared()), loss,
                slope);
     T* out = static_cast<T*>(P.loss);
-    const T value = T(P.weight * R::loss_scale(P.options) * loss);
+    const T value = rows.N ? T(P.weight * R::loss_scale(rows.options(P)) * loss) : T(0);
     if (threadIdx.x == 0) *out = P.accumulate ? *out + value : value;
   }
   if (!P.grad) return;
@@ -174,7 +206,7 @@ __global__ void __launch_bounds__(kPairsThreads) pairs_finish_kernel(const __gri
        at += int64_t(gridDim.x) * kPairsThreads) {
     const T* p = partial + at / D * D_padded + at % D;
     T sum = 0;
-    for (int s = 0; s < P.splits; ++s) sum += p[s * step];
+    for (int s = 0; s < P.splits && at < rows.N * D; ++s) sum += p[s * step];
     sum *= weight;
     char* out = static_cast<char*>(P.grad) + at * P.grad_element_size;
     if (P.accumulate) sum += load_one<AnyType, T>(out, P.grad_dtype);

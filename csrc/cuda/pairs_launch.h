@@ -37,7 +37,9 @@ struct PairsSide {
 struct PairsParams {
   RelationOptions options;
   double weight;
-  bool accumulate;  // add to loss and grad
+  bool accumulate;          // add to loss and grad
+  const int64_t* count;     // []: rows from there on are not, options.N is a bound alone; or null: all rows are
+  const void* row_weights;  // [N] of the compute type, or null: 1
   PairsSide student, teacher;
   void* loss;  // [] of the compute type
   void* grad;  // [N, D_s] contiguous, or null

@@ -23,13 +23,29 @@ inline constexpr int kStageBytes = 2 * kTile * kChunkStride;
 template <class S>
 inline constexpr float kNear = sizeof(S) == 4 ? 1.0f / 64 : 1.0f / 1024;
 
-// Shared memory of every kernel that walks tiles.
+// The rows that are there; none where they are too few for a pair.
+struct PairsRows {
+  int64_t N;
+  int tiles;
+
+  explicit __device__ __forceinline__ PairsRows(const PairsParams& P) : N(rows_there(P.count, 0, P.options.N)) {
+    if (N < 2) N = 0;
+    tiles = int((N + kTile - 1) / kTile);
+  }
+  __device__ __forceinline__ RelationOptions options(const PairsParams& P) const {
+    return {P.options.delta, P.options.normalize, N};
+  }
+};
+
+// Shared memory of every kernel that walks tiles. What is the same for all threads is here: registers are
+// what they are short of.
 template <class T>
 struct PairsRoom {
   T student[kTile * kTileStride], teacher[kTile * kTileStride];
   double sums[4][kPairsWarps];
   double row_sums[kTile];
   int touched[kPairsWarps];
+  PairsRows rows;
   double relation[8];  // a functor
   char stages[sizeof(T) == 8 ? 2 * kTile * 17 * 8 : kStages * kStageBytes];
 };
@@ -56,8 +72,9 @@ struct PairsPlace {
   int64_t i, j;  // the first row and column
 };
 
-__device__ __forceinline__ bool is_pair(const PairsParams& P, int64_t i, int64_t j) {
-  return i < P.options.N && j < P.options.N && i != j;
+// In 64 bits: from how many rows of the tile there are, ptxas makes masks ahead, and spills.
+__device__ __forceinline__ bool is_pair(const PairsRows& rows, int64_t i, int64_t j) {
+  return i < rows.N && j < rows.N && i != j;
 }
 
 // A float as the sum of two tf32, to 2^-22 of it.
@@ -167,8 +184,7 @@ __device__ __forceinline__ void for_marked(const float* tile, W&& wanted, F&& f)
 
 // The tile; all threads of the block, which may read it when it returns.
 template <class S>
-__device__ __forceinline__ void squared_distances(const PairsParams& P, const PairsSide& side, PairsPlace place,
-                                                  char* stages, float* tile) {
+__device__ __forceinline__ void squared_distances(const PairsSide& side, PairsPlace place, char* stages, float* tile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp / 4 * 32, column = warp % 4 * 16;
   const int64_t row_bytes = side.D_padded * int64_t(sizeof(S)), chunks = row_bytes / kChunkBytes;
   GramPart gram = {};
@@ -197,8 +213,9 @@ __device__ __forceinline__ void squared_distances(const PairsParams& P, const Pa
     const int r = row + i / 8 * 16 + lane / 4 + i % 4 / 2 * 8, c = column + i / 4 % 2 * 8 + lane % 4 * 2 + i % 2;
     const float norms = side.norms[place.i + r] + side.norms[place.j + c];
     const float squared = norms - 2 * gram[i / 8][i / 4 % 2][i % 4];
-    const bool pair = is_pair(P, place.i + r, place.j + c), near = pair && squared < norms * kNear<S>;
-    tile[r * kTileStride + c] = near ? -1.0f : pair ? squared : 0.0f;
+    // rows that are not there are 0, and near to none
+    const bool self = place.i + r == place.j + c, near = !self && squared < norms * kNear<S>;
+    tile[r * kTileStride + c] = near ? -1.0f : self ? 0.0f : squared;
     any_near |= near;
   }
   if (!__syncthreads_or(any_near)) return;

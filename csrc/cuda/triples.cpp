@@ -21,6 +21,7 @@ void run_angle(const TriplesInputs& in, const Tensor& loss, const Tensor* grad, 
   P.student = embeddings(in.student, "student");
   P.teacher = embeddings(in.teacher, "teacher");
   P.N = in.N();
+  P.count = in.count_data();
   P.delta = in.angle_delta;
   P.weight = in.angle_weight;
   P.block = cuda::kTriplesBlock<T>;
@@ -39,7 +40,7 @@ void triples_fwd(StableIValue* stack, uint64_t, uint64_t) {
   const TriplesInputs in(arguments);
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
-  FASTKD_CHECK(!in.count, "count: not yet");
+  FASTKD_CHECK(!in.count || cuda::lies_with(*in.count, in.student), "count: a tensor on the student's device wanted");
   const Tensor loss = in.new_loss();
   Tensor grad = in.new_grad(in.save);
   const cuda::Context context(in.student);
@@ -54,7 +55,8 @@ void triples_fwd(StableIValue* stack, uint64_t, uint64_t) {
     if (wanted) torch::stable::fill_(sum, 0);
   }
   if (in.distance_weight != 0) {
-    cuda::pairs_accumulate(in.student, in.teacher, in.distance_delta, in.distance_weight, loss, wanted, context);
+    cuda::pairs_accumulate(in.student, in.teacher, in.distance_delta, in.distance_weight, in.count_data(), loss, wanted,
+                           context);
   }
   if (convert) torch::stable::copy_(grad, sum);
   stack[0] = torch::stable::detail::from(loss);

@@ -91,6 +91,7 @@ class Triples {
                                 rows(i),
                                 rows(j),
                                 plan_.pitch,
+                                P_.count,
                                 mirror,
                                 add,
                                 mode,
@@ -138,6 +139,10 @@ class Triples {
   cudaError_t triples(int64_t a, int64_t j, int64_t l, TriplesTask<T>& task) const {
     task.tiles_a = tiles(a);
     task.tiles_j = tiles(j);
+    task.first_a = first(a);
+    task.first_j = first(j);
+    task.first_l = first(l);
+    task.count = P_.count;
     task.depth = int(round_up(rows(l), kChunk));
     task.part = plan_.part;
     task.parts = plan_.parts;
@@ -159,10 +164,9 @@ class Triples {
   }
 
   cudaError_t weights_and_gradient(int64_t a, int64_t j, const TriplesTask<T>& task) const {
-    const double mean = P_.weight / (double(P_.N) * double(P_.N) * double(P_.N));
     const bool last = a == plan_.blocks - 1;
-    const WeightsTask<T> sums{task,    2 * mean, int(edge_blocks(a, j)), a + j == 0, last, total_, mean,
-                              P_.loss, weights_};
+    const WeightsTask<T> sums{task,   P_.N,    P_.weight, int(edge_blocks(a, j)), a + j == 0, last,
+                              total_, P_.loss, weights_};
     const int small = kTriplesTile / kWeightsTile, across = tiles(j) * small;
     const int64_t blocks = 1 + (P_.grad ? int64_t(tiles(a)) * small * across : 0);
     const int64_t shared = 2 * kWeightsTile * (kWeightsTile + 1) * int64_t(sizeof(T));
@@ -173,8 +177,8 @@ class Triples {
   }
 
   cudaError_t gradient(int64_t i, int64_t j, bool transposed, bool add) const {
-    const GradientTask<T> task{P_.student, P_.grad,  weights_, plan_.pitch, transposed,
-                               add,        first(i), first(j), rows(i),     rows(j)};
+    const GradientTask<T> task{P_.student, P_.grad,  weights_, plan_.pitch, transposed, add,
+                               first(i),   first(j), rows(i),  rows(j),     P_.count};
     const int64_t down = (rows(i) + kGradientRows - 1) / kGradientRows;
     const int64_t across = (P_.student.D + kGradientFeatures - 1) / kGradientFeatures;
     return Launch(down * across, dim3(kGradientThreads), gradient_shared_bytes<T>(), stream_)(

@@ -17,7 +17,8 @@
 
 namespace fastkd::cuda {
 
-// Between the rows of two blocks, [pitch, pitch], for student and teacher; 0 outside of them.
+// Between the rows of two blocks, [pitch, pitch], for student and teacher; 0 outside of them, and where
+// no rows are: nothing comes of those.
 template <class T>
 struct Distances {
   T* half[2];     // d^2 / 2
@@ -36,8 +37,9 @@ struct DistancesTask {
   Embeddings x[2];           // student, teacher
   int64_t first_i, first_j;  // rows of the embeddings
   int rows, columns, pitch;
-  bool mirror;  // one block with itself: a tile is computed once, and written twice
-  bool add;     // to the spread that was noted before
+  const int64_t* count;  // of the rows that are there, or null
+  bool mirror;           // one block with itself: a tile is computed once, and written twice
+  bool add;              // to the spread that was noted before
   DistancesMode mode;
   Distances<T> out;
   T* spread;     // [2, slots, 2]: largest d^2, largest 1 / d^2
@@ -106,7 +108,8 @@ __device__ __forceinline__ void squared_distances(const Embeddings& x, int64_t i
   C* left = reinterpret_cast<C*>(ptx::dynamic_shared());
   C* right = left + kDepth * kDistancePitch;
   const int column = threadIdx.x % 8 * 4, row = threadIdx.x / 8 * 2;
-  for (int64_t depth = 0; depth < x.D; depth += kDepth) {
+  const bool any = rows > 0 && columns > 0;
+  for (int64_t depth = 0; any && depth < x.D; depth += kDepth) {
     __syncthreads();
     stage_features(left, x, i, rows, depth);
     stage_features(right, x, j, columns, depth);
@@ -149,12 +152,14 @@ template <class T, class C>
 __device__ __forceinline__ void distance_tile(const DistancesTask<T>& P, int which, TilePlace tile, T& most, T& least) {
   const int i0 = tile.row * kDistanceTile, j0 = tile.column * kDistanceTile;
   C sum[2][4] = {}, rest[2][4] = {};
-  squared_distances(P.x[which], P.first_i + i0, P.rows - i0, P.first_j + j0, P.columns - j0, sum, rest);
+  const int rows = int(rows_there(P.count, P.first_i, P.rows)),
+            columns = int(rows_there(P.count, P.first_j, P.columns));
+  squared_distances(P.x[which], P.first_i + i0, rows - i0, P.first_j + j0, columns - j0, sum, rest);
   const int i = i0 + threadIdx.x / 8 * 2, j = j0 + threadIdx.x % 8 * 4;
 #pragma unroll
   for (int n = 0; n < 8; ++n) {
     const int row = i + n / 4, column = j + n % 4;
-    const bool inside = row < P.rows && column < P.columns;
+    const bool inside = row < rows && column < columns;
     const C d2 = inside ? sum[n / 4][n % 4] + rest[n / 4][n % 4] : C(0);
     const T rounded = T(d2), inverse = rounded < T(kNoDistance) ? T(0) : inverse_root(rounded);
     const T low = inside ? T((sum[n / 4][n % 4] - C(rounded)) + rest[n / 4][n % 4]) / 2 : T(0);

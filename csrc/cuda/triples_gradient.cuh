@@ -11,13 +11,13 @@ namespace fastkd::cuda {
 template <class T>
 struct WeightsTask {
   TriplesTask<T> triples;
-  double scale;       // 2 weight / N^3
-  int loss_blocks;    // of triples.loss
-  bool first, last;   // pair of blocks
-  double* total;      // []: sum of the losses of the pairs of blocks so far
-  double loss_scale;  // weight / N^3
-  T* loss;            // []
-  T* weights;         // W, [pitch, pitch]
+  int64_t N;
+  double weight;
+  int loss_blocks;   // of triples.loss
+  bool first, last;  // pair of blocks
+  double* total;     // []: sum of the losses of the pairs of blocks so far
+  T* loss;           // []
+  T* weights;        // W, [pitch, pitch]
 };
 
 inline constexpr int kWeightsTile = 32, kWeightsThreads = 256;
@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
     triples_weights_kernel(const __grid_constant__ WeightsTask<T> P, int columns) {
   const TriplesTask<T>& S = P.triples;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const double N = double(rows_there(S.count, 0, P.N)), mean = N == 0 ? 0 : P.weight / (N * N * N);
   if (blockIdx.x == 0) {
     double x = 0;
     for (int n = threadIdx.x; n < P.loss_blocks; n += kWeightsThreads) x += S.loss[n];
@@ -35,7 +36,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
     if (threadIdx.x) return;
     if (!P.first) x += *P.total;
     *P.total = x;
-    if (P.last) *P.loss = T(x * P.loss_scale);
+    if (P.last) *P.loss = T(x * mean);
     return;
   }
   const int i0 = (blockIdx.x - 1) / columns * kWeightsTile, j0 = (blockIdx.x - 1) % columns * kWeightsTile;
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(kWeightsThreads)
       g += S.gamma[0][n * part + at];
       if (!mirrored) k += S.edges[n * part + at];
     }
-    P.weights[at] = T(P.scale) * (S.aj.inverse[0][at] * g - k);
+    P.weights[at] = T(2 * mean) * (S.aj.inverse[0][at] * g - k);
   }
 }
 
@@ -76,6 +77,7 @@ struct GradientTask {
   bool add;                    // to the gradient
   int64_t first, first_other;  // rows of the embeddings: that get a gradient, and those that give it
   int rows, others;
+  const int64_t* count;  // of the rows that are there, or null
 };
 
 inline constexpr int kGradientThreads = 128, kGradientRows = 32, kGradientFeatures = 64, kOthers = 32;
@@ -126,7 +128,9 @@ __global__ void __launch_bounds__(kGradientThreads)
     const int64_t d = d0 + d_of_tile + n % 4;
     own[n / 4][n % 4] = i < P.rows && d < P.x.D ? load_one<AnyType, T>(P.x.at(P.first + i, d), P.x.dtype) : T(0);
   }
-  for (int j0 = 0; j0 < P.others; j0 += kOthers) {
+  const bool any = rows_there(P.count, P.first, P.rows) > i0;
+  const int others = any ? int(rows_there(P.count, P.first_other, P.others)) : 0;
+  for (int j0 = 0; j0 < others; j0 += kOthers) {
     __syncthreads();
     stage_others(P, weights, features, i0, j0, d0);
     __syncthreads();

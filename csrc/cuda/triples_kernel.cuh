@@ -29,8 +29,10 @@ namespace fastkd::cuda {
 template <class T>
 struct TriplesTask {
   Distances<T> aj, al, jl;
-  int tiles_a, tiles_j;    // of kTriplesTile rows
-  int depth, part, parts;  // columns of L; of them to a block, a multiple of kChunk; how many of those
+  int tiles_a, tiles_j;               // of kTriplesTile rows
+  int64_t first_a, first_j, first_l;  // rows of the embeddings
+  const int64_t* count;               // of the rows that are there, or null
+  int depth, part, parts;             // columns of L; of them to a block, a multiple of kChunk; how many of those
   int pitch;
   bool diagonal;  // A is J
   bool add;       // to what an earlier L left
@@ -174,7 +176,11 @@ __device__ __forceinline__ TriplesWork<T> triples_work(const TriplesTask<T>& P) 
   w.row = at.row * kTriplesTile;
   w.column = at.column * kTriplesTile;
   w.begin = part * P.part;
-  w.end = w.begin + P.part < P.depth ? w.begin + P.part : P.depth;
+  const int64_t rows = rows_there(P.count, w.of_j ? P.first_j : P.first_a, w.row + 1);
+  const int64_t columns = rows_there(P.count, w.of_j ? P.first_a : P.first_j, w.column + 1);
+  const bool empty = rows <= w.row || columns <= w.column;
+  const int depth = empty ? 0 : int(rows_there(P.count, P.first_l, P.depth));
+  w.end = w.begin + P.part < depth ? w.begin + P.part : depth;
   w.step_row = w.of_j ? 1 : P.pitch;
   w.step_column = w.of_j ? P.pitch : 1;
   w.rows = w.of_j ? P.jl : P.al;

@@ -14,6 +14,7 @@ template <class T>
 struct TriplesParams {
   Embeddings student, teacher;  // [N, D_s], [N, D_t]
   int64_t N;
+  const int64_t* count;  // []: rows from there on are not; or null: all N are
   double delta, weight;
   int block;  // rows that are taken together, a multiple of kTriplesTile; fewer where N is
   T* loss;    // []

@@ -1,5 +1,5 @@
-// Relations between two samples: what a pair contributes, as a functor of its measures s and t, those
-// of the student's and of the teacher's pair (of RKD: their distances), and of its weight w, the mean of
+// Relations between two samples, and how to add one. A relation is a functor of what a pair contributes: of
+// its measures s and t, those of the student's and of the teacher's pair, and of its weight w, the mean of
 // those of its samples. A schedule computes squared distances and walks all ordered pairs of different
 // samples up to three times:
 //   1. per side the sum of measure(), where measures()
@@ -7,9 +7,26 @@
 //   3. weight(), w_ij: the gradient is sum_j w_ij (x_i - x_j)
 // A functor is made anew for each sweep, from the sums of those before it.
 //
-// The CPU's schedule saves the second walk: unclamped_slope() says from sums of the first what the
-// slopes will add up to, and where that was wrong and matters(), slope_weight() corrects the gradient.
-// There a sample meets itself, with measures of 0: pair() and weight() must give 0 for it.
+// What template <class T> class Name in namespace fastkd::FASTKD_ISA must have, all of it FASTKD_HD:
+//   Name(const RelationOptions&, const RelationSums&)  options.N: of the samples that are there
+//   static double loss_scale(options)                  the loss is this times the sum of the losses
+//   static bool measures(options)                      whether it needs the sums of s and t
+//   static T measure(T squared)                        the distance, with a floor: squared may be just below 0
+//   void pair(T s, T t, T w, T& loss, T& slope)        adds; the slope is any sum over the pairs that weight() needs
+//   T weight(T s, T t, T w)                            2 loss_scale w dloss/ds / s; both orders of a pair are in the 2
+// The CUDA schedule (cuda/pairs_kernel.cuh) keeps it in shared memory: 64 bytes at the most, copied as they are.
+//
+// The CPU's schedule (cpu/pairs.cpp) saves the second walk, and asks for what says how:
+//   static double unclamped_slope(options, sums)  what the slopes add up to, as far as the first sums tell
+//   static bool matters(options, error, loss, tolerance)  whether that was too far off for the gradient
+//   T slope_weight(T s, options)                  what corrects it then: of each 1 of the slopes' sum
+// Without a slope they are 0, false and 0. There a sample meets itself, with s and t of 0: pair() and weight()
+// must give 0 for it. And s * s must be d^2 again, from which near pairs are told.
+//
+// Its name goes into FASTKD_FOR_EACH_RELATION (common/relations_params.h), its number into
+// fastkd/ops/relations.py. Or, without a change here, into FASTKD_MORE_RELATIONS(X) of a header that both the
+// schedule's sources are compiled with (-include), in a FASTKD_NAMESPACE of its own:
+// tests/test_extension_cpp.py does.
 #pragma once
 #include <cmath>
 #include <cstdint>

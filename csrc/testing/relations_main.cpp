@@ -1,7 +1,9 @@
 // The launches of the pairs and the triples schedule as a program without torch, for the sanitizers.
-//   relations_main SCHEDULE DTYPE N D ALIKE BLOCK MULTIPROCESSORS MODE SEED  prints "right" or what is wrong
+//   relations_main SCHEDULE DTYPE N D ALIKE BLOCK MULTIPROCESSORS COUNT WEIGHTED MODE SEED
+// prints "right" or what is wrong.
 // SCHEDULE pairs or triples; DTYPE 0 half, 1 bfloat16, 2 float, 3 double; ALIKE 1: some rows are alike,
-// and some nearly; BLOCK: rows of a block of triples; MODE and SEED: the order of the threads. The truth
+// and some nearly; BLOCK: rows of a block of triples; COUNT: rows that are there, as the device is told
+// it, or -1; WEIGHTED 1: the rows of pairs have weights; MODE and SEED: the order of the threads. The truth
 // is computed in double from the formulas, without any of the kernels' code.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -68,7 +70,10 @@ struct Side {
 double clamp(double e) { return std::fmin(std::fmax(e, -kDelta), kDelta); }
 double huber(double e) { return clamp(e) * (e - clamp(e) / 2); }
 
-double pairs_truth(const Side& x, const Side& y, int64_t N, std::vector<double>& grad) {
+double row_weight(int64_t i) { return double(i % 7) / 4; }
+
+double pairs_truth(const Side& x, const Side& y, int64_t N, bool weighted, std::vector<double>& grad) {
+  if (N < 2) return 0;
   std::vector<double> s(N * N), t(N * N), difference;
   double mu = 0, tau = 0, loss = 0, C = 0;
   const double pairs = double(N) * double(N - 1);
@@ -80,13 +85,14 @@ double pairs_truth(const Side& x, const Side& y, int64_t N, std::vector<double>&
     tau += t[i] / pairs;
   }
   const auto e = [&](int64_t i) { return s[i] / mu - t[i] / tau; };
+  const auto weight = [&](int64_t i) { return weighted ? (row_weight(i / N) + row_weight(i % N)) / 2 : 1; };
   for (int64_t i = 0; i < N * N; ++i) {
-    loss += huber(e(i));
-    C += clamp(e(i)) * s[i] / mu / pairs;
+    loss += weight(i) * huber(e(i));
+    C += weight(i) * clamp(e(i)) * s[i] / mu / pairs;
   }
   for (int64_t i = 0; i < N * N; ++i) {
     if (s[i] <= 1e-6) continue;
-    const double w = 2 / (double(N) * double(N) * mu) * (clamp(e(i)) - C) / s[i];
+    const double w = 2 / (double(N) * double(N) * mu) * (weight(i) * clamp(e(i)) - C) / s[i];
     x.difference(i / N, i % N, difference);
     for (int64_t d = 0; d < x.D; ++d) grad[i / N * x.D + d] -= w * difference[d];
   }
@@ -109,6 +115,7 @@ double dot(const double* a, const double* b, int64_t D) {
 }
 
 double triples_truth(const Side& x, const Side& y, int64_t N, std::vector<double>& grad) {
+  if (N < 2) return 0;
   std::vector<double> u(N * x.D), v(N * y.D), q(N), unused(N), slope(x.D);
   double loss = 0;
   const double cube = double(N) * double(N) * double(N);
@@ -139,6 +146,24 @@ struct Problem {
   int64_t N, D;
   bool alike;
   int block;
+  int64_t count;  // negative: the device is not told
+  bool weighted;
+
+  int64_t there() const { return count < 0 ? N : count; }
+};
+
+// What the device is told of the rows.
+template <class T>
+struct Told {
+  explicit Told(const Problem& p) : count_memory(sizeof(int64_t)), weight_memory(p.N * int64_t(sizeof(T))) {
+    *count_memory.as<int64_t>() = p.count;
+    for (int64_t i = 0; i < p.N; ++i) weight_memory.as<T>()[i] = T(row_weight(i));
+    if (p.count >= 0) count = count_memory.as<int64_t>();
+    if (p.weighted) weight = weight_memory.as<T>();
+  }
+  Memory count_memory, weight_memory;
+  const int64_t* count = nullptr;  // []
+  const T* weight = nullptr;       // [N]
 };
 
 template <class T, cuda::PairsStorage kStorage>
@@ -146,6 +171,9 @@ cudaError_t run_pairs(const Problem& p, const Side& x, const Side& y, const cuda
   cuda::PairsParams P{};
   P.options = {kDelta, true, p.N};
   P.weight = 1;
+  const Told<T> told(p);
+  P.count = told.count;
+  P.row_weights = told.weight;
   P.student.source = x.source;
   P.teacher.source = y.source;
   P.loss = loss;
@@ -159,7 +187,8 @@ cudaError_t run_pairs(const Problem& p, const Side& x, const Side& y, const cuda
 
 template <class T>
 cudaError_t run_triples(const Problem& p, const Side& x, const Side& y, const cuda::Device& device, T* loss, T* grad) {
-  cuda::TriplesParams<T> P{x.source, y.source, p.N, kDelta, 1, p.block, loss, grad};
+  const Told<T> told(p);
+  cuda::TriplesParams<T> P{x.source, y.source, p.N, told.count, kDelta, 1, p.block, loss, grad};
   const Memory workspace(cuda::triples_workspace_bytes(P, device));
   return cuda::triples_forward(P, device, workspace.data, nullptr);
 }
@@ -176,25 +205,32 @@ int run(const Problem& p, DType type, double tolerance) {
                                 : run_triples<T>(p, x, y, device, found_loss, found);
   if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
   std::vector<double> exact(elements);
-  const double right = p.pairs ? pairs_truth(x, y, p.N, exact) : triples_truth(x, y, p.N, exact);
+  const double right =
+      p.pairs ? pairs_truth(x, y, p.there(), p.weighted, exact) : triples_truth(x, y, p.there(), exact);
   double off = 0, size = 0;
   for (int64_t i = 0; i < elements; ++i) {
     off += (double(found[i]) - exact[i]) * (double(found[i]) - exact[i]);
     size += exact[i] * exact[i];
+    if (i >= p.there() * p.D && found[i] != 0) return std::puts("a row that is not there has a gradient"), 1;
   }
   const double wrong_loss = std::fabs(double(*found_loss) - right) / right, wrong = std::sqrt(off / size);
-  if (!(wrong_loss < 2e-6 && wrong < tolerance)) return std::printf("wrong: off by %g, %g\n", wrong_loss, wrong), 1;
+  const bool nothing = right == 0 && size == 0 && *found_loss == 0 && off == 0;
+  if (!nothing && !(wrong_loss < 2e-6 && wrong < tolerance))
+    return std::printf("wrong: off by %g, %g\n", wrong_loss, wrong), 1;
   return std::puts("right"), 0;
 }
 
 }  // namespace
 
 int main(int count, char** argument) {
-  if (count != 10) return std::puts("relations_main SCHEDULE DTYPE N D ALIKE BLOCK MULTIPROCESSORS MODE SEED"), 2;
+  if (count != 12) {
+    return std::puts("relations_main SCHEDULE DTYPE N D ALIKE BLOCK MULTIPROCESSORS COUNT WEIGHTED MODE SEED"), 2;
+  }
   const auto number = [&](int i) { return atoi(argument[i]); };
-  const Problem p{std::string(argument[1]) == "pairs", number(3), number(4), number(5) != 0, number(6)};
+  const Problem p{
+      std::string(argument[1]) == "pairs", number(3), number(4), number(5) != 0, number(6), number(8), number(9) != 0};
   cusim_device(int(cudaDevAttrMultiProcessorCount), number(7));
-  cusim_order(number(8), unsigned(number(9)));
+  cusim_order(number(10), unsigned(number(11)));
   // triples are computed from the given values; pairs round their weights to what the tiles hold
   switch (number(2)) {
     case 0:
