@@ -14,6 +14,8 @@ import tempfile
 import pytest
 import torch
 
+from fastkd.reference import compute_dtype
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
@@ -98,8 +100,15 @@ def relation_launches(pairs, triples):
             name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
             calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, 1.0, True, True)
             calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, 2.0, 1.0, 1.0, 1.0, s)
+            count, weight = torch.empty((), dtype=torch.int64), torch.empty(N, dtype=compute_dtype(x, x))
+            calls[name + "/pairs/counted"] = lambda x=x, c=count: pairs.pairs_fwd(x, x, c, None, 0, 1.0, True, True)
+            calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, 1.0, True, True)
+            calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(
+                x, x, c, 2.0, 1.0, 1.0, 1.0, s
+            )
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
     calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, 1.0, False, True)
+    calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, x[:, 0], 0, 1.0, False, True)
     calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, None, 2.0, 1.0, 0.0, 1.0, True)
     return calls
 

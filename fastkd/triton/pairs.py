@@ -137,13 +137,15 @@ def distances_kernel(
 
 
 @triton.jit
-def _inverse_means(means, dtype: tl.constexpr):
+def _constants(means, totals, delta, dtype: tl.constexpr):
+    """What a functor is told of all pairs: 1 / each mean, the mean slope, delta."""
     by_mu = tl.full((), 1.0, tl.float64)
     by_tau = by_mu
     if means is not None:
         by_mu /= tl.load(means)
         by_tau /= tl.load(means + 1)
-    return by_mu.to(dtype), by_tau.to(dtype)
+    slope = tl.zeros((), dtype) if totals is None else tl.load(totals + 1).to(dtype)
+    return by_mu.to(dtype), by_tau.to(dtype), slope, tl.full((), delta, dtype)
 
 
 @triton.jit
@@ -181,22 +183,24 @@ def loss_kernel(
     t = tl.load(teacher_strip + at, mask=here, other=0.0)
     mine = 0.5 * tl.load(weight + first + i, mask=i_there, other=0.0)[:, None] if weight is not None else None
     w = _weight_of_pair(mine, weight, j[None, :], (j < n)[None, :], dtype)
-    by_mu, by_tau = _inverse_means(means, dtype)
-    loss, slope = PAIR(s, t, w, by_mu, by_tau, tl.full((), delta, dtype))
+    by_mu, by_tau, _slope, bound = _constants(means, None, delta, dtype)
+    loss, slope = PAIR(s, t, w, by_mu, by_tau, bound)
     twice = tl.where(first_j < end, 1.0, 2.0)
     tl.store(parts + part, total(tl.where(s == 0.0, 0.0, loss)) * twice)  # NaN is a pair
     tl.store(parts + parts_n + part, total(tl.where(s == 0.0, 0.0, slope)) * twice)
 
 
 @triton.jit
-def _weights(s, t, w, by_mu, by_tau, C, delta, WEIGHT: tl.constexpr):
+def _weights(s, teacher_at, there, w, constants, WEIGHT: tl.constexpr):
     """0 where there is no pair, and of equal rows, whose distance does not depend on them."""
-    return tl.where(s <= FLOOR, 0.0, WEIGHT(s, t, w, by_mu, by_tau, C, delta))
+    t = tl.load(teacher_at, mask=there, other=0.0)
+    by_mu, by_tau, slope, delta = constants
+    return tl.where(s <= FLOOR, 0.0, WEIGHT(s, t, w, by_mu, by_tau, slope, delta))
 
 
 @triton.jit
 def _add_differences(
-    acc, given, norms_of_rows, norms, student_rows, teacher_rows, weight_of_rows, weight, by_mu, by_tau, C, delta,
+    acc, given, norms_of_rows, norms, student_rows, teacher_rows, weight_of_rows, weight, constants,
     i, row_there, columns, begin, end, N, D, WEIGHT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """acc - sum_j w_ij (x_i - x_j), over all pairs or over the close ones, from the rows as they were given."""
@@ -205,9 +209,8 @@ def _add_differences(
     mine = tl.load(given + i.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(dtype)
     for j in range(begin, end):
         s = tl.load(student_rows + j, mask=row_there, other=0.0)
-        t = tl.load(teacher_rows + j, mask=row_there, other=0.0)
         w = _weight_of_pair(weight_of_rows, weight, j, j < N, dtype)
-        w = _weights(s, t, w, by_mu, by_tau, C, delta, WEIGHT)
+        w = _weights(s, teacher_rows + j, row_there, w, constants, WEIGHT)
         if not EXACT:
             w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * CLOSE, w, 0.0)
         row = row_pointer(given, j, D)
@@ -220,7 +223,7 @@ def grad_kernel(
     given, x, norms,  # [N, D] twice, [N]; see embeddings.Side
     student_strip, teacher_strip, pitch,
     means,  # [2], or None
-    totals,  # [2], or None: C is its second
+    totals,  # [2], or None: the mean slope is its second
     added,  # [N, D], or None: to be added
     grad,  # [N, D]
     count, weight, first, end, N, D,
@@ -232,30 +235,26 @@ def grad_kernel(
     dtype: tl.constexpr = student_strip.dtype.element_ty
     half: tl.constexpr = x.dtype.element_ty == tl.bfloat16  # float16 has not the range of the weights
     first_row = first + tl.program_id(0) * ROWS
-    i = first_row + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    i, columns = first_row + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     of_tile = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
-    stored, target = (i < end)[:, None] & (columns < D)[None, :], row_pointer(grad, first_row, D) + of_tile
+    stored, at_grad = (i < end)[:, None] & (columns < D)[None, :], row_pointer(grad, first_row, D) + of_tile
     n = rows_there(count, N)
     if count is not None:
         if first_row >= n:
-            tl.store(target, tl.zeros((ROWS, COLUMNS), grad.dtype.element_ty), mask=stored)
+            tl.store(at_grad, tl.zeros((ROWS, COLUMNS), grad.dtype.element_ty), mask=stored)
             return
         end = tl.minimum(end, n)
     there, width = i < end, width_there(pitch, count, n)
-    by_mu, by_tau = _inverse_means(means, dtype)
-    bound = tl.full((), delta, dtype)
-    C = tl.zeros((), dtype) if totals is None else tl.load(totals + 1).to(dtype)
+    constants = _constants(means, totals, delta, dtype)
     of_row = (i - first) * pitch
     norms_of_rows = tl.load(norms + i, mask=there, other=0.0) if CLOSE_APART else None
     weight_of_rows = 0.5 * tl.load(weight + i, mask=there, other=0.0) if weight is not None else None
 
-    acc = tl.zeros((ROWS, COLUMNS), dtype)
-    sums = tl.zeros((ROWS,), dtype)
+    acc, sums = tl.zeros((ROWS, COLUMNS), dtype), tl.zeros((ROWS,), dtype)
     if EXACT:
         acc = _add_differences(
             acc, given, None, None, student_strip + of_row, teacher_strip + of_row, weight_of_rows, weight,
-            by_mu, by_tau, C, bound, i, there, columns, 0, n, n, D, WEIGHT, EXACT,
+            constants, i, there, columns, 0, n, n, D, WEIGHT, EXACT,
         )  # fmt: skip
     else:
         mine = weight_of_rows[:, None] if weight is not None else None
@@ -263,16 +262,15 @@ def grad_kernel(
             j = begin + tl.arange(0, OTHERS)
             at, here = of_row[:, None] + j[None, :], there[:, None] & (j < width)[None, :]
             s = tl.load(student_strip + at, mask=here, other=0.0)
-            t = tl.load(teacher_strip + at, mask=here, other=0.0)
             w = _weight_of_pair(mine, weight, j[None, :], (j < n)[None, :], dtype)
-            w = _weights(s, t, w, by_mu, by_tau, C, bound, WEIGHT)
+            w = _weights(s, teacher_strip + at, here, w, constants, WEIGHT)
             if CLOSE_APART:
                 of_pair = norms_of_rows[:, None] + tl.load(norms + j, mask=j < n, other=0.0)[None, :]
                 close = (s > FLOOR) & (s * s < of_pair * CLOSE)
                 if any_of(close):
                     acc = _add_differences(
                         acc, given, norms_of_rows, norms, student_strip + of_row, teacher_strip + of_row,
-                        weight_of_rows, weight, by_mu, by_tau, C, bound, i, there, columns,
+                        weight_of_rows, weight, constants, i, there, columns,
                         begin, tl.minimum(begin + OTHERS, n), n, D, WEIGHT, EXACT,
                     )  # fmt: skip
                 w = tl.where(close, 0.0, w)
@@ -293,7 +291,7 @@ def grad_kernel(
         result += tl.load(row_pointer(added, first_row, D) + of_tile, mask=mask, other=0.0)
     if count is not None:
         result = tl.where(mask, result, 0.0)  # NaN of others has no effect on a row that is not there
-    tl.store(target, result.to(grad.dtype.element_ty), mask=stored)
+    tl.store(at_grad, result.to(grad.dtype.element_ty), mask=stored)
 
 
 class Tile(NamedTuple):

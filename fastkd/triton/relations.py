@@ -6,9 +6,9 @@ mean of those of its samples. The schedule walks all ordered pairs of different 
   1. the means of s and of t, where the call normalizes; else both are 1
   2. pair(s, t, w, by_mu, by_tau, delta) -> loss, slope. by_mu and by_tau are 1 / those means, delta is the call's.
      The loss is 1/N^2 of the sum of the losses.
-  3. weight(s, t, w, by_mu, by_tau, C, delta), w_ij: the gradient is 2/N^2 sum_j w_ij (x_i - x_j). So it is
+  3. weight(s, t, w, by_mu, by_tau, slope, delta), w_ij: the gradient is 2/N^2 sum_j w_ij (x_i - x_j). So it is
      1/s d loss / d s of the pair's own loss, and as the mean of s depends on the pair, too, what the slopes say of
-     that: C is their mean over the pairs, or 0 where the call does not normalize.
+     that: slope is their mean over the pairs, or 0 where the call does not normalize.
 
 s, t and w are tiles, and w a scalar where samples have no weights; the others are scalars, all of one dtype, which the
 results must have. Where there is no pair, s and t are 0 and results are dropped, be they infinite; and so is the weight
@@ -32,7 +32,7 @@ class Relation(NamedTuple):
 
 
 # With u = s / mean s, v = t / mean t, e = u - v and r = clamp(e, +-delta):
-# loss = w huber(e), slope = w r u, w_ij = (w r - C) / (s mean s).
+# loss = w huber(e), slope = w r u, w_ij = (w r - mean slope) / (s mean s).
 
 
 @triton.jit
@@ -44,9 +44,9 @@ def _rkd_distance(s, t, w, by_mu, by_tau, delta):
 
 
 @triton.jit
-def _rkd_distance_weight(s, t, w, by_mu, by_tau, C, delta):
+def _rkd_distance_weight(s, t, w, by_mu, by_tau, slope, delta):
     r = clamp(s * by_mu - t * by_tau, delta)
-    return by_mu * (w * r - C) / s
+    return by_mu * (w * r - slope) / s
 
 
 # The numbers are those of csrc/common/relations_params.h.
