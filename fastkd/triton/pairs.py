@@ -149,11 +149,11 @@ def _constants(means, totals, delta, dtype: tl.constexpr):
 
 
 @triton.jit
-def _weight_of_pair(mine, weight, j, there, dtype: tl.constexpr):
-    """mine: half of the weight of row i, or None."""
+def _weights_of_pairs(half_weights, weight, j, n, dtype: tl.constexpr):
+    """half_weights: of the rows of a tile; j: its columns."""
     w = tl.full((), 1.0, dtype)
-    if mine is not None:
-        w = mine + 0.5 * tl.load(weight + j, mask=there, other=0.0)
+    if weight is not None:
+        w = half_weights[:, None] + 0.5 * tl.load(weight + j, mask=j < n, other=0.0)[None, :]
     return w
 
 
@@ -181,8 +181,8 @@ def loss_kernel(
     here = i_there[:, None] & (j < width)[None, :]
     s = tl.load(student_strip + at, mask=here, other=0.0)
     t = tl.load(teacher_strip + at, mask=here, other=0.0)
-    mine = 0.5 * tl.load(weight + first + i, mask=i_there, other=0.0)[:, None] if weight is not None else None
-    w = _weight_of_pair(mine, weight, j[None, :], (j < n)[None, :], dtype)
+    half_weights = 0.5 * tl.load(weight + first + i, mask=i_there, other=0.0) if weight is not None else None
+    w = _weights_of_pairs(half_weights, weight, j, n, dtype)
     by_mu, by_tau, _slope, bound = _constants(means, None, delta, dtype)
     loss, slope = PAIR(s, t, w, by_mu, by_tau, bound)
     twice = tl.where(first_j < end, 1.0, 2.0)
@@ -200,7 +200,7 @@ def _weights(s, teacher_at, there, w, constants, WEIGHT: tl.constexpr):
 
 @triton.jit
 def _add_differences(
-    acc, given, norms_of_rows, norms, student_rows, teacher_rows, weight_of_rows, weight, constants,
+    acc, given, norms_of_rows, norms, student_rows, teacher_rows, half_weights, weight, constants,
     i, row_there, columns, begin, end, N, D, WEIGHT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """acc - sum_j w_ij (x_i - x_j), over all pairs or over the close ones, from the rows as they were given."""
@@ -209,7 +209,7 @@ def _add_differences(
     mine = tl.load(given + i.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(dtype)
     for j in range(begin, end):
         s = tl.load(student_rows + j, mask=row_there, other=0.0)
-        w = _weight_of_pair(weight_of_rows, weight, j, j < N, dtype)
+        w = half_weights + 0.5 * tl.load(weight + j) if weight is not None else tl.full((), 1.0, dtype)
         w = _weights(s, teacher_rows + j, row_there, w, constants, WEIGHT)
         if not EXACT:
             w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * CLOSE, w, 0.0)
@@ -248,21 +248,20 @@ def grad_kernel(
     constants = _constants(means, totals, delta, dtype)
     of_row = (i - first) * pitch
     norms_of_rows = tl.load(norms + i, mask=there, other=0.0) if CLOSE_APART else None
-    weight_of_rows = 0.5 * tl.load(weight + i, mask=there, other=0.0) if weight is not None else None
+    half_weights = 0.5 * tl.load(weight + i, mask=there, other=0.0) if weight is not None else None
 
     acc, sums = tl.zeros((ROWS, COLUMNS), dtype), tl.zeros((ROWS,), dtype)
     if EXACT:
         acc = _add_differences(
-            acc, given, None, None, student_strip + of_row, teacher_strip + of_row, weight_of_rows, weight,
+            acc, given, None, None, student_strip + of_row, teacher_strip + of_row, half_weights, weight,
             constants, i, there, columns, 0, n, n, D, WEIGHT, EXACT,
         )  # fmt: skip
     else:
-        mine = weight_of_rows[:, None] if weight is not None else None
         for begin in range(0, n, OTHERS):
             j = begin + tl.arange(0, OTHERS)
             at, here = of_row[:, None] + j[None, :], there[:, None] & (j < width)[None, :]
             s = tl.load(student_strip + at, mask=here, other=0.0)
-            w = _weight_of_pair(mine, weight, j[None, :], (j < n)[None, :], dtype)
+            w = _weights_of_pairs(half_weights, weight, j, n, dtype)
             w = _weights(s, teacher_strip + at, here, w, constants, WEIGHT)
             if CLOSE_APART:
                 of_pair = norms_of_rows[:, None] + tl.load(norms + j, mask=j < n, other=0.0)[None, :]
@@ -270,7 +269,7 @@ def grad_kernel(
                 if any_of(close):
                     acc = _add_differences(
                         acc, given, norms_of_rows, norms, student_strip + of_row, teacher_strip + of_row,
-                        weight_of_rows, weight, constants, i, there, columns,
+                        half_weights, weight, constants, i, there, columns,
                         begin, tl.minimum(begin + OTHERS, n), n, D, WEIGHT, EXACT,
                     )  # fmt: skip
                 w = tl.where(close, 0.0, w)
@@ -323,7 +322,8 @@ def grad_tile(N, D, dtype):
     return Tile(_up_to(64, N), _up_to(128 if dtype is torch.bfloat16 else 64, D), others, 8, 2)
 
 
-LOSS_TILE = Tile(32, 128, 0, 4)
+def loss_tile(exact):
+    return Tile(16 if exact else 32, 128, 0, 4)
 
 
 def _precision():
@@ -387,7 +387,7 @@ class Pairs:
             means = add_up(parts, self.count, N)
         elif one:
             self._distances(0, 0)
-        tile = LOSS_TILE
+        tile = loss_tile(self.exact)
         programs = self._programs(tile)
         parts = self.student.new_empty((2, sum(programs)), dtype=torch.float64)
         at = 0
