@@ -69,12 +69,13 @@ def _gram(
 
 @triton.jit
 def _distances(
-    given, x, norms, first_i, first_j, N, D, dtype: tl.constexpr, EXACT: tl.constexpr,
+    given, x, norms, first_i, first_j, n, N, D, dtype: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS]; 0 on the diagonal and beyond N."""
+    """[ROWS, COLUMNS]; 0 on the diagonal and from n on. Up to N rows are read, whatever they hold: it takes fewer
+    registers."""
     i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
-    pair = (i < N)[:, None] & (j < N)[None, :] & (i[:, None] != j[None, :])
+    pair = (i < n)[:, None] & (j < n)[None, :] & (i[:, None] != j[None, :])
     if EXACT:
         squares = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
     else:
@@ -112,14 +113,14 @@ def distances_kernel(
     at = (i - first)[:, None] * pitch + j[None, :]
     stored = (i < end)[:, None] & (j < pitch)[None, :]
     part = first_part + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    N = rows_there(count, N)
-    if count is not None and (first_i >= N) | (first_j >= N):
+    n = rows_there(count, N)
+    if count is not None and (first_i >= n) | (first_j >= n):
         if parts is not None:
             _store_nothing(parts, part, parts_n)
         return
     twice = tl.where(first_j < end, 1.0, 2.0)  # for the triangle below
     student_distances = _distances(
-        student, student_operand, student_norms, first_i, first_j, N, student_D, dtype, EXACT,
+        student, student_operand, student_norms, first_i, first_j, n, N, student_D, dtype, EXACT,
         PRECISION, ROWS, COLUMNS, STUDENT_BLOCK_D,
     )  # fmt: skip
     if student_strip is not None:
@@ -127,7 +128,7 @@ def distances_kernel(
     if parts is not None:
         tl.store(parts + part, total(student_distances) * twice)
     teacher_distances = _distances(
-        teacher, teacher_operand, teacher_norms, first_i, first_j, N, teacher_D, dtype, EXACT,
+        teacher, teacher_operand, teacher_norms, first_i, first_j, n, N, teacher_D, dtype, EXACT,
         PRECISION, ROWS, COLUMNS, TEACHER_BLOCK_D,
     )  # fmt: skip
     if student_strip is not None:
@@ -225,7 +226,7 @@ def grad_kernel(
     means,  # [2], or None
     totals,  # [2], or None: the mean slope is its second
     added,  # [N, D], or None: to be added
-    grad,  # [N, D]
+    grad,  # [N, D]: of the rows that are there
     count, weight, first, end, N, D,
     delta: tl.float64, scale: tl.float64,
     WEIGHT: tl.constexpr, EXACT: tl.constexpr, CLOSE_APART: tl.constexpr, PRECISION: tl.constexpr,
@@ -236,12 +237,9 @@ def grad_kernel(
     half: tl.constexpr = x.dtype.element_ty == tl.bfloat16  # float16 has not the range of the weights
     first_row = first + tl.program_id(0) * ROWS
     i, columns = first_row + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    of_tile = tl.arange(0, ROWS)[:, None] * D + columns[None, :]
-    stored, at_grad = (i < end)[:, None] & (columns < D)[None, :], row_pointer(grad, first_row, D) + of_tile
     n = rows_there(count, N)
     if count is not None:
         if first_row >= n:
-            tl.store(at_grad, tl.zeros((ROWS, COLUMNS), grad.dtype.element_ty), mask=stored)
             return
         end = tl.minimum(end, n)
     there, width = i < end, width_there(pitch, count, n)
@@ -283,14 +281,12 @@ def grad_kernel(
             sums += tl.sum(w.to(tl.float32), 1)
             acc = tl.dot(w, others, acc, input_precision=PRECISION)
 
-    mask = there[:, None] & (columns < D)[None, :]
-    mine = tl.load(row_pointer(x, first_row, D) + of_tile, mask=mask, other=0.0).to(dtype)
+    at, mask = tl.arange(0, ROWS)[:, None] * D + columns[None, :], there[:, None] & (columns < D)[None, :]
+    mine = tl.load(row_pointer(x, first_row, D) + at, mask=mask, other=0.0).to(dtype)
     result = (sums[:, None] * mine - acc) * scale_there(scale, count, n, N, 2).to(dtype)
     if added is not None:
-        result += tl.load(row_pointer(added, first_row, D) + of_tile, mask=mask, other=0.0)
-    if count is not None:
-        result = tl.where(mask, result, 0.0)  # NaN of others has no effect on a row that is not there
-    tl.store(at_grad, result.to(grad.dtype.element_ty), mask=stored)
+        result += tl.load(row_pointer(added, first_row, D) + at, mask=mask, other=0.0)
+    tl.store(row_pointer(grad, first_row, D) + at, result.to(grad.dtype.element_ty), mask=mask)
 
 
 class Tile(NamedTuple):
@@ -420,11 +416,17 @@ class Pairs:
             )  # fmt: skip
 
 
+def new_gradient(student, count, save, dtype):
+    """0 where kernels write none: of rows that are not there."""
+    new = student.new_empty if count is None else student.new_zeros
+    return new(student.shape if save else 0, dtype=dtype)
+
+
 def pairs_fwd(student, teacher, count, weight, relation, delta, normalize, save):
     """The loss, and its gradient for an upstream gradient of 1; empty where it is not saved."""
     student, teacher = student.contiguous(), teacher.contiguous()
     loss = student.new_zeros((), dtype=compute_dtype(student, teacher))
-    grad = student.new_empty(student.shape if save else 0, dtype=gradient_dtype(student))
+    grad = new_gradient(student, count, save, gradient_dtype(student))
     if len(student) < 2:
         return loss, grad.zero_()
     with torch.cuda.device_of(student):

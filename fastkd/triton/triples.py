@@ -26,7 +26,7 @@ import triton.language as tl
 from ..ops.relations import RKD_DISTANCE
 from ..reference import compute_dtype, gradient_dtype
 from .embeddings import add_up, clamp, row_pointer, rows_there, scale_there, squared_distances, total, width_there
-from .pairs import Pairs
+from .pairs import Pairs, new_gradient
 from .registers import limited
 from .relations import RELATIONS
 
@@ -185,7 +185,7 @@ def triples_kernel(
 def differences_kernel(
     x,  # [N, D]
     weights, row_stride, other_stride,  # W, of the rows of a block and those of another
-    grad,  # [N, D]: + sum_k W_ik (x_i - x_k)
+    grad,  # [N, D]: + sum_k W_ik (x_i - x_k), of the rows that are there
     count, first, end, others_first, others_end, D,
     SET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -193,14 +193,12 @@ def differences_kernel(
     dtype: tl.constexpr = weights.dtype.element_ty
     i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at, mask = i.to(tl.int64)[:, None] * D + columns[None, :], (i < end)[:, None] & (columns < D)[None, :]
     if count is not None:
         n = rows_there(count, end)
         if first + tl.program_id(0) * ROWS >= n:
-            if SET:
-                tl.store(grad + at, tl.zeros((ROWS, COLUMNS), grad.dtype.element_ty), mask=mask)
             return
         end, others_end = tl.minimum(end, n), tl.minimum(others_end, n)
+    at, mask = i.to(tl.int64)[:, None] * D + columns[None, :], (i < end)[:, None] & (columns < D)[None, :]
     mine = tl.load(x + at, mask=mask, other=0.0).to(dtype)
     acc = tl.zeros((ROWS, COLUMNS), dtype) if SET else tl.load(grad + at, mask=mask, other=0.0)
     of_row = weights + (i - first) * row_stride
@@ -208,8 +206,6 @@ def differences_kernel(
         w = tl.load(of_row + (k - others_first) * other_stride, mask=(i < end) & (i != k), other=0.0)
         other = tl.load(row_pointer(x, k, D) + columns, mask=columns < D, other=0.0).to(dtype)
         acc += w[:, None] * (mine - other[None, :])
-    if count is not None:
-        acc = tl.where((i < end)[:, None], acc, 0.0)  # NaN of others has no effect on a row that is not there
     tl.store(grad + at, acc.to(grad.dtype.element_ty), mask=mask)
 
 
@@ -312,7 +308,7 @@ def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_wei
     student, teacher = student.contiguous(), teacher.contiguous()
     dtype, N = compute_dtype(student, teacher), len(student)
     loss = student.new_zeros((), dtype=dtype)
-    grad = student.new_empty(student.shape if save else 0, dtype=gradient_dtype(student))
+    grad = new_gradient(student, count, save, gradient_dtype(student))
     if N < 2 or (angle_weight == 0 and distance_weight == 0):
         return loss, grad.zero_()
     sums = added = None
@@ -321,7 +317,7 @@ def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_wei
             angles = Angles(student, teacher, count, angle_delta)
             alone = distance_weight == 0
             if save:
-                added = grad if alone and len(angles.blocks) == 1 else torch.empty_like(student, dtype=dtype)
+                added = grad if alone and len(angles.blocks) == 1 else new_gradient(student, count, save, dtype)
             parts = angles.run(angle_weight, added)
             sums = add_up(parts, count, N, angle_weight, 3, loss=loss if alone else None)
             if save and alone and added is not grad:
