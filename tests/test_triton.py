@@ -294,7 +294,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_interpreter  # noqa: E402, F401 - before any kernel
 
-from fastkd.triton import rows, scale  # noqa: E402
+from fastkd.triton import pairs, rows, scale, triples  # noqa: E402
 
 
 @triton.jit
@@ -378,3 +378,36 @@ def test_configurations_fit_the_hardware(element_size, V):
         assert warps in (1, 2, 4, 8, 16)  # 16 warps of 64 are what a CDNA program may have
         assert block & (block - 1) == 0
         assert rows_of_program * block <= 32 * warps * 32  # classes a thread: more do not fit its registers
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 40, 70, 200])
+@pytest.mark.parametrize("schedule", ["pairs", "angles", "triples"])
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+def test_rows_that_are_not_there(monkeypatch, schedule, count, dtype):
+    """In several strips, of which the last may hold no row; nothing that such rows left unwritten is read."""
+    N = 270 if schedule == "pairs" else 80
+    count = min(count, N - 1)
+    monkeypatch.setattr(pairs, "STRIP", 1)
+    monkeypatch.setattr(triples, "STRIP", 1)
+    generator = torch.Generator().manual_seed(count)
+    student, teacher = (torch.randn(N, 3, generator=generator).to(dtype) for _ in range(2))
+    student[count:], teacher[count:] = 1e4, -1e4
+
+    def run(student, teacher, count):
+        if schedule == "pairs":
+            return pairs.pairs_fwd(student, teacher, count, None, 0, 0.5, True, True)
+        return triples.triples_fwd(student, teacher, count, 2.0, 0.5, float(schedule == "triples"), 0.5, True)
+
+    loss, grad = run(student, teacher, torch.tensor(count))
+    expected, expected_grad = run(student[:count], teacher[:count], None)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad[:count], expected_grad)
+    assert not grad[count:].any()
