@@ -387,18 +387,17 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("count", [0, 1, 40, 70, 200])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
 @pytest.mark.parametrize("schedule", ["pairs", "angles", "triples"])
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
-def test_rows_that_are_not_there(monkeypatch, schedule, count, dtype):
+def test_rows_that_are_not_there(monkeypatch, schedule, share):
     """In several strips, of which the last may hold no row; nothing that such rows left unwritten is read."""
     N = 270 if schedule == "pairs" else 80
-    count = min(count, N - 1)
+    count = int(share * N)
     monkeypatch.setattr(pairs, "STRIP", 1)
     monkeypatch.setattr(triples, "STRIP", 1)
     generator = torch.Generator().manual_seed(count)
-    student, teacher = (torch.randn(N, 3, generator=generator).to(dtype) for _ in range(2))
+    student, teacher = (torch.randn(N, 3, generator=generator) for _ in range(2))
     student[count:], teacher[count:] = 1e4, -1e4
 
     def run(student, teacher, count):
