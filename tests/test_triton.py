@@ -14,6 +14,8 @@ import tempfile
 import pytest
 import torch
 
+from fastkd.reference import compute_dtype
+
 TARGETS = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
@@ -98,8 +100,15 @@ def relation_launches(pairs, triples):
             name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
             calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, 1.0, True, True)
             calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, 2.0, 1.0, 1.0, 1.0, s)
+            count, weight = torch.empty((), dtype=torch.int64), torch.empty(N, dtype=compute_dtype(x, x))
+            calls[name + "/pairs/counted"] = lambda x=x, c=count: pairs.pairs_fwd(x, x, c, None, 0, 1.0, True, True)
+            calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, 1.0, True, True)
+            calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(
+                x, x, c, 2.0, 1.0, 1.0, 1.0, s
+            )
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
     calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, 1.0, False, True)
+    calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, torch.empty(33), 0, 1.0, False, True)
     calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, None, 2.0, 1.0, 0.0, 1.0, True)
     return calls
 
@@ -285,7 +294,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_interpreter  # noqa: E402, F401 - before any kernel
 
-from fastkd.triton import rows, scale  # noqa: E402
+from fastkd.triton import pairs, rows, scale, triples  # noqa: E402
 
 
 @triton.jit
@@ -369,3 +378,35 @@ def test_configurations_fit_the_hardware(element_size, V):
         assert warps in (1, 2, 4, 8, 16)  # 16 warps of 64 are what a CDNA program may have
         assert block & (block - 1) == 0
         assert rows_of_program * block <= 32 * warps * 32  # classes a thread: more do not fit its registers
+
+
+@pytest.fixture
+def uninitialized_memory_is_nan():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
+@pytest.mark.parametrize("schedule", ["pairs", "angles", "triples"])
+@pytest.mark.usefixtures("uninitialized_memory_is_nan")
+def test_rows_that_are_not_there(monkeypatch, schedule, share):
+    """In several strips, of which the last may hold no row; nothing that such rows left unwritten is read."""
+    N = 270 if schedule == "pairs" else 80
+    count = int(share * N)
+    monkeypatch.setattr(pairs, "STRIP", 1)
+    monkeypatch.setattr(triples, "STRIP", 1)
+    generator = torch.Generator().manual_seed(count)
+    student, teacher = (torch.randn(N, 3, generator=generator) for _ in range(2))
+    student[count:], teacher[count:] = 1e4, -1e4
+
+    def run(student, teacher, count):
+        if schedule == "pairs":
+            return pairs.pairs_fwd(student, teacher, count, None, 0, 0.5, True, True)
+        return triples.triples_fwd(student, teacher, count, 2.0, 0.5, float(schedule == "triples"), 0.5, True)
+
+    loss, grad = run(student, teacher, torch.tensor(count))
+    expected, expected_grad = run(student[:count], teacher[:count], None)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad[:count], expected_grad)
+    assert not grad[count:].any()

@@ -1,7 +1,7 @@
 """What pairs and triples have in common: the embeddings, their squared distances, sums in a fixed order.
 
-Embeddings are contiguous [N, D]. Sums over elements are short in float32, then in float64, and in
-the same order in every run.
+Embeddings are contiguous [N, D]. Of N rows the first n may be all there are: how many, `count`, only the device
+knows. Sums over elements are short in float32, then in float64, and in the same order in every run.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,33 @@ def row_pointer(x, row, D):
 
 
 @triton.jit
+def rows_there(count, N):
+    """n; count: pointer to it, or None: all N."""
+    if count is not None:
+        N = tl.load(count).to(tl.int32)
+    return N
+
+
+@triton.jit
+def width_there(pitch, count, n):
+    """Columns of a strip that are written: all, or n rounded up as pitch is, so that their loads are still wide."""
+    if count is not None:
+        pitch = (n + 15) // 16 * 16
+    return pitch
+
+
+@triton.jit
+def scale_there(scale, count, n, N, POWER: tl.constexpr):
+    """What is a scale / N^POWER, as scale / n^POWER, for n > 0."""
+    scale = tl.full((), scale, tl.float64)
+    if count is not None:
+        ratio = tl.full((), N, tl.float64) / tl.full((), n, tl.float64)
+        for _ in tl.static_range(POWER):
+            scale *= ratio
+    return scale
+
+
+@triton.jit
 def squared_distances(x, first_i, first_j, N, D, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] sums of squared differences: exact where embeddings are close, wherever they lie."""
     i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
@@ -73,10 +100,12 @@ def _add_rows(x, N, D, step, centre, columns, ROWS: tl.constexpr, COLUMNS: tl.co
 def centre_kernel(
     student, student_centre,  # [N, student_D], [student_D], or None
     teacher, teacher_centre,  # [N, teacher_D], [teacher_D], or None
+    count,  # [], or None: see rows_there
     N, student_D, teacher_D, step,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The mean of every step-th row."""
+    N = rows_there(count, N)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     if tl.program_id(1) == 0:
         if student_centre is not None:
@@ -106,10 +135,14 @@ def _prepare(x, centre, centred, norms, N, D, ROWS: tl.constexpr, COLUMNS: tl.co
 def prepare_kernel(
     student, student_centre, student_centred, student_norms,  # [N, D], [D] or None, [N, D] or None, [N]
     teacher, teacher_centre, teacher_centred, teacher_norms,
+    count,  # [], or None
     N, student_D, teacher_D,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Embeddings less their centre, and the squared norms of the rows as they enter the products."""
+    N = rows_there(count, N)
+    if count is not None and tl.program_id(0) * ROWS >= N:
+        return
     if tl.program_id(1) == 0:
         _prepare(student, student_centre, student_centred, student_norms, N, student_D, ROWS, COLUMNS)
     else:
@@ -118,20 +151,31 @@ def prepare_kernel(
 
 @triton.jit
 def totals_kernel(
-    parts,  # [totals, n]
-    totals,  # [totals]: scale x the sum of the parts
+    parts,  # [totals, parts_n]
+    totals,  # [totals]: of the parts the mean over all pairs of different rows
     previous,  # [1], or None: added to the first
     loss,  # [], or None: the first once more
-    n, scale: tl.float64, other_scale: tl.float64,
-    BLOCK: tl.constexpr,
+    count,  # [], or None
+    N, parts_n,
+    weight: tl.float64,
+    POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """POWER: the first total is weight x the mean over n^POWER, or, where it is 0, like the others."""
     which = tl.program_id(0)
     sums = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, n, BLOCK):
+    for first in range(0, parts_n, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        sums += tl.load(parts + which.to(tl.int64) * n + at, mask=at < n, other=0.0)
+        sums += tl.load(parts + which.to(tl.int64) * parts_n + at, mask=at < parts_n, other=0.0)
     result = tl.sum(sums, 0)
-    result *= tl.where(which == 0, tl.full((), scale, tl.float64), tl.full((), other_scale, tl.float64))
+    n = tl.full((), rows_there(count, N), tl.float64)
+    divisor = n * (n - 1.0)
+    if POWER > 0:
+        power = n
+        for _ in tl.static_range(POWER - 1):
+            power *= n
+        divisor = tl.where(which == 0, power, divisor)
+        result *= tl.where(which == 0, tl.full((), weight, tl.float64), 1.0)
+    result /= tl.maximum(divisor, 1.0)  # of a row or none the sums are 0
     if which == 0:
         if previous is not None:
             result += tl.load(previous)
@@ -140,14 +184,15 @@ def totals_kernel(
     tl.store(totals + which, result)
 
 
-def add_up(parts, scale, other_scale=1.0, previous=None, loss=None):
-    """The scaled sums of parts [totals, n]."""
-    count, n = parts.shape
-    totals = parts.new_empty(count)
-    block = min(SUM_BLOCK, max(16, triton.next_power_of_2(n)))
-    totals_kernel[(count,)](
-        parts, totals, previous, loss, n, scale, other_scale, BLOCK=block, num_warps=8 if block == SUM_BLOCK else 4
-    )
+def add_up(parts, count, N, weight=1.0, power=0, previous=None, loss=None):
+    """The means that totals_kernel makes of parts [totals, parts_n]."""
+    totals_n, parts_n = parts.shape
+    totals = parts.new_empty(totals_n)
+    block = min(SUM_BLOCK, max(16, triton.next_power_of_2(parts_n)))
+    totals_kernel[(totals_n,)](
+        parts, totals, previous, loss, count, N, parts_n, weight,
+        POWER=power, BLOCK=block, num_warps=8 if block == SUM_BLOCK else 4,
+    )  # fmt: skip
     return totals
 
 
@@ -159,7 +204,7 @@ class Side(NamedTuple):
     norms: torch.Tensor | None  # [N]: squared, of operand's rows
 
 
-def prepare(student, teacher, exact):
+def prepare(student, teacher, count, exact):
     """Both sides; exact: no products will be taken."""
     if exact:
         return Side(student, student, None), Side(teacher, teacher, None)
@@ -174,12 +219,14 @@ def prepare(student, teacher, exact):
     if centres != [None, None]:
         step = triton.cdiv(N, SAMPLED_ROWS)
         centre_kernel[(triton.cdiv(widest, columns), 2)](
-            student, centres[0], teacher, centres[1], N, student_D, teacher_D, step,
+            student, centres[0], teacher, centres[1], count, N, student_D, teacher_D, step,
             ROWS=32, COLUMNS=columns, num_warps=4,
         )  # fmt: skip
     arguments = []
     for side, centre in zip(sides, centres, strict=True):
         arguments += [side.rows, centre, None if centre is None else side.operand, side.norms]
     columns = min(512, max(16, triton.next_power_of_2(widest)))
-    prepare_kernel[(triton.cdiv(N, 8), 2)](*arguments, N, student_D, teacher_D, ROWS=8, COLUMNS=columns, num_warps=4)
+    prepare_kernel[(triton.cdiv(N, 8), 2)](
+        *arguments, count, N, student_D, teacher_D, ROWS=8, COLUMNS=columns, num_warps=4
+    )
     return sides

@@ -1,13 +1,14 @@
 """The pairs schedule in Triton: a loss over all pairs of embeddings [N, D], and its gradient.
 
-    d_ij = |x_i - x_j|, mu = its mean over the pairs; u_ij = d_ij / mu of the student, v_ij of the teacher
-    RKD distance   loss = 1/N^2 sum_ij huber(u_ij - v_ij), r = clamp(u - v, -delta, delta), C = mean of r u
-    W_ij = 2 / (N^2 mu) (r_ij - C) / d_ij, gradient = diag(W 1) X - W X
+    d_ij = |x_i - x_j|, of the student s, of the teacher t; w_ij = (weight_i + weight_j) / 2, or 1
+    loss = 1/N^2 sum_ij pair(s_ij, t_ij, w_ij), W_ij = 2/N^2 weight(s_ij, t_ij, w_ij), gradient = diag(W 1) X - W X
+    pair and weight are a functor's, see relations.py; what they know of all pairs are means of s, t and a slope
 
 Tiles of both Gram matrices become distances of a strip of rows, which stays in the L2 cache; loss
 and W are functions of these, and tiles of W are made in registers where they are multiplied by X.
 Up to STRIP elements all of N x N is one strip: distances are computed once. Beyond that they are
 computed anew for the means, the loss (both in the upper triangle of strips) and the gradient.
+Of rows that are not there whole tiles are skipped, and where they meet others the distances are 0.
 Memory: the strips, a constant; of float32, a centred copy of the embeddings.
 Saved for backward: the gradient.
 
@@ -23,7 +24,18 @@ import triton
 import triton.language as tl
 
 from ..reference import compute_dtype, gradient_dtype
-from .embeddings import add_up, any_of, clamp, prepare, row_pointer, squared_distances, total
+from .embeddings import (
+    add_up,
+    any_of,
+    prepare,
+    row_pointer,
+    rows_there,
+    scale_there,
+    squared_distances,
+    total,
+    width_there,
+)
+from .relations import RELATIONS
 
 STRIP = 2**22  # distances of student and of teacher that are in memory at a time, for N >= 128
 FLOOR = tl.constexpr(1e-6)  # of distances: those of equal rows
@@ -32,7 +44,10 @@ CLOSE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products can
 # In the kernels
 #   strip   pointers to the distances of student and teacher, [rows of the strip, pitch]: 0 on the
 #           diagonal and, as pitch is N rounded up so that rows are aligned, beyond N
-#   means   pointer to mu and tau, or None: both are 1
+#   count   pointer to the number of rows that are there, or None: all N
+#   weight  pointer to the weights of rows [N], or None: all 1
+#   means   pointer to the means of the distances of student and teacher, or None: both are 1
+#   PAIR, WEIGHT   the functor
 
 
 @triton.jit
@@ -54,12 +69,13 @@ def _gram(
 
 @triton.jit
 def _distances(
-    given, x, norms, first_i, first_j, N, D, dtype: tl.constexpr, EXACT: tl.constexpr,
+    given, x, norms, first_i, first_j, n, N, D, dtype: tl.constexpr, EXACT: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS]; 0 on the diagonal and beyond N."""
+    """[ROWS, COLUMNS]; 0 on the diagonal and from n on. Up to N rows are read, whatever they hold: it takes fewer
+    registers."""
     i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
-    pair = (i < N)[:, None] & (j < N)[None, :] & (i[:, None] != j[None, :])
+    pair = (i < n)[:, None] & (j < n)[None, :] & (i[:, None] != j[None, :])
     if EXACT:
         squares = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
     else:
@@ -74,13 +90,19 @@ def _distances(
     return tl.where(pair, distances, 0.0)
 
 
+@triton.jit
+def _store_nothing(parts, part, parts_n):
+    tl.store(parts + part, tl.zeros((), tl.float64))
+    tl.store(parts + parts_n + part, tl.zeros((), tl.float64))
+
+
 @triton.jit(do_not_specialize=["first_part", "parts_n"])
 def distances_kernel(
     student, student_operand, student_norms,  # [N, student_D] twice, [N]; see embeddings.Side
     teacher, teacher_operand, teacher_norms,
     student_strip, teacher_strip, pitch,  # or None: not to be stored
     parts, first_part, parts_n,  # [2, parts_n], or None: sums of the distances, from first_part on
-    first, end, first_column, N, student_D, teacher_D,
+    count, first, end, first_column, N, student_D, teacher_D,
     EXACT: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STUDENT_BLOCK_D: tl.constexpr, TEACHER_BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -91,9 +113,14 @@ def distances_kernel(
     at = (i - first)[:, None] * pitch + j[None, :]
     stored = (i < end)[:, None] & (j < pitch)[None, :]
     part = first_part + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    n = rows_there(count, N)
+    if count is not None and (first_i >= n) | (first_j >= n):
+        if parts is not None:
+            _store_nothing(parts, part, parts_n)
+        return
     twice = tl.where(first_j < end, 1.0, 2.0)  # for the triangle below
     student_distances = _distances(
-        student, student_operand, student_norms, first_i, first_j, N, student_D, dtype, EXACT,
+        student, student_operand, student_norms, first_i, first_j, n, N, student_D, dtype, EXACT,
         PRECISION, ROWS, COLUMNS, STUDENT_BLOCK_D,
     )  # fmt: skip
     if student_strip is not None:
@@ -101,7 +128,7 @@ def distances_kernel(
     if parts is not None:
         tl.store(parts + part, total(student_distances) * twice)
     teacher_distances = _distances(
-        teacher, teacher_operand, teacher_norms, first_i, first_j, N, teacher_D, dtype, EXACT,
+        teacher, teacher_operand, teacher_norms, first_i, first_j, n, N, teacher_D, dtype, EXACT,
         PRECISION, ROWS, COLUMNS, TEACHER_BLOCK_D,
     )  # fmt: skip
     if student_strip is not None:
@@ -111,51 +138,71 @@ def distances_kernel(
 
 
 @triton.jit
-def _scales(means, dtype: tl.constexpr):
-    """1 / mu and 1 / tau"""
+def _constants(means, totals, delta, dtype: tl.constexpr):
+    """What a functor is told of all pairs: 1 / each mean, the mean slope, delta."""
     by_mu = tl.full((), 1.0, tl.float64)
     by_tau = by_mu
     if means is not None:
         by_mu /= tl.load(means)
         by_tau /= tl.load(means + 1)
-    return by_mu.to(dtype), by_tau.to(dtype)
+    slope = tl.zeros((), dtype) if totals is None else tl.load(totals + 1).to(dtype)
+    return by_mu.to(dtype), by_tau.to(dtype), slope, tl.full((), delta, dtype)
+
+
+@triton.jit
+def _weights_of_pairs(half_weights, weight, j, n, dtype: tl.constexpr):
+    """half_weights: of the rows of a tile; j: its columns."""
+    w = tl.full((), 1.0, dtype)
+    if weight is not None:
+        w = half_weights[:, None] + 0.5 * tl.load(weight + j, mask=j < n, other=0.0)[None, :]
+    return w
 
 
 @triton.jit(do_not_specialize=["first_part", "parts_n"])
 def loss_kernel(
     student_strip, teacher_strip, pitch,
     means,  # [2], or None
-    parts, first_part, parts_n,  # [2, parts_n]: sums of the loss and of r u, from first_part on
-    first, end, first_column,
+    parts, first_part, parts_n,  # [2, parts_n]: sums of the loss and of the slope, from first_part on
+    count, weight, first, end, first_column, N,
     delta: tl.float64,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PAIR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = student_strip.dtype.element_ty
-    i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = first_column + tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    at, here = i[:, None] * pitch + j[None, :], (first + i < end)[:, None] & (j < pitch)[None, :]
-    by_mu, by_tau = _scales(means, dtype)
-    u = tl.load(student_strip + at, mask=here, other=0.0) * by_mu
-    v = tl.load(teacher_strip + at, mask=here, other=0.0) * by_tau
-    r = clamp(u - v, tl.full((), delta, dtype))
+    first_i, first_j = tl.program_id(0) * ROWS, first_column + tl.program_id(1) * COLUMNS
+    i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
     part = first_part + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    twice = tl.where(first_column + tl.program_id(1) * COLUMNS < end, 1.0, 2.0)
-    tl.store(parts + part, total(r * ((u - v) - 0.5 * r)) * twice)
-    tl.store(parts + parts_n + part, total(r * u) * twice)
+    n = rows_there(count, N)
+    if count is not None:
+        if (first + first_i >= n) | (first_j >= n):
+            _store_nothing(parts, part, parts_n)
+            return
+        end = tl.minimum(end, n)
+    at, width = i[:, None] * pitch + j[None, :], width_there(pitch, count, n)
+    i_there = first + i < end
+    here = i_there[:, None] & (j < width)[None, :]
+    s = tl.load(student_strip + at, mask=here, other=0.0)
+    t = tl.load(teacher_strip + at, mask=here, other=0.0)
+    half_weights = 0.5 * tl.load(weight + first + i, mask=i_there, other=0.0) if weight is not None else None
+    w = _weights_of_pairs(half_weights, weight, j, n, dtype)
+    by_mu, by_tau, _slope, bound = _constants(means, None, delta, dtype)
+    loss, slope = PAIR(s, t, w, by_mu, by_tau, bound)
+    twice = tl.where(first_j < end, 1.0, 2.0)
+    tl.store(parts + part, total(tl.where(s == 0.0, 0.0, loss)) * twice)  # NaN is a pair
+    tl.store(parts + parts_n + part, total(tl.where(s == 0.0, 0.0, slope)) * twice)
 
 
 @triton.jit
-def _weights(student_distances, teacher_distances, by_mu, by_tau, C, delta):
-    """(r - C) / d; 0 on the diagonal and of equal rows, whose distance does not depend on them."""
-    r = clamp(student_distances * by_mu - teacher_distances * by_tau, delta)
-    there = tl.where(student_distances <= FLOOR, 1.0, student_distances)
-    return tl.where(student_distances <= FLOOR, 0.0, (r - C) / there)
+def _weights(s, teacher_at, there, w, constants, WEIGHT: tl.constexpr):
+    """0 where there is no pair, and of equal rows, whose distance does not depend on them."""
+    t = tl.load(teacher_at, mask=there, other=0.0)
+    by_mu, by_tau, slope, delta = constants
+    return tl.where(s <= FLOOR, 0.0, WEIGHT(s, t, w, by_mu, by_tau, slope, delta))
 
 
 @triton.jit
 def _add_differences(
-    acc, given, norms_of_rows, norms, student_rows, teacher_rows, by_mu, by_tau, C, delta,
-    i, row_there, columns, begin, end, N, D, EXACT: tl.constexpr,
+    acc, given, norms_of_rows, norms, student_rows, teacher_rows, half_weights, weight, constants,
+    i, row_there, columns, begin, end, N, D, WEIGHT: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """acc - sum_j w_ij (x_i - x_j), over all pairs or over the close ones, from the rows as they were given."""
     dtype: tl.constexpr = acc.dtype
@@ -163,7 +210,8 @@ def _add_differences(
     mine = tl.load(given + i.to(tl.int64)[:, None] * D + columns[None, :], mask=mask, other=0.0).to(dtype)
     for j in range(begin, end):
         s = tl.load(student_rows + j, mask=row_there, other=0.0)
-        w = _weights(s, tl.load(teacher_rows + j, mask=row_there, other=0.0), by_mu, by_tau, C, delta)
+        w = half_weights + 0.5 * tl.load(weight + j) if weight is not None else tl.full((), 1.0, dtype)
+        w = _weights(s, teacher_rows + j, row_there, w, constants, WEIGHT)
         if not EXACT:
             w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * CLOSE, w, 0.0)
         row = row_pointer(given, j, D)
@@ -176,49 +224,54 @@ def grad_kernel(
     given, x, norms,  # [N, D] twice, [N]; see embeddings.Side
     student_strip, teacher_strip, pitch,
     means,  # [2], or None
-    totals,  # [2], or None: C is its second
+    totals,  # [2], or None: the mean slope is its second
     added,  # [N, D], or None: to be added
-    grad,  # [N, D]
-    first, end, N, D,
+    grad,  # [N, D]: of the rows that are there
+    count, weight, first, end, N, D,
     delta: tl.float64, scale: tl.float64,
-    EXACT: tl.constexpr, CLOSE_APART: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT: tl.constexpr, EXACT: tl.constexpr, CLOSE_APART: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
     """CLOSE_APART: close pairs are to be kept out of the product."""
     dtype: tl.constexpr = student_strip.dtype.element_ty
     half: tl.constexpr = x.dtype.element_ty == tl.bfloat16  # float16 has not the range of the weights
-    i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = i < end
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    by_mu, by_tau = _scales(means, dtype)
-    bound = tl.full((), delta, dtype)
-    C = tl.zeros((), dtype) if totals is None else tl.load(totals + 1).to(dtype)
+    first_row = first + tl.program_id(0) * ROWS
+    i, columns = first_row + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    n = rows_there(count, N)
+    if count is not None:
+        if first_row >= n:
+            return
+        end = tl.minimum(end, n)
+    there, width = i < end, width_there(pitch, count, n)
+    constants = _constants(means, totals, delta, dtype)
     of_row = (i - first) * pitch
     norms_of_rows = tl.load(norms + i, mask=there, other=0.0) if CLOSE_APART else None
+    half_weights = 0.5 * tl.load(weight + i, mask=there, other=0.0) if weight is not None else None
 
-    acc = tl.zeros((ROWS, COLUMNS), dtype)
-    sums = tl.zeros((ROWS,), dtype)
+    acc, sums = tl.zeros((ROWS, COLUMNS), dtype), tl.zeros((ROWS,), dtype)
     if EXACT:
         acc = _add_differences(
-            acc, given, None, None, student_strip + of_row, teacher_strip + of_row, by_mu, by_tau, C, bound,
-            i, there, columns, 0, N, N, D, EXACT,
+            acc, given, None, None, student_strip + of_row, teacher_strip + of_row, half_weights, weight,
+            constants, i, there, columns, 0, n, n, D, WEIGHT, EXACT,
         )  # fmt: skip
     else:
-        for begin in range(0, N, OTHERS):
+        for begin in range(0, n, OTHERS):
             j = begin + tl.arange(0, OTHERS)
-            at, here = of_row[:, None] + j[None, :], there[:, None] & (j < pitch)[None, :]
+            at, here = of_row[:, None] + j[None, :], there[:, None] & (j < width)[None, :]
             s = tl.load(student_strip + at, mask=here, other=0.0)
-            w = _weights(s, tl.load(teacher_strip + at, mask=here, other=0.0), by_mu, by_tau, C, bound)
+            w = _weights_of_pairs(half_weights, weight, j, n, dtype)
+            w = _weights(s, teacher_strip + at, here, w, constants, WEIGHT)
             if CLOSE_APART:
-                of_pair = norms_of_rows[:, None] + tl.load(norms + j, mask=j < N, other=0.0)[None, :]
+                of_pair = norms_of_rows[:, None] + tl.load(norms + j, mask=j < n, other=0.0)[None, :]
                 close = (s > FLOOR) & (s * s < of_pair * CLOSE)
                 if any_of(close):
                     acc = _add_differences(
                         acc, given, norms_of_rows, norms, student_strip + of_row, teacher_strip + of_row,
-                        by_mu, by_tau, C, bound, i, there, columns, begin, tl.minimum(begin + OTHERS, N), N, D, EXACT,
+                        half_weights, weight, constants, i, there, columns,
+                        begin, tl.minimum(begin + OTHERS, n), n, D, WEIGHT, EXACT,
                     )  # fmt: skip
                 w = tl.where(close, 0.0, w)
-            mask = (j < N)[:, None] & (columns < D)[None, :]
+            mask = (j < n)[:, None] & (columns < D)[None, :]
             at = tl.arange(0, OTHERS)[:, None] * D + columns[None, :]
             others = tl.load(row_pointer(x, begin, D) + at, mask=mask, other=0.0)
             if half:  # the sum is of the weights as they are multiplied: or a translation would matter
@@ -228,10 +281,9 @@ def grad_kernel(
             sums += tl.sum(w.to(tl.float32), 1)
             acc = tl.dot(w, others, acc, input_precision=PRECISION)
 
-    first_row = first + tl.program_id(0) * ROWS
     at, mask = tl.arange(0, ROWS)[:, None] * D + columns[None, :], there[:, None] & (columns < D)[None, :]
     mine = tl.load(row_pointer(x, first_row, D) + at, mask=mask, other=0.0).to(dtype)
-    result = (sums[:, None] * mine - acc) * (tl.full((), scale, dtype) * by_mu)
+    result = (sums[:, None] * mine - acc) * scale_there(scale, count, n, N, 2).to(dtype)
     if added is not None:
         result += tl.load(row_pointer(added, first_row, D) + at, mask=mask, other=0.0)
     tl.store(row_pointer(grad, first_row, D) + at, result.to(grad.dtype.element_ty), mask=mask)
@@ -266,7 +318,8 @@ def grad_tile(N, D, dtype):
     return Tile(_up_to(64, N), _up_to(128 if dtype is torch.bfloat16 else 64, D), others, 8, 2)
 
 
-LOSS_TILE = Tile(32, 128, 0, 4)
+def loss_tile(exact):
+    return Tile(16 if exact else 32, 128, 0, 4)
 
 
 def _precision():
@@ -277,11 +330,12 @@ def _precision():
 class Pairs:
     """The calls for one student and teacher; both contiguous, N > 1."""
 
-    def __init__(self, student, teacher, delta, normalize):
+    def __init__(self, student, teacher, count, weight, relation, delta, normalize):
         self.dtype = compute_dtype(student, teacher)
         self.exact = self.dtype is torch.float64
+        self.count, self.weight, self.relation = count, weight, relation
         self.delta, self.normalize = float(delta), normalize
-        self.sides = prepare(student, teacher, self.exact)
+        self.sides = prepare(student, teacher, count, self.exact)
         self.student, self.teacher = student, teacher
         self.N = len(student)
         self.pitch = triton.cdiv(self.N, 16) * 16
@@ -293,8 +347,8 @@ class Pairs:
         self.strip = tuple(student.new_empty(shape, dtype=self.dtype) for _ in range(2))
         self.precision = _precision()
 
-    def _count(self, tile):
-        """Programs over the upper triangle of strips."""
+    def _programs(self, tile):
+        """Over the upper triangle of strips."""
         N, height = self.N, self.strip_rows
         return [
             triton.cdiv(min(height, N - first), tile.rows) * triton.cdiv(self.pitch - first, tile.columns)
@@ -310,41 +364,42 @@ class Pairs:
         tile = tiles[0]
         distances_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(self.pitch - first_column, tile.columns))](
             *self.sides[0], *self.sides[1], *self.strip, self.pitch, parts, first_part, parts_n,
-            first, end, first_column, self.N, self.student.shape[1], self.teacher.shape[1],
+            self.count, first, end, first_column, self.N, self.student.shape[1], self.teacher.shape[1],
             EXACT=self.exact, PRECISION=self.precision, ROWS=tile.rows, COLUMNS=tile.columns,
             STUDENT_BLOCK_D=tile.depth, TEACHER_BLOCK_D=tiles[1].depth, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def forward(self, weight, previous, loss):
-        """loss = weight x the loss + previous, [1] or None. Returns the means and the totals."""
+    def forward(self, loss_weight, previous, loss):
+        """loss = loss_weight x the loss + previous, [1] or None. Returns the means and the totals."""
         N, one = self.N, len(self.strips) == 1
         means = None
         if self.normalize:
-            counts = self._count(distances_tile(N, 1, 8 if self.exact else 4))
-            parts = self.student.new_empty((2, sum(counts)), dtype=torch.float64)
+            programs = self._programs(distances_tile(N, 1, 8 if self.exact else 4))
+            parts = self.student.new_empty((2, sum(programs)), dtype=torch.float64)
             at = 0
-            for first, count in zip(self.strips, counts, strict=True):
+            for first, of_strip in zip(self.strips, programs, strict=True):
                 self._distances(first, first, parts, at, parts.shape[1])
-                at += count
-            means = add_up(parts, 1.0 / (N * (N - 1)), 1.0 / (N * (N - 1)))
+                at += of_strip
+            means = add_up(parts, self.count, N)
         elif one:
             self._distances(0, 0)
-        tile = LOSS_TILE
-        counts = self._count(tile)
-        parts = self.student.new_empty((2, sum(counts)), dtype=torch.float64)
+        tile = loss_tile(self.exact)
+        programs = self._programs(tile)
+        parts = self.student.new_empty((2, sum(programs)), dtype=torch.float64)
         at = 0
-        for first, count in zip(self.strips, counts, strict=True):
+        for first, of_strip in zip(self.strips, programs, strict=True):
             if not one:
                 self._distances(first, first)
             end = min(first + self.strip_rows, N)
             loss_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(self.pitch - first, tile.columns))](
-                *self.strip, self.pitch, means, parts, at, parts.shape[1], first, end, first, self.delta,
-                ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
+                *self.strip, self.pitch, means, parts, at, parts.shape[1], self.count, self.weight,
+                first, end, first, N, self.delta,
+                PAIR=self.relation.pair, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
-            at += count
-        return means, add_up(parts, weight / N**2, 1.0 / (N * (N - 1)), previous, loss)
+            at += of_strip
+        return means, add_up(parts, self.count, N, loss_weight, 2, previous, loss)
 
-    def backward(self, means, totals, weight, added, grad):
+    def backward(self, means, totals, loss_weight, added, grad):
         N, D = self.student.shape
         side = self.sides[0]
         tile = grad_tile(N, D, torch.float64 if self.exact else self.student.dtype)
@@ -354,21 +409,28 @@ class Pairs:
             end = min(first + self.strip_rows, N)
             grad_kernel[(triton.cdiv(end - first, tile.rows), triton.cdiv(D, tile.columns))](
                 *side, *self.strip, self.pitch, means, totals if self.normalize else None, added, grad,
-                first, end, N, D, self.delta, 2.0 * weight / N**2, EXACT=self.exact,
+                self.count, self.weight, first, end, N, D, self.delta, 2.0 * loss_weight / N**2,
+                WEIGHT=self.relation.weight, EXACT=self.exact,
                 CLOSE_APART=not self.exact and side.operand.dtype is not torch.bfloat16, PRECISION=self.precision,
                 ROWS=tile.rows, COLUMNS=tile.columns, OTHERS=tile.depth, num_warps=tile.warps, num_stages=tile.stages,
             )  # fmt: skip
+
+
+def new_gradient(student, count, save, dtype):
+    """0 where kernels write none: of rows that are not there."""
+    new = student.new_empty if count is None else student.new_zeros
+    return new(student.shape if save else 0, dtype=dtype)
 
 
 def pairs_fwd(student, teacher, count, weight, relation, delta, normalize, save):
     """The loss, and its gradient for an upstream gradient of 1; empty where it is not saved."""
     student, teacher = student.contiguous(), teacher.contiguous()
     loss = student.new_zeros((), dtype=compute_dtype(student, teacher))
-    grad = student.new_empty(student.shape if save else 0, dtype=gradient_dtype(student))
+    grad = new_gradient(student, count, save, gradient_dtype(student))
     if len(student) < 2:
         return loss, grad.zero_()
     with torch.cuda.device_of(student):
-        call = Pairs(student, teacher, delta, normalize)
+        call = Pairs(student, teacher, count, weight, RELATIONS[relation], delta, normalize)
         means, totals = call.forward(1.0, None, loss)
         if save:
             call.backward(means, totals, 1.0, None, grad)

@@ -10,7 +10,7 @@ A program has a tile of pairs (u, v), u < v, walks over all w, and computes of t
 the three cosines: those at u and v are what alpha and beta of the pair want, that at w is what K
 does. So one pass over half of N x N x N yields loss and W. Up to STRIP elements D is one matrix; a
 larger one is never there as a whole: for two blocks of rows at a time there are their two strips of
-D, and of W the block where they meet.
+D, and of W the block where they meet. Of rows that are not there whole tiles are skipped.
 Memory: these, a constant. Saved for backward: the gradient.
 
 Where u is close to w and v far, D_uv - D_vw is smaller than either by d_uw / d_uv. So distances are
@@ -23,10 +23,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.relations import RKD_DISTANCE
 from ..reference import compute_dtype, gradient_dtype
-from .embeddings import add_up, clamp, row_pointer, squared_distances, total
-from .pairs import Pairs
+from .embeddings import add_up, clamp, row_pointer, rows_there, scale_there, squared_distances, total, width_there
+from .pairs import Pairs, new_gradient
 from .registers import limited
+from .relations import RELATIONS
 
 STRIP = 2**21  # squared distances of each side in a strip, for N >= 64
 NONE = tl.constexpr(1e-24)  # squared distances below are of equal rows
@@ -35,16 +37,18 @@ NONE = tl.constexpr(1e-24)  # squared distances below are of equal rows
 #   strip   pointer to the squared distances [student and teacher][leading and rest][N][pitch] of
 #           all rows to those of a block; 0 on the diagonal and, as pitch is the number of rows
 #           rounded up so that rows are aligned, beyond N. In float64 there is no rest.
+#   count   pointer to the number of rows that are there, n, or None: all N
 
 
 @triton.jit
 def _store_distances(
-    strip, x, first_i, first_j, first, N, D, pitch, EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    strip, x, first_i, first_j, first, n, N, D, pitch,
+    EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     i, j = first_i + tl.arange(0, ROWS), first_j + tl.arange(0, COLUMNS)
-    squares = squared_distances(x, first_i, first_j, N, D, tl.float64, ROWS, COLUMNS)
-    squares = tl.where((i[:, None] == j[None, :]) | (j >= N)[None, :], squares * 0.0, squares)  # NaN stays
-    at, mask = i[:, None] * pitch + (j - first)[None, :], (i < N)[:, None] & (j - first < pitch)[None, :]
+    squares = squared_distances(x, first_i, first_j, n, D, tl.float64, ROWS, COLUMNS)
+    squares = tl.where((i[:, None] == j[None, :]) | (j >= n)[None, :], squares * 0.0, squares)  # NaN stays
+    at, mask = i[:, None] * pitch + (j - first)[None, :], (i < n)[:, None] & (j - first < pitch)[None, :]
     leading = squares.to(strip.dtype.element_ty)
     tl.store(strip + at, leading, mask=mask)
     if not EXACT:
@@ -55,16 +59,19 @@ def _store_distances(
 def squares_kernel(
     student, teacher,  # [N, student_D], [N, teacher_D]
     strip, pitch,
-    first, N, student_D, teacher_D,
+    count, first, N, student_D, teacher_D,
     EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """The strip of the block that begins with row first."""
     i, j = tl.program_id(0) * ROWS, first + tl.program_id(1) * COLUMNS
+    n = rows_there(count, N)
+    if count is not None and (i >= n) | (j >= n):
+        return
     if tl.program_id(2) == 0:
-        _store_distances(strip, student, i, j, first, N, student_D, pitch, EXACT, ROWS, COLUMNS)
+        _store_distances(strip, student, i, j, first, n, N, student_D, pitch, EXACT, ROWS, COLUMNS)
     else:
         side = N * pitch * (1 if EXACT else 2)
-        _store_distances(strip + side, teacher, i, j, first, N, teacher_D, pitch, EXACT, ROWS, COLUMNS)
+        _store_distances(strip + side, teacher, i, j, first, n, N, teacher_D, pitch, EXACT, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -109,7 +116,7 @@ def triples_kernel(
     v_strip, v_pitch, v_first, v_end,
     weights, weights_pitch,  # [rows of u_strip, rows of v_strip], or None: W
     parts, first_part,  # sums of the loss, from first_part on
-    N,
+    count, N,
     delta: tl.float64, scale: tl.float64,
     EXACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
@@ -118,15 +125,21 @@ def triples_kernel(
     # rows of the strips
     u = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     v = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    if u_first + tl.program_id(0) * ROWS >= v_first + (tl.program_id(1) + 1) * COLUMNS:
-        tl.store(parts + part, tl.zeros((), tl.float64))  # below the diagonal
+    n = rows_there(count, N)
+    nothing = u_first + tl.program_id(0) * ROWS >= v_first + (tl.program_id(1) + 1) * COLUMNS  # below the diagonal
+    if count is not None:
+        nothing |= v_first + tl.program_id(1) * COLUMNS >= n
+        nothing |= u_first + tl.program_id(0) * ROWS >= n
+    if nothing:
+        tl.store(parts + part, tl.zeros((), tl.float64))
     else:
         u_plane, v_plane = N * u_pitch, N * v_pitch
         u_other, v_other = (u_plane, v_plane) if EXACT else (2 * u_plane, 2 * v_plane)
         bound = tl.full((), delta, dtype)
-        u_there, v_there = u_first + u < u_end, v_first + v < v_end
+        u_there = u_first + u < width_there(u_end, count, n)
+        v_there = v_first + v < width_there(v_end, count, n)
         above = (u_first + u)[:, None] < (v_first + v)[None, :]
-        pair = above & u_there[:, None] & v_there[None, :]
+        pair = above & u_there[:, None] & (v_there[None, :] if count is None else (v_first + v < n)[None, :])
         at = (v_first + v)[None, :] * u_pitch + u[:, None]
         uv, uv_rest = _load_squares(u_strip, u_plane, at, pair, EXACT)
         teacher_uv, teacher_uv_rest = _load_squares(u_strip + u_other, u_plane, at, pair, EXACT)
@@ -136,8 +149,8 @@ def triples_kernel(
         loss, alpha = tl.zeros((ROWS, COLUMNS), dtype), tl.zeros((ROWS, COLUMNS), dtype)
         beta, K = tl.zeros((ROWS, COLUMNS), dtype), tl.zeros((ROWS, COLUMNS), dtype)
         sum_of_loss = tl.zeros((), tl.float64)
-        for begin in range(0, N, WALK):
-            for w in range(begin, tl.minimum(begin + WALK, N)):
+        for begin in range(0, n, WALK):
+            for w in range(begin, tl.minimum(begin + WALK, n)):
                 at_u, at_v = w * u_pitch + u, w * v_pitch + v
                 uw, uw_rest = _load_squares(u_strip, u_plane, at_u, u_there, EXACT)
                 vw, vw_rest = _load_squares(v_strip, v_plane, at_v, v_there, EXACT)
@@ -162,7 +175,7 @@ def triples_kernel(
             loss = tl.zeros((ROWS, COLUMNS), dtype)
         tl.store(parts + part, sum_of_loss)
         if weights is not None:
-            W = tl.full((), scale, dtype) * (q_uv * alpha - q_uv * q_uv * beta - K)
+            W = scale_there(scale, count, n, N, 3).to(dtype) * (q_uv * alpha - q_uv * q_uv * beta - K)
             tl.store(weights + u[:, None] * weights_pitch + v[None, :], W, mask=pair)
             if u_first == v_first:
                 tl.store(weights + v[None, :] * weights_pitch + u[:, None], W, mask=pair)
@@ -172,14 +185,19 @@ def triples_kernel(
 def differences_kernel(
     x,  # [N, D]
     weights, row_stride, other_stride,  # W, of the rows of a block and those of another
-    grad,  # [N, D]: + sum_k W_ik (x_i - x_k)
-    first, end, others_first, others_end, D,
+    grad,  # [N, D]: + sum_k W_ik (x_i - x_k), of the rows that are there
+    count, first, end, others_first, others_end, D,
     SET: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """SET: grad has not been written before."""
     dtype: tl.constexpr = weights.dtype.element_ty
     i = first + tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    if count is not None:
+        n = rows_there(count, end)
+        if first + tl.program_id(0) * ROWS >= n:
+            return
+        end, others_end = tl.minimum(end, n), tl.minimum(others_end, n)
     at, mask = i.to(tl.int64)[:, None] * D + columns[None, :], (i < end)[:, None] & (columns < D)[None, :]
     mine = tl.load(x + at, mask=mask, other=0.0).to(dtype)
     acc = tl.zeros((ROWS, COLUMNS), dtype) if SET else tl.load(grad + at, mask=mask, other=0.0)
@@ -221,8 +239,8 @@ def differences_tile(N, D):
 class Angles:
     """The calls for one student and teacher; both contiguous, N > 1."""
 
-    def __init__(self, student, teacher, delta):
-        self.student, self.teacher, self.delta = student, teacher, float(delta)
+    def __init__(self, student, teacher, count, delta):
+        self.student, self.teacher, self.count, self.delta = student, teacher, count, float(delta)
         self.dtype = compute_dtype(student, teacher)
         self.exact = self.dtype is torch.float64
         self.N, self.D = student.shape
@@ -239,14 +257,14 @@ class Angles:
     def _fill(self, strip, first):
         tile = squares_tile(self.N)
         squares_kernel[(triton.cdiv(self.N, tile.rows), triton.cdiv(self.pitch, tile.columns), 2)](
-            self.student, self.teacher, strip, self.pitch, first, self.N, self.D, self.teacher.shape[1],
+            self.student, self.teacher, strip, self.pitch, self.count, first, self.N, self.D, self.teacher.shape[1],
             EXACT=self.exact, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
 
     def _add_differences(self, weights, row_stride, other_stride, rows, others, grad, is_new):
         tile = differences_tile(self.N, self.D)
         differences_kernel[(triton.cdiv(rows[1] - rows[0], tile.rows), triton.cdiv(self.D, tile.columns))](
-            self.student, weights, row_stride, other_stride, grad, *rows, *others, self.D,
+            self.student, weights, row_stride, other_stride, grad, self.count, *rows, *others, self.D,
             SET=is_new, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
 
@@ -262,19 +280,19 @@ class Angles:
         other = mine if len(self.blocks) == 1 else self._new_strip()
         weights = None if grad is None else self.student.new_empty((self.pitch, self.pitch), dtype=self.dtype)
         first_part = 0
-        for n, (u, counts) in enumerate(zip(self.blocks, programs, strict=True)):
+        for n, (u, of_strip) in enumerate(zip(self.blocks, programs, strict=True)):
             self._fill(mine, u[0])
-            for v, count in zip(self.blocks[n:], counts, strict=True):
+            for v, of_block in zip(self.blocks[n:], of_strip, strict=True):
                 strip = mine if v == u else other
                 if v != u:
                     self._fill(other, v[0])
                 triples_kernel[(triton.cdiv(u[1] - u[0], tile.rows), triton.cdiv(v[1] - v[0], tile.columns))](
-                    mine, self.pitch, *u, strip, self.pitch, *v, weights, self.pitch, parts, first_part, self.N,
-                    self.delta, 2.0 * weight / self.N**3,
+                    mine, self.pitch, *u, strip, self.pitch, *v, weights, self.pitch, parts, first_part,
+                    self.count, self.N, self.delta, 2.0 * weight / self.N**3,
                     EXACT=self.exact, ROWS=tile.rows, COLUMNS=tile.columns, WALK=WALK, num_warps=tile.warps,
                     **limited(self.dtype),
                 )  # fmt: skip
-                first_part += count
+                first_part += of_block
                 if grad is None:
                     continue
                 if v == u:
@@ -290,22 +308,22 @@ def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_wei
     student, teacher = student.contiguous(), teacher.contiguous()
     dtype, N = compute_dtype(student, teacher), len(student)
     loss = student.new_zeros((), dtype=dtype)
-    grad = student.new_empty(student.shape if save else 0, dtype=gradient_dtype(student))
+    grad = new_gradient(student, count, save, gradient_dtype(student))
     if N < 2 or (angle_weight == 0 and distance_weight == 0):
         return loss, grad.zero_()
     sums = added = None
     with torch.cuda.device_of(student):
         if angle_weight != 0:
-            angles = Angles(student, teacher, angle_delta)
+            angles = Angles(student, teacher, count, angle_delta)
             alone = distance_weight == 0
             if save:
-                added = grad if alone and len(angles.blocks) == 1 else torch.empty_like(student, dtype=dtype)
+                added = grad if alone and len(angles.blocks) == 1 else new_gradient(student, count, save, dtype)
             parts = angles.run(angle_weight, added)
-            sums = add_up(parts, angle_weight / N**3, loss=loss if alone else None)
+            sums = add_up(parts, count, N, angle_weight, 3, loss=loss if alone else None)
             if save and alone and added is not grad:
                 grad.copy_(added)
         if distance_weight != 0:
-            call = Pairs(student, teacher, distance_delta, True)
+            call = Pairs(student, teacher, count, None, RELATIONS[RKD_DISTANCE], distance_delta, True)
             means, totals = call.forward(distance_weight, sums, loss)
             if save:
                 call.backward(means, totals, distance_weight, added, grad)
