@@ -37,7 +37,7 @@ def unit(x):
     divided by its largest element first, unless the host can see that none would."""
     if x.device.type == "cpu" and x.dtype is torch.float32 and x.numel():
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        if 1e-12 < length.min() and length.max() < 1e18:  # false of NaN
+        if length.min() > 1e-12 and length.max() < 1e18:  # false of NaN
             return x / length, 1 / length, None
     scaled = torch.abs(x)
     largest = scaled.amax(-1, keepdim=True)
