@@ -16,10 +16,10 @@ struct PktInputs {
         scale(a.next<Tensor>()),
         row(a.next<int64_t>()) {}
 
-  Tensor student, teacher;                                      // [rows, columns]
-  Tensor slopes;                                                // float64 [N]
+  Tensor student, teacher;                                       // [rows, columns]
+  Tensor slopes;                                                 // float64 [N]
   Tensor here, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
-  int64_t row;                                                  // columns = N - row
+  int64_t row;                                                   // columns = N - row
 };
 
 inline void check(const PktInputs& in) {

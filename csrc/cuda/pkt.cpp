@@ -30,8 +30,8 @@ void run(const PktInputs& in, const Tensor& loss, const cuda::Context& context) 
 void pkt_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const PktInputs in(arguments);
-  for (const Tensor* x : {&in.teacher, &in.slopes, &in.here, &in.student_inverse, &in.teacher_inverse, &in.weight,
-                          &in.scale}) {
+  for (const Tensor* x :
+       {&in.teacher, &in.slopes, &in.here, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
     FASTKD_CHECK(cuda::lies_with(*x, in.student), "all of a strip: tensors on the student's device wanted");
   }
   check(in);
