@@ -1,0 +1,2 @@
+def triplet_strip_(*arguments):
+    raise NotImplementedError
