@@ -1,4 +1,4 @@
-"""A strip of cosines of probabilistic knowledge transfer in Triton: of a pair both orders, from one similarity per side.
+"""A strip of cosines of probabilistic knowledge transfer in Triton: both orders of a pair at once.
 
     k = (cos + 1) / 2, s = k / r of the student, t of the teacher, a = 1 - t / (s + eps)
     w_ij = c_i a_ij + c_j a_ji in the student's place; q_i += sum_j s_ij a_ij;
