@@ -39,7 +39,8 @@ def distances_kernel(
     i, self = tl.program_id(0), row + tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = j < N
-    pair = there & (j != self) & tl.load(here + j, mask=there, other=0).to(tl.int1) & tl.load(here + self).to(tl.int1)
+    both_here = tl.load(here + j, mask=there, other=0).to(tl.int32) * tl.load(here + self).to(tl.int32)
+    pair = there & (j != self) & (both_here > 0)
     both = tl.load(norms + self) + tl.load(norms + j, mask=there, other=0.0)
     squares = both - 2.0 * tl.load(row_pointer(strip, i, N) + j, mask=there, other=0.0)
     close = pair & (squares < both * CLOSE)
