@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .divergences import log_of
 from .embeddings import add_up, row_pointer, total
+from .registers import limited
 
 EPSILON = tl.constexpr(1e-7)  # as published
 ROWS, COLUMNS = {4: 16, 8: 8}, 128  # of a tile, of elements of so many bytes
@@ -119,7 +120,7 @@ def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse,
     of_samples = (x[row:] for x in (here, student_inverse, teacher_inverse, weight, scale))
     pkt_kernel[(row_tiles, column_tiles)](
         student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns,
-        STEPS=steps, ROWS=height, COLUMNS=COLUMNS, num_warps=4,
+        STEPS=steps, ROWS=height, COLUMNS=COLUMNS, num_warps=8, **limited(student.dtype),
     )  # fmt: skip
     slopes_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](
         row_parts, column_parts, slopes[row:], rows, columns, row_tiles, column_tiles,

@@ -24,7 +24,8 @@ LEAST = tl.constexpr(1e-6)  # of distances: samples that are equal have no gradi
 BLOCK = 512  # of a row at a time
 POSITIVES = 8  # of a row at a time
 SPLITS = 8  # programs for a row's positives
-NEAR, NEAR_FEATURES = 32, 128  # samples and features of a tile of near pairs
+NEAR = 32  # samples of a tile of near pairs
+ROW_FEATURES, COLUMN_FEATURES = 128, 64  # of a program that adds them
 
 
 @triton.jit
@@ -243,11 +244,12 @@ def apart_kernel(
 def _add_near(strip, distances, close_blocks, x, norms, grad, row):
     (rows, N), D = strip.shape, x.shape[1]
     blocks = close_blocks.shape[1]
-    features = triton.cdiv(D, NEAR_FEATURES)
     given = (strip, distances, close_blocks, x, norms, grad)
-    tiles = {"BLOCK": BLOCK, "NEAR": NEAR, "FEATURES": NEAR_FEATURES, "num_warps": 4}
-    near_rows_kernel[(rows, features)](*given, row, N, D, blocks, **tiles)
-    near_columns_kernel[(triton.cdiv(N, NEAR), features)](*given, row, rows, N, D, blocks, **tiles)
+    tiles = {"BLOCK": BLOCK, "NEAR": NEAR, "num_warps": 4}
+    near_rows_kernel[(rows, triton.cdiv(D, ROW_FEATURES))](*given, row, N, D, blocks, FEATURES=ROW_FEATURES, **tiles)
+    near_columns_kernel[(triton.cdiv(N, NEAR), triton.cdiv(D, COLUMN_FEATURES))](
+        *given, row, rows, N, D, blocks, FEATURES=COLUMN_FEATURES, **tiles
+    )
     apart_kernel[(rows, blocks)](strip, distances, close_blocks, norms, row, N, BLOCK=BLOCK, num_warps=4)
 
 
