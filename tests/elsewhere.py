@@ -49,9 +49,11 @@ def _back(x):
 def _on_gpu(op, *arguments):
     there = [_there(x) for x in arguments]
     results = op(*there)
-    if op._schema.arguments[0].alias_info is not None:  # written in place
-        written = zip(arguments[0], there[0], strict=True) if isinstance(there[0], list) else [(arguments[0], there[0])]
-        for x, y in written:
+    for of, here, changed in zip(op._schema.arguments, arguments, there, strict=False):  # defaults may be left out
+        if of.alias_info is None or not of.alias_info.is_write or here is None:
+            continue
+        pairs = zip(here, changed, strict=True) if isinstance(here, list) else [(here, changed)]
+        for x, y in pairs:
             x.copy_(y)
     return _back(results)
 

@@ -113,6 +113,33 @@ def relation_launches(pairs, triples):
     return calls
 
 
+def strip_launches(pkt, triplet):
+    """Every kernel of strips of pairs: strip/dtype/N."""
+    calls = {}
+    for dtype in (torch.float32, torch.float64):
+        for N in (256, 2048):
+            strip, x, row = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, N), (N, 512), (N,)))
+            sums, numbers, here = row.double(), row.long(), row > 0
+            name = f"strip/{str(dtype)[6:]}/{N}"
+            calls[name + "/pkt"] = lambda s=strip, q=sums, r=row: pkt.pkt_strip_(s, s, q, r, r, r, r, r, 0)
+            calls[name + "/triplet"] = lambda s=strip, x=x, r=row, n=numbers, h=here: triplet.triplet_strip_(
+                s, x, r, n, n, n, h, n[0], r, 1.0, 0, x
+            )
+    return calls
+
+
+def other_strip_launches(pkt, triplet):
+    """That they compile at all: rows that begin anywhere, a strip below the first, no gradient."""
+    strip, x, row = (torch.empty(shape, device="meta") for shape in ((3, 33), (33, 7), (40,)))
+    numbers, here = row[:33].long(), row[:33] > 0
+    return {
+        "other/pkt": lambda: pkt.pkt_strip_(strip, strip, row.double(), *(row for _ in range(5)), 7),
+        "other/triplet": lambda: triplet.triplet_strip_(
+            strip, x, row[:33], numbers, numbers, numbers, here, numbers[0], row[:33], 0.5, 1, None
+        ),
+    }
+
+
 def feature_launches(elements, attention):
     """Layers of every layout: feature/dtype/shape/loss."""
     calls = {}
@@ -162,7 +189,7 @@ def compile_for(target_name):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import attention, elements, pairs, rows, scale, triples
+    from fastkd.triton import attention, elements, pairs, pkt, rows, scale, triples, triplet
 
     class Driver:
         def get_current_device(self):
@@ -183,8 +210,10 @@ def compile_for(target_name):
 
     triton.runtime.jit.JITFunction.run = compile_only
     calls = launches(rows, scale) | relation_launches(pairs, triples) | feature_launches(elements, attention)
+    calls |= strip_launches(pkt, triplet)
     if target_name in ("sm_90", "gfx942"):
         calls |= other_launches(rows) | other_feature_launches(elements, attention)
+        calls |= other_strip_launches(pkt, triplet)
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
     print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
@@ -277,6 +306,17 @@ def test_features_stay_in_registers_and_move_in_128_bits(compiled):
                 assert numbers["wide_loads"] > 0, (name, kernel, numbers)
                 assert numbers["narrow_loads"] <= NARROW_FEATURES[kernel], (name, kernel, numbers)
                 assert (numbers["wide_stores"] > 0) == (kernel != "powers_kernel"), (name, kernel, numbers)
+
+
+def test_strips_stay_in_registers_and_move_in_128_bits(compiled):
+    for name, kernel, numbers in compiled:
+        if name.startswith("strip"):
+            single = "/float32/" in name
+            assert numbers["registers"] <= (REGISTERS if single else 255), (name, kernel, numbers)
+            assert numbers["stack"] <= RELATION_STACK, (name, kernel, numbers)
+            if single and kernel in ("pkt_kernel", "distances_kernel"):
+                assert numbers["wide_loads"] > 0, (name, kernel, numbers)
+                assert numbers["wide_stores"] > 0, (name, kernel, numbers)
 
 
 def test_tensor_cores_multiply_embeddings(compiled_relations):

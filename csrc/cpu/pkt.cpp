@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "common/rows_inputs.h"
+#include "common/pkt_inputs.h"
 #include "cpu/isa.h"
 #include "cpu/pkt_kernel.h"
 
@@ -29,43 +29,8 @@ const PktKernel<T>& kernel() {
   return baseline::pkt_kernel<T>();
 }
 
-struct StripInputs {
-  explicit StripInputs(Arguments& a)
-      : student(a.next<Tensor>()),
-        teacher(a.next<Tensor>()),
-        slopes(a.next<Tensor>()),
-        here(a.next<Tensor>()),
-        student_inverse(a.next<Tensor>()),
-        teacher_inverse(a.next<Tensor>()),
-        weight(a.next<Tensor>()),
-        scale(a.next<Tensor>()),
-        row(a.next<int64_t>()) {}
-
-  Tensor student, teacher, slopes, here, student_inverse, teacher_inverse, weight, scale;
-  int64_t row;
-};
-
-void check(const StripInputs& in) {
-  const ScalarType type = in.student.scalar_type();
-  FASTKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "student: float32 or float64 wanted");
-  for (const Tensor* x : {&in.student, &in.teacher}) {
-    FASTKD_CHECK(x->is_cpu() && x->dim() == 2 && x->is_contiguous() && x->scalar_type() == type,
-                 "student and teacher: contiguous CPU tensors [rows, columns] of one dtype wanted");
-  }
-  const int64_t rows = in.student.size(0), columns = in.student.size(1), N = in.row + columns;
-  FASTKD_CHECK(in.teacher.size(0) == rows && in.teacher.size(1) == columns && in.row >= 0 && rows <= columns,
-               "student and teacher: strips of one shape wanted, from the diagonal on");
-  for (const Tensor* x : {&in.here, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
-    FASTKD_CHECK(x->is_cpu() && x->numel() == N && x->is_contiguous() && x->scalar_type() == type,
-                 "here, inverses, weight and scale: one element per sample wanted, of the strip's dtype");
-  }
-  FASTKD_CHECK(in.slopes.is_cpu() && in.slopes.numel() == N && in.slopes.is_contiguous() &&
-                   in.slopes.scalar_type() == ScalarType::Double,
-               "slopes: one float64 per sample wanted");
-}
-
 template <class T>
-double strip(const StripInputs& in) {
+double strip(const PktInputs& in) {
   const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
   const int64_t rows = in.student.size(0), columns = in.student.size(1);
   const PktStrip<T> P{static_cast<T*>(in.student.mutable_data_ptr()),
@@ -100,7 +65,7 @@ double strip(const StripInputs& in) {
 
 void pkt_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const StripInputs in(arguments);
+  const PktInputs in(arguments);
   check(in);
   Tensor loss = torch::stable::new_empty(in.slopes, {});
   *static_cast<double*>(loss.mutable_data_ptr()) =

@@ -1,0 +1,43 @@
+// What the op of a strip of cosines is given, on every device: read off the dispatcher's stack, and checked.
+#pragma once
+#include "common/rows_inputs.h"
+
+namespace fastkd {
+
+struct PktInputs {
+  explicit PktInputs(Arguments& a)
+      : student(a.next<Tensor>()),
+        teacher(a.next<Tensor>()),
+        slopes(a.next<Tensor>()),
+        here(a.next<Tensor>()),
+        student_inverse(a.next<Tensor>()),
+        teacher_inverse(a.next<Tensor>()),
+        weight(a.next<Tensor>()),
+        scale(a.next<Tensor>()),
+        row(a.next<int64_t>()) {}
+
+  Tensor student, teacher;                                       // [rows, columns]
+  Tensor slopes;                                                 // float64 [N]
+  Tensor here, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
+  int64_t row;                                                   // columns = N - row
+};
+
+inline void check(const PktInputs& in) {
+  const ScalarType type = in.student.scalar_type();
+  FASTKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "student: float32 or float64 wanted");
+  for (const Tensor* x : {&in.student, &in.teacher}) {
+    FASTKD_CHECK(x->dim() == 2 && x->is_contiguous() && x->scalar_type() == type,
+                 "student and teacher: contiguous tensors [rows, columns] of one dtype wanted");
+  }
+  const int64_t rows = in.student.size(0), columns = in.student.size(1), N = in.row + columns;
+  FASTKD_CHECK(in.teacher.size(0) == rows && in.teacher.size(1) == columns && in.row >= 0 && rows <= columns,
+               "student and teacher: strips of one shape wanted, from the diagonal on");
+  for (const Tensor* x : {&in.here, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
+    FASTKD_CHECK(x->numel() == N && x->is_contiguous() && x->scalar_type() == type,
+                 "here, inverses, weight and scale: one element per sample wanted, of the strip's dtype");
+  }
+  FASTKD_CHECK(in.slopes.numel() == N && in.slopes.is_contiguous() && in.slopes.scalar_type() == ScalarType::Double,
+               "slopes: one float64 per sample wanted");
+}
+
+}  // namespace fastkd

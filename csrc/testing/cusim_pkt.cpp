@@ -1,0 +1,2 @@
+// The launches of a strip of cosines as host code.
+#include "cuda/pkt.cu"

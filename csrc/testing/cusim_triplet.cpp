@@ -1,0 +1,2 @@
+// The launches of a strip of triplets as host code.
+#include "cuda/triplet.cu"
