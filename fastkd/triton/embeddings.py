@@ -196,6 +196,11 @@ def add_up(parts, count, N, weight=1.0, power=0, previous=None, loss=None):
     return totals
 
 
+def sum_up(parts):
+    """The sums of parts [totals, parts_n]."""
+    return add_up(parts, None, 1)  # one row has no pairs, and a mean over none is the sum
+
+
 class Side(NamedTuple):
     """The embeddings of student or teacher."""
 

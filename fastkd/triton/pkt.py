@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .divergences import log_of
-from .embeddings import add_up, row_pointer, total
+from .embeddings import row_pointer, sum_up, total
 from .registers import limited
 
 EPSILON = tl.constexpr(1e-7)  # as published
@@ -126,4 +126,4 @@ def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse,
         row_parts, column_parts, slopes[row:], rows, columns, row_tiles, column_tiles,
         COLUMNS=SUM_COLUMNS, PARTS=SUM_PARTS, num_warps=4,
     )  # fmt: skip
-    return add_up(losses, 1.0).view(())
+    return sum_up(losses).view(())

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .embeddings import add_up, any_of, row_pointer
+from .embeddings import any_of, row_pointer, sum_up
 
 CLOSE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products cancel: a pair is near
 LEAST = tl.constexpr(1e-6)  # of distances: samples that are equal have no gradient from each other
@@ -276,4 +276,4 @@ def triplet_strip_(strip, x, norms, positives, first, last, here, count, weight,
             strip, distances, factors, ends, positives, first, here, margin, row, N, POSITIVES=POSITIVES, **options
         )
         _add_near(strip, distances, close_blocks, x, norms, grad, row)
-    return add_up(parts, 1.0)
+    return sum_up(parts)
