@@ -166,7 +166,7 @@ def least_flops(name, shape):
             "rkd_loss": distance + angle,
             "similarity_preserving": min(samples, features),
             "gram_mse": min(samples // 2, features // 2),
-            "relation_kl": samples,
+            "relation_kl": samples // 2,
             "pkt": samples // 2,
             "relational_triplet": 3 * N * N * D,
         }[name]
@@ -211,9 +211,9 @@ class Truth:
         }
 
 
-def wrong(errors, dtype):
-    """Whether errors are beyond what a kernel may have."""
-    tolerance = GRADIENT_TOLERANCE[dtype]
+def wrong(errors, dtype, eager):
+    """Whether errors are beyond what a kernel may have; of a loss that has a kink, twice what eager code has."""
+    tolerance = max(GRADIENT_TOLERANCE[dtype], 2 * eager.get("gradient_error", 0.0))
     loss_tolerance = LOSS_TOLERANCE if dtype is torch.float32 else tolerance
     return not (errors["loss_error"] <= loss_tolerance and errors["gradient_error"] <= tolerance)
 
@@ -287,6 +287,7 @@ def test_relations(benchmark, case, rounds, device):
         gradient_bytes=N * sizes[-1] * itemsize, pairs_bytes=N * sizes[-2] * itemsize, flops=flops,
         product_flops_per_s=rate, providers=results, missing=missing,
     )  # fmt: skip
-    bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype])}
+    kinks = errors.get("eager", {}) if name == "relational_triplet" else {}
+    bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype], kinks)}
     if bad:  # measured all the same, to be seen in the file
         pytest.fail(f"wrong beyond what a kernel may be: {bad}")
