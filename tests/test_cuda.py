@@ -114,6 +114,33 @@ def test_the_kernels_of_features_are_clean(compiler, build, feature):
     assert run_program([features_program(compiler, build), *arguments]) == "right\n"
 
 
+def strips_program(compiler, build):
+    return compiler.program("strips", build, "pkt", "triplet")
+
+
+SINGLE, TWICE = "0", "1"  # float, double
+# (op, dtype, N, classes, first row, rows, whether weights of triplets are wanted)
+STRIPS = {
+    "pkt, columns that lie together": ("pkt", SINGLE, 260, 1, 0, 40, 1),
+    "pkt, rows that begin at every alignment": ("pkt", SINGLE, 201, 1, 10, 33, 1),
+    "pkt, in double": ("pkt", TWICE, 132, 1, 0, 132, 1),
+    "triplet, few positives": ("triplet", SINGLE, 40, 9, 0, 40, 1),
+    "triplet, many positives of some rows": ("triplet", SINGLE, 300, 2, 7, 8, 1),
+    "triplet, more positives than are sorted at a time": ("triplet", TWICE, 2300, 2, 5, 2, 1),
+    "triplet, in double": ("triplet", TWICE, 40, 4, 3, 20, 1),
+    "triplet, no negatives": ("triplet", SINGLE, 20, 1, 0, 20, 1),
+    "triplet, the loss alone": ("triplet", SINGLE, 40, 4, 0, 40, 0),
+}
+
+
+@pytest.mark.parametrize("strip", STRIPS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernels_of_strips_are_clean(compiler, build, strip):
+    for order in ORDERS if build == "plain" else ("random",):
+        arguments = [*map(str, STRIPS[strip]), *ORDERS[order]]
+        assert run_program([strips_program(compiler, build), *arguments]) == "right\n", order
+
+
 @pytest.fixture
 def cusim():
     """The library that the backend cuda-cusim runs."""
@@ -256,7 +283,12 @@ def usage(path):
 def registers_of(function):
     """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
     multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
-    the pairs' sweeps, of the triples in float, and of features, three of their plain squares."""
+    the pairs' sweeps, of the triples in float, and of features, three of their plain squares and of rows of
+    triplets. Five of the 128 threads of pkt in float."""
+    if "triplet_kernel" in function:
+        return 80
+    if "pkt_kernelIf" in function:
+        return 96
     if "pairs_sweep_kernel" in function or "triples_kernelIf" in function:
         return 128
     if re.search(r"elements_kernelIf|attention_\w+_kernelI[fd]", function):
@@ -290,6 +322,9 @@ INSTRUCTIONS = {
     r"elements_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
     r"attention_powers_kernelIfLb1E": (r"LDG\.E\.\S*128",),
     r"attention_slopes_kernelIfLb1E": (r"LDG\.E\.\S*128", STORES),
+    r"pkt_kernelIfLb1E": (r"LDG\.E\.\S*128", r"STG\.\S*128"),
+    r"pkt_kernelIdLb1E": (r"LDG\.E\.\S*128", r"STG\.\S*128"),
+    r"triplet_kernelIf": (r"ATOMS\.\S*",),
     r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
 }  # fmt: skip
 
