@@ -23,7 +23,8 @@ from cuda_tools import BUILDS, ORDERS, ROOT, HostCompiler, find_tool, require_cu
 from relation_truth import TRUTH
 from tolerances import error
 
-from fastkd import _library
+from fastkd import _library, functional
+from fastkd.ops import triplet
 
 DIVERGENCES = ["ForwardKL", "SoftCrossEntropy", "ReverseKL", "JensenShannon"]
 STORAGES = ["BFloat16", "Half", "Float", "Double"]  # of the pairs
@@ -197,7 +198,7 @@ def test_the_order_of_threads_changes_no_bit(cusim, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "pkt"])
 def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
     """Right, and the same bits. Several tiles a block of threads, several blocks of rows, a rest; some
     rows alike. cudaDevAttrMultiProcessorCount is 16."""
@@ -212,6 +213,24 @@ def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
     assert torch.equal(plain[1], again[1])
     for out, ref in zip(plain, TRUTH[name](student, teacher), strict=True):
         assert error(out, ref) <= test_relations.PROMISED.get(dtype, 5e-3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_triplets_in_every_order_of_threads(cusim, monkeypatch, dtype, order):
+    """The same bits. Several strips; some rows alike, some nearly."""
+    monkeypatch.setattr(triplet, "BLOCK", {"cpu": 1500, "cuda": 1500})
+    student = torch.randn(60, 7, dtype=dtype)
+    student[1::6], student[2::6] = student[::6], student[::6] + 0.01
+    options = {"labels": torch.arange(60) % 5, "return_active": True}
+    found = []
+    with use("cuda-cusim"):
+        for mode in ("forward", order):
+            cusim.cusim_order(*map(int, ORDERS[mode]))
+            leaf = student.clone().requires_grad_()
+            loss, active = functional.relational_triplet(leaf, None, **options)
+            found.append((loss, active, *torch.autograd.grad(loss, leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -322,9 +341,8 @@ INSTRUCTIONS = {
     r"elements_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
     r"attention_powers_kernelIfLb1E": (r"LDG\.E\.\S*128",),
     r"attention_slopes_kernelIfLb1E": (r"LDG\.E\.\S*128", STORES),
-    r"pkt_kernelIfLb1E": (r"LDG\.E\.\S*128", r"STG\.\S*128"),
-    r"pkt_kernelIdLb1E": (r"LDG\.E\.\S*128", r"STG\.\S*128"),
-    r"triplet_kernelIf": (r"ATOMS\.\S*",),
+    r"pkt_kernelI[fd]Lb1E": (r"LDG\.E\.\S*128", STORES),
+    r"triplet_kernelIf": (r"ATOMS\.POPC\.INC",),
     r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
 }  # fmt: skip
 
