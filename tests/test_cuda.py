@@ -23,7 +23,8 @@ from cuda_tools import BUILDS, ORDERS, ROOT, HostCompiler, find_tool, require_cu
 from relation_truth import TRUTH
 from tolerances import error
 
-from fastkd import _library
+from fastkd import _library, functional
+from fastkd.ops import triplet
 
 DIVERGENCES = ["ForwardKL", "SoftCrossEntropy", "ReverseKL", "JensenShannon"]
 STORAGES = ["BFloat16", "Half", "Float", "Double"]  # of the pairs
@@ -123,6 +124,33 @@ def test_the_kernels_of_features_are_clean(compiler, build, feature):
     assert run_program([features_program(compiler, build), *arguments]) == "right\n"
 
 
+def strips_program(compiler, build):
+    return compiler.program("strips", build, "pkt", "triplet")
+
+
+SINGLE, TWICE = "0", "1"  # float, double
+# (op, dtype, N, classes, first row, rows, whether weights of triplets are wanted)
+STRIPS = {
+    "pkt, columns that lie together": ("pkt", SINGLE, 260, 1, 0, 40, 1),
+    "pkt, rows that begin at every alignment": ("pkt", SINGLE, 201, 1, 10, 33, 1),
+    "pkt, in double": ("pkt", TWICE, 132, 1, 0, 132, 1),
+    "triplet, few positives": ("triplet", SINGLE, 40, 9, 0, 40, 1),
+    "triplet, many positives of some rows": ("triplet", SINGLE, 300, 2, 7, 8, 1),
+    "triplet, more positives than are sorted at a time": ("triplet", TWICE, 2300, 2, 5, 2, 1),
+    "triplet, in double": ("triplet", TWICE, 40, 4, 3, 20, 1),
+    "triplet, no negatives": ("triplet", SINGLE, 20, 1, 0, 20, 1),
+    "triplet, the loss alone": ("triplet", SINGLE, 40, 4, 0, 40, 0),
+}
+
+
+@pytest.mark.parametrize("strip", STRIPS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernels_of_strips_are_clean(compiler, build, strip):
+    for order in ORDERS if build == "plain" else ("random",):
+        arguments = [*map(str, STRIPS[strip]), *ORDERS[order]]
+        assert run_program([strips_program(compiler, build), *arguments]) == "right\n", order
+
+
 @pytest.fixture
 def cusim():
     """The library that the backend cuda-cusim runs."""
@@ -179,7 +207,7 @@ def test_the_order_of_threads_changes_no_bit(cusim, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle"])
+@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "pkt"])
 def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
     """Right, and the same bits. Several tiles a block of threads, several blocks of rows, a rest; some
     rows alike. cudaDevAttrMultiProcessorCount is 16."""
@@ -194,6 +222,24 @@ def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
     assert torch.equal(plain[1], again[1])
     for out, ref in zip(plain, TRUTH[name](student, teacher), strict=True):
         assert error(out, ref) <= test_relations.PROMISED.get(dtype, 5e-3)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_triplets_in_every_order_of_threads(cusim, monkeypatch, dtype, order):
+    """The same bits. Several strips; some rows alike, some nearly."""
+    monkeypatch.setattr(triplet, "BLOCK", {"cpu": 1500, "cuda": 1500})
+    student = torch.randn(60, 7, dtype=dtype)
+    student[1::6], student[2::6] = student[::6], student[::6] + 0.01
+    options = {"labels": torch.arange(60) % 5, "return_active": True}
+    found = []
+    with use("cuda-cusim"):
+        for mode in ("forward", order):
+            cusim.cusim_order(*map(int, ORDERS[mode]))
+            leaf = student.clone().requires_grad_()
+            loss, active = functional.relational_triplet(leaf, None, **options)
+            found.append((loss, active, *torch.autograd.grad(loss, leaf)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -265,7 +311,12 @@ def usage(path):
 def registers_of(function):
     """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
     multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
-    the pairs' sweeps, of the triples in float, and of features, three of their plain squares."""
+    the pairs' sweeps, of the triples in float, and of features, three of their plain squares and of rows of
+    triplets. Five of the 128 threads of pkt in float."""
+    if "triplet_kernel" in function:
+        return 80
+    if "pkt_kernelIf" in function:
+        return 96
     if "pairs_sweep_kernel" in function or "triples_kernelIf" in function:
         return 128
     if re.search(r"elements_kernelIf|attention_\w+_kernelI[fd]", function):
@@ -299,6 +350,8 @@ INSTRUCTIONS = {
     r"elements_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
     r"attention_powers_kernelIfLb1E": (r"LDG\.E\.\S*128",),
     r"attention_slopes_kernelIfLb1E": (r"LDG\.E\.\S*128", STORES),
+    r"pkt_kernelI[fd]Lb1E": (r"LDG\.E\.\S*128", STORES),
+    r"triplet_kernelIf": (r"ATOMS\.POPC\.INC",),
     r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
 }  # fmt: skip
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import relation_cases as cases
 import torch
+from conftest import KERNELS
 from relation_truth import TRUTH
 from test_relations import PROMISED, check, run
 from tolerances import FLOOR, error
@@ -17,7 +18,7 @@ S, T = torch.randn(40, 6), torch.randn(40, 9)
 
 
 @pytest.mark.parametrize("block", [1, 40, 900])
-@pytest.mark.parametrize("backend", ["cpu-baseline", "cpu-avx2", "cpu-avx512", "triton-interpreter"], indirect=True)
+@pytest.mark.parametrize("backend", KERNELS, indirect=True)
 @pytest.mark.parametrize(("name", "case", "dtype"), [x for x in cases.each(cases.CASES) if x[0] == "pkt"], ids=str)
 def test_strips(backend, monkeypatch, name, case, dtype, block):
     monkeypatch.setattr(pkt, "BLOCK", {"cpu": block, "cuda": block})

@@ -58,7 +58,7 @@ struct PktLane {
       for (int k = 0; k < kPktOwn; ++k) raw.elements[k] = v[k];
       if (!there(0)) return;
 #pragma unroll
-      for (int i = 0; i < kWords; ++i) reinterpret_cast<uint4*>(row + first)[i] = raw.words[i];
+      for (int i = 0; i < kWords; ++i) __stcg(reinterpret_cast<uint4*>(row + first) + i, raw.words[i]);
     } else {
 #pragma unroll
       for (int k = 0; k < kPktOwn; ++k) {

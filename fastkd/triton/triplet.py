@@ -28,7 +28,7 @@ NEAR = 32  # samples of a tile of near pairs
 ROW_FEATURES, COLUMN_FEATURES = 128, 64  # of a program that adds them
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def distances_kernel(
     strip, distances,  # [rows, N]: inner products, distances; infinity of what is no pair
     close_blocks,  # [rows, blocks]: whether any pair is near
@@ -66,7 +66,7 @@ def _positives(positives, here, p, last, self):
     return j, there & (j != self) & tl.load(here + j, mask=there, other=0).to(tl.int1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def take_positives_kernel(
     distances,  # [rows, N]: those of positives become negative
     factors, triplets, ends,  # [rows]: f, how many triplets there are, where those of a row end that has some
@@ -101,7 +101,7 @@ def _weights(d, n, factor):
     return tl.where(tl.abs(d) <= LEAST, 0.0, w)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def negatives_kernel(
     strip, distances,  # [rows, N]
     factors, triplets, ends,  # [rows]
@@ -134,7 +134,7 @@ def negatives_kernel(
     tl.store(part + 2 * step, tl.where(tl.program_id(1) == 0, tl.load(triplets + i), 0.0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def positives_kernel(
     strip, distances,  # [rows, N]
     factors, ends,  # [rows]
@@ -164,7 +164,7 @@ def _near(d, norm, norms):
     return d * d < (norm + norms) * CLOSE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def near_rows_kernel(
     strip, distances, close_blocks,  # [rows, N] twice, [rows, blocks]
     x, norms, grad,  # [N, D], [N], [N, D]: +=
@@ -192,7 +192,7 @@ def near_rows_kernel(
     tl.store(to, tl.load(to, mask=columns < D, other=0.0) + acc, mask=columns < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def near_columns_kernel(
     strip, distances, close_blocks,  # [rows, N] twice, [rows, blocks]
     x, norms, grad,  # [N, D], [N], [N, D]: +=
@@ -226,7 +226,7 @@ def near_columns_kernel(
         tl.store(grad + at, tl.load(grad + at, mask=mask, other=0.0) + acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row"])
 def apart_kernel(
     strip, distances, close_blocks,  # [rows, N] twice, [rows, blocks]
     norms,  # [N]
