@@ -263,7 +263,9 @@ def triplet_strip_(strip, x, norms, positives, first, last, here, count, weight,
     ends = first.new_empty(rows)
     parts = strip.new_empty(3, rows * blocks, dtype=torch.float64)
     options = {"BLOCK": BLOCK, "num_warps": 4}
-    distances_kernel[(rows, blocks)](strip, distances, close_blocks, x, norms, here, row, N, D, **options)
+    distances_kernel[(rows, blocks)](
+        strip, distances, close_blocks, x, norms, here, row, N, D, BLOCK=BLOCK, num_warps=2
+    )
     take_positives_kernel[(rows,)](
         distances, factors, triplets, ends, positives, first, last, here, count, weight, row, N, **options
     )
