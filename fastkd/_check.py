@@ -95,7 +95,7 @@ def triplet(student, teacher, labels, positives, row_mask, row_weight):
     """Embeddings [N, D_s]; labels [N], or embeddings [N, D_t] of which the nearest are similar; what counts of rows."""
     if teacher is None and labels is None:
         raise ValueError("teacher, labels: one of the two wanted, to tell who is similar to whom; got neither")
-    embeddings(student, student if teacher is None else teacher, row_mask, row_weight)
+    embeddings(student, student if labels is not None else teacher, row_mask, row_weight)
     N = len(student)
     if labels is not None:
         _tensor("labels", labels)
@@ -208,7 +208,7 @@ def _broadcasts(shape, to):
 
 
 def divergence(value, names):
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         raise ValueError(f"divergence: one of {', '.join(names)} wanted, got {value!r}")
 
 

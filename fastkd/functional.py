@@ -181,8 +181,8 @@ _RELATIONAL = r"""{title}
 
     Raises:
         TypeError, ValueError, RuntimeError: naming the argument, before anything is computed.
-            Embeddings that are not finite are an error on the CPU; on other devices, where looking
-            would cost a synchronisation, they give NaN.
+            Embeddings that are not finite are an error on the CPU where there is no mask; on other devices,
+            where looking would cost a synchronisation, they give NaN.
 
     Source: {source}
     """
@@ -438,6 +438,7 @@ def relation_kl(
         student_keys = teacher_keys = None
     elif student_keys is student:
         student_keys = student.view_as(student)
+        key_mask = mask if key_mask is None else key_mask
     if divergence == "js_div":
         divergence = _JS_DIV_ENDS.get(beta, divergence)
     return _relational_loss(
@@ -476,7 +477,7 @@ relation_kl.__doc__ = r"""Divergence of student's and teacher's relations: a sof
         mask: bool, broadcastable to ``[*, N]``, True: the row counts. The others are not there: they have no loss
             and gradient 0, no row is compared with them, and they may hold anything.
         key_mask: bool, broadcastable to ``[*, M]``, True: rows are compared with the key. Default: with every one;
-            without other keys with those of ``mask``.
+            without other keys, or with ``student_keys=student``, with those of ``mask``.
         weight: float, broadcastable to ``[*, N]``, multiplies the row's loss; the divisor, the number of rows that
             count, does not change.
 

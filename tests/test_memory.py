@@ -89,6 +89,18 @@ def test_strips_are_linear_in_memory(name, N):
 
 
 @pytest.mark.parametrize("N", [8192, 16384, 32768])
+@pytest.mark.parametrize("by", ["labels", "teacher"])
+def test_relational_triplet_is_linear_in_memory(by, N):
+    """N x N would be 256 MiB, 1 GiB and 4 GiB."""
+    student = torch.randn(N, 32)
+    who = {"labels": torch.arange(N) % 100} if by == "labels" else {"teacher": torch.randn(N, 32)}
+    used = peak(
+        lambda s: functional.relational_triplet(s, **who).backward(), lambda: (student.detach().requires_grad_(),)
+    )
+    assert used <= 8 * student.numel() * 4 + (64 << 20)
+
+
+@pytest.mark.parametrize("N", [8192, 16384, 32768])
 def test_rkd_distance_is_linear_in_memory(N):
     """N x N would be 256 MiB, 1 GiB and 4 GiB."""
     student, teacher = torch.randn(N, 32), torch.randn(N, 32)

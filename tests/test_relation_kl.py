@@ -311,6 +311,20 @@ def test_the_op_checks_its_own_contract():
             torch.ops.fastkd.relation_kl_fwd(student, teacher, *rest, mask, None, None, True, False)
 
 
+@pytest.mark.parametrize("detached", [False, True])
+def test_rows_as_their_own_keys_are_masked_as_rows_are(backend, detached):
+    """Also where the teacher's keys are its rows under another name."""
+    student, teacher = tensors(30)
+    mask = torch.arange(30) % 4 > 0
+    hidden, hidden_teacher = (x.masked_fill(~mask[:, None], torch.nan) for x in (student, teacher))
+    keys = {"student_keys": hidden, "teacher_keys": hidden_teacher.detach() if detached else hidden_teacher}
+    loss = functional.relation_kl(hidden, hidden_teacher, mask=mask, **keys)
+    expected = functional.relation_kl(
+        student[mask], teacher[mask], student_keys=student[mask], teacher_keys=teacher[mask]
+    )  # fmt: skip
+    assert error(loss, expected) <= 1e-5
+
+
 # On the CPU: both orders of a pair from one product
 
 

@@ -68,8 +68,14 @@ def relational_calls(backend_name):
                 rows = (mask, torch.rand(len(mask))) if save else (None, None)
                 yield f"similarity_fwd-rows-{name}-{save}", ops.similarity_fwd, (*pair, *rows, save)
                 yield f"gram_fwd-rows-{name}-{save}", ops.gram_fwd, (*pair, save, 0, *rows, save)
-                for native in (False, True):
-                    yield f"pkt-{name}-{save}-{native}", ops.pkt_fwd, (*pair, *rows, native, save)
+                yield f"pkt-{name}-{save}", ops.pkt_fwd, (*pair, *rows, "fastkd", save)
+                labels = torch.arange(len(mask)) % 3
+                for how, similar in (
+                    ("labels", (None, labels, 0)),
+                    ("teacher", (pair[1], None, min(2, len(mask) - 1))),
+                ):
+                    options = (*similar, 1.0, *rows, "fastkd", save)
+                    yield f"triplet-{how}-{name}-{save}", torch.ops.fastkd.triplet_fwd, (pair[0], *options)
                 for keys in (None, pair):
                     options = (keys is None, True, "fastkd", 0, 0.0, 1.0, None, 0.5, None, mask[None], None, None)
                     arguments = (*(x[None] for x in pair), *(keys and x[None] for x in keys or pair), *options)
@@ -81,10 +87,17 @@ def relational_calls(backend_name):
                     (*(x[None] for x in pair), True, 2, None, None, save),
                 )
     yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, None, None, 0, 1.0, False, True)
+    strips = getattr(torch.ops, _backend.namespace(backend_name))
+    rows = [torch.rand(9) for _ in range(5)]
+    strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows, 2
+    yield "pkt_strip_", strips.pkt_strip_, strip
+    index = torch.arange(9)
+    of_samples = index, index // 3 * 3, index // 3 * 3 + 3, index > 0, torch.tensor(8), torch.rand(9)
+    x = torch.randn(9, 4)
+    for grad in (None, torch.zeros(9, 4)):
+        triplets = x[2:5] @ x.T, x, x.square().sum(1), *of_samples, 1.0, 2, grad
+        yield f"triplet_strip_-{grad is None}", strips.triplet_strip_, triplets
     if backend_name == "cpu":
-        rows = [torch.rand(9) for _ in range(5)]
-        strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows, 2
-        yield "pkt_strip_", torch.ops.fastkd.pkt_strip_, strip
         strip = torch.randn(3, 7), torch.randn(3, 7), torch.ones(9), 1.0, 0.5, 2
         yield "relation_sums", torch.ops.fastkd.relation_sums, (*strip, torch.zeros(9, 2, dtype=torch.float64))
         yield "relation_weights_", torch.ops.fastkd.relation_weights_, (*strip, *rows)

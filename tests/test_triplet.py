@@ -92,7 +92,9 @@ def test_neighbours_of_a_teacher_far_from_the_origin(backend):
 
 def test_labels_decide(backend):
     labels = LABELS["four"]
-    assert torch.equal(functional.relational_triplet(S, T, labels), functional.relational_triplet(S, labels=labels))
+    expected = functional.relational_triplet(S, labels=labels)
+    for teacher in (T, T[:3] / 0):  # which is not looked at
+        assert torch.equal(functional.relational_triplet(S, teacher, labels), expected)
 
 
 @pytest.mark.parametrize(("N", "positives"), [(0, 0), (1, 0), (2, 0), (3, 1), (6, 4), (7, 5), (30, 5)])
@@ -164,11 +166,14 @@ def test_fewer_rows_that_count_than_positives(backend):
     assert not grad.any()
 
 
-def test_a_nan_among_the_teachers_neighbours(backend, monkeypatch):
+@pytest.mark.parametrize("positives", [1, 5])
+def test_a_nan_among_the_teachers_neighbours(backend, monkeypatch, positives):
     monkeypatch.setattr("fastkd._check._values_known", lambda _: False)
     teacher = T.clone()
     teacher[3, 3] = torch.nan
-    assert functional.relational_triplet(S, teacher).isnan()
+    loss, grad = run(functional.relational_triplet, S, teacher, positives=positives)
+    assert loss.isnan()
+    assert grad.isnan().all() or backend == "torch"
     mask = torch.arange(40) != 3
     loss = functional.relational_triplet(S, teacher, mask=mask)
     assert error(loss, functional.relational_triplet(S[mask], T[mask])) <= 1e-6

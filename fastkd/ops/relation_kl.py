@@ -83,7 +83,9 @@ class _Side:
     def _add_product(self, grad, a, b):
         if self.low:
             grad += torch.bmm(a, b, out_dtype=grad.dtype)
-        else:
+        elif grad.device.type != "cpu":
+            grad.baddbmm_(a, b)
+        else:  # whose products of a batch are slower
             for one, u, v in zip(grad, a, b, strict=True):
                 one.addmm_(u, v)
 

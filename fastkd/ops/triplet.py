@@ -44,9 +44,8 @@ def _of_labels(labels, here):
 
 def _nearest(teacher, positives, here, count):
     """Of each row its nearest others. What is not there is the row itself, which is none."""
-    # the order of nearly equal distances is worth the time where that is cheap
-    y = teacher.double() if teacher.device.type == "cpu" else teacher.to(compute_dtype(teacher, teacher))
-    y, norms = _centred(torch.where(here[:, None], y, 0.0), here, count)
+    # in float64: in tight clusters float32's distances from products have no order
+    y, norms = _centred(torch.where(here[:, None], teacher.double(), 0.0), here, count)
     N = len(y)
     rows = torch.arange(N, device=y.device)
     norms = torch.where(here, norms, torch.inf)  # infinitely far
@@ -78,15 +77,18 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
         x = student.to(dtype).contiguous()
         if mask is not None:  # a row that does not count may hold anything
             x = torch.where(mask[:, None], x, 0.0)
+        weights = x.new_zeros(N)  # W 1 + W^T 1
         if labels is not None:
             similar = _of_labels(labels, here)
         else:
             similar = _nearest(teacher, positives, here, count)
-            known = torch.where(here, teacher.sum(1, dtype=torch.float64), 0.0)  # a NaN has no neighbours
-            of_rows = of_rows + (0.0 * known).to(dtype)
+            # a NaN has no neighbours, and neither loss nor gradient must hide it
+            nothing = 0.0 * torch.where(here, teacher.sum(1, dtype=torch.float64), 0.0).sum()
+            sums[0] += nothing
+            weights += nothing.to(dtype)
         centred, norms = _centred(x, here, count)
         to = torch.zeros_like(x) if save else None
-        ones, weights = x.new_ones(N), x.new_zeros(N)  # W 1 + W^T 1
+        ones = x.new_ones(N)
         blocks = blocks_of(BLOCK, N, N, device)
         memory = x.new_empty(blocks[0].stop * N)
         strip_ = getattr(torch.ops, strips).triplet_strip_.default

@@ -9,6 +9,7 @@ others as each other's. One pass: the student's cosines are read and written onc
 has some columns of some rows; sums of both are added up by another, in the order of the tiles. Nothing is saved.
 """
 
+import torch
 import triton
 import triton.language as tl
 
@@ -118,12 +119,13 @@ def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse,
     losses = slopes.new_empty(1, row_tiles * column_tiles)
     row_parts, column_parts = slopes.new_empty(column_tiles, rows), slopes.new_empty(row_tiles, columns)
     of_samples = (x[row:] for x in (here, student_inverse, teacher_inverse, weight, scale))
-    pkt_kernel[(row_tiles, column_tiles)](
-        student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns,
-        STEPS=steps, ROWS=height, COLUMNS=COLUMNS, num_warps=8, **limited(student.dtype),
-    )  # fmt: skip
-    slopes_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](
-        row_parts, column_parts, slopes[row:], rows, columns, row_tiles, column_tiles,
-        COLUMNS=SUM_COLUMNS, PARTS=SUM_PARTS, num_warps=4,
-    )  # fmt: skip
-    return sum_up(losses).view(())
+    with torch.cuda.device_of(student):
+        pkt_kernel[(row_tiles, column_tiles)](
+            student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns,
+            STEPS=steps, ROWS=height, COLUMNS=COLUMNS, num_warps=8, **limited(student.dtype),
+        )  # fmt: skip
+        slopes_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](
+            row_parts, column_parts, slopes[row:], rows, columns, row_tiles, column_tiles,
+            COLUMNS=SUM_COLUMNS, PARTS=SUM_PARTS, num_warps=4,
+        )  # fmt: skip
+        return sum_up(losses).view(())

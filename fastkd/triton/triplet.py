@@ -263,19 +263,20 @@ def triplet_strip_(strip, x, norms, positives, first, last, here, count, weight,
     ends = first.new_empty(rows)
     parts = strip.new_empty(3, rows * blocks, dtype=torch.float64)
     options = {"BLOCK": BLOCK, "num_warps": 4}
-    distances_kernel[(rows, blocks)](
-        strip, distances, close_blocks, x, norms, here, row, N, D, BLOCK=BLOCK, num_warps=2
-    )
-    take_positives_kernel[(rows,)](
-        distances, factors, triplets, ends, positives, first, last, here, count, weight, row, N, **options
-    )
-    negatives_kernel[(rows, blocks)](
-        strip, distances, factors, triplets, ends, parts, positives, first, here, margin, row, rows, N,
-        SAVE=grad is not None, POSITIVES=POSITIVES, **options,
-    )  # fmt: skip
-    if grad is not None:
-        positives_kernel[(rows, SPLITS)](
-            strip, distances, factors, ends, positives, first, here, margin, row, N, POSITIVES=POSITIVES, **options
+    with torch.cuda.device_of(strip):
+        distances_kernel[(rows, blocks)](
+            strip, distances, close_blocks, x, norms, here, row, N, D, BLOCK=BLOCK, num_warps=2
         )
-        _add_near(strip, distances, close_blocks, x, norms, grad, row)
-    return sum_up(parts)
+        take_positives_kernel[(rows,)](
+            distances, factors, triplets, ends, positives, first, last, here, count, weight, row, N, **options
+        )
+        negatives_kernel[(rows, blocks)](
+            strip, distances, factors, triplets, ends, parts, positives, first, here, margin, row, rows, N,
+            SAVE=grad is not None, POSITIVES=POSITIVES, **options,
+        )  # fmt: skip
+        if grad is not None:
+            positives_kernel[(rows, SPLITS)](
+                strip, distances, factors, ends, positives, first, here, margin, row, N, POSITIVES=POSITIVES, **options
+            )
+            _add_near(strip, distances, close_blocks, x, norms, grad, row)
+        return sum_up(parts)
