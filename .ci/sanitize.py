@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EMBEDDINGS = ((5, 3), (150, 33), (70, 600))
 # a row a block, rows off their alignment, maps whose positions fill packs and such that do not
 FEATURES = ((9, 33), (3, 5003), (5, 64), (2, 12, 4, 8), (3, 70, 7, 7))
-RELATIONS = ("rkd_distance", "rkd_angle", "rkd_loss")
+RELATIONS = ("rkd_distance", "rkd_angle", "rkd_loss", "pkt", "relational_triplet")
 FORMS = ({}, {"inplace": True}, {"reduction": "none"})
 
 
@@ -50,9 +50,20 @@ def relations():
     for (N, D), dtype in itertools.product(EMBEDDINGS, (*DTYPES, torch.float64)):
         student, teacher = torch.randn(N, D), torch.randn(N, D // 2 + 1)
         student[-2:] = student[:2]  # equal samples, whose distances are computed another way
-        for name in RELATIONS:
-            run(name, student.to(dtype), teacher.to(dtype))
+        mask = (torch.arange(N) % 3 > 0).cuda()
+        for name, rows_used in itertools.product(RELATIONS, (None, mask)):
+            run(name, student.to(dtype), teacher.to(dtype), mask=rows_used)
             count += 1
+        weight = torch.rand(N).cuda()
+        run("rkd_distance", student.to(dtype), teacher.to(dtype), mask=mask, weight=weight)
+        run(
+            "relational_triplet",
+            student.to(dtype),
+            teacher.to(dtype),
+            labels=(torch.arange(N) % 4).cuda(),
+            weight=weight,
+        )
+        count += 2
     return count
 
 
