@@ -167,12 +167,14 @@ RELATIONS = relation_cases.LOSSES
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("N", [20, 300])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", RELATIONS)
-def test_no_relation_waits_for_the_device(backend, name, N, dtype):
+def test_no_relation_waits_for_the_device(backend, name, masked, N, dtype):
     student, teacher = embeddings(N, dtype=dtype)
+    mask = (torch.arange(N) % 3 > 0).cuda() if masked else None
 
     def step():
-        (RELATIONS[name](student, teacher) * 0.5).backward()
+        (RELATIONS[name](student, teacher, mask=mask) * 0.5).backward()
 
     without_waiting(step)
 
