@@ -85,8 +85,8 @@ fastkd.define(
     "pkt_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, str strips, bool save) "
     "-> (Tensor loss, Tensor grad)"
 )
-# who is similar to whom: labels, or the positives nearest to each row of the teacher; strips: the namespace whose op
-# computes each strip; active: the share of triplets that have a loss
+# who is similar to whom: labels, or the positives (0: the default) nearest to each row of the teacher; strips: the
+# namespace whose op computes each strip; active: the share of triplets that have a loss
 fastkd.define(
     "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, float margin, Tensor? mask, "
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)"

@@ -358,10 +358,8 @@ def relational_triplet(
     _check.flag("return_active", return_active)
     if labels is not None:
         teacher = None
-    if positives is None:
-        positives = max(0, min(5, len(student) - 2))
     loss, active = _relational_loss(
-        "relational_triplet", student, teacher, labels, positives, float(margin), mask, weight
+        "relational_triplet", student, teacher, labels, positives or 0, float(margin), mask, weight
     )  # fmt: skip
     return (loss, active) if return_active else loss
 

@@ -261,6 +261,11 @@ def pkt(student, teacher, mask, weight):
     return rows.sum() / here.sum().clamp(min=1) ** 2
 
 
+def positives_of(positives, N):
+    """How many neighbours are positives; 0: the default of batches of N."""
+    return positives or max(0, min(5, N - 2))
+
+
 def relational_triplet(student, teacher, labels, positives, margin, mask, weight):
     """Holds [N, N, N]."""
     s = student.to(compute_dtype(*(x for x in (student, teacher) if x is not None)))
@@ -273,7 +278,7 @@ def relational_triplet(student, teacher, labels, positives, margin, mask, weight
     else:
         t = torch.where(here[:, None], _ordinary(teacher).detach().double(), 0.0)
         between = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~others, torch.inf)
-        nearest = between.topk(min(positives, N), largest=False).indices
+        nearest = between.topk(min(positives_of(positives, N), N), largest=False).indices
         similar = torch.zeros_like(others).scatter_(1, nearest, torch.ones_like(nearest, dtype=torch.bool)) & others
         s = s + (0 * t.sum()).to(s.dtype)  # a NaN has no neighbours
     different = others & ~similar

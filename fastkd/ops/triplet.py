@@ -20,7 +20,7 @@ Saved for backward: the gradient. Beside it the rows, what is said of them, and 
 import torch
 
 from .. import _library
-from ..reference import compute_dtype, gradient_dtype, without_autocast
+from ..reference import compute_dtype, gradient_dtype, positives_of, without_autocast
 from .gradient import once, times
 from .products import blocks_of, check_embeddings
 
@@ -81,7 +81,7 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
         if labels is not None:
             similar = _of_labels(labels, here)
         else:
-            similar = _nearest(teacher, positives, here, count)
+            similar = _nearest(teacher, positives_of(positives, N), here, count)
             # a NaN has no neighbours, and neither loss nor gradient must hide it
             nothing = 0.0 * torch.where(here, teacher.sum(1, dtype=torch.float64), 0.0).sum()
             sums[0] += nothing
