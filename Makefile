@@ -4,17 +4,20 @@ PYTHON ?= python3
 TORCH  ?= torch==2.13.0
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Of the libraries that fastkd is measured beside.
+PEERS  := .venv-peers
 # For `make gpu`: a Python with a torch of its own; nothing is installed into it.
 GPU_PYTHON ?= python3
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill test bench report gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
 	@echo "make test     set-up and all tests"
-	@echo "make bench    fastkd beside eager PyTorch and torch.compile: table, JSON in bench/results/"
+	@echo "make bench    fastkd beside PyTorch and other libraries, in an environment of its own: JSON in bench/results/"
+	@echo "make report   docs/benchmarks.md, its plots and the README's table from bench/results/"
 	@echo "make lint     ruff and clang-format, nothing is changed"
 	@echo "make format   the same, changing files"
 	@echo "make wheel    a wheel in dist/ for every Python, with the CUDA kernels where there is nvcc"
@@ -22,7 +25,7 @@ help:
 	@echo "  gpu-test    builds in place, all tests on cuda and triton too, compute-sanitizer"
 	@echo "  gpu-bench   builds in place, every backend beside eager, torch.compile and Liger: JSON in bench/results/"
 	@echo "make setup    the virtual environment $(VENV) with fastkd in it, as the others make it"
-	@echo "make clean    removes what was built, $(VENV) too"
+	@echo "make clean    removes what was built, $(VENV) and $(PEERS) too"
 	@echo "PYTHON=python3.12 and TORCH=torch==2.11.0 choose others than $(PYTHON) and $(TORCH);"
 	@echo "GPU_PYTHON=/path/to/python does for make gpu. ARGS=\"-k llama\" goes to pytest, the bench or the example."
 
@@ -48,8 +51,21 @@ distill: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
 
-bench: $(VENV)/ready
-	$(BIN)/python -m bench $(ARGS)
+# Other libraries stay away from the environment that is tested. fastkd itself is that of $(VENV), built in place.
+# torchdistill asks for torchvision, which its losses do not use.
+$(PEERS)/ready: bench/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --upgrade "pip>=23" "setuptools>=77"
+	$(PEERS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(PEERS)/bin/python -m pip install --quiet "pytest>=8" "pytest-benchmark>=5" "rich>=13" -r bench/peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --no-deps "torchdistill==1.1.5"
+	@touch $@
+
+bench: $(VENV)/ready $(PEERS)/ready
+	$(PEERS)/bin/python -m bench $(ARGS)
+
+report: $(VENV)/ready
+	$(BIN)/python -m bench.report
 
 gpu gpu-test gpu-bench: export GPU_PYTHON := $(GPU_PYTHON)
 gpu:
@@ -88,4 +104,4 @@ wheel: $(VENV)/torch $(VENV)/auditwheel
 	@ls -l dist
 
 clean:
-	rm -rf $(VENV) build dist outputs fastkd/lib fastkd.egg-info
+	rm -rf $(VENV) $(PEERS) build dist outputs fastkd/lib fastkd.egg-info

@@ -4,19 +4,17 @@ Bytes by the minimal-traffic model: student and teacher are read once and the gr
 Their rate is shown as a share of what ``copy_`` of the student's features reaches in the same run.
 """
 
-import contextlib
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import fastkd
 from fastkd import _backend, functional
 from fastkd.ops import elements
 
 from .measure import Provider, interleave
-from .peers import judge, own_backends
+from .peers import judge, own_backends, peers, with_backend
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ON_CPU = [  # loss, layers x shape, dtype
@@ -63,14 +61,9 @@ def own(name, backend):
     function, _, normalize = name.partition(" ")
     options = {"normalize": normalize} if normalize else {}
     loss = functools.partial(getattr(functional, function), **options)
-
-    def chosen(students, teachers):
-        with contextlib.nullcontext() if backend == "cpu" else fastkd.backend(backend):
-            if function == "attention_transfer":
-                return loss(students[0], teachers[0])
-            return loss(students, teachers)
-
-    return chosen
+    if function == "attention_transfer":  # takes no lists
+        return with_backend(lambda students, teachers: loss(students[0], teachers[0]), backend)
+    return with_backend(loss, backend)
 
 
 class Truth:
@@ -124,7 +117,9 @@ def providers(name, students, teachers):
     torch._dynamo.reset()
     backends, missing = own_backends(students[0].device.type)
     losses = {label: own(name, backend) for label, backend in backends.items()}
-    losses |= {"eager": eager(name), "torch.compile": torch.compile(eager(name), dynamic=False)}
+    theirs, without = peers(name, students[0].device.type)
+    losses |= {"eager": eager(name), "torch.compile": torch.compile(eager(name), dynamic=False), **theirs}
+    missing |= without
     found = [provide(label, loss, students, teachers) for label, loss in losses.items()]
     if len(students) == 1 and name != "attention_transfer":
         found += [kernel_alone(name, backend, students[0], teachers[0]) for backend in backends.values()]
@@ -149,8 +144,9 @@ def test_elements(benchmark, case, rounds, device):
         units = 2 if label == "copy" else 3
         result.update(copy_share=units * unit / result["median_s"] / copy_rate, **errors.get(label, {}))
     benchmark.extra_info.update(
-        case=f"{name} {case[1]} {dtype}", loss=name, shape=[layers, *shape], dtype=dtype, mode="forward+backward",
-        gradient_bytes=unit, copy_bytes_per_s=copy_rate, layers=layers, providers=results, missing=missing,
+        case=f"{name} {case[1]} {dtype}", family="elements", loss=name, shape=[layers, *shape], dtype=dtype,
+        mode="forward+backward", gradient_bytes=unit, copy_bytes_per_s=copy_rate, layers=layers, providers=results,
+        missing=missing,
     )  # fmt: skip
     worst = TOLERANCE[DTYPES[dtype]]
     bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and not max(e.values()) <= worst}

@@ -6,18 +6,17 @@ computes again, because it holds no N x N matrix, does not count. They are shown
 that ``torch.mm`` reaches in the same run.
 """
 
-import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import fastkd
 from fastkd import functional
 
 from .measure import Provider, interleave
-from .peers import judge, own_backends
+from .peers import judge, own_backends, peers, with_backend
+from .relations_truth import Truth, wrong
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = {  # loss, N x D or B x N x D, dtype
@@ -47,9 +46,7 @@ CASES = {  # loss, N x D or B x N x D, dtype
 }
 CLASSES = 16  # of relational_triplet
 PRODUCT = 2048  # torch.mm of two matrices of this size
-MOST_BYTES = 16 << 30  # that the published code may hold
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+MOST_BYTES = 12 << 30  # that the published code may hold
 
 
 def distances(x):
@@ -66,9 +63,9 @@ def eager_distance(student, teacher):
     return F.smooth_l1_loss(s / s[s > 0].mean(), t)
 
 
-def cosines(x, vertices=slice(None)):
-    """[vertices, N, N]"""
-    unit = F.normalize(x[None] - x[vertices, None], dim=2)
+def cosines(x):
+    """[N, N, N]"""
+    unit = F.normalize(x[None] - x[:, None], dim=2)
     return torch.bmm(unit, unit.transpose(1, 2))
 
 
@@ -123,11 +120,10 @@ def class_of(x):
     return torch.arange(len(x), device=x.device) % CLASSES
 
 
-def eager_triplet(student, teacher, anchors=slice(None)):
-    """Of all triplets; the sum over some anchors, divided by all."""
-    labels, d = class_of(student), distances(student)[anchors]
-    alike = labels[anchors, None] == labels
-    itself = torch.eye(len(student), dtype=torch.bool, device=student.device)[anchors]
+def eager_triplet(student, teacher):
+    labels, d = class_of(student), distances(student)
+    alike = labels[:, None] == labels
+    itself = torch.eye(len(student), dtype=torch.bool, device=student.device)
     triplets = (alike & ~itself)[:, :, None] & ~alike[:, None, :]
     e = torch.relu(1 + d[:, :, None] - d[:, None, :]) * triplets
     return (e.sum((1, 2)) / (~alike).sum(1)).sum() / len(student)
@@ -148,7 +144,7 @@ EAGER = {
 def eager_bytes(name, shape, itemsize):
     """Of the largest tensors that the published code holds at once."""
     *B, N, D = shape
-    pairs, triples = 7 * math.prod(B) * N * N, 2 * N * N * D + 2 * N**3
+    pairs, triples = 10 * math.prod(B) * N * N, 3 * N * N * D + 3 * N**3
     if name == "relational_triplet":
         triples = 4 * N**3
     return itemsize * (triples if name in ("rkd_angle", "rkd_loss", "relational_triplet") else pairs)
@@ -173,65 +169,12 @@ def least_flops(name, shape):
     )
 
 
-class Truth:
-    """The published formulas in float64; angles from a few vertices at a time."""
-
-    def __init__(self, name, student, teacher):
-        x, y = student.detach().double().requires_grad_(), teacher.double()
-        terms = []
-        if name in ("rkd_angle", "rkd_loss"):
-            weight, N = 50 if name == "rkd_loss" else 1, len(x)
-            terms += [
-                functools.partial(self._angles, x, y, slice(a, a + 8), weight / N**3) for a in range(0, N, 8)
-            ]  # fmt: skip
-        if name in ("rkd_distance", "rkd_loss"):
-            terms.append(lambda: (25 if name == "rkd_loss" else 1) * eager_distance(x, y))
-        if name in ("similarity_preserving", "gram_mse", "relation_kl", "pkt"):
-            terms.append(lambda: EAGER[name](x, y))
-        if name == "relational_triplet":
-            terms += [functools.partial(eager_triplet, x, y, slice(a, a + 16)) for a in range(0, len(x), 16)]
-        self.loss = 0.0
-        for term in terms:
-            loss = term()
-            loss.backward()
-            self.loss += loss.item()
-        self.grad = x.grad
-
-    @staticmethod
-    def _angles(x, y, vertices, scale):
-        with torch.no_grad():
-            t = cosines(y, vertices)
-        return F.smooth_l1_loss(cosines(x, vertices), t, reduction="sum") * scale
-
-    def errors(self, loss, grad):
-        difference = grad.double() - self.grad
-        return {
-            "loss_error": abs(loss.item() - self.loss) / abs(self.loss),
-            "gradient_error": (difference.norm() / self.grad.norm()).item(),
-        }
-
-
-def wrong(errors, dtype, eager):
-    """Whether errors are beyond what a kernel may have; of a loss that has a kink, twice what eager code has."""
-    tolerance = max(GRADIENT_TOLERANCE[dtype], 2 * eager.get("gradient_error", 0.0))
-    loss_tolerance = LOSS_TOLERANCE if dtype is torch.float32 else tolerance
-    return not (errors["loss_error"] <= loss_tolerance and errors["gradient_error"] <= tolerance)
-
-
 def by_classes(student, teacher):
     return functional.relational_triplet(student, labels=class_of(student))
 
 
 def own(name, backend):
-    loss = getattr(functional, name)
-    if name == "relational_triplet":
-        loss = by_classes
-
-    def chosen(student, teacher):
-        with fastkd.backend(backend):
-            return loss(student, teacher)
-
-    return loss if backend == "cpu" else chosen  # there it is the automatic choice
+    return with_backend(by_classes if name == "relational_triplet" else getattr(functional, name), backend)
 
 
 def provide(name, loss, student, teacher):
@@ -247,34 +190,47 @@ def provide(name, loss, student, teacher):
     return Provider(name, leaf, lambda x, y: loss(x, y).backward(), answer)
 
 
+def settings_of(name, student):
+    """What other libraries' losses take."""
+    if name != "relational_triplet":
+        return {}
+    labels = class_of(student)
+    return {"labels": labels, "negatives": (labels != 0).sum().item()}
+
+
 def providers(name, student, teacher):
     """All that can run here, and of the others why not."""
     torch._dynamo.reset()
     backends, missing = own_backends(student.device.type)
     losses = {label: own(name, backend) for label, backend in backends.items()}
     held = eager_bytes(name, student.shape, student.element_size())
+    work = student.shape[-2] * student.numel()
+    theirs, without = peers(name, student.device.type, held, MOST_BYTES, work, **settings_of(name, student))
+    if student.dim() > 2 or student.dtype is not torch.float32:  # written for one batch, and float32
+        without |= dict.fromkeys(theirs, "compared in float32, of one batch")
+        theirs = {}
     if held <= MOST_BYTES:
         losses |= {"eager": EAGER[name], "torch.compile": torch.compile(EAGER[name], dynamic=False)}
     else:
-        missing |= {"eager": f"would hold {held / 2**30:.0f} GiB"}
-    found = [provide(label, loss, student, teacher) for label, loss in losses.items()]
+        missing |= dict.fromkeys(("eager", "torch.compile"), f"would hold {held / 2**30:.0f} GiB")
+    found = [provide(label, loss, student, teacher) for label, loss in (losses | theirs).items()]
     a, b = (torch.randn(PRODUCT, PRODUCT, device=student.device).to(student.dtype) for _ in range(2))
     found.append(Provider("mm", lambda: (a, b), torch.mm))
-    return found, missing
+    return found, missing | without
 
 
-def test_relations(benchmark, case, rounds, device):
-    name, shape, dtype = case
-    sizes = [int(x) for x in shape.split("x")]
+def measure(benchmark, name, sizes, dtype, rounds, device, left_out=(), **about):
+    """Times all providers but those left out; ``about`` goes into the file."""
     N = math.prod(sizes[:-1])
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(sizes, generator=generator).to(device, DTYPES[dtype]) for _ in range(2))
     found, missing = providers(name, student, teacher)
-    errors = {}
-    if len(found) > 2:  # what eager code cannot hold has no truth either
-        errors = judge(found, missing, Truth(name, student, teacher))
+    found = [provider for provider in found if provider.name not in left_out]
+    labels = class_of(student) if name == "relational_triplet" else None
+    truth = Truth(name, student, teacher, labels)
+    errors = judge(found, missing, truth)
     flops, heavy = least_flops(name, sizes), device == "cpu" and (N > 2048 or ("distance" not in name and N > 256))
-    results = interleave(benchmark, found, min(rounds, 3) if heavy else rounds, 1, device)
+    results = interleave(benchmark, found, min(rounds, 5) if heavy else rounds, 1, device)
     rate = 2 * PRODUCT**3 / results["mm"]["median_s"]
     for label, result in results.items():
         result.update(
@@ -283,11 +239,19 @@ def test_relations(benchmark, case, rounds, device):
         )
     itemsize = DTYPES[dtype].itemsize
     benchmark.extra_info.update(
-        case=f"{name} {shape} {dtype}", loss=name, shape=sizes, dtype=dtype, mode="forward+backward",
-        gradient_bytes=N * sizes[-1] * itemsize, pairs_bytes=N * sizes[-2] * itemsize, flops=flops,
-        product_flops_per_s=rate, providers=results, missing=missing,
+        case=f"{name} {'x'.join(map(str, sizes))} {dtype}", family="relations", loss=name, shape=sizes, dtype=dtype,
+        mode="forward+backward", gradient_bytes=N * sizes[-1] * itemsize, flops=flops, product_flops_per_s=rate,
+        providers=results, missing={**missing, **dict(left_out)}, **about,
     )  # fmt: skip
-    kinks = errors.get("eager", {}) if name == "relational_triplet" else {}
+    kinks = 0.0
+    if name == "relational_triplet":
+        plain = Truth(name, student, teacher, labels, torch.float32)
+        kinks = truth.errors(plain.loss, plain.grad)["gradient_error"]
     bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype], kinks)}
     if bad:  # measured all the same, to be seen in the file
         pytest.fail(f"wrong beyond what a kernel may be: {bad}")
+
+
+def test_relations(benchmark, case, rounds, device):
+    name, shape, dtype = case
+    measure(benchmark, name, [int(x) for x in shape.split("x")], dtype, rounds, device)

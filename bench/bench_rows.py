@@ -14,12 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fastkd
 from fastkd import _backend, functional
 from fastkd.ops import rows
 
 from .measure import Provider, interleave
-from .peers import judge, own_backends, peers
+from .peers import judge, own_backends, peers, with_backend
 from .truth import Truth, wrong
 
 TEMPERATURE = 2.0
@@ -99,13 +98,7 @@ EAGER = {  # the last one is compiled
 
 
 def own(name, backend, **options):
-    loss = functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options)
-
-    def chosen(student, teacher):
-        with fastkd.backend(backend):
-            return loss(student, teacher)
-
-    return loss if backend == "cpu" else chosen  # there it is the automatic choice
+    return with_backend(functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options), backend)
 
 
 def kernel_alone(name, backend):
@@ -192,10 +185,9 @@ def providers(name, inputs, mode, device):
     backends, missing = own_backends(device)
     others = dict(EAGER[name])
     others["torch.compile"] = torch.compile(list(others.values())[-1], dynamic=False)
-    if device == "cuda":
-        found, without = peers(name, TEMPERATURE)
-        others |= found
-        missing |= without
+    theirs, without = peers(name, device, temperature=TEMPERATURE)
+    others |= theirs
+    missing |= without
     plain = {**{label: own(name, backend) for label, backend in backends.items()}, **others}
     found = [provide(label, loss, inputs, mode) for label, loss in plain.items()]
     if mode == STEP:
@@ -207,11 +199,12 @@ def providers(name, inputs, mode, device):
     return found, missing
 
 
-def test_rows(benchmark, case, rounds, device):
-    name, model, dtype, mode = case
-    shape, elements = SHAPES[model], SHAPES[model][0] * SHAPES[model][1]
+def measure(benchmark, name, shape, dtype, mode, rounds, device, left_out=(), **about):
+    """Times all providers but those left out; ``about`` goes into the file."""
+    elements = shape[0] * shape[1]
     inputs = Inputs(shape, DTYPES[dtype], device)
     found, missing = providers(name, inputs, mode, device)
+    found = [provider for provider in found if provider.name not in left_out]
     errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE))
     repeat = 50 if elements < 10_000 else 1
     results = interleave(benchmark, found, rounds * (4 if elements < 10**7 else 1), repeat, device)
@@ -221,9 +214,15 @@ def test_rows(benchmark, case, rounds, device):
         units = 2 if label == "copy" or mode == "forward" else 3
         result.update(copy_share=units * unit / result["median_s"] / copy_rate, **errors.get(label, {}))
     benchmark.extra_info.update(
-        case=f"{name} {shape[0]}x{shape[1]} {dtype} {mode}", loss=name, model=model, shape=shape, dtype=dtype,
-        mode=mode, gradient_bytes=unit, copy_bytes_per_s=copy_rate, providers=results, missing=missing,
+        case=f"{name} {shape[0]}x{shape[1]} {dtype} {mode}", family="rows", loss=name, shape=shape, dtype=dtype,
+        mode=mode, gradient_bytes=unit, copy_bytes_per_s=copy_rate, providers=results,
+        missing={**missing, **dict(left_out)}, **about,
     )  # fmt: skip
     bad = {k: e for k, e in errors.items() if k.startswith("fastkd") and wrong(e, DTYPES[dtype])}
     if bad:  # measured all the same, to be seen in the file
         pytest.fail(f"wrong beyond what a kernel may be: {bad}")
+
+
+def test_rows(benchmark, case, rounds, device):
+    name, model, dtype, mode = case
+    measure(benchmark, name, SHAPES[model], dtype, mode, rounds, device, model=model)

@@ -1,5 +1,7 @@
 """Times providers side by side: interleaved in one run, fresh inputs, medians; and peak memory."""
 
+import contextlib
+import ctypes
 import datetime
 import gc
 import importlib.util
@@ -16,6 +18,8 @@ import torch
 
 import fastkd
 
+from .peers import versions
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 LEAD_CYCLES = 1_000_000  # of the GPU's clock, about half a millisecond
 
@@ -30,9 +34,21 @@ class Provider:
     answer: Any = None  # () -> loss and gradient (or None), to be held against the truth
     seconds: list = field(default_factory=list)
 
-    def summary(self):
+    def summary(self, first):
+        """Its times, and how many times as long it took as the first provider in the same round."""
         quartiles = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else self.seconds * 3
-        return {"median_s": quartiles[1], "quartiles_s": [quartiles[0], quartiles[2]], "rounds": len(self.seconds)}
+        return {
+            "median_s": quartiles[1],
+            "quartiles_s": [quartiles[0], quartiles[2]],
+            "ratio": spread([mine / other for mine, other in zip(self.seconds, first.seconds, strict=True)]),
+            "rounds": len(self.seconds),
+        }
+
+
+def spread(values):
+    """Median, and between which values nine in ten lie: the 5th and the 95th percentile."""
+    twentieths = statistics.quantiles(values, n=20, method="inclusive") if len(values) > 1 else values * 19
+    return {"median": statistics.median(values), "low": twentieths[0], "high": twentieths[-1]}
 
 
 class Processor:
@@ -55,6 +71,9 @@ class Processor:
         try:
             arguments = provider.prepare()
             gc.collect()
+            with contextlib.suppress(AttributeError):  # where the C library is not glibc
+                # what lies free goes back to the system: what is taken again is seen
+                ctypes.CDLL(None).malloc_trim(0)
             CLEAR.write_text("5")  # the high-water mark starts again from here
             before = _resident("VmRSS")
             provider.call(*arguments)
@@ -115,7 +134,7 @@ def interleave(benchmark, providers, rounds, repeat, device):
             clock.time_once(provider, repeat)
 
     benchmark.pedantic(clock.time_once, args=(first, repeat), setup=one_round, rounds=rounds, iterations=1)
-    return {p.name: {**p.summary(), "peak_extra_bytes": peaks[p.name]} for p in providers}
+    return {p.name: {**p.summary(first), "peak_extra_bytes": peaks[p.name]} for p in providers}
 
 
 def _output(*command):
@@ -168,6 +187,7 @@ def machine(device):
         "torch": torch.__version__,
         "fastkd": fastkd.__version__,
         "python": platform.python_version(),
+        "peers": versions(),
         "date": datetime.date.today().isoformat(),
         **_sources(),
     }

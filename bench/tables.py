@@ -1,0 +1,118 @@
+"""The tables of a file of results, on a terminal and as Markdown."""
+
+from rich.table import Table
+
+LIMITS = {"copy_share": "of copy bandwidth", "product_share": "of matrix products"}
+SEEN = 1 << 20  # bytes; of less, what is held is lost in what a process takes and gives back anyway
+
+
+def time_text(seconds):
+    for factor, unit in ((1e6, "µs"), (1e3, "ms")):
+        if seconds * factor < 999.5:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def bytes_text(n):
+    return "?" if n is None else f"{n / 2**20:.1f}"
+
+
+def peak_text(info, result):
+    """A dash where the inputs are so small that what is held cannot be seen."""
+    return bytes_text(result["peak_extra_bytes"]) if info["gradient_bytes"] >= SEEN else "-"
+
+
+def error_text(error):
+    return "-" if error is None else f"{error:.0e}"
+
+
+def ratio_text(ratio):
+    return "{median:.2f} ({low:.2f} - {high:.2f})".format(**ratio)
+
+
+def cases(data):
+    return [benchmark["extra_info"] for benchmark in data["benchmarks"] if benchmark["extra_info"]]
+
+
+def limit_of(info):
+    """What the machine's limit is for a case: the key in its results, and its name."""
+    own = next(iter(info["providers"].values()))
+    return next((key, text) for key, text in LIMITS.items() if key in own)
+
+
+def lines(info):
+    """A case's providers: name, median, quartiles, ratio to the first, memory, share of the limit, errors."""
+    share, _ = limit_of(info)
+    for name, result in info["providers"].items():
+        low, high = result["quartiles_s"]
+        yield (
+            name,
+            time_text(result["median_s"]),
+            f"{time_text(low)} - {time_text(high)}",
+            ratio_text(result["ratio"]),
+            peak_text(info, result),
+            f"{result[share]:.0%}",
+            error_text(result.get("loss_error")),
+            error_text(result.get("gradient_error")),
+        )
+
+
+def columns(info):
+    first, (_, limit) = next(iter(info["providers"])), limit_of(info)
+    return (
+        "provider",
+        "median",
+        "quartiles",
+        f"x {first}",
+        "peak extra MiB",
+        limit,
+        "loss's error",
+        "gradient's error",
+    )
+
+
+def missing_text(info):
+    return [f"{name}: {reason}" for name, reason in info["missing"].items()]
+
+
+def rich_tables(data):
+    """One table a case: every provider, and under it who is missing, and why."""
+    for info in cases(data):
+        title = f"{info['case']}  (one gradient: {bytes_text(info['gradient_bytes'])} MiB)"
+        caption = "\n".join(missing_text(info)) or None
+        table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+        for number, column in enumerate(columns(info)):
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for line in lines(info):
+            table.add_row(*line)
+        yield table
+
+
+def markdown_row(cells):
+    return f"| {' | '.join(cells)} |"
+
+
+def markdown_table(head, rows):
+    """The first column to the left, the others to the right."""
+    yield markdown_row(head)
+    yield "|" + "|".join([":--", *["--:"] * (len(head) - 1)]) + "|"
+    yield from map(markdown_row, rows)
+
+
+def agreement(data, rerun):
+    """Of two runs' ratios to fastkd: how many medians of the second lie where nine in ten rounds of the first do,
+    of how many, and the others."""
+    again = {info["case"]: info["providers"] for info in cases(rerun)}
+    inside, outside = 0, []
+    for info in cases(data):
+        first = next(iter(info["providers"]))
+        for name, result in info["providers"].items():
+            other = again.get(info["case"], {}).get(name)
+            if name == first or other is None:
+                continue
+            low, high, found = result["ratio"]["low"], result["ratio"]["high"], other["ratio"]["median"]
+            if low <= found <= high:
+                inside += 1
+            else:
+                outside.append((info["case"], name, result["ratio"], found))
+    return inside, outside

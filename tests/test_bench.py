@@ -1,0 +1,180 @@
+"""The benchmark: its truth is the reference, every provider answers or says why not, and the report quotes the files."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import functional
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from bench import bench_heads, measure, peers, relations_truth, report, tables  # noqa: E402
+
+
+def bench(*arguments):
+    command = [sys.executable, "-m", "bench", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("rkd_distance", (48, 12)),
+        ("rkd_angle", (48, 12)),
+        ("rkd_loss", (48, 12)),
+        ("similarity_preserving", (48, 12)),
+        ("gram_mse", (48, 12)),
+        ("gram_mse", (3, 20, 12)),
+        ("relation_kl", (48, 12)),
+        ("relation_kl", (3, 20, 12)),
+        ("pkt", (48, 12)),
+        ("relational_triplet", (48, 12)),
+    ],
+)
+def test_truth_in_blocks_is_the_reference(name, shape, monkeypatch):
+    monkeypatch.setattr(relations_truth, "BLOCK", 2000)  # several blocks, the last one smaller
+    student, teacher, labels = torch.randn(shape), torch.randn(shape), torch.arange(shape[-2]) % 4
+    truth = relations_truth.Truth(name, student, teacher, labels)
+    x = student.double().requires_grad_()
+    with fastkd.backend("torch"):
+        if name == "relational_triplet":
+            loss = functional.relational_triplet(x, labels=labels)
+        else:
+            loss = getattr(functional, name)(x, teacher.double())
+    loss.backward()
+    errors = truth.errors(loss.detach(), x.grad)
+    assert max(errors.values()) < 1e-13
+    assert relations_truth.wrong(truth.errors(loss.detach() * 1.001, x.grad), torch.float32)
+
+
+def test_truth_of_heads_in_blocks_is_the_reference(monkeypatch):
+    monkeypatch.setattr(bench_heads, "BLOCK", 200)
+    hidden, weight, teacher = torch.randn(13, 5), torch.randn(40, 5), torch.randn(13, 40)
+    truth = bench_heads.Truth(hidden, weight, teacher)
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    with fastkd.backend("torch"):
+        loss = functional.kl_div(h @ w.T, teacher.double(), temperature=bench_heads.TEMPERATURE)
+    loss.backward()
+    assert max(truth.errors(loss.detach(), (h.grad, w.grad)).values()) < 1e-13
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "kl_div",
+        "js_div",
+        "rkd_distance",
+        "rkd_angle",
+        "pkt",
+        "relational_triplet",
+        "attention_transfer",
+        "head + kl_div",
+    ],
+)
+def test_every_library_is_measured_or_named_with_a_reason(loss):
+    settings = {"temperature": 2.0} if loss in ("kl_div", "js_div", "head + kl_div") else {}
+    if loss == "relational_triplet":
+        settings = {"labels": torch.arange(8) % 2, "negatives": 4}
+    found, missing = peers.peers(loss, "cpu", **settings)
+    assert set(found) | set(missing) == {library.NAME for library in peers.LIBRARIES}
+    assert not set(found) & set(missing)
+    assert all(missing.values())
+
+
+def test_what_would_not_fit_is_not_begun():
+    found, missing = peers.peers("rkd_angle", "cpu", held=2**40, most=2**30)
+    assert "torchdistill" not in found
+    if peers.versions()["torchdistill"]:
+        assert missing["torchdistill"] == "would hold 1024 GiB"
+
+
+def test_a_wrong_answer_of_ours_is_an_error_and_of_others_a_reason():
+    def answer():
+        raise ZeroDivisionError("no")
+
+    theirs, ours = (measure.Provider(name, None, None, answer) for name in ("eager", "fastkd"))
+    found, missing = [theirs], {}
+    assert peers.judge(found, missing, None) == {}
+    assert (found, missing) == ([], {"eager": "ZeroDivisionError: no"})
+    with pytest.raises(ZeroDivisionError):
+        peers.judge([ours], missing, None)
+
+
+def test_ratios_are_of_the_same_round():
+    """Rounds that are slow for all leave them as they are."""
+    first, other = (measure.Provider(name, None, None) for name in "ab")
+    first.seconds, other.seconds = [1.0, 10.0, 1.0], [2.0, 20.0, 2.0]
+    summary = other.summary(first)
+    assert summary["ratio"] == {"median": 2.0, "low": 2.0, "high": 2.0}
+    assert summary["median_s"] == 2.0
+
+
+def test_agreement_counts_what_lies_within_the_spread():
+    def data(*medians):
+        results = {
+            name: {"ratio": {"median": m, "low": m - 0.2, "high": m + 0.2}}
+            for name, m in zip(("fastkd", "eager", "torch.compile"), medians, strict=True)
+        }
+        return {"benchmarks": [{"extra_info": {"case": "x", "providers": results}}]}
+
+    inside, outside = tables.agreement(data(1.0, 3.0, 2.0), data(1.0, 3.1, 2.5))
+    assert inside == 1
+    assert [(case, name, found) for case, name, _, found in outside] == [("x", "torch.compile", 2.5)]
+
+
+@pytest.mark.parametrize(
+    ("case", "providers"),
+    [
+        ("digits and float32 and backward", ("fastkd", "eager", "torch.compile", "copy", "fastkd inplace")),
+        ("rkd_distance and 256x512", ("fastkd", "eager", "torch.compile", "mm")),
+        ("scaling and triplet and 128", ("fastkd", "eager", "torch.compile", "mm")),
+    ],
+)
+def test_benchmarks_run(case, providers, tmp_path):
+    """The harness, on its smallest cases: every provider has a time and errors, in the JSON and in the table."""
+    run = bench("-k", case, "--rounds", "2", "--output", tmp_path / "b.json")
+    assert run.returncode == 0, run.stdout + run.stderr
+    for provider in providers:
+        assert re.search(rf"│ {re.escape(provider)} +│ +[\d.]+ [mµ]?s ", run.stdout), run.stdout
+    for name in ("KeOps", "Liger", "orda-kernel", "cut-cross-entropy"):
+        assert re.search(rf"^(│ )?{name}[: ]", run.stdout, re.MULTILINE), run.stdout
+    (info,) = tables.cases(json.loads((tmp_path / "b.json").read_text()))
+    for name, result in info["providers"].items():
+        assert name in ("copy", "mm") or result["gradient_error"] < 1e-3
+
+
+def test_a_bad_flag_is_one_sentence(tmp_path):
+    for arguments, message in (
+        (("--rounds", "0"), "--rounds: at least 1 wanted"),
+        (("--show", tmp_path / "none.json"), "--show: no file"),
+        (("--rerun-of", tmp_path / "none.json"), "--rerun-of: no file"),
+    ):
+        run = bench(*arguments)
+        assert run.returncode == 2
+        assert message in run.stderr
+
+
+def test_the_page_and_the_readme_quote_the_measured_files():
+    """They are what `make report` makes of the files in bench/results/, and the plots are there."""
+    assert report.PAGE.read_text() == report.text(report.page())
+    readme = report.README.read_text()
+    assert readme == report.with_quotation(readme)
+    plots = set(re.findall(r"\]\(benchmarks/([^)]+\.png)\)", report.PAGE.read_text()))
+    assert plots == {path.name for path in report.PLOTS.glob("*.png")}
+    assert plots
+
+
+def test_results_are_of_a_clean_commit():
+    found, _ = report.results()
+    for name, data in found.items():
+        assert data["fastkd"]["clean"], name
+        for info in tables.cases(data):
+            for provider, result in info["providers"].items():
+                assert provider in ("copy", "mm") or "loss_error" in result, (info["case"], provider)
