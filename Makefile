@@ -8,6 +8,8 @@ BIN    := $(VENV)/bin
 PEERS  := .venv-peers
 # For `make gpu`: a Python with a torch of its own; nothing is installed into it.
 GPU_PYTHON ?= python3
+# Processes that run tests.
+WORKERS ?= 2
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: help setup distill test bench report gpu gpu-test gpu-bench lint format wheel clean
@@ -48,8 +50,9 @@ setup: $(VENV)/ready
 distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
+# Two at a time, whose threads sleep while they wait: those that spin keep the other process from its cores.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # Other libraries stay away from the environment that is tested. fastkd itself is that of $(VENV), built in place.
 # torchdistill asks for torchvision, which its losses do not use.

@@ -51,6 +51,19 @@ def pytest_sessionstart(session):
         raise pytest.UsageError(f"the tests need the compiled library: {_library.cpu_missing}")
 
 
+# What is built once for the tests that share it, and by which of their parameters it differs.
+BUILT = {"compiled": "compiled", "compiler": "build", "cpu": None, "cusim": None}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Where several processes run tests, one of them builds a thing and runs all tests that share it."""
+    for item in items:
+        for name in set(BUILT) & set(item.fixturenames):
+            which = getattr(item, "callspec", None) and item.callspec.params.get(BUILT[name], "")
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name} {which or ''}"))
+
+
 @contextlib.contextmanager
 def use(name):
     """Computes with one backend: name, and which of its kernels or where."""

@@ -214,6 +214,8 @@ def compile_for(target_name):
     if target_name in ("sm_90", "gfx942"):
         calls |= other_launches(rows) | other_feature_launches(elements, attention)
         calls |= other_strip_launches(pkt, triplet)
+    else:  # float64 has no bounds, and float16 those of bfloat16: that they compile at all is seen of the two above
+        calls = {name: call for name, call in calls.items() if "/float64/" not in name and "/float16/" not in name}
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
     print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
