@@ -17,6 +17,8 @@ float32 is tried first and serves where they do not. Clamped or weighted similar
 Saved for backward: the gradient. Beside it rows of length 1, a few blocks of rows and D x D matrices are held.
 """
 
+import functools
+
 import torch
 
 from .. import _library
@@ -116,14 +118,16 @@ def _features(dtype, x, y, grad):
     for some in some_of_batch:
         b = some.stop - some.start
         blocks = [slice(0, N)] if x.dtype is dtype else _blocks(N, b * width, x.device)
-        S, C = (x.new_zeros(b, Ds, D, dtype=dtype) for D in (Ds, Dt))
-        T = [x.new_zeros(b, strip.stop - strip.start, Dt - strip.start, dtype=dtype) for strip in _strips(Dt)]
+        S, C = (x.new_empty(b, Ds, D, dtype=dtype) for D in (Ds, Dt))
+        T = [x.new_empty(b, strip.stop - strip.start, Dt - strip.start, dtype=dtype) for strip in _strips(Dt)]
         for rows in blocks:
             u, v = x[some, rows].to(dtype), y[some, rows].to(dtype)
-            S.baddbmm_(u.mT, u)
-            C.baddbmm_(u.mT, v)
+            # the first overwrites what lies there, NaN too
+            add = functools.partial(torch.Tensor.baddbmm_, beta=float(rows.start > 0))
+            add(S, u.mT, u)
+            add(C, u.mT, v)
             for strip, product in zip(_strips(Dt), T, strict=True):
-                product.baddbmm_(v[:, :, strip].mT, v[:, :, strip.start :])
+                add(product, v[:, :, strip].mT, v[:, :, strip.start :])
         t = sum(2 * _sum_of_squares(z) - _sum_of_squares(z[:, :, : z.shape[1]]) for z in T)
         both, c = _sum_of_squares(S) + t, _sum_of_squares(C)
         squares[some], terms[some] = both - 2 * c, both
@@ -143,10 +147,10 @@ def _strips(D):
 
 
 def _sum_of_squares(x):
-    """[B] of [B, *, *], in float64."""
+    """[B] of [B, *, *], in float64; of float32 row by row, which costs no digit of these and copies nothing."""
     if x.dtype is torch.float64:
         return (x * x).sum((1, 2))
-    return torch.linalg.vector_norm(x, dim=(1, 2), dtype=torch.float64).square()  # whose root costs no digit of these
+    return torch.linalg.vector_norm(x, dim=2).double().square().sum(1)
 
 
 def _squares_and_gradient(x, y, normalize, clamp, half, scales, grad):
