@@ -8,13 +8,14 @@ BIN    := $(VENV)/bin
 GPU_PYTHON ?= python3
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill test bench docs gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
 	@echo "make test     set-up and all tests"
 	@echo "make bench    fastkd beside eager PyTorch and torch.compile: table, JSON in bench/results/"
+	@echo "make docs     the documentation, as pages in build/docs"
 	@echo "make lint     ruff and clang-format, nothing is changed"
 	@echo "make format   the same, changing files"
 	@echo "make wheel    a wheel in dist/ for every Python, with the CUDA kernels where there is nvcc"
@@ -45,11 +46,21 @@ setup: $(VENV)/ready
 distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
-test: $(VENV)/ready
+test: $(VENV)/ready $(VENV)/docs
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench $(ARGS)
+
+# FASTKD_BUILD=0: what the extras need is installed, and nothing is built again.
+$(VENV)/docs: pyproject.toml | $(VENV)/ready
+	FASTKD_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs,recipes]"
+	@touch $@
+
+docs: $(VENV)/ready $(VENV)/docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 gpu gpu-test gpu-bench: export GPU_PYTHON := $(GPU_PYTHON)
 gpu:
