@@ -127,14 +127,6 @@ def test_backend_refuses_what_it_cannot_do():
         pass
 
 
-def test_readme_code_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        run = python(block)
-        assert run.returncode == 0, f"{block}\n{run.stderr}"
-
-
 def test_readme_quotes_the_measured_files():
     """The README's tables are those of a file of bench/results/."""
     readme = (ROOT / "README.md").read_text()
