@@ -17,7 +17,7 @@ _DOCSTRING = r"""{title}
     One pass reads student and teacher and, where a gradient is wanted, writes it; nothing else of
     their size is held (on the CPU each thread keeps scratch memory of 12 bytes a class, 24 in
     float64, from call to call). All terms are computed so that nothing cancels when student and
-    teacher agree: near convergence, where plain PyTorch in float32 has lost every digit of a
+    teacher agree: near convergence, where plain PyTorch in float32 has lost most digits of a
     divergence (at a loss of 5e-7), the relative error stays below 2e-4.
 
     Args:
