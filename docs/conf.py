@@ -16,7 +16,7 @@ extensions = [
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_default_options = {"members": "forward", "inherited-members": "Module"}
+autodoc_default_options = {"members": True, "inherited-members": "Module", "exclude-members": "extra_repr, training"}
 
 # A reference that leads nowhere is an error; what Python and torch document is not here.
 nitpicky = True
