@@ -12,7 +12,7 @@ GPU_PYTHON ?= python3
 WORKERS ?= 2
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench report gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill test bench report docs gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test     set-up and all tests"
 	@echo "make bench    fastkd beside PyTorch and other libraries, in an environment of its own: JSON in bench/results/"
 	@echo "make report   docs/benchmarks.md, its plots and the README's table from bench/results/"
+	@echo "make docs     the documentation, as pages in build/docs"
 	@echo "make lint     ruff and clang-format, nothing is changed"
 	@echo "make format   the same, changing files"
 	@echo "make wheel    a wheel in dist/ for every Python, with the CUDA kernels where there is nvcc"
@@ -51,7 +52,7 @@ distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
 # Two at a time, whose threads sleep while they wait: those that spin keep the other process from its cores.
-test: $(VENV)/ready
+test: $(VENV)/ready $(VENV)/docs
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # Other libraries stay away from the environment that is tested. fastkd itself is that of $(VENV), built in place.
@@ -69,6 +70,16 @@ bench: $(VENV)/ready $(PEERS)/ready
 
 report: $(VENV)/ready
 	$(BIN)/python -m bench.report
+
+# FASTKD_BUILD=0: what the extras need is installed, and nothing is built again.
+$(VENV)/docs: pyproject.toml | $(VENV)/ready
+	FASTKD_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs,recipes]"
+	@touch $@
+
+docs: $(VENV)/ready $(VENV)/docs
+	rm -rf build/docs
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
 
 gpu gpu-test gpu-bench: export GPU_PYTHON := $(GPU_PYTHON)
 gpu:

@@ -1,7 +1,5 @@
 """Plots of how time and memory grow, from the series of a file of results."""
 
-from matplotlib.figure import Figure
-
 from .tables import SEEN, cases
 
 COLORS = {
@@ -30,6 +28,8 @@ def limit_seconds(info):
 
 def draw(path, name, infos):
     """Time and peak extra memory over the axis of a series, a line for each provider, the limit dashed."""
+    from matplotlib.figure import Figure  # tables need none
+
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     times, memory = figure.subplots(1, 2)
     axis, at = infos[0]["series"]["axis"], [info["series"]["value"] for info in infos]

@@ -17,7 +17,7 @@ _DOCSTRING = r"""{title}
     One pass reads student and teacher and, where a gradient is wanted, writes it; nothing else of
     their size is held (on the CPU each thread keeps scratch memory of 12 bytes a class, 24 in
     float64, from call to call). All terms are computed so that nothing cancels when student and
-    teacher agree: near convergence, where plain PyTorch in float32 has lost every digit of a
+    teacher agree: near convergence, where plain PyTorch in float32 has lost most digits of a
     divergence (at a loss of 5e-7), the relative error stays below 2e-4.
 
     Args:
@@ -175,7 +175,7 @@ _RELATIONAL = r"""{title}
         teacher: embeddings ``[N, D_t]``; width and dtype may differ. A constant: no gradient flows to it.{options}
 
     Returns:
-        The loss, float64 where an input is float64, else float32. Fewer than two samples: 0.
+        The loss, float64 where an input is float64, else float32. Of fewer than two samples 0.
 
     The gradient has the student's dtype; it is computed in forward. {equal} A second derivative raises.
 
@@ -329,7 +329,7 @@ gram_mse.__doc__ = (
     )
     .replace("embeddings ``[N, D_s]``,", "embeddings ``[N, D_s]`` or ``[B, N, D_s]``,")
     .replace("teacher: embeddings ``[N, D_t]``;", "teacher: embeddings ``[N, D_t]`` or ``[B, N, D_t]``;")
-    .replace("Fewer than two samples: 0.", "No samples: 0.")
+    .replace("Of fewer than two samples 0.", "Of no samples 0.")
 )
 
 
@@ -347,7 +347,7 @@ pkt.__doc__ = _RELATIONAL.format(
     options=_ROW_OPTIONS,
     equal="A row of zeros has no gradient.",
     source='Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018.',
-).replace("Fewer than two samples: 0.", "No samples: 0.")
+).replace("Of fewer than two samples 0.", "Of no samples 0.")
 
 
 def relational_triplet(

@@ -125,11 +125,3 @@ def test_backend_refuses_what_it_cannot_do():
         pass
     with pytest.raises(RuntimeError, match=r"^backend: the backend 'cuda' cannot be used: "), fastkd.backend("cuda"):
         pass
-
-
-def test_readme_code_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        run = python(block)
-        assert run.returncode == 0, f"{block}\n{run.stderr}"
