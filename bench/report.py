@@ -272,6 +272,11 @@ What the columns say:
   rounds.
 * **Errors**: of the loss relative to the formula's in float64, of the gradient in norm, both on the inputs that are
   timed. A library whose errors are near 1 computes something else.
+
+Whoever allocates a gradient pays for the first touch of its memory; on a virtual machine that can take longer than the
+loss when the host had taken the memory back, for every provider alike, and the spread shows it. Of triplets within a
+rounding of the hinge float32 counts some that float64 does not: their gradient has the error that it has in plain
+PyTorch.
 """
 WITHOUT_GPU = """\
 ## GPUs
