@@ -146,7 +146,7 @@ def _output(*command):
 
 
 def _sources():
-    status = _output("git", "status", "--porcelain")
+    status = _output("git", "status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
     return {"commit": _output("git", "rev-parse", "HEAD"), "clean": None if status is None else not status}
 
 
