@@ -8,11 +8,12 @@ BIN    := $(VENV)/bin
 GPU_PYTHON ?= python3
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill distill-text test bench gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
+	@echo "make distill-text  a sentence encoder teaches small ones on real text, with the extra [text]: the same"
 	@echo "make test     set-up and all tests"
 	@echo "make bench    fastkd beside eager PyTorch and torch.compile: table, JSON in bench/results/"
 	@echo "make lint     ruff and clang-format, nothing is changed"
@@ -45,7 +46,15 @@ setup: $(VENV)/ready
 distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
-test: $(VENV)/ready
+# Installed already, fastkd is not built again: only the dependencies of its extra are new.
+$(VENV)/text: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "fastkd[text]"
+	@touch $@
+
+distill-text: $(VENV)/text
+	$(BIN)/python examples/distill_text.py $(ARGS)
+
+test: $(VENV)/text
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/ready
