@@ -76,6 +76,7 @@ class Texts:
 @dataclass
 class Method:
     name: str
+    by: str  # what of the teacher's it learns by
     loss: Callable | None  # of a batch: the student's embeddings, the teacher's, the linear layer behind the student
     color: str
     views: int = 1  # how many times a batch is seen; with dropout, if twice
@@ -92,7 +93,7 @@ def make_methods(args, train):
 
     def projected(embeddings, teacher, head):
         loss = fastkd.functional.linear_feature_mse
-        return loss(embeddings, head.weight, teacher, projector_bias=head.bias, normalize="l2")
+        return loss(embeddings, head.weight, teacher, normalize="l2")
 
     def narrowed(embeddings, teacher, _):
         return fastkd.functional.feature_cosine(embeddings, teacher @ components)
@@ -100,20 +101,20 @@ def make_methods(args, train):
     def of(loss):
         return lambda embeddings, teacher, _: loss(embeddings, teacher)
 
-    make_head = functools.partial(nn.Linear, WIDTH, TEACHER_WIDTH)
+    make_head = functools.partial(nn.Linear, WIDTH, TEACHER_WIDTH, bias=False)
     triplets = fastkd.RelationalTripletLoss(margin=args.margin)
     neighbours = fastkd.RelationKLLoss(temperature=T, normalize=True)
     return [
-        Method("untrained", None, "black"),
-        Method("alone: two views", tell_apart, "#767676", views=2),
-        Method("features: linear_feature_mse", projected, "#56b4e9", make_head=make_head),
-        Method("features: feature_cosine", narrowed, "#0072b2"),
-        Method("relations: rkd_loss", of(fastkd.RKDLoss()), "#e69f00"),
-        Method("relations: gram_mse", of(fastkd.GramMSELoss()), "#f0c929"),
-        Method("relations: similarity_preserving", of(fastkd.SimilarityPreservingLoss()), "#8c510a"),
-        Method("relations: pkt", of(fastkd.PKTLoss()), "#009e73"),
-        Method("relations: relation_kl", of(neighbours), "#d55e00"),
-        Method("relations: relational_triplet", of(triplets), "#cc79a7"),
+        Method("untrained", "", None, "black"),
+        Method("alone, two views", "", tell_apart, "#767676", views=2),
+        Method("linear_feature_mse", "features", projected, "#56b4e9", make_head=make_head),
+        Method("feature_cosine", "features", narrowed, "#0072b2"),
+        Method("rkd_loss", "relations", of(fastkd.RKDLoss()), "#e69f00"),
+        Method("gram_mse", "relations", of(fastkd.GramMSELoss()), "#f0c929"),
+        Method("similarity_preserving", "relations", of(fastkd.SimilarityPreservingLoss()), "#8c510a"),
+        Method("pkt", "relations", of(fastkd.PKTLoss()), "#009e73"),
+        Method("relation_kl", "relations", of(neighbours), "#d55e00"),
+        Method("relational_triplet", "relations", of(triplets), "#cc79a7"),
     ]
 
 
@@ -147,13 +148,15 @@ class Student(nn.Module):
             nn.TransformerEncoderLayer(WIDTH, HEADS, UNITS, DROPOUT, "gelu", batch_first=True, norm_first=True)
             for _ in range(LAYERS)
         )
+        self.turn = nn.Linear(WIDTH, WIDTH, bias=False)  # from the words' axes to those of the embeddings
+        nn.init.eye_(self.turn.weight)
 
     def forward(self, tokens):
         mask = tokens != PADDING
         hidden = self.words(tokens) + self.places[: tokens.shape[1]]
         for layer in self.layers:
             hidden = layer(hidden, src_key_padding_mask=~mask)
-        return pool(hidden, mask)
+        return pool(self.turn(hidden), mask)
 
 
 def principal_components(rows):
@@ -207,9 +210,9 @@ def neighbours(embeddings):
 
 
 def recall(embeddings, teacher):
-    """Of the teacher's nearest neighbours those that are the student's too, in percent."""
+    """The share of the teacher's nearest neighbours that are the student's too."""
     found = neighbours(embeddings)[:, :, None] == neighbours(teacher)[:, None]
-    return 100 * found.any(1).float().mean().item()
+    return found.any(1).float().mean().item()
 
 
 def rank_correlation(embeddings, teacher):
@@ -284,7 +287,8 @@ def train_students(seed, methods, words, train, test, args, advance):
 
 def summarize(runs):
     """What the table, the figure and the JSON file say of one method; one run per seed."""
-    result = {"method": runs[0].method.name, "width": getattr(runs[0].head, "out_features", WIDTH)}
+    method = runs[0].method
+    result = {"method": method.name, "by": method.by, "width": getattr(runs[0].head, "out_features", WIDTH)}
     for measure in ("recall", "rank_correlation"):
         seeds = [getattr(run, measure) for run in runs]
         result[f"{measure}_mean"] = statistics.mean(seeds)
@@ -296,10 +300,9 @@ def summarize(runs):
     return result
 
 
-def show(result, measure):
+def percent(result, measure):
     mean, sd = result[f"{measure}_mean"], result[f"{measure}_sd"]
-    digits = 1 if measure == "recall" else 3
-    return f"{mean:.{digits}f}" if sd is None else f"{mean:.{digits}f} ± {sd:.{digits}f}"
+    return f"{100 * mean:.1f}" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f}"
 
 
 def describe(args, student, train, test):
@@ -315,7 +318,7 @@ def describe(args, student, train, test):
         f"{args.seeds} seeds",
         "losses": f"temperature {args.temperature:g} of relation_kl and of the student alone, margin {args.margin:g} "
         "of relational_triplet",
-        "by chance": f"a recall of {chance(test):.2f} %",
+        "by chance": f"a recall of {100 * chance(test):.2f} %",
         "device": f"{args.device}, one CPU thread for the students",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
@@ -323,41 +326,48 @@ def describe(args, student, train, test):
 
 
 def chance(texts):
-    """The recall, in percent, of neighbours that are drawn."""
-    return 100 * NEIGHBOURS / (len(texts.lengths) - 1)
+    """The recall of neighbours that are drawn."""
+    return NEIGHBOURS / (len(texts.lengths) - 1)
 
 
 def print_results(console, results, args):
     """The table, and what it says about what the losses bring."""
     table = Table(title=f"Students after {args.epochs} epochs, {args.seeds} seeds")
-    table.add_column("student")
-    for column in ("width", f"recall@{NEIGHBOURS}\n% ± sd", "rank corr.\n± sd", "loss\nµs / step", "all\nms / step"):
+    table.add_column("student", no_wrap=True)
+    for column in ("width", f"recall@{NEIGHBOURS}\n%", "rank corr.\n%", "loss µs\n/ step", "all ms\n/ step"):
         table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
+    for result, following in zip(results, [*results[1:], results[-1]], strict=True):
         times = "-", "-"
         if result["step_us_median"]:
-            times = f"{result['loss_us_median']:.0f}", f"{result['step_us_median'] / 1000:.0f}"
-        measures = show(result, "recall"), show(result, "rank_correlation")
-        table.add_row(result["method"], str(result["width"]), *measures, *times)
+            times = f"{result['loss_us_median']:.0f}", f"{result['step_us_median'] / 1000:.1f}"
+        measures = percent(result, "recall"), percent(result, "rank_correlation")
+        table.add_row(
+            result["method"], str(result["width"]), *measures, *times, end_section=result["by"] != following["by"]
+        )
     console.print(table)
     untrained, alone, *taught = results
 
-    def ranking(measure):
-        worst, *_, best = sorted(taught, key=lambda result: result[f"{measure}_mean"])
-        return f"from {show(worst, measure)} ({worst['method']}) to {show(best, measure)} ({best['method']})"
+    def best(measure, by):
+        result = max((r for r in taught if r["by"] == by), key=lambda r: r[f"{measure}_mean"])
+        return f"{percent(result, measure)} % by {by} ({result['method']})"
 
-    shares = [100 * result["loss_us_median"] / result["step_us_median"] for result in taught]
-    gain = alone["recall_mean"] - untrained["recall_mean"]
-    better = sum(result["recall_mean"] > alone["recall_mean"] for result in taught)
+    measures = {
+        "recall": f"Of the {NEIGHBOURS} nearest neighbours that a sentence has for the teacher, found again: ",
+        "rank_correlation": "The rank correlation of all similarities: ",
+    }
+    for measure, opening in measures.items():
+        alone_gain = alone[f"{measure}_mean"] - untrained[f"{measure}_mean"]
+        better = sum(r[f"{measure}_mean"] > max(x[f"{measure}_mean"] for x in (untrained, alone)) for r in taught)
+        console.print(
+            f"{opening}{percent(untrained, measure)} % by the untrained student, {100 * alone_gain:+.1f} points by "
+            f"learning alone; at best {best(measure, 'features')} and "
+            f"{best(measure, 'relations')}. {better} of {len(taught)} losses do better than no teacher.",
+            highlight=False,
+        )
+    shares = [100 * r["loss_us_median"] / r["step_us_median"] for r in taught]
     console.print(
-        f"Of a sentence's {NEIGHBOURS} nearest neighbours for the teacher the untrained student finds "
-        f"{show(untrained, 'recall')} %, by its words; learning alone changes that by {gain:+.1f} points. With a "
-        f"teacher it is {ranking('recall')}: {better} of {len(taught)} losses beat the student alone. The rank "
-        f"correlation of all similarities is {show(untrained, 'rank_correlation')} untrained, "
-        f"{show(alone, 'rank_correlation')} alone, and with a teacher {ranking('rank_correlation')}.\n"
-        f"Loss: the loss and its gradient to the embeddings and to the layer behind them, median; all: with the "
-        f"student and the optimizer. The losses with a teacher take {min(shares):.1f} to {max(shares):.1f} % of a "
-        "step. Recall asks for the nearest pairs only, rank correlation for all: a loss may be good at one of them.",
+        "Loss: the loss with its gradient to the embeddings and to the layer behind them, median; all: with the "
+        f"student and the optimizer. The losses take {min(shares):.1f} to {max(shares):.1f} % of a step.",
         highlight=False,
     )
 
@@ -365,15 +375,18 @@ def print_results(console, results, args):
 def draw(path, results, methods, chance, args):
     """Both measures, a bar for each student."""
     figure = Figure(figsize=(12, 5.5), layout="constrained")
-    measures = {"recall": f"recall@{NEIGHBOURS} (%); dotted: by chance", "rank_correlation": "rank correlation"}
+    measures = {
+        "recall": f"recall@{NEIGHBOURS} (%); dotted: by chance",
+        "rank_correlation": "rank correlation of all similarities (%)",
+    }
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (measure, label) in zip(panels, measures.items(), strict=True):
         for row, (method, result) in enumerate(zip(methods, results, strict=True)):
-            spread = result[f"{measure}_sd"] or 0
-            axes.barh(row, result[f"{measure}_mean"], xerr=spread, color=method.color, alpha=0.5, capsize=4)
-            axes.text(0.02, row, show(result, measure), transform=axes.get_yaxis_transform(), va="center")
+            mean, sd = 100 * result[f"{measure}_mean"], 100 * (result[f"{measure}_sd"] or 0)
+            axes.barh(row, mean, xerr=sd, color=method.color, alpha=0.5, capsize=4)
+            axes.text(0.02, row, percent(result, measure), transform=axes.get_yaxis_transform(), va="center")
         axes.set_xlabel(label)
-    panels[0].axvline(chance, color="black", linestyle=":")
+    panels[0].axvline(100 * chance, color="black", linestyle=":")
     panels[0].set_yticks(range(len(methods)), [method.name for method in methods])
     panels[0].invert_yaxis()
     figure.suptitle(
@@ -404,9 +417,9 @@ def parse_arguments():
     many = number(int, lambda x: x >= 200, "a whole number of at least 200")
     parser.add_argument("--epochs", type=whole, default=2, help="of each student")
     parser.add_argument("--seeds", type=whole, default=3, help="how many times the students are trained")
-    parser.add_argument("--batch-size", type=size, default=128, help="sentences whose relations are compared")
+    parser.add_argument("--batch-size", type=size, default=64, help="sentences whose relations are compared")
     parser.add_argument("--sentences", type=many, default=12_000, help="at most so many, held-out ones included")
-    parser.add_argument("--learning-rate", type=positive, default=5e-3, help="Adam's, at its highest")
+    parser.add_argument("--learning-rate", type=positive, default=3e-3, help="Adam's, at its highest")
     parser.add_argument("--temperature", type=positive, default=0.05, help="of the softmax over cosine similarities")
     parser.add_argument("--margin", type=positive, default=0.2, help="of the relational triplet loss")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")

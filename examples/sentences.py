@@ -35,8 +35,8 @@ def is_sentence(text):
 
 
 def letters(sentence):
-    """What is left of it to tell whether two are the same: no digits, signs or capitals."""
-    return " ".join(re.findall("[a-z]+", sentence.lower()))
+    """What is left of it to tell whether two are the same: no digits, signs, spaces or capitals."""
+    return "".join(filter(str.isalpha, sentence)).lower()
 
 
 def read_sentences():
