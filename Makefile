@@ -12,11 +12,13 @@ GPU_PYTHON ?= python3
 WORKERS ?= 2
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench report docs gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill distill-text test bench report docs gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 
 help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
+	@echo "make distill-text  a sentence encoder teaches small ones on real text, with the extra [text]: the same"
 	@echo "make test     set-up and all tests"
 	@echo "make bench    fastkd beside PyTorch and other libraries, in an environment of its own: JSON in bench/results/"
 	@echo "make report   docs/benchmarks.md, its plots and the README's table from bench/results/"
@@ -51,8 +53,16 @@ setup: $(VENV)/ready
 distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
 
+# Installed already, fastkd is not built again: only the dependencies of its extras are new.
+$(VENV)/text: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "fastkd[text]"
+	@touch $@
+
+distill-text: $(VENV)/text
+	$(BIN)/python examples/distill_text.py $(ARGS)
+
 # Two at a time, whose threads sleep while they wait: those that spin keep the other process from its cores.
-test: $(VENV)/ready $(VENV)/docs
+test: $(VENV)/ready $(VENV)/text $(VENV)/docs
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 # Other libraries stay away from the environment that is tested. fastkd itself is that of $(VENV), built in place.
@@ -71,9 +81,8 @@ bench: $(VENV)/ready $(PEERS)/ready
 report: $(VENV)/ready
 	$(BIN)/python -m bench.report
 
-# FASTKD_BUILD=0: what the extras need is installed, and nothing is built again.
-$(VENV)/docs: pyproject.toml | $(VENV)/ready
-	FASTKD_BUILD=0 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs,recipes]"
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet "$(TORCH)" "fastkd[docs,recipes]"
 	@touch $@
 
 docs: $(VENV)/ready $(VENV)/docs
