@@ -8,11 +8,12 @@ BIN    := $(VENV)/bin
 GPU_PYTHON ?= python3
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill test bench gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill distill-recommend test bench gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
+	@echo "make distill-recommend  a wide-and-deep recommender teaches factorization machines, the same outputs"
 	@echo "make test     set-up and all tests"
 	@echo "make bench    fastkd beside eager PyTorch and torch.compile: table, JSON in bench/results/"
 	@echo "make lint     ruff and clang-format, nothing is changed"
@@ -44,6 +45,9 @@ setup: $(VENV)/ready
 
 distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
+
+distill-recommend: $(VENV)/ready
+	$(BIN)/python examples/distill_recommender.py $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)

@@ -72,7 +72,9 @@ def read_movielens(folder):
     users = read_lines(folder / "u.user", "|", 5)
     films = read_lines(folder / "u.item", "|", 24)
     taken = torch.zeros(len(users), len(films), dtype=torch.bool)
-    for user, film, _, _ in read_lines(folder / "u.data", "\t", 4):
+    for number, (user, film, _, _) in enumerate(read_lines(folder / "u.data", "\t", 4), 1):
+        if not (1 <= int(user) <= len(users) and 1 <= int(film) <= len(films)):
+            raise ValueError(f"{folder / 'u.data'}, line {number}: user {user} or film {film} is not among the others")
         taken[int(user) - 1, int(film) - 1] = True
     occupations = sorted({occupation for _, _, _, occupation, _ in users})
     age = torch.tensor([min(int(user[1]) // 10, 7) for user in users])
