@@ -36,48 +36,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
 from recommender_data import hold_out, make_synthetic, read_movielens
+from recommender_models import FACTORS, FactorizationMachine, Features, Output, WideAndDeep
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress
 from rich.table import Table
-from torch import nn
 
 import fastkd
 
 TOP = 10  # of the ranking that is scored
 BATCH_USERS, SAMPLED_ITEMS = 128, 256  # that a batch relates
 TEACHER_SEED = 10_000  # away from the students' 0, 1, 2, ...
-FACTORS = 8  # of the student
-EMBEDDING, HIDDEN = 32, 32  # of the teacher
 TEACHER_LEARNING_RATE, LEARNING_RATE = 3e-3, 1e-2
 WIDE_DECAY, TEACHER_DECAY, DECAY = 1e-5, 1e-4, 2e-4
 NEIGHBOUR_TEMPERATURE = 0.2  # of cosines
 TIMED = 5
-
-
-class Features(NamedTuple):
-    """Rows of one-hot ids beside other features: the vectors of a factorization machine."""
-
-    ids: torch.Tensor  # [N]
-    side: torch.Tensor  # [N, A]
-
-    def times(self, table):
-        """Their product with a table [ids + A, D]."""
-        known = len(table) - self.side.shape[1]
-        return table[self.ids] + self.side @ table[known:]
-
-    def squared(self):
-        return Features(self.ids, self.side.square())
-
-
-class Output(NamedTuple):
-    scores: torch.Tensor  # [users, items]
-    users: torch.Tensor  # representations, [users, D]
-    items: torch.Tensor  # [items, D]
 
 
 @dataclass
@@ -87,51 +63,6 @@ class Batch:
     targets: torch.Tensor  # the same shape: what is to be found
     sampled: torch.Tensor  # items to relate
     teacher: Output | None = None
-
-
-class FactorizationMachine(nn.Module):
-    """Score of x, a user's and an item's features: the sum of w_i x_i and of <v_i, v_j> x_i x_j over pairs i < j.
-
-    Terms without an item's feature are left out: they are equal for all items of a user, and change no ranking
-    and no softmax.
-    """
-
-    def __init__(self, user_features, item_features):
-        super().__init__()
-        self.user_factors = nn.Parameter(0.05 * torch.randn(user_features, FACTORS))
-        self.item_factors = nn.Parameter(0.05 * torch.randn(item_features, FACTORS))
-        self.item_weights = nn.Parameter(torch.zeros(item_features, 1))
-
-    def forward(self, users, items):
-        user, item = users.times(self.user_factors), items.times(self.item_factors)
-        # The pairs within an item, in linear time: half of the square of the sum less the sum of squares.
-        pairs = 0.5 * (item.square() - items.squared().times(self.item_factors.square())).sum(1)
-        return Output(user @ item.T + items.times(self.item_weights)[:, 0] + pairs, user, item)
-
-
-class WideAndDeep(nn.Module):
-    """A linear model of crossed features plus an MLP of embeddings."""
-
-    def __init__(self, user_features, item_features, users):
-        super().__init__()
-        # A user's id crossed with an item's would learn by heart what the user took, and nothing else.
-        self.crossed = nn.Parameter(torch.zeros(user_features - users, item_features))
-        self.item_weights = nn.Parameter(torch.zeros(item_features, 1))
-        self.user_embedding = nn.Parameter(0.05 * torch.randn(user_features, EMBEDDING))
-        self.item_embedding = nn.Parameter(0.05 * torch.randn(item_features, EMBEDDING))
-        self.dropout = nn.Dropout(0.2)
-        # The first layer of user and item side by side is a sum, and most of it is computed once per row.
-        self.from_user = nn.Linear(EMBEDDING, HIDDEN)
-        self.from_item = nn.Linear(EMBEDDING, HIDDEN, bias=False)
-        self.deep = nn.Sequential(
-            nn.ReLU(), nn.Linear(HIDDEN, HIDDEN // 2), nn.ReLU(), nn.Linear(HIDDEN // 2, 1, bias=False)
-        )
-
-    def forward(self, users, items):
-        user, item = users.times(self.user_embedding), items.times(self.item_embedding)
-        wide = items.times((users.side @ self.crossed).T).T + items.times(self.item_weights)[:, 0]
-        pairs = self.from_user(self.dropout(user))[:, None] + self.from_item(self.dropout(item))
-        return Output(wide + self.deep(pairs)[..., 0], user, item)
 
 
 class Catalogue:
@@ -393,7 +324,10 @@ def draw(path, popularity, results, teacher, methods, args):
         curves.fill_between(epochs, mean - sd, mean + sd, color=method.color, alpha=0.15, linewidth=0)
         bars.barh(row, mean[-1], xerr=sd[-1], color=method.color, alpha=0.5, capsize=4)
         bars.text(0.02, row, show(result["ndcg"]), transform=bars.get_yaxis_transform(), va="center")
-    for result, color, line in ((teacher, "#cc79a7", "-"), (popularity, "black", ":")):
+    lines = ((teacher, "#cc79a7", "-"), (popularity, "black", ":"))
+    values = [result["ndcg"]["mean"] for result in (popularity, *results, teacher)]
+    low = math.floor(100 * min(values)) / 100
+    for result, color, line in lines:
         value = result["ndcg"]["mean"]
         curves.axhline(value, color=color, linestyle=line, linewidth=2, label=f"{result['method']}, {value:.4f}")
         bars.axvline(value, color=color, linestyle=line, linewidth=2)
@@ -401,7 +335,11 @@ def draw(path, popularity, results, teacher, methods, args):
     curves.set(xlim=(1, max(2, args.epochs)))
     curves.legend(loc="lower right")
     curves.grid(alpha=0.3)
-    bars.set(title=f"After epoch {args.epochs}", xlabel=f"NDCG@{TOP}")
+    bars.set(
+        title=f"After epoch {args.epochs}",
+        xlabel=f"NDCG@{TOP}, axis from {low:g}",
+        xlim=(low, low + 1.1 * (max(values) - low)),
+    )
     bars.set_yticks(range(len(methods)), [method.name for method in methods])
     bars.invert_yaxis()
     name = "MovieLens 100K" if args.data else "synthetic interactions"
@@ -430,16 +368,16 @@ def parse_arguments():
     positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
     parser.add_argument("--data", type=Path, help="a folder of MovieLens 100K: u.data, u.user, u.item")
-    parser.add_argument("--users", type=some, default=1200, help="of the synthetic data")
+    parser.add_argument("--users", type=some, default=2000, help="of the synthetic data")
     parser.add_argument("--items", type=some, default=1000, help="of the synthetic data")
-    parser.add_argument("--epochs", type=whole, default=30, help="of each student")
+    parser.add_argument("--epochs", type=whole, default=20, help="of each student")
     parser.add_argument("--teacher-epochs", type=whole, default=20, help="of the teacher")
     parser.add_argument("--seeds", type=whole, default=5, help="how many times the students are trained")
-    parser.add_argument("--temperature", type=positive, default=1.5, help="softens student and teacher")
+    parser.add_argument("--temperature", type=positive, default=2.0, help="softens student and teacher")
     parser.add_argument("--hard-weight", type=weight, default=0.3, help="of the interactions, beside the scores")
     parser.add_argument("--soft-weight", type=weight, default=0.7, help="of the divergence from the teacher's scores")
-    parser.add_argument("--user-weight", type=weight, default=1.0, help="of the distances between users")
-    parser.add_argument("--item-weight", type=weight, default=0.1, help="of the divergence of items' similarities")
+    parser.add_argument("--user-weight", type=weight, default=0.1, help="of the distances between users")
+    parser.add_argument("--item-weight", type=weight, default=0.03, help="of the divergence of items' similarities")
     parser.add_argument("--validation", action="store_true", help="score on a part of the training interactions")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()

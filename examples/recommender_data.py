@@ -6,12 +6,17 @@ distributes it names it with --data. A rating, whatever its stars, counts as an 
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-FILES = ("u.data", "u.user", "u.item")
+LINES = {  # of MovieLens 100K, and what is read of them
+    "u.data": r"(\d+)\t(\d+)\t\d+\t\d+",  # user, film
+    "u.user": r"\d+\|(\d+)\|([MF])\|(\w+)\|[^|]*",  # age, gender, occupation
+    "u.item": r"\d+\|[^|]*\|(?:\d+-\w+-(\d{4}))?\|[^|]*\|[^|]*((?:\|[01]){19})",  # year, genres
+}
 LATENT, AGES, OCCUPATIONS, GENRES, YEARS, SERIES = 8, 6, 12, 16, 8, 50  # of the synthetic data
 SERIES_PER_USER = 4
 
@@ -55,37 +60,36 @@ def make_synthetic(users, items, seed=0):
     return Interactions("synthetic", place < wanted[:, None], user_side, item_side)
 
 
-def read_lines(path, separator, fields):
-    """The fields of each line; a line with another number of them is an error."""
-    lines = [line.split(separator) for line in path.read_text(encoding="latin-1").splitlines()]
-    for number, line in enumerate(lines, 1):
-        if len(line) != fields:
-            raise ValueError(f"{path}, line {number}: {fields} fields wanted, got {len(line)}")
-    return lines
+def read_lines(folder, name):
+    """What LINES wants of each line of a file; a line of another form is an error."""
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(f"{folder} has no file {name}, wanted are {', '.join(LINES)} of MovieLens 100K")
+    matches = [re.fullmatch(LINES[name], line) for line in path.read_text(encoding="latin-1").splitlines()]
+    if None in matches:
+        raise ValueError(f"{path}, line {matches.index(None) + 1} is not of the form it has in MovieLens 100K")
+    return [match.groups() for match in matches]
 
 
 def read_movielens(folder):
     """MovieLens 100K: age group, gender and occupation of users, genres and year of films."""
-    for name in FILES:
-        if not (folder / name).is_file():
-            raise ValueError(f"{folder} has no file {name}, wanted are {', '.join(FILES)} of MovieLens 100K")
-    users = read_lines(folder / "u.user", "|", 5)
-    films = read_lines(folder / "u.item", "|", 24)
+    ratings, users, films = (read_lines(folder, name) for name in LINES)
     taken = torch.zeros(len(users), len(films), dtype=torch.bool)
-    for number, (user, film, _, _) in enumerate(read_lines(folder / "u.data", "\t", 4), 1):
+    for number, (user, film) in enumerate(ratings, 1):
         if not (1 <= int(user) <= len(users) and 1 <= int(film) <= len(films)):
-            raise ValueError(f"{folder / 'u.data'}, line {number}: user {user} or film {film} is not among the others")
+            raise ValueError(f"{folder / 'u.data'}, line {number}: user {user} or film {film} is in no other file")
         taken[int(user) - 1, int(film) - 1] = True
-    occupations = sorted({occupation for _, _, _, occupation, _ in users})
-    age = torch.tensor([min(int(user[1]) // 10, 7) for user in users])
-    gender = torch.tensor([user[2] == "F" for user in users])
-    occupation = torch.tensor([occupations.index(user[3]) for user in users])
-    genres = torch.tensor([[float(flag) for flag in film[5:]] for film in films])
+    occupations = sorted({occupation for _, _, occupation in users})
+    age = torch.tensor([min(int(age) // 10, 7) for age, _, _ in users])
+    gender = torch.tensor([int(gender == "F") for _, gender, _ in users])
+    occupation = torch.tensor([occupations.index(occupation) for _, _, occupation in users])
+    genres = torch.tensor([[float(flag) for flag in flags.split("|")[1:]] for _, flags in films])
     # Decades to 1980, then years; one film has no date.
-    years = [int(film[2][-4:]) if film[2] else 1980 for film in films]
-    bins = sorted({year if year > 1980 else year // 10 * 10 for year in years})
-    year = torch.tensor([bins.index(year if year > 1980 else year // 10 * 10) for year in years])
-    sides = [F.one_hot(age, 8), F.one_hot(gender.long(), 2), F.one_hot(occupation)]
+    years = [int(year or 1980) for year, _ in films]
+    years = [year if year > 1980 else year // 10 * 10 for year in years]
+    bins = sorted(set(years))
+    year = torch.tensor([bins.index(year) for year in years])
+    sides = [F.one_hot(age, 8), F.one_hot(gender, 2), F.one_hot(occupation)]
     shares = genres / genres.sum(1, keepdim=True).clamp(min=1)
     return Interactions("MovieLens 100K", taken, torch.cat(sides, 1).float(), torch.cat([shares, F.one_hot(year)], 1))
 

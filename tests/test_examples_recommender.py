@@ -183,7 +183,8 @@ def test_distill_recommender_of_movielens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("u.user", None), ("u.item", "1|no genres\n"), ("u.data", "1\t9999\t5\t0\n")]
+    ("name", "text"),
+    [("u.user", None), ("u.item", "1|no genres\n"), ("u.data", "1\t9999\t5\t0\n"), ("u.user", "1|old|M|other|0\n")],
 )
 def test_a_folder_that_is_not_movielens_is_refused(name, text, refusal, tmp_path):
     write_movielens(tmp_path)
