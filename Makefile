@@ -12,13 +12,14 @@ GPU_PYTHON ?= python3
 WORKERS ?= 2
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill distill-text test bench report docs gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill distill-text distill-recommend test bench report docs gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
 	@echo "make distill-text  a sentence encoder teaches small ones on real text, with the extra [text]: the same"
+	@echo "make distill-recommend  a wide-and-deep recommender teaches factorization machines, the same outputs"
 	@echo "make test     set-up and all tests"
 	@echo "make bench    fastkd beside PyTorch and other libraries, in an environment of its own: JSON in bench/results/"
 	@echo "make report   docs/benchmarks.md, its plots and the README's table from bench/results/"
@@ -52,6 +53,9 @@ setup: $(VENV)/ready
 
 distill: $(VENV)/ready
 	$(BIN)/python examples/distill_digits.py $(ARGS)
+
+distill-recommend: $(VENV)/ready
+	$(BIN)/python examples/distill_recommender.py $(ARGS)
 
 # Installed already, fastkd is not built again: only the dependencies of its extras are new.
 $(VENV)/text: $(VENV)/ready
