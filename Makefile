@@ -29,7 +29,8 @@ help:
 	@echo "make wheel    a wheel in dist/ for every Python, with the CUDA kernels where there is nvcc"
 	@echo "make gpu      on a machine with a GPU, without a network: the next two, with $(GPU_PYTHON) and its torch"
 	@echo "  gpu-test    builds in place, all tests on cuda and triton too, compute-sanitizer"
-	@echo "  gpu-bench   builds in place, every backend beside eager, torch.compile and Liger: JSON in bench/results/"
+	@echo "  gpu-bench   builds in place, every backend beside PyTorch and, of the wheels in build/peers, other libraries"
+	@echo "make build/peers  these wheels, where there is a network"
 	@echo "make setup    the virtual environment $(VENV) with fastkd in it, as the others make it"
 	@echo "make clean    removes what was built, $(VENV) and $(PEERS) too"
 	@echo "PYTHON=python3.12 and TORCH=torch==2.11.0 choose others than $(PYTHON) and $(TORCH);"
@@ -81,6 +82,11 @@ $(PEERS)/ready: bench/peers.txt
 
 bench: $(VENV)/ready $(PEERS)/ready
 	$(PEERS)/bin/python -m bench $(ARGS)
+
+# For `make gpu-bench`, where nothing can be installed from a network: it takes the wheels that lie there.
+build/peers: bench/peers.txt $(PEERS)/ready
+	rm -rf $@
+	$(PEERS)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $@ -r bench/peers.txt "torchdistill==1.1.5"
 
 report: $(VENV)/ready
 	$(BIN)/python -m bench.report
