@@ -16,8 +16,10 @@ from .tables import agreement, ratio_text, rich_tables
 HERE = Path(__file__).parent
 
 
-def default_output(device):
-    """A file of the machine and the day, to be committed."""
+def default_output(device, only):
+    """A file of the machine and the day, to be committed; of some cases only one beside what is built."""
+    if only:
+        return HERE.parent / "build" / "bench.json"
     about = machine(device)
     name = (
         about["gpu"] if device == "cuda" else f"cpu {about.get('instruction_set', 'torch')} {about['threads']} threads"
@@ -44,7 +46,11 @@ def parse_arguments():
     parser.add_argument("-k", default="", help="only the cases whose name has this, such as llama-2 or 'not scaling'")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where (default cpu)")
     parser.add_argument("--rounds", type=int, help="how often each provider is timed (default: cpu 7, cuda 20)")
-    parser.add_argument("--output", type=Path, help="the JSON (default: the machine and the date, in bench/results)")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="the JSON (default: the machine and the date, in bench/results; with -k build/bench.json)",
+    )
     parser.add_argument("--show", type=Path, help="print the tables of a JSON that is there already, run nothing")
     parser.add_argument(
         "--rerun-of", type=Path, help="a JSON: run again, write beside it what is found, and say how far both agree"
@@ -54,6 +60,8 @@ def parse_arguments():
         path = getattr(arguments, name)
         if path and not path.is_file():
             parser.error(f"--{name.replace('_', '-')}: no file {path}")
+    if arguments.rerun_of:
+        arguments.device = json.loads(arguments.rerun_of.read_text())["fastkd"]["device"]
     if arguments.rounds is None:
         arguments.rounds = {"cpu": 7, "cuda": 20}[arguments.device]
     if arguments.rounds < 1:
@@ -68,7 +76,7 @@ def main():
     if arguments.show:
         show(json.loads(arguments.show.read_text()))
         return 0
-    output = arguments.output or default_output(arguments.device)
+    output = arguments.output or default_output(arguments.device, arguments.k)
     if arguments.rerun_of and not arguments.output:
         output = arguments.rerun_of.with_suffix(".rerun.json")
     output.parent.mkdir(parents=True, exist_ok=True)

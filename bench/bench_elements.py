@@ -105,11 +105,18 @@ def kernel_alone(name, backend, student, teacher):
     op = elements.OPS[_backend.namespace(backend)].fwd_
     feature = elements.FEATURES[name.partition(" ")[2] or {"feature_cosine": "cosine"}.get(name, "squares")]
     dim = channels(student) % student.dim()
-    return Provider(
-        "fastkd kernel alone" if backend == "cpu" else f"fastkd {backend} kernel alone",
-        lambda: (student.clone(), teacher),
-        lambda s, t: op(s, t, dim, feature, None, None, elements.REDUCTION_NUMBERS["sum"]),
-    )
+    # it makes sums, of which the losses are means: over elements, of cosines over rows
+    terms = student.numel() // (student.shape[dim] if name == "feature_cosine" else 1)
+
+    def call(s, t):
+        return op(s, t, dim, feature, None, None, elements.REDUCTION_NUMBERS["sum"])
+
+    def answer():
+        grad = student.clone()
+        return call(grad, teacher).detach() / terms, [grad.double() / terms]
+
+    label = "fastkd kernel alone" if backend == "cpu" else f"fastkd {backend} kernel alone"
+    return Provider(label, lambda: (student.clone(), teacher), call, answer)
 
 
 def providers(name, students, teachers):

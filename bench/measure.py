@@ -146,6 +146,7 @@ def _output(*command):
 
 
 def _sources():
+    """None where git does not tell."""
     status = _output("git", "status", "--porcelain", "--", ":/", ":(exclude,top)bench/results")
     return {"commit": _output("git", "rev-parse", "HEAD"), "clean": None if status is None else not status}
 

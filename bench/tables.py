@@ -18,8 +18,9 @@ def bytes_text(n):
 
 
 def peak_text(info, result):
-    """A dash where the inputs are so small that what is held cannot be seen."""
-    return bytes_text(result["peak_extra_bytes"]) if info["gradient_bytes"] >= SEEN else "-"
+    """A dash where what is held is too little to be seen."""
+    peak = result["peak_extra_bytes"]
+    return bytes_text(peak) if peak is None or max(info["gradient_bytes"], peak) >= SEEN else "-"
 
 
 def error_text(error):
@@ -99,15 +100,20 @@ def markdown_table(head, rows):
     yield from map(markdown_row, rows)
 
 
+def key(info):
+    """What a case is known by: one may stand in a table, and in a series."""
+    return info["case"], info.get("series", {}).get("name")
+
+
 def agreement(data, rerun):
     """Of two runs' ratios to fastkd: how many medians of the second lie where nine in ten rounds of the first do,
     of how many, and the others."""
-    again = {info["case"]: info["providers"] for info in cases(rerun)}
+    again = {key(info): info["providers"] for info in cases(rerun)}
     inside, outside = 0, []
     for info in cases(data):
         first = next(iter(info["providers"]))
         for name, result in info["providers"].items():
-            other = again.get(info["case"], {}).get(name)
+            other = again.get(key(info), {}).get(name)
             if name == first or other is None:
                 continue
             low, high, found = result["ratio"]["low"], result["ratio"]["high"], other["ratio"]["median"]

@@ -52,7 +52,7 @@ def pytest_sessionstart(session):
 
 
 # What is built once for the tests that share it, and by which of their parameters it differs.
-BUILT = {"compiled": "compiled", "compiler": "build", "cpu": None, "cusim": None, "built": None}
+BUILT = {"compiled": "compiled", "compiler": "build", "built": None}
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -34,8 +34,8 @@ def peers(loss, device, held=0, most=float("inf"), work=0, **settings):
     """The libraries' losses by name, and of the others why not.
 
     Args:
-        held: bytes that code holds which makes every pair or triplet; a library that does is left out where
-            these are more than ``most``.
+        held: bytes that eager code holds, which makes every pair or triplet; a library that holds its share of these
+            is left out where that is more than ``most``.
         work: N^2 D of pairs, of which a library may have a limit on the CPU.
         settings: what the makers of a loss take, such as its temperature.
     """
@@ -49,10 +49,10 @@ def peers(loss, device, held=0, most=float("inf"), work=0, **settings):
             missing[name] = f"{library.PACKAGE} is not installed"
         elif device not in library.DEVICES:
             missing[name] = library.ELSEWHERE
-        elif library.HOLDS_ALL and held > most:
-            missing[name] = f"would hold {held / 2**30:.0f} GiB"
+        elif library.HOLDS * held > most:
+            missing[name] = f"would hold {library.HOLDS * held / 2**30:.0f} GiB"
         elif device == "cpu" and work > getattr(library, "MOST_WORK", work):
-            missing[name] = f"left out on the CPU where N^2 D > {library.MOST_WORK:.1g}: a call takes seconds"
+            missing[name] = f"left out on the CPU where N^2 D > {library.MOST_WORK:.1g}: its growth shows why"
         else:
             try:
                 found[name] = library.LOSSES[loss](**settings)

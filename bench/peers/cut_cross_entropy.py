@@ -2,7 +2,7 @@
 
 NAME, PACKAGE = "cut-cross-entropy", "cut-cross-entropy"
 DEVICES, ELSEWHERE = ("cuda",), "its kernels are Triton's, and need a GPU"
-HOLDS_ALL = True
+HOLDS = 1.0
 OTHERWISE = "has no loss of two distributions, only cross-entropy with hard labels (25.1.1)"
 
 LOSSES = {}

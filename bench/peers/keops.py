@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 NAME, PACKAGE = "KeOps", "pykeops"
 DEVICES, ELSEWHERE = ("cpu", "cuda"), ""
-HOLDS_ALL, MOST_WORK = False, 3e8
+HOLDS, MOST_WORK = 0.0, 3e8
 OTHERWISE = "reduces over pairs of samples only"
 
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 NAME, PACKAGE = "Liger", "liger-kernel"
 DEVICES, ELSEWHERE = ("cuda",), "its kernels are Triton's, and need a GPU"
-HOLDS_ALL = True
+HOLDS = 1.0
 OTHERWISE = "has no such loss"
 
 

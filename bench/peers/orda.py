@@ -7,7 +7,7 @@ import torch
 
 NAME, PACKAGE = "orda-kernel", "orda-kernel"
 DEVICES, ELSEWHERE = ("cuda",), "its kernels need a GPU; on the CPU it is plain PyTorch code, for development"
-HOLDS_ALL = True
+HOLDS = 1.0
 OTHERWISE = "takes hidden states and a head, no logits of the student"
 
 

@@ -2,7 +2,7 @@
 
 NAME, PACKAGE = "torchdistill", "torchdistill"
 DEVICES, ELSEWHERE = ("cpu", "cuda"), ""
-HOLDS_ALL = True
+HOLDS = 1.0
 OTHERWISE = "has no such loss"
 
 
