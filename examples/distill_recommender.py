@@ -18,8 +18,8 @@ The student is a factorization machine (Rendle 2010). Students are trained
 * with the scores and both relations.
 
 Within a seed all students have the same initial weights, batches and histories; the teacher is the same for all
-seeds. Learning rates, epochs and the weights of the losses were chosen with --validation, which holds out an
-eighth of the training interactions, scores on them, and leaves the test interactions alone.
+seeds. Settings and the weights of the losses were compared on the synthetic data with --validation, which holds out
+an eighth of the training interactions, scores on them, and leaves the test interactions alone.
 
     make distill-recommend                           # a table; figure and numbers in outputs/
     python examples/distill_recommender.py --help    # the same, where fastkd[examples] is installed
