@@ -105,11 +105,12 @@ def test_a_wrong_answer_of_ours_is_an_error_and_of_others_a_reason():
         raise ZeroDivisionError("no")
 
     theirs, ours = (measure.Provider(name, None, None, answer) for name in ("eager", "fastkd"))
+    truth = bench_heads.Truth(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1))
     found, missing = [theirs], {}
-    assert peers.judge(found, missing, None) == {}
+    assert peers.judge(found, missing, truth) == {}
     assert (found, missing) == ([], {"eager": "ZeroDivisionError: no"})
     with pytest.raises(ZeroDivisionError):
-        peers.judge([ours], missing, None)
+        peers.judge([ours], missing, truth)
 
 
 def test_ratios_are_of_the_same_round():
