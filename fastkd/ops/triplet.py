@@ -25,6 +25,7 @@ from .gradient import once, times
 from .products import blocks_of, check_embeddings
 
 BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
+NEIGHBOURS = {"cpu": 2**19, "cuda": 2**22}  # the same of the teacher's distances, in float64, with what topk takes
 
 
 def _centred(x, here, count):
@@ -50,8 +51,11 @@ def _nearest(teacher, positives, here, count):
     rows = torch.arange(N, device=y.device)
     norms = torch.where(here, norms, torch.inf)  # infinitely far
     found = torch.empty(N, positives, dtype=torch.int64, device=y.device)
-    for some in blocks_of(BLOCK, N, N, y.device):
-        distances = torch.addmm(norms, y[some], y.T, alpha=-2)  # less the row's own norm
+    blocks = blocks_of(NEIGHBOURS, N, N, y.device)
+    memory = y.new_empty(blocks[0].stop * N)  # one strip's, for all: else the next is made beside the last
+    for some in blocks:
+        distances = memory[: (some.stop - some.start) * N].view(-1, N)
+        torch.addmm(norms, y[some], y.T, alpha=-2, out=distances)  # less the row's own norm
         distances.diagonal(some.start).fill_(torch.inf)
         nearest = distances.topk(positives, largest=False)
         torch.where(nearest.values == torch.inf, rows[some, None], nearest.indices, out=found[some])
