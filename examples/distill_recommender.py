@@ -323,10 +323,12 @@ def draw(path, popularity, results, teacher, methods, args):
         curves.plot(epochs, mean, color=method.color, label=method.name, linewidth=2)
         curves.fill_between(epochs, mean - sd, mean + sd, color=method.color, alpha=0.15, linewidth=0)
         bars.barh(row, mean[-1], xerr=sd[-1], color=method.color, alpha=0.5, capsize=4)
-        bars.text(0.02, row, show(result["ndcg"]), transform=bars.get_yaxis_transform(), va="center")
+        label = bars.text(0.02, row, show(result["ndcg"]), transform=bars.get_yaxis_transform(), va="center")
+        label.set_bbox({"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 2})
     lines = ((teacher, "#cc79a7", "-"), (popularity, "black", ":"))
-    values = [result["ndcg"]["mean"] for result in (popularity, *results, teacher)]
-    low = math.floor(100 * min(values)) / 100
+    everything = [result["ndcg"] for result in (popularity, *results, teacher)]
+    low = math.floor(100 * min(value["mean"] for value in everything)) / 100
+    high = max(value["mean"] + (value["sd"] or 0) for value in everything)
     for result, color, line in lines:
         value = result["ndcg"]["mean"]
         curves.axhline(value, color=color, linestyle=line, linewidth=2, label=f"{result['method']}, {value:.4f}")
@@ -338,7 +340,7 @@ def draw(path, popularity, results, teacher, methods, args):
     bars.set(
         title=f"After epoch {args.epochs}",
         xlabel=f"NDCG@{TOP}, axis from {low:g}",
-        xlim=(low, low + 1.1 * (max(values) - low)),
+        xlim=(low, low + 1.1 * (high - low)),
     )
     bars.set_yticks(range(len(methods)), [method.name for method in methods])
     bars.invert_yaxis()
