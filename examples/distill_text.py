@@ -58,6 +58,7 @@ NEIGHBOURS = 10
 ENCODED = 128  # sentences at once, where nothing learns
 BUCKET = 16  # batches that are dealt out of sentences sorted by length
 WARM_UP_STEPS = 10  # whose times do not count
+THREADS = 2  # of the CPU, at most: students this small gain little by more
 
 
 @dataclass
@@ -319,7 +320,7 @@ def describe(args, student, train, test):
         "losses": f"temperature {args.temperature:g} of relation_kl and of the student alone, margin {args.margin:g} "
         "of relational_triplet",
         "by chance": f"a recall of {100 * chance(test):.2f} %",
-        "device": f"{args.device}, one CPU thread for the students",
+        "device": f"{args.device}, CPU threads for the students: {torch.get_num_threads()}",
         "fastkd": fastkd.__version__,
         "torch": torch.__version__,
     }
@@ -446,7 +447,7 @@ def main():
     with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), console=console) as progress:
         task = progress.add_task("teacher batches", total=math.ceil(len(texts.lengths) / ENCODED))
         texts.teacher = encode(teacher, texts, functools.partial(progress.advance, task))
-    torch.set_num_threads(1)  # more help students this small little, and wait for one another on a busy machine
+    torch.set_num_threads(min(torch.get_num_threads(), THREADS))
     train, test = split(texts)
     settings = describe(args, Student(words), train, test)
     grid = Table.grid(padding=(0, 2))
