@@ -335,6 +335,7 @@ def draw(path, popularity, results, teacher, methods, args):
         bars.axvline(value, color=color, linestyle=line, linewidth=2)
     curves.set(title="Over the epochs", xlabel="epoch", ylabel=f"NDCG@{TOP}, mean ± sd of {args.seeds} seeds")
     curves.set(xlim=(1, max(2, args.epochs)))
+    curves.autoscale(axis="y")  # the horizontal lines are inside too
     curves.legend(loc="lower right")
     curves.grid(alpha=0.3)
     bars.set(
@@ -370,23 +371,25 @@ def parse_arguments():
     positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
     parser.add_argument("--data", type=Path, help="a folder of MovieLens 100K: u.data, u.user, u.item")
-    parser.add_argument("--users", type=some, default=2000, help="of the synthetic data")
-    parser.add_argument("--items", type=some, default=1000, help="of the synthetic data")
+    parser.add_argument("--users", type=some, help="of the synthetic data; 2000 if not given")
+    parser.add_argument("--items", type=some, help="of the synthetic data; 1000 if not given")
     parser.add_argument("--epochs", type=whole, default=20, help="of each student")
     parser.add_argument("--teacher-epochs", type=whole, default=20, help="of the teacher")
     parser.add_argument("--seeds", type=whole, default=5, help="how many times the students are trained")
-    parser.add_argument("--temperature", type=positive, default=2.0, help="softens student and teacher")
+    parser.add_argument("--temperature", type=positive, default=1.0, help="softens student and teacher")
     parser.add_argument("--hard-weight", type=weight, default=0.3, help="of the interactions, beside the scores")
     parser.add_argument("--soft-weight", type=weight, default=0.7, help="of the divergence from the teacher's scores")
-    parser.add_argument("--user-weight", type=weight, default=0.1, help="of the distances between users")
-    parser.add_argument("--item-weight", type=weight, default=0.03, help="of the divergence of items' similarities")
+    parser.add_argument("--user-weight", type=weight, default=0.03, help="of the distances between users")
+    parser.add_argument("--item-weight", type=weight, default=0.1, help="of the divergence of items' similarities")
     parser.add_argument("--validation", action="store_true", help="score on a part of the training interactions")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()
     if args.hard_weight == args.soft_weight == 0:
         parser.error("--hard-weight and --soft-weight: one of them must be above 0")
+    if args.data and (args.users or args.items):
+        parser.error("--users and --items are of the synthetic data, and --data names others")
     try:
-        data = read_movielens(args.data) if args.data else make_synthetic(args.users, args.items)
+        data = read_movielens(args.data) if args.data else make_synthetic(args.users or 2000, args.items or 1000)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
     try:

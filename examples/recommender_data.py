@@ -30,7 +30,7 @@ class Interactions:
 
 
 def make_synthetic(users, items, seed=0):
-    """Users who each take a few items, drawn without replacement from a softmax over all.
+    """Users who each take few items, half of them at most 20, drawn without replacement from a softmax over all.
 
     An item's logit is the product of latent factors, which age group, occupation, genre and year shift,
     plus its popularity, plus a constant where it belongs to one of the few series that the user follows.
@@ -54,7 +54,7 @@ def make_synthetic(users, items, seed=0):
     logits = 1.2 * affinity / math.sqrt(LATENT) + popularity + 3.5 * followed[:, series]
     gumbel = -torch.log(-torch.log(torch.rand(users, items, generator=generator)))
     place = (logits + gumbel).argsort(1, descending=True).argsort(1)
-    wanted = (15 + 40 * torch.exp(0.7 * normal(users))).long().clamp(max=items // 4)
+    wanted = (8 + 12 * torch.exp(0.7 * normal(users))).long().clamp(max=items // 4)
     user_side = torch.cat([F.one_hot(age, AGES), F.one_hot(occupation, OCCUPATIONS)], 1).float()
     item_side = torch.cat([F.one_hot(genre, GENRES), F.one_hot(year, YEARS)], 1).float()
     return Interactions("synthetic", place < wanted[:, None], user_side, item_side)

@@ -211,3 +211,9 @@ def test_a_folder_that_is_not_movielens_is_refused(name, text, refusal, tmp_path
 )
 def test_distill_recommender_refuses_a_bad_flag(flag, value, refusal):
     assert flag in refusal(flag, value)
+
+
+def test_distill_recommender_refuses_sizes_of_synthetic_data_beside_data(tmp_path, refusal):
+    message = refusal("--data", str(tmp_path), "--items", "200")
+    assert "--items" in message
+    assert "--data" in message
