@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from .measure import machine
-from .tables import agreement, ratio_text, rich_tables
+from .tables import agreement, disturbed, ratio_text, rich_tables
 
 HERE = Path(__file__).parent
 
@@ -32,13 +32,16 @@ def show(data):
     console.print(data["fastkd"])
     for table in rich_tables(data):
         console.print(table)
+    for case, longer in disturbed(data):
+        console.print(f"other work ran beside {case}: torch.mm took {longer:.1f} times as long as in the median case")
 
 
 def show_agreement(data, rerun):
-    inside, outside = agreement(data, rerun)
-    print(f"{inside} of {inside + len(outside)} ratios of the rerun lie within the spread of the first run's rounds")
-    for case, name, ratio, found in outside:
-        print(f"  {case}, {name}: {ratio_text(ratio)}, then {found:.2f}")
+    overlapping, within, apart = agreement(data, rerun)
+    pairs = overlapping + len(apart)
+    print(f"the spreads of {overlapping} of {pairs} ratios overlap with the first run's, which hold {within} medians")
+    for case, name, ratio, found in apart:
+        print(f"  {case}, {name}: {ratio_text(ratio)}, then {ratio_text(found)}")
 
 
 def parse_arguments():

@@ -57,6 +57,8 @@ def draw(path, name, infos):
     shape = " x ".join(map(str, shape_of(infos)))
     for panel in (times, memory):
         panel.set(xscale="log", yscale="log", xlabel=axis)
+        panel.set_xticks(at, map(str, at))  # what was measured
+        panel.set_xticks([], minor=True)
         panel.grid(alpha=0.3, which="both")
         panel.legend(fontsize=8)
     figure.suptitle(f"{infos[0]['loss']}, {shape} {infos[0]['dtype']}")

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from . import plots, targets
 from .tables import (
+    DISTURBED,
     agreement,
     bytes_text,
     cases,
     columns,
+    disturbed,
     error_text,
     limit_of,
     lines,
@@ -179,7 +181,7 @@ def held_against(data):
         for provider, least in wanted.items():
             yield row(
                 case, provider, f"{provider}: {least:.0%} of copy bandwidth", lambda r, x=least: r["copy_share"] >= x,
-                lambda r: f"{r['copy_share']:.0%}",
+                lambda r: f"{r['copy_share']:.1%}",
             )  # fmt: skip
 
 
@@ -196,18 +198,32 @@ def reruns(data, rerun):
     if rerun is None:
         yield "There is no rerun of this file."
         return
-    inside, outside = agreement(data, rerun)
+    overlapping, within, apart = agreement(data, rerun)
     yield (
-        f"Run again on this machine, the median ratio of {inside} of {inside + len(outside)} pairs of case and "
-        f"provider lies within the spread that the first run states.{' The others:' if outside else ''}"
+        f"Of {len(cases(data))} cases {len(cases(rerun))} were run again on this machine, of commit "
+        f"`{(rerun['fastkd']['commit'] or '?')[:12]}`. For {overlapping} of {overlapping + len(apart)} pairs of case "
+        "and provider the ranges in which nine in ten rounds of either run lie overlap; "
+        f"{within} medians of the second run lie in the range of the first."
+        f"{' Apart are:' if apart else ''}"
     )
     yield ""
-    if not outside:
+    if not apart:
         return
     yield from markdown_table(
-        ("case", "provider", "first run", "rerun"),
-        [(case, name, ratio_text(r), f"{found:.2f}") for case, name, r, found in outside],
+        ("case", "provider", "first run", "second run"),
+        [(case, name, ratio_text(first), ratio_text(second)) for case, name, first, second in apart],
     )
+
+
+def quiet(data):
+    yield (
+        "`torch.mm` multiplies the same matrices beside every case of relations. Where it took over "
+        f"{DISTURBED:g} times as long as in the median case of its dtype, other work ran on the machine, and all times "
+        "of that case are too long:"
+    )
+    yield ""
+    found = [(case, f"{longer:.1f}x") for case, longer in disturbed(data)]
+    yield from markdown_table(("case", "torch.mm"), found) if found else ["none."]
 
 
 def families(data):
@@ -249,9 +265,13 @@ def section(name, data, rerun):
     faster = list(slower_than_others(data))
     yield from markdown_table(("case", "provider", "its time over fastkd's"), faster) if faster else ["Nowhere."]
     yield ""
-    yield "### A rerun"
+    yield "### A second run"
     yield ""
     yield from reruns(data, rerun)
+    yield ""
+    yield "### How quiet the machine was"
+    yield ""
+    yield from quiet(data)
     yield ""
     yield from families(data)
 

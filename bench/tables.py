@@ -1,8 +1,11 @@
 """The tables of a file of results, on a terminal and as Markdown."""
 
+import statistics
+
 from rich.table import Table
 
 LIMITS = {"copy_share": "of copy bandwidth", "product_share": "of matrix products"}
+DISTURBED = 1.5  # times as long as in the median case
 SEEN = 1 << 20  # bytes; of less, what is held is lost in what a process takes and gives back anyway
 
 
@@ -106,19 +109,36 @@ def key(info):
 
 
 def agreement(data, rerun):
-    """Of two runs' ratios to fastkd: how many medians of the second lie where nine in ten rounds of the first do,
-    of how many, and the others."""
+    """Of two runs' ratios to fastkd, where both have one: in how many pairs of case and provider the ranges in which
+    nine in ten rounds lie overlap, in how many the second run's median lies in the first one's range, and the pairs
+    whose ranges do not overlap."""
     again = {key(info): info["providers"] for info in cases(rerun)}
-    inside, outside = 0, []
+    overlapping, within, apart = 0, 0, []
     for info in cases(data):
         first = next(iter(info["providers"]))
         for name, result in info["providers"].items():
             other = again.get(key(info), {}).get(name)
             if name == first or other is None:
                 continue
-            low, high, found = result["ratio"]["low"], result["ratio"]["high"], other["ratio"]["median"]
-            if low <= found <= high:
-                inside += 1
+            ratio, found = result["ratio"], other["ratio"]
+            within += ratio["low"] <= found["median"] <= ratio["high"]
+            if ratio["low"] <= found["high"] and found["low"] <= ratio["high"]:
+                overlapping += 1
             else:
-                outside.append((info["case"], name, result["ratio"], found))
-    return inside, outside
+                apart.append((info["case"], name, ratio, found))
+    return overlapping, within, apart
+
+
+def disturbed(data):
+    """Cases in which the machine was slower than in others: torch.mm multiplies the same matrices in each, and took
+    that many times as long as in the median case of its dtype."""
+    rates = {}
+    for info in cases(data):
+        if "product_flops_per_s" in info:
+            rates.setdefault(info["dtype"], []).append(info["product_flops_per_s"])
+    medians = {dtype: statistics.median(found) for dtype, found in rates.items()}
+    for info in cases(data):
+        if "product_flops_per_s" in info:
+            longer = medians[info["dtype"]] / info["product_flops_per_s"]
+            if longer > DISTURBED:
+                yield info["case"], longer

@@ -122,17 +122,27 @@ def test_ratios_are_of_the_same_round():
     assert summary["median_s"] == 2.0
 
 
-def test_agreement_counts_what_lies_within_the_spread():
+def test_agreement_counts_spreads_that_overlap():
     def data(*medians):
         results = {
-            name: {"ratio": {"median": m, "low": m - 0.2, "high": m + 0.2}}
-            for name, m in zip(("fastkd", "eager", "torch.compile"), medians, strict=True)
+            name: {"ratio": {"median": m, "low": m - 0.25, "high": m + 0.25}}
+            for name, m in zip(("fastkd", "eager", "torch.compile", "mm"), medians, strict=True)
         }
         return {"benchmarks": [{"extra_info": {"case": "x", "providers": results}}]}
 
-    inside, outside = tables.agreement(data(1.0, 3.0, 2.0), data(1.0, 3.1, 2.5))
-    assert inside == 1
-    assert [(case, name, found) for case, name, _, found in outside] == [("x", "torch.compile", 2.5)]
+    overlapping, within, apart = tables.agreement(data(1.0, 3.0, 2.0, 1.0), data(1.0, 3.125, 2.375, 1.75))
+    assert (overlapping, within) == (2, 1)
+    assert [(case, name, found["median"]) for case, name, _, found in apart] == [("x", "mm", 1.75)]
+
+
+def test_a_case_beside_which_other_work_ran_is_named():
+    def case(name, dtype, rate):
+        return {"extra_info": {"case": name, "dtype": dtype, "product_flops_per_s": rate}}
+
+    usual = [case(f"usual {rate}", "float32", float(rate)) for rate in (90, 100, 110)]
+    apart = [case("slow", "float32", 50.0), case("of another dtype", "bfloat16", 1000.0)]
+    of_copies = {"extra_info": {"case": "a copy", "dtype": "float32", "copy_bytes_per_s": 1.0}}
+    assert list(tables.disturbed({"benchmarks": [*usual, *apart, of_copies]})) == [("slow", 1.9)]
 
 
 @pytest.mark.parametrize(
