@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from .measure import machine
-from .tables import agreement, disturbed, ratio_text, rich_tables
+from .tables import between_runs, difference, disturbed, pairs, ratio_text, rich_tables, within
 
 HERE = Path(__file__).parent
 
@@ -33,15 +33,25 @@ def show(data):
     for table in rich_tables(data):
         console.print(table)
     for case, longer in disturbed(data):
-        console.print(f"other work ran beside {case}: torch.mm took {longer:.1f} times as long as in the median case")
+        console.print(
+            f"the machine was slower beside {case}: torch.mm took {longer:.1f} times as long as in the median case"
+        )
 
 
 def show_agreement(data, rerun):
-    overlapping, within, apart = agreement(data, rerun)
-    pairs = overlapping + len(apart)
-    print(f"the spreads of {overlapping} of {pairs} ratios overlap with the first run's, which hold {within} medians")
-    for case, name, ratio, found in apart:
-        print(f"  {case}, {name}: {ratio_text(ratio)}, then {ratio_text(found)}")
+    found = pairs(data, rerun)
+    if not found:
+        print("no case of the first run was run again")
+        return
+    half, most = between_runs(found)
+    print(
+        f"{sum(map(within, found))} of {len(found)} ratios lie within the spread of the first run's rounds; half "
+        f"differ by at most {half:.0%}, nine in ten by at most {most:.0%}, others are:"
+    )
+    for pair in found:
+        if difference(pair) > most:
+            case, name, first, second = pair
+            print(f"  {case}, {name}: {ratio_text(first)}, then {ratio_text(second)}")
 
 
 def parse_arguments():

@@ -5,6 +5,7 @@ import statistics
 from rich.table import Table
 
 LIMITS = {"copy_share": "of copy bandwidth", "product_share": "of matrix products"}
+MACHINE = ("copy", "mm")  # providers that are its limits
 DISTURBED = 1.5  # times as long as in the median case
 SEEN = 1 << 20  # bytes; of less, what is held is lost in what a process takes and gives back anyway
 
@@ -108,30 +109,41 @@ def key(info):
     return info["case"], info.get("series", {}).get("name")
 
 
-def agreement(data, rerun):
-    """Of two runs' ratios to fastkd, where both have one: in how many pairs of case and provider the ranges in which
-    nine in ten rounds lie overlap, in how many the second run's median lies in the first one's range, and the pairs
-    whose ranges do not overlap."""
+def pairs(data, rerun):
+    """Of two runs, (case, provider, first ratio to fastkd, second) where both have one; the machine's limits apart."""
     again = {key(info): info["providers"] for info in cases(rerun)}
-    overlapping, within, apart = 0, 0, []
+    found = []
     for info in cases(data):
         first = next(iter(info["providers"]))
         for name, result in info["providers"].items():
             other = again.get(key(info), {}).get(name)
-            if name == first or other is None:
-                continue
-            ratio, found = result["ratio"], other["ratio"]
-            within += ratio["low"] <= found["median"] <= ratio["high"]
-            if ratio["low"] <= found["high"] and found["low"] <= ratio["high"]:
-                overlapping += 1
-            else:
-                apart.append((info["case"], name, ratio, found))
-    return overlapping, within, apart
+            if name not in (first, *MACHINE) and other is not None:
+                found.append((info["case"], name, result["ratio"], other["ratio"]))
+    return found
+
+
+def within(pair):
+    """Whether the second run's median lies between what nine in ten rounds of the first do."""
+    _, _, first, second = pair
+    return first["low"] <= second["median"] <= first["high"]
+
+
+def difference(pair):
+    """By what share the larger median is above the smaller one."""
+    medians = [ratio["median"] for ratio in pair[2:]]
+    return max(medians) / min(medians) - 1
+
+
+def between_runs(found):
+    """The differences of pairs that half of them, and nine in ten, do not exceed."""
+    differences = [difference(pair) for pair in found]
+    twentieths = statistics.quantiles(differences, n=20, method="inclusive") if len(found) > 1 else differences * 19
+    return twentieths[9], twentieths[17]
 
 
 def disturbed(data):
-    """Cases in which the machine was slower than in others: torch.mm multiplies the same matrices in each, and took
-    that many times as long as in the median case of its dtype."""
+    """Cases beside which torch.mm, which multiplies the same matrices in each that has it, took much longer than in the
+    median case of its dtype, and how many times as long. Others, and a run that is slow throughout, are not seen."""
     rates = {}
     for info in cases(data):
         if "product_flops_per_s" in info:

@@ -335,6 +335,7 @@ def draw(path, popularity, results, teacher, methods, args):
         bars.axvline(value, color=color, linestyle=line, linewidth=2)
     curves.set(title="Over the epochs", xlabel="epoch", ylabel=f"NDCG@{TOP}, mean ± sd of {args.seeds} seeds")
     curves.set(xlim=(1, max(2, args.epochs)))
+    curves.xaxis.get_major_locator().set_params(integer=True)
     curves.autoscale(axis="y")  # the horizontal lines are inside too
     curves.legend(loc="lower right")
     curves.grid(alpha=0.3)
@@ -370,9 +371,11 @@ def parse_arguments():
     some = number(int, lambda x: x >= 100, "a whole number of at least 100")
     positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    parser.add_argument("--data", type=Path, help="a folder of MovieLens 100K: u.data, u.user, u.item")
-    parser.add_argument("--users", type=some, help="of the synthetic data; 2000 if not given")
-    parser.add_argument("--items", type=some, help="of the synthetic data; 1000 if not given")
+    parser.add_argument(
+        "--data", type=Path, default=argparse.SUPPRESS, help="a folder of MovieLens 100K: u.data, u.user, u.item"
+    )
+    parser.add_argument("--users", type=some, default=argparse.SUPPRESS, help="of the synthetic data (default: 2000)")
+    parser.add_argument("--items", type=some, default=argparse.SUPPRESS, help="of the synthetic data (default: 1000)")
     parser.add_argument("--epochs", type=whole, default=20, help="of each student")
     parser.add_argument("--teacher-epochs", type=whole, default=20, help="of the teacher")
     parser.add_argument("--seeds", type=whole, default=5, help="how many times the students are trained")
@@ -386,10 +389,13 @@ def parse_arguments():
     args = parser.parse_args()
     if args.hard_weight == args.soft_weight == 0:
         parser.error("--hard-weight and --soft-weight: one of them must be above 0")
-    if args.data and (args.users or args.items):
-        parser.error("--users and --items are of the synthetic data, and --data names others")
+    args.data, sized = getattr(args, "data", None), {"users", "items"} & set(vars(args))
+    if args.data and sized:
+        parser.error(f"--{' and --'.join(sorted(sized))}: of the synthetic data, and --data names others")
+    if not args.data:
+        args.users, args.items = getattr(args, "users", 2000), getattr(args, "items", 1000)
     try:
-        data = read_movielens(args.data) if args.data else make_synthetic(args.users or 2000, args.items or 1000)
+        data = read_movielens(args.data) if args.data else make_synthetic(args.users, args.items)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
     try:

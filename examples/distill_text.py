@@ -18,7 +18,7 @@ Held-out sentences measure how far a student sees them as its teacher does: how 
 neighbours it finds again, and the rank correlation of all pairs' cosine similarities.
 
 Within a seed all students have the same initial weights and the same batches. Learning rate, temperature
-and margin were chosen on sentences held out of the training ones in the same way.
+and margin were chosen by hand, on sentences held out of the training ones in the same way.
 
     make distill-text                         # a table; figure and numbers in outputs/
     python examples/distill_text.py --help    # the same, where fastkd[text] is installed
