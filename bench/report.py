@@ -74,7 +74,7 @@ def others(info):
 def same(result):
     """Whether a library's answer is that of the formula, to what its precision allows."""
     worst = max(result.get("loss_error") or 0, result.get("gradient_error") or 0)
-    return worst < 0.1  # eager code of bfloat16 is off by 0.05
+    return worst < 0.05  # torchdistill's bfloat16 is off by 0.04
 
 
 def ratio(result):
