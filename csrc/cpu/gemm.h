@@ -1,8 +1,11 @@
 // Matrix products by the BLAS that torch carries. Called inside a parallel region they run on the
-// calling thread alone; outside on all of torch's threads.
+// calling thread alone; outside on all of torch's threads, and how the BLAS deals a product out to them may
+// change its last bits.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "common/check.h"
@@ -47,6 +50,29 @@ void gemm(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, double a
   FASTKD_CHECK(
       aoti_torch_cpu_addmm_out(o.handle, o.handle, left.handle, right.handle, beta, alpha) == AOTI_TORCH_SUCCESS,
       "the matrix product of ", a.rows, " x ", a.columns, " and ", b.rows, " x ", b.columns, " failed");
+}
+
+// f(0) .. f(tasks - 1), each on one thread, also where it multiplies matrices: a parallel region has two
+// tasks at the least.
+template <class F>
+void for_each(int64_t tasks, F&& f) {
+  torch::stable::parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < std::min(end, tasks); ++task) f(task);
+  });
+}
+
+// out = a b, some rows at a time, each on one thread: the bits do not depend on the number of threads.
+template <class T>
+void gemm_by_rows(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b) {
+  constexpr int64_t kRows = 64;  // products of fewer rows are slower
+  for_each((out.rows + kRows - 1) / kRows, [&](int64_t task) {
+    const auto rows = [&](const Matrix<T>& m) {
+      const int64_t first = task * kRows;
+      return Matrix<T>{m.data + first * m.row_stride, std::min(kRows, m.rows - first), m.columns, m.row_stride,
+                       m.column_stride};
+    };
+    gemm(rows(out), rows(a), b);
+  });
 }
 
 }  // namespace fastkd

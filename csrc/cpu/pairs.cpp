@@ -11,8 +11,9 @@
 // Near pairs' parts of W X are sums of differences, which do not cancel.
 //
 // Memory: both centred copies, W X [N, D], two tiles a thread or kKept bytes. Sums do not depend on the
-// number of threads: a tile is summed by itself, and where two tiles would add to the same rows of
-// W X they are computed one after the other, as in the rounds of a tournament.
+// number of threads: products are cut the same for any, and computed on one thread each; a tile is summed by itself,
+// and where two tiles would add to the same rows of W X they are computed one after the other, as in the rounds of a
+// tournament.
 #include "cpu/pairs.h"
 
 #include <torch/csrc/stable/library.h>
@@ -145,8 +146,16 @@ class Pairs {
             i == j ? 0 : -1};
   }
   void gram(const PairsTile<T>& tile, int64_t i, int64_t j) const {
-    gemm(matrix(tile.student.tile, tile), rows(student_, block(i)), rows(student_, block(j)).transposed());
-    gemm(matrix(tile.teacher.tile, tile), rows(teacher_, block(i)), rows(teacher_, block(j)).transposed());
+    multiply(matrix(tile.student.tile, tile), rows(student_, block(i)), rows(student_, block(j)).transposed());
+    multiply(matrix(tile.teacher.tile, tile), rows(teacher_, block(i)), rows(teacher_, block(j)).transposed());
+  }
+  // The one tile that holds all pairs is multiplied by all threads, one of several by the thread that has it.
+  void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b) const {
+    if (whole()) {
+      gemm_by_rows(out, a, b);
+    } else {
+      gemm(out, a, b);
+    }
   }
 
   // f(tile, begin, end, any near, sums) over all rows of all tiles; the tiles' measures are computed before
@@ -166,7 +175,7 @@ class Pairs {
         }
       });
     } else {
-      parallel_for(0, tiles_, 1, [&](int64_t first, int64_t last) {
+      parallel_for(0, tiles_, 1, [&](int64_t first, int64_t last) {  // three tiles at the least: each on one thread
         int64_t j = int64_t((std::sqrt(8.0 * double(first) + 1) - 1) / 2);
         while (tile_number(0, j + 1) <= first) ++j;
         while (tile_number(0, j) > first) --j;
@@ -207,17 +216,13 @@ class Pairs {
   RelationSums weigh(F&& f) {
     weight_sums_.assign(N_, 0.0);
     if (whole()) return weigh_whole(f);
-    parallel_for(0, blocks_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) add_tile(f, i, i, 0);
-    });
+    for_each(blocks_, [&](int64_t i) { add_tile(f, i, i, 0); });
     // Every two blocks meet once in even - 1 rounds: the last one stands still, the others turn.
     const int64_t even = blocks_ + blocks_ % 2, turning = even - 1;
     for (int64_t round = 0; round < turning; ++round) {
-      parallel_for(0, even / 2, 1, [&](int64_t first, int64_t last) {
-        for (int64_t match = first; match < last; ++match) {
-          const int64_t a = match ? (round + match) % turning : turning, b = (round + turning - match) % turning;
-          if (std::max(a, b) < blocks_) add_tile(f, std::min(a, b), std::max(a, b), 1);
-        }
+      for_each(even / 2, [&](int64_t match) {
+        const int64_t a = match ? (round + match) % turning : turning, b = (round + turning - match) % turning;
+        if (std::max(a, b) < blocks_) add_tile(f, std::min(a, b), std::max(a, b), 1);
       });
     }
     return total();
@@ -233,8 +238,8 @@ class Pairs {
         },
         !keeps_);
     const PairsTile<T> all = tile(0, 0);
-    gemm(Matrix<T>{product_.get(), N_, student_.D, student_.D}, matrix(all.student.tile, all),
-         rows(student_, block(0)));
+    multiply(Matrix<T>{product_.get(), N_, student_.D, student_.D}, matrix(all.student.tile, all),
+             rows(student_, block(0)));
     parallel_for(0, int64_t(near_.size()), 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
         if (near_[part]) k_.near(all, part * kRows, std::min((part + 1) * kRows, N_), product_.get(), nullptr);

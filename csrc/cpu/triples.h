@@ -60,15 +60,6 @@ const TriplesKernel<T>& kernel() {
   return baseline::triples_kernel<T>();
 }
 
-// f(0) .. f(tasks - 1), each on one thread, also where it multiplies matrices: a parallel region has two
-// tasks at the least.
-template <class F>
-void for_each(int64_t tasks, F&& f) {
-  parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < std::min(end, tasks); ++task) f(task);
-  });
-}
-
 inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }
 // Of a strip's arrays: such that the rows of a tile lie in different sets of the L1 cache.
 inline int64_t stride_of(int64_t N) { return (N + 127) / 128 * 128 + kPadding; }

@@ -11,8 +11,10 @@ Samples: blocks of rows of G - H, [block, N] at a time, from the diagonal on: wh
 
 Features: with S = X^T X, T = Y^T Y and C = X^T Y
     |G - H|^2 = |S|^2 + |T|^2 - 2 |C|^2, (G - H) X = X S - Y C^T
-linear in N. Near convergence the digits cancel, so both are in float64; on the CPU, where the host may look,
-float32 is tried first and serves where they do not. Clamped or weighted similarities have no such form.
+linear in N. Near convergence the digits cancel: with r = |G - H| / |G| the error is a rounding over r^2, that of
+samples one over r. In float64 it is small enough for embeddings in float32. On the CPU, where the host may look, the
+embeddings' own dtype is tried first and serves where r^2 is large; elsewhere those in float64 are multiplied by
+samples. Clamped or weighted similarities have no such form.
 
 Saved for backward: the gradient. Beside it rows of length 1, a few blocks of rows and D x D matrices are held.
 """
@@ -27,7 +29,7 @@ from .products import blocks_of, check_embeddings, through_unit, unit
 
 BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
 TOGETHER = {"cpu": 2**20, "cuda": 2**23}  # of samples of a batch: products of two are faster than one after the other
-FAR = 0.1  # of the terms' sum what is left of it: their errors are of 1e-7
+MIN_SHARE = 0.1  # of the terms, which |G - H|^2 must keep: then the result has lost one digit
 CLAMPS = {None: 0, "teacher": 1, "both": 2}
 
 
@@ -97,16 +99,22 @@ def _samples(x, y, clamp, half, grad):
 
 def _squares(x, y, clamp, half, grad):
     """Of G - H, [B] in float64; its product with X is written to grad where there is a place for it."""
-    sizes = *x.shape[1:], y.shape[2]
-    if half is not None:
-        return _samples(x, y, clamp, half, grad)
-    if not clamp and x.dtype is torch.float32 and x.device.type == "cpu" and _by_features(*sizes):
-        squares, terms = _features(torch.float32, x, y, grad)
-        if (squares > FAR * terms).all():
-            return squares
-    if not clamp and _by_features(*sizes, 1 if x.dtype is torch.float64 else 2):
-        return _features(torch.float64, x, y, grad)[0].clamp(min=0)
-    return _samples(x, y, clamp, None, grad)
+    if not clamp and half is None:
+        for dtype, cost, may_cancel in _ways_by_features(x):
+            if _by_features(*x.shape[1:], y.shape[2], cost):
+                squares, terms = _features(dtype, x, y, grad)
+                if may_cancel or (squares > MIN_SHARE * terms).all():  # false of NaN
+                    return squares.clamp(min=0)
+    return _samples(x, y, clamp, half, grad)
+
+
+def _ways_by_features(x):
+    """In which dtypes the products of features may be tried, what they cost, and whether the result serves
+    whatever cancels."""
+    if x.device.type == "cpu":
+        yield x.dtype, 1, False
+    if x.dtype is torch.float32:
+        yield torch.float64, 2, True
 
 
 def _features(dtype, x, y, grad):

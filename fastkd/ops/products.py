@@ -18,10 +18,10 @@ def check_embeddings(student, teacher, dims=(2,)):
 
 def row_factors(mask, weight, x):
     """Of rows [*, N] of x: what each one's terms of a mean over N^2 pairs are multiplied by, weight / N^2; N is how
-    many of them count. In float64, and 0 where it does not."""
+    many of them count. In float64, and 0 where it does not, or is the only one: then there is no pair."""
     rows = x.new_ones(x.shape[:-1], dtype=torch.float64) if mask is None else mask.to(torch.float64)
     count = rows.sum(-1, keepdim=True)
-    factors = rows / (count * count).clamp(min=1)
+    factors = torch.where(count < 2, 0.0, rows / (count * count))
     return factors if weight is None else torch.where(rows > 0, factors * weight, 0.0)
 
 

@@ -12,10 +12,13 @@ Features: |x_i^T X^T|^2 = x_i^T (X^T X) x_i, and likewise the others, with S = X
     loss = 2/N^2 sum_i w_i (1 - cos_i), cos_i = c_i / sqrt(a_i b_i)
     alpha_i = dL/da_i = w_i cos_i / (N^2 a_i), gamma_i = dL/dc_i = -2 w_i / (N^2 sqrt(a_i b_i))
     dL/dX = 2 diag(alpha) X S + diag(gamma) Y C^T + 2 X (X^T diag(alpha) X) + Y (Y^T diag(gamma) X)
-linear in N. 1 - cos loses its digits near convergence, so all that leads to it is in float64; on the CPU,
-where the host may look, float32 is tried first and serves while 1 - cos is large (1.5 times faster).
+linear in N. 1 - cos loses its digits near convergence: its error is a rounding over 1 - cos, that of samples one over
+the root of it. In float64 that is small enough for embeddings in float32. On the CPU, where the host may look, the
+embeddings' own dtype is tried first and serves while 1 - cos is large (in float32 1.5 times faster); elsewhere those
+in float64 are multiplied by samples.
 
-A row that is masked is one of zeros, whose similarities are 0; N is the number of the others.
+A row that is masked is one of zeros, whose similarities are 0; N is the number of the others. Fewer than two have
+loss and gradient 0, whatever they are.
 
 Saved for backward: the gradient. Beside it a few blocks of rows and D x D matrices are held.
 """
@@ -27,7 +30,7 @@ from ..reference import compute_dtype, gradient_dtype, without_autocast
 from .products import blocks_of, check_embeddings, row_factors
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
-FAR = 0.1  # of the mean of 1 - cos, whose error in float32 is about 1e-7
+FAR = 0.1  # the mean of 1 - cos from which on its own rounding does not count
 FEATURES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of a block [rows, D]
 
 
@@ -45,6 +48,8 @@ def _unit(rows):
 
 def _samples(x, y, rows, grad):
     loss = x.new_zeros((), dtype=torch.float64)
+    if grad is not None:
+        grad.zero_()
     for block in blocks_of(SAMPLES_BLOCK, len(x), len(x), x.device):
         (s, inverse), (t, _) = _unit(x[block] @ x.T), _unit(y[block] @ y.T)
         difference = s - t
@@ -59,12 +64,16 @@ def _samples(x, y, rows, grad):
     return loss
 
 
-def _features(x, y, rows, grad):
-    if x.dtype is torch.float32 and x.device.type == "cpu":
-        loss = _features_in(torch.float32, x, y, rows, grad)
-        if loss > 2 * FAR * rows.sum(dtype=torch.float64):
-            return loss
-    return _features_in(torch.float64, x, y, rows, grad)
+def _loss(x, y, rows, grad):
+    """The loss in float64, by the cheaper way that is good enough; its gradient goes to grad, where there is one."""
+    if _by_features(len(x), x.shape[1], y.shape[1]):
+        if x.device.type == "cpu":
+            loss = _features_in(x.dtype, x, y, rows, grad)
+            if loss > 2 * FAR * rows.sum(dtype=torch.float64):  # false of NaN
+                return loss
+        if x.dtype is torch.float32:
+            return _features_in(torch.float64, x, y, rows, grad)
+    return _samples(x, y, rows, grad)
 
 
 def _features_in(dtype, x, y, rows, grad):
@@ -86,7 +95,8 @@ def _features_in(dtype, x, y, rows, grad):
         a, b, c = (uS * u).sum(1), ((v @ T) * v).sum(1), (vC * u).sum(1)
         root = torch.where((a == 0) | (b == 0), 0.0, a.rsqrt() * b.rsqrt())  # a * b would leave float32's range
         cos = c * root
-        loss += (((a != 0).double() + (b != 0).double() - 2 * cos.double()) * rows[block]).sum()
+        of_rows = (a != 0).double() + (b != 0).double() - 2 * cos.double()
+        loss += (of_rows.clamp(min=0) * rows[block]).sum()  # a rounding may take a cosine beyond 1
         if grad is not None:
             of_row = rows[block].to(dtype)
             alpha, gamma = (torch.where(a == 0, 0.0, cos / a) * of_row)[:, None], (-2 * root * of_row)[:, None]
@@ -113,11 +123,7 @@ def _loss_and_gradient(student, teacher, mask, weight, save):
         x, y = (torch.where(mask[:, None], z, 0.0) for z in (x, y))
     rows = row_factors(mask, weight, x)
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if save else None
-    if len(x) == 0:
-        loss = x.new_zeros(())
-    else:
-        way = _features if _by_features(len(x), x.shape[1], y.shape[1]) else _samples
-        loss = way(x, y, rows, grad).to(dtype)
+    loss = x.new_zeros(()) if len(x) < 2 else _loss(x, y, rows, grad).to(dtype)
     if not save:
         return loss, student.new_empty((0,), dtype=gradient_dtype(student))
     return loss, grad.to(gradient_dtype(student))
