@@ -3,6 +3,7 @@
 FASTKD_BUILD=0    install without compiled kernels (plain PyTorch computes the losses)
 FASTKD_CUDA=auto  build the CUDA kernels where there is nvcc (0: never, 1: or fail)
 FASTKD_TESTING=1  build what the tests use as well
+FASTKD_WERROR=1   a warning of CUDA's compilers is an error
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for; default: 8.0;9.0;10.0;12.0+PTX
 """
 
@@ -22,6 +23,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 BUILD = os.environ.get("FASTKD_BUILD", "1") != "0"
 TESTING = os.environ.get("FASTKD_TESTING", "0") == "1"
+WERROR = os.environ.get("FASTKD_WERROR", "0") == "1"
 CUDA = os.environ.get("FASTKD_CUDA") or "auto"
 
 
@@ -123,7 +125,11 @@ def cuda_options():
     else:
         options += ["-DFASTKD_NVCC="]
     headers = find_cuda("include/cuda_runtime_api.h") if TESTING else None
-    return [*options, f"-DFASTKD_CUDA_INCLUDE={headers / 'include' if headers else ''}"]
+    return [
+        *options,
+        f"-DFASTKD_WERROR={WERROR:d}",
+        f"-DFASTKD_CUDA_INCLUDE={headers / 'include' if headers else ''}",
+    ]
 
 
 class CMakeBuild(build_ext):
