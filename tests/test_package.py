@@ -189,11 +189,40 @@ def test_the_library_asks_the_driver_for_code():
 
 def test_main_tells_what_will_be_used():
     run = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True, check=True)
-    for line in ("fastkd ", "torch ", "backend cpu ", "instruction set ", "threads "):
+    wanted = ("fastkd ", "torch ", "processor ", "torch's CPU capability ", "torch's BLAS ", "backend cpu ")
+    for line in (*wanted, "instruction set ", "threads "):
         assert re.search(rf"^{line}", run.stdout, re.MULTILINE), run.stdout
     assert re.search(r"^cpu tensors use +cpu$", run.stdout, re.MULTILINE)
     run = python("import runpy; runpy.run_module('fastkd', run_name='__main__')", FASTKD_BACKEND="torch")
     assert "torch (FASTKD_BACKEND)" in run.stdout
+
+
+def test_main_names_the_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(main.platform, "processor", lambda: "")
+    assert main.processor() == main.platform.machine()
+    monkeypatch.setattr(main.platform, "processor", lambda: "arm")
+    assert main.processor() == "arm"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel\t\t: 1\nmodel name\t: A processor 2 GHz\n" * 2)
+    assert main.processor() == "A processor 2 GHz"
+
+
+MKL = "  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605 for Intel(R) 64 architecture\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MKL + "  - Build settings: BLAS_INFO=mkl, BUILD_TYPE=Release", "MKL 2024.2-Product Build 20240605"),
+        (MKL + "  - Build settings: BUILD_TYPE=Release", "MKL 2024.2-Product Build 20240605"),
+        ("  - Build settings: BLAS_INFO=open, LAPACK_INFO=open", "OpenBLAS (torch does not tell its version)"),
+        ("  - Build settings: BLAS_INFO=nvpl, USE_MKL=OFF", "nvpl (torch does not tell its version)"),
+        ("  - Build settings: USE_EIGEN_FOR_BLAS=ON", "unknown (torch does not tell its version)"),
+    ],
+)
+def test_main_names_the_blas(config, name):
+    """From what torch prints of MKL, OpenBLAS, another, and none."""
+    assert main.blas(config) == name
 
 
 @pytest.mark.parametrize("level", ["baseline", "nonsense"])
