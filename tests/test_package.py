@@ -156,6 +156,15 @@ def test_a_list_without_a_gpu_that_can_be_served_builds_no_cuda(setup_py, tmp_pa
     assert "-DCMAKE_CUDA_ARCHITECTURES=80-real" in setup_py.cuda_build()
 
 
+def test_what_is_shipped_is_compiled_alike_with_and_without_the_tests():
+    """`make wheel` after `make setup` compiles nothing again. The sources are read: a configuration takes seconds."""
+    shipped, _ = (ROOT / "CMakeLists.txt").read_text().split("\nif(FASTKD_TESTING)\n")
+    assert shipped.count("FASTKD_TESTING") == 1  # the option itself
+    builds = [line for line in (ROOT / "Makefile").read_text().splitlines() if "--no-build-isolation" in line]
+    assert len(builds) == 2
+    assert all(line.startswith("\t") and "FASTKD_WERROR=1 " in line for line in builds)
+
+
 @pytest.fixture
 def unserved_gpu(monkeypatch):
     """A GPU of compute capability 9.0, and a library that was built for others alone."""
