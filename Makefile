@@ -47,7 +47,7 @@ $(VENV)/torch: $(BIN)/python
 	@touch $@
 
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml CMakeLists.txt $(SOURCES)
-	FASTKD_TESTING=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,examples,bench]"
+	FASTKD_TESTING=1 FASTKD_WERROR=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,examples,bench]"
 	@touch $@
 
 setup: $(VENV)/ready
@@ -132,7 +132,7 @@ $(VENV)/auditwheel: $(BIN)/python
 # user's own; any other library that would have to travel is an error, not a passenger.
 wheel: $(VENV)/torch $(VENV)/auditwheel
 	rm -rf build/wheel build/lib*
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	FASTKD_WERROR=1 $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
 	@ls -l dist
 

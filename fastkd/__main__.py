@@ -1,17 +1,40 @@
 """``python -m fastkd``: what was built, and what will be used."""
 
 import platform
+import re
 import sys
+from pathlib import Path
 
 import torch
 
 from . import __version__, _backend, _library
+
+CPUINFO = Path("/proc/cpuinfo")
+BLAS = {"mkl": "MKL", "open": "OpenBLAS", "accelerate": "Accelerate"}  # torch's names and the usual ones
+
+
+def processor():
+    """Its name; Linux tells none of an ARM processor."""
+    found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def blas(config):
+    """What multiplies matrices, from torch.__config__.show(), which has the version of MKL alone."""
+    mkl = re.search(r"Math Kernel Library Version (.+?) for ", config)
+    found = re.search(r"\bBLAS_INFO=(\w+)", config)
+    name = found[1] if found else "mkl" if mkl else "unknown"
+    version = mkl[1] if mkl and name == "mkl" else "(torch does not tell its version)"
+    return f"{BLAS.get(name, name)} {version}"
 
 
 def lines():
     yield "fastkd", __version__
     yield "torch", torch.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    yield "processor", processor()
+    yield "torch's CPU capability", torch.backends.cpu.get_cpu_capability()
+    yield "torch's BLAS", blas(torch.__config__.show())
     for name in _backend.NAMES:
         yield f"backend {name}", _backend.unavailable(name) or "ready"
     if not _library.cpu_missing:

@@ -23,18 +23,24 @@ def unavailable(name):
     if name == "cpu":
         return _library.cpu_missing
     if name == "cuda":
-        return _library.cuda_missing or _cuda_too_old()
+        return _library.cuda_missing or _cuda_unserved()
     if name == "triton":
         return _triton_missing()
     return ""
 
 
 @functools.cache
-def _cuda_too_old():
+def _cuda_unserved():
     if not torch.cuda.is_available():
         return "torch sees no GPU"
-    capability = torch.cuda.get_device_capability()
-    return "" if capability >= (8, 0) else f"compute capability 8.0 wanted, the GPU has {capability[0]}.{capability[1]}"
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return f"compute capability 8.0 wanted, the GPU has {major}.{minor}"
+    reason = torch.ops.fastkd.cuda_code()
+    return reason and (
+        f"the CUDA kernels do not run on this GPU, of compute capability {major}.{minor} ({reason}); "
+        f"installing fastkd from its sources with TORCH_CUDA_ARCH_LIST={major}.{minor} builds them for it"
+    )
 
 
 @functools.cache
@@ -136,7 +142,8 @@ def _warn(device_type):
     _warned.add(device_type)
     if device_type not in ("cpu", "meta"):
         warnings.warn(
-            f"fastkd has no kernels for {device_type!r} tensors; plain PyTorch computes the loss",
+            f"fastkd has no kernels for {device_type!r} tensors; plain PyTorch computes the loss. "
+            "python -m fastkd tells which kernels there are.",
             RuntimeWarning,
             stacklevel=5,
         )

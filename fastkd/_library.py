@@ -68,6 +68,7 @@ def define(namespace):
 
 fastkd = define("fastkd")
 fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
+fastkd.define("cuda_code() -> str")  # "": the CUDA library has code for the current GPU; else why it has none
 # matrix products, which torch has for every device: one implementation each, in ops/
 # mask, weight: one per row
 fastkd.define(

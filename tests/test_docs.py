@@ -1,4 +1,5 @@
-"""README.md and docs/: what they show runs, what they point at is there, and the pages build without a warning."""
+"""The pages, those of the root and those of docs/: what they show runs, what they point at is there, and they build
+without a warning."""
 
 import os
 import re
@@ -14,9 +15,9 @@ import pytest
 import fastkd
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-DIRECTIVES = {"{toctree}", "{eval-rst}", "{literalinclude}"}  # their content is Sphinx's to check
+DIRECTIVES = {"{toctree}", "{eval-rst}", "{literalinclude}", "{include}"}  # their content is Sphinx's to check
 OURS = {".ci", "bench", "csrc", "docs", "examples", "fastkd", "tests"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}  # a reader has none
 

@@ -1,5 +1,6 @@
 """The package from outside: installed without kernels, built without tools, started by hand."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_tools import find_tool
 
 import fastkd
+from fastkd import __main__ as main
+from fastkd import _backend, _library
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,13 +87,151 @@ def test_a_missing_torch_is_one_sentence():
     assert run.stderr.strip().splitlines()[-1].startswith("fastkd: no torch >= 2.10 is installed here")
 
 
+@pytest.fixture
+def setup_py(monkeypatch):
+    """setup.py as a module: nothing is built, and FASTKD_CUDA has its default."""
+    monkeypatch.setattr("setuptools.setup", lambda **options: None)
+    spec = importlib.util.spec_from_file_location("setup_py", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "CUDA", "auto")
+    return module
+
+
+NVCC_KNOWS = {"80", "86", "90", "100", "103", "120", "121"}
+
+
+@pytest.mark.parametrize(
+    ("torch_list", "cmake_list", "told"),
+    [
+        ("8.0;9.0;10.0;12.0+PTX", "80-real;90-real;100-real;120", ""),
+        ("12.0  9.0;9.0 9.0+PTX;", "90;120-real", ""),
+        ("9.0a;10.0f;12.0a+PTX", "90a-real;100f-real;120a", ""),
+        ("8.6+PTX", "86-real;90-virtual", "for 8.6+PTX the PTX of 9.0 is built"),
+        ("8.6+PTX 9.0", "86-real;90", "for 8.6+PTX the PTX of 9.0 is built"),
+        ("Ampere;Hopper", "80-real;86-real;90", "for 8.6+PTX the PTX of 9.0 is built"),
+        ("Turing;Blackwell", "100-real;103-real;120-real;121", "7.5+PTX is left out, the kernels are for 8.0"),
+        ("9.0;10.1", "90-real", "10.1 is left out, this nvcc knows 80, 86, 90, 100"),
+        ("7.5", "", "7.5 is left out"),
+    ],
+)
+def test_torchs_list_of_gpus_becomes_cmakes(setup_py, capsys, torch_list, cmake_list, told):
+    assert setup_py.architectures(torch_list, NVCC_KNOWS) == cmake_list
+    error = capsys.readouterr().err
+    assert told in error if told else not error
+
+
+@pytest.mark.parametrize("name", ["foo", "9", "8.0,9.0", "Ampere+PTX", "sm_90"])
+def test_a_gpu_that_torch_does_not_know_is_an_error(setup_py, name):
+    with pytest.raises(SystemExit, match=rf"^TORCH_CUDA_ARCH_LIST: numbers .* got {re.escape(repr(name))}$"):
+        setup_py.architectures(f"9.0 {name}", NVCC_KNOWS)
+
+
+def script(path, text):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_native_is_the_gpus_of_this_machine(setup_py, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert setup_py.architectures("native", NVCC_KNOWS) == "80-real;90-real;100-real;120"
+    assert "nvidia-smi shows no GPU" in capsys.readouterr().err
+    script(tmp_path / "bin" / "nvidia-smi", "printf '12.0\\n9.0\\n12.0\\n'")
+    assert setup_py.architectures("native", NVCC_KNOWS) == "90-real;120"
+
+
+def test_a_list_without_a_gpu_that_can_be_served_builds_no_cuda(setup_py, tmp_path, monkeypatch, capsys):
+    """On a machine with an older GPU the list is often set for it: the CPU's kernels are still wanted."""
+    nvcc = 'case $1 in --version) echo "release 13.0, V13.0.88";; *) echo compute_75; echo compute_80;; esac'
+    script(tmp_path / "bin" / "nvcc", nvcc)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5")
+    assert setup_py.cuda_build() == []
+    assert "at least one of 8.0 and newer wanted, got '7.5': the CUDA kernels are not built" in capsys.readouterr().err
+    monkeypatch.setattr(setup_py, "CUDA", "1")
+    with pytest.raises(SystemExit, match=r"^fastkd: TORCH_CUDA_ARCH_LIST: at least one of 8\.0 and newer wanted"):
+        setup_py.cuda_build()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    assert "-DCMAKE_CUDA_ARCHITECTURES=80-real" in setup_py.cuda_build()
+
+
+def test_what_is_shipped_is_compiled_alike_with_and_without_the_tests():
+    """`make wheel` after `make setup` compiles nothing again. The sources are read: a configuration takes seconds."""
+    shipped, _ = (ROOT / "CMakeLists.txt").read_text().split("\nif(FASTKD_TESTING)\n")
+    assert shipped.count("FASTKD_TESTING") == 1  # the option itself
+    builds = [line for line in (ROOT / "Makefile").read_text().splitlines() if "--no-build-isolation" in line]
+    assert len(builds) == 2
+    assert all(line.startswith("\t") and "FASTKD_WERROR=1 " in line for line in builds)
+
+
+@pytest.fixture
+def unserved_gpu(monkeypatch):
+    """A GPU of compute capability 9.0, and a library that was built for others alone."""
+    reason = "no kernel image is available for execution on the device"
+    monkeypatch.setattr(_library, "cuda_missing", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.ops.fastkd, "cuda_code", lambda: reason, raising=False)
+    _backend._cuda_unserved.cache_clear()
+    yield
+    _backend._cuda_unserved.cache_clear()
+
+
+def test_a_gpu_that_the_library_was_not_built_for_is_told_before_a_launch(unserved_gpu):
+    told = dict(main.lines())["backend cuda"]
+    assert "do not run on this GPU, of compute capability 9.0 (no kernel image" in told
+    assert "TORCH_CUDA_ARCH_LIST=9.0" in told
+    with pytest.raises(RuntimeError, match="'cuda' cannot be used: the CUDA kernels do not run"):
+        _backend.check("cuda", "backend")
+    assert _backend.automatic("cuda") != "cuda"
+
+
+def test_the_library_asks_the_driver_for_code():
+    library = _library.FOLDER / "libfastkd_cuda.so"
+    if not library.exists():
+        find_tool("nvcc")  # skips where there is none
+        pytest.fail("there is nvcc, but setup built no libfastkd_cuda.so")
+    torch.ops.load_library(library)
+    assert (torch.ops.fastkd.cuda_code() == "") == torch.cuda.is_available()
+
+
 def test_main_tells_what_will_be_used():
     run = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True, check=True)
-    for line in ("fastkd ", "torch ", "backend cpu ", "instruction set ", "threads "):
+    wanted = ("fastkd ", "torch ", "processor ", "torch's CPU capability ", "torch's BLAS ", "backend cpu ")
+    for line in (*wanted, "instruction set ", "threads "):
         assert re.search(rf"^{line}", run.stdout, re.MULTILINE), run.stdout
     assert re.search(r"^cpu tensors use +cpu$", run.stdout, re.MULTILINE)
     run = python("import runpy; runpy.run_module('fastkd', run_name='__main__')", FASTKD_BACKEND="torch")
     assert "torch (FASTKD_BACKEND)" in run.stdout
+
+
+def test_main_names_the_processor(monkeypatch, tmp_path):
+    monkeypatch.setattr(main, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(main.platform, "processor", lambda: "")
+    assert main.processor() == main.platform.machine()
+    monkeypatch.setattr(main.platform, "processor", lambda: "arm")
+    assert main.processor() == "arm"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel\t\t: 1\nmodel name\t: A processor 2 GHz\n" * 2)
+    assert main.processor() == "A processor 2 GHz"
+
+
+MKL = "  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605 for Intel(R) 64 architecture\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (MKL + "  - Build settings: BLAS_INFO=mkl, BUILD_TYPE=Release", "MKL 2024.2-Product Build 20240605"),
+        (MKL + "  - Build settings: BUILD_TYPE=Release", "MKL 2024.2-Product Build 20240605"),
+        ("  - Build settings: BLAS_INFO=open, LAPACK_INFO=open", "OpenBLAS (torch does not tell its version)"),
+        ("  - Build settings: BLAS_INFO=nvpl, USE_MKL=OFF", "nvpl (torch does not tell its version)"),
+        ("  - Build settings: USE_EIGEN_FOR_BLAS=ON", "unknown (torch does not tell its version)"),
+    ],
+)
+def test_main_names_the_blas(config, name):
+    """From what torch prints of MKL, OpenBLAS, another, and none."""
+    assert main.blas(config) == name
 
 
 @pytest.mark.parametrize("level", ["baseline", "nonsense"])
