@@ -10,9 +10,13 @@ PEERS  := .venv-peers
 GPU_PYTHON ?= python3
 # Processes that run tests.
 WORKERS ?= 2
+# Which GPUs `make setup` compiles for: that of this machine, or one kind; a wheel is for all.
+GPU    := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -m 1 -E '^[0-9]+\.[0-9]$$')
+GPUS   := $(or $(TORCH_CUDA_ARCH_LIST),$(GPU),9.0)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
-.PHONY: help setup distill distill-text distill-recommend test bench report docs gpu gpu-test gpu-bench lint format wheel clean
+.PHONY: help setup distill distill-text distill-recommend test test-sweep test-gates test-sanitizers \
+        test-products mutations bench report docs gpu gpu-test gpu-bench lint format wheel clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -20,7 +24,12 @@ help:
 	@echo "make distill  a teacher teaches students on real images: table and figure in outputs/"
 	@echo "make distill-text  a sentence encoder teaches small ones on real text, with the extra [text]: the same"
 	@echo "make distill-recommend  a wide-and-deep recommender teaches factorization machines, the same outputs"
-	@echo "make test     set-up and all tests"
+	@echo "make test     set-up and the tests of every behaviour, in cases that cover all pairs of parameters"
+	@echo "  test-sweep       the cases that it leaves out, of every parameter with every other"
+	@echo "  test-products    losses made of matrix products, as other processors' BLAS multiply"
+	@echo "  test-sanitizers  CUDA kernels as host code, under sanitizers"
+	@echo "  test-gates       what the compilers make of the kernels of every GPU; NVIDIA's where nvcc is"
+	@echo "  mutations        plants faults, one at a time, and tells whether the tests find them"
 	@echo "make bench    fastkd beside PyTorch and other libraries, in an environment of its own: JSON in bench/results/"
 	@echo "make report   docs/benchmarks.md, its plots and the README's table from bench/results/"
 	@echo "make docs     the documentation, as pages in build/docs"
@@ -47,7 +56,8 @@ $(VENV)/torch: $(BIN)/python
 	@touch $@
 
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml CMakeLists.txt $(SOURCES)
-	FASTKD_TESTING=1 FASTKD_WERROR=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,examples,bench]"
+	FASTKD_TESTING=1 FASTKD_WERROR=1 TORCH_CUDA_ARCH_LIST="$(GPUS)" \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,examples,bench]"
 	@touch $@
 
 setup: $(VENV)/ready
@@ -67,8 +77,19 @@ distill-text: $(VENV)/text
 	$(BIN)/python examples/distill_text.py $(ARGS)
 
 # Two at a time, whose threads sleep while they wait: those that spin keep the other process from its cores.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations 10
+
 test: $(VENV)/ready $(VENV)/text $(VENV)/docs
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-sweep test-gates test-sanitizers: $(VENV)/ready $(VENV)/text $(VENV)/docs
+	$(PYTEST) --part $(@:test-%=%) $(ARGS)
+
+test-products: $(VENV)/ready
+	bash .ci/products $(BIN)/python $(ARGS)
+
+mutations: $(VENV)/ready
+	$(BIN)/python -m tests.mutations $(ARGS)
 
 # Other libraries stay away from the environment that is tested. fastkd itself is that of $(VENV), built in place.
 # torchdistill asks for torchvision, which its losses do not use.

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from covering import covering
 
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -51,12 +52,64 @@ def pytest_sessionstart(session):
         raise pytest.UsageError(f"the tests need the compiled library: {_library.cpu_missing}")
 
 
+# Parts of the suite, each a target of the Makefile. What is marked with none of the others is in the first two: of each
+# test's cases those that cover all pairs of its parameters, and the others. Triton's interpreter, which takes fifty
+# times as long as the kernels of the CPU, has covering cases alone, and those that it is long at in the second.
+PARTS = {
+    "test": "every behaviour on every backend, by cases that cover all pairs of parameters",
+    "sweep": "the cases that are left out of it",
+    "gates": "what compilers make of the kernels of every architecture",
+    "sanitizers": "the CUDA kernels as host code, instrumented and in several orders of threads",
+    "products": "of the first part the CPU's losses that are made of matrix products",
+    "all": "the first two",
+}
+
+
+def pytest_addoption(parser):
+    described = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    parser.addoption("--part", choices=PARTS, default="test", help=f"which part of the suite is run. {described}")
+
+
+def pytest_configure(config):
+    for name in ("gates", "sanitizers", "products"):
+        config.addinivalue_line("markers", f"{name}: {PARTS[name]}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    of_one_test, covered = {}, set()
+    for item in items:
+        of_one_test.setdefault((item.path, item.cls, item.originalname), []).append(item)
+    for cases in of_one_test.values():
+        parameters = [getattr(case, "callspec", None) and case.callspec.params for case in cases]
+        chosen = covering(parameters) if len(cases) > 1 else [0]
+        covered.update(cases[i] for i in chosen)
+    wanted = [item for item in items if is_in(config.option.part, item, item in covered)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
+    items[:] = wanted
+    share_what_is_built(items)
+
+
+def is_in(part, item, covers):
+    """Whether a part of the suite has a test; covers: it is one of the cases that cover all pairs."""
+    heavy = next((name for name in ("gates", "sanitizers") if item.get_closest_marker(name)), None)
+    if heavy or part in ("gates", "sanitizers"):
+        return heavy == part
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    backend = parameters.get("backend", parameters.get("kernel", "cpu"))
+    if part == "products":
+        return covers and item.get_closest_marker("products") is not None and backend.startswith(("cpu", "torch"))
+    if backend == "triton-interpreter" and part != "all":
+        long = parameters.get("name") in getattr(parameters.get("case"), "long", ())
+        return covers and long == (part == "sweep")
+    return part == "all" or covers == (part == "test")
+
+
 # What is built once for the tests that share it, and by which of their parameters it differs.
 BUILT = {"compiled": "compiled", "compiler": "build", "built": None}
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def share_what_is_built(items):
     """Where several processes run tests, one of them builds a thing and runs all tests that share it."""
     for item in items:
         for name in set(BUILT) & set(item.fixturenames):

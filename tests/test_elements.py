@@ -174,8 +174,8 @@ def test_equals_torch(backend):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck(backend, name):
-    student = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    teacher, mask = torch.randn(3, 5, dtype=torch.float64), torch.tensor([True, False, True])
+    student = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    teacher, mask = torch.randn(2, 3, dtype=torch.float64), torch.tensor([True, False])
     for reduction in REDUCTIONS:
         assert torch.autograd.gradcheck(
             lambda s, reduction=reduction: LOSSES[name](s, teacher, reduction=reduction, mask=mask), student

@@ -12,6 +12,8 @@ import fastkd
 from fastkd import functional
 from fastkd.ops import gram
 
+pytestmark = pytest.mark.products
+
 CLAMPS = (None, "teacher", "both")
 
 

@@ -89,7 +89,7 @@ FORWARD, _, REVERSE, JENSEN_SHANNON = range(4)
 
 def classes(dtype):
     """w on both sides of 0, near and far, with p = q e^w."""
-    w = np.concatenate([np.linspace(-5, 5, 100_001), np.geomspace(1e-7, 0.3, 1000), -np.geomspace(1e-7, 0.3, 1000)])
+    w = np.concatenate([np.linspace(-5, 5, 10_001), np.geomspace(1e-7, 0.3, 1000), -np.geomspace(1e-7, 0.3, 1000)])
     w = w[w != 0].astype(dtype)
     q = np.full_like(w, 0.01)
     p = (q.astype(np.longdouble) * np.exp(w.astype(np.longdouble))).astype(dtype)

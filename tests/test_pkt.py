@@ -14,6 +14,8 @@ import fastkd
 from fastkd import functional
 from fastkd.ops import pkt
 
+pytestmark = pytest.mark.products
+
 S, T = torch.randn(40, 6), torch.randn(40, 9)
 
 

@@ -8,6 +8,8 @@ from tolerances import FLOOR, error
 import fastkd
 from fastkd import functional
 
+pytestmark = pytest.mark.products
+
 PROMISED = {torch.float32: 4e-6, torch.float64: 1e-12}
 
 

@@ -15,6 +15,8 @@ from fastkd import _check, functional
 from fastkd.ops import similarity
 from fastkd.reference import compute_dtype
 
+pytestmark = pytest.mark.products
+
 PROMISED = {torch.float32: 5e-6, torch.float64: 1e-12}
 NEAR_CONVERGENCE = {torch.float32: 1e-3, torch.float64: 1e-10}
 NOTHING = {torch.float32: 1e-6, torch.float64: 1e-14}

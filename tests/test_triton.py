@@ -279,12 +279,14 @@ def compiled_relations(compiled):
     return [entry for entry in compiled if entry[0].startswith("relation") and "/float64/" not in entry[0]]
 
 
+@pytest.mark.gates
 def test_registers_suffice(compiled_rows):
     for name, kernel, numbers in compiled_rows:
         assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
         assert numbers["stack"] <= STACK[int(name.split("/")[1])], (name, kernel, numbers)
 
 
+@pytest.mark.gates
 def test_logits_move_in_128_bits(compiled_rows):
     for name, kernel, numbers in compiled_rows:
         assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
@@ -293,12 +295,14 @@ def test_logits_move_in_128_bits(compiled_rows):
         assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
 
 
+@pytest.mark.gates
 def test_registers_suffice_for_relations(compiled_relations):
     for name, kernel, numbers in compiled_relations:
         assert numbers["registers"] <= RELATION_REGISTERS[kernel], (name, kernel, numbers)
         assert numbers["stack"] <= RELATION_STACK, (name, kernel, numbers)
 
 
+@pytest.mark.gates
 def test_features_stay_in_registers_and_move_in_128_bits(compiled):
     for name, kernel, numbers in compiled:
         if name.startswith("feature") and "/float64/" not in name:
@@ -310,6 +314,7 @@ def test_features_stay_in_registers_and_move_in_128_bits(compiled):
                 assert (numbers["wide_stores"] > 0) == (kernel != "powers_kernel"), (name, kernel, numbers)
 
 
+@pytest.mark.gates
 def test_strips_stay_in_registers_and_move_in_128_bits(compiled):
     for name, kernel, numbers in compiled:
         if name.startswith("strip"):
@@ -321,6 +326,7 @@ def test_strips_stay_in_registers_and_move_in_128_bits(compiled):
                 assert numbers["wide_stores"] > 0, (name, kernel, numbers)
 
 
+@pytest.mark.gates
 def test_tensor_cores_multiply_embeddings(compiled_relations):
     for name, kernel, numbers in compiled_relations:
         assert (numbers["products"] > 0) == (kernel in MULTIPLYING), (name, kernel, numbers)
