@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from covering import covering
+from covering import LONG, covering
 
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -82,12 +82,23 @@ def pytest_collection_modifyitems(config, items):
         of_one_test.setdefault((item.path, item.cls, item.originalname), []).append(item)
     for cases in of_one_test.values():
         parameters = [getattr(case, "callspec", None) and case.callspec.params for case in cases]
-        chosen = covering(parameters) if len(cases) > 1 else [0]
+        chosen = covering(parameters, [cost(case) for case in cases]) if len(cases) > 1 else [0]
         covered.update(cases[i] for i in chosen)
-    wanted = [item for item in items if is_in(config.option.part, item, item in covered)]
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(wanted)])
-    items[:] = wanted
+    wanted = {item: is_in(config.option.part, item, item in covered) for item in items}
+    config.hook.pytest_deselected(items=[item for item in items if not wanted[item]])
+    items[:] = [item for item in items if wanted[item]]
     share_what_is_built(items)
+
+
+def cost(item):
+    """Of a case beside the others of its test."""
+    backend = backend_of(item)
+    return LONG if backend == "triton-interpreter" else 3 if backend == "cuda-cusim" else 1
+
+
+def backend_of(item):
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return parameters.get("backend", parameters.get("kernel", ""))
 
 
 def is_in(part, item, covers):
@@ -95,11 +106,12 @@ def is_in(part, item, covers):
     heavy = next((name for name in ("gates", "sanitizers") if item.get_closest_marker(name)), None)
     if heavy or part in ("gates", "sanitizers"):
         return heavy == part
-    parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    backend = parameters.get("backend", parameters.get("kernel", "cpu"))
+    backend = backend_of(item)
     if part == "products":
-        return covers and item.get_closest_marker("products") is not None and backend.startswith(("cpu", "torch"))
+        on_host = not backend.startswith(("cuda", "triton"))
+        return covers and on_host and item.get_closest_marker("products") is not None
     if backend == "triton-interpreter" and part != "all":
+        parameters = item.callspec.params
         long = parameters.get("name") in getattr(parameters.get("case"), "long", ())
         return covers and long == (part == "sweep")
     return part == "all" or covers == (part == "test")

@@ -2,8 +2,9 @@
 
 Nearly every fault shows with one value of one parameter, or with two that meet: a kernel that is wrong for one dtype, a
 backend that forgets an option. Three parameters of a few dozen values have thousands of cases and a few hundred pairs.
-Beside pairs, every backend meets every loss in every dtype, as that is what a kernel is compiled for. What this leaves
-out is run by ``make sweep``; tests/mutations.py shows what it catches.
+Beside pairs, every backend meets every loss in every dtype, as that is what a kernel is compiled for; but for Triton's
+interpreter, which does not compile. What this leaves
+out is run by ``make test-sweep``; tests/mutations.py shows that what is left finds faults.
 
 Libraries that make such tables (allpairspy, covertable) start from parameters that may be combined freely. Ours may
 not: a case names its losses and dtypes, and where told so by a filter allpairspy 2.5.1 left out 173 of the pairs of
@@ -14,11 +15,12 @@ import heapq
 import itertools
 
 KERNEL = ("backend", "name", "dtype")
+LONG = 20  # what a case costs that Triton's interpreter runs, where one of the CPU costs 1: it has pairs alone
 
 
-def covering(cases):
-    """Indices of the cases, dictionaries of the same parameters, that cover all pairs; the fewest that a greedy choice
-    finds, the same every time."""
+def covering(cases, costs):
+    """Indices of the cases, dictionaries of the same parameters, that cover all pairs: those that a greedy choice finds,
+    which takes the case that covers most for what it costs. The same every time."""
     numbers = {}
 
     def number(value):
@@ -29,18 +31,18 @@ def covering(cases):
             return numbers.setdefault(id(value), len(numbers))
 
     covered_by = []
-    for case in cases:
+    for case, cost in zip(cases, costs, strict=True):
         found = [(name, number(value)) for name, value in case.items()]
         covered = set(itertools.combinations(found, 2)) if len(found) > 1 else set(found)
-        if set(KERNEL) <= set(case):
+        if set(KERNEL) <= set(case) and cost < LONG:
             covered.add(tuple(x for x in found if x[0] in KERNEL))
         covered_by.append(covered)
     left, chosen = set().union(*covered_by), []
-    best = [(-len(covered), i) for i, covered in enumerate(covered_by)]
+    best = [(-len(covered) / cost, i) for i, (covered, cost) in enumerate(zip(covered_by, costs, strict=True))]
     heapq.heapify(best)
     while left:
         _, i = heapq.heappop(best)
-        gain = len(covered_by[i] & left)
+        gain = len(covered_by[i] & left) / costs[i]
         if gain and best and gain < -best[0][0]:  # others have become better
             heapq.heappush(best, (-gain, i))
         elif gain:

@@ -1,5 +1,6 @@
 """The examples, small: they run, print their table and write what they say they write."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -47,8 +48,12 @@ def test_distill_digits(tmp_path):
         ("--device", "tpu"),
     ],
 )
-def test_distill_digits_refuses_a_bad_flag(flag, value, tmp_path):
-    run = digits(flag, value, "--output", tmp_path / "nothing")
-    assert run.returncode == 2
-    assert flag in run.stderr.strip().splitlines()[-1]
+def test_distill_digits_refuses_a_bad_flag(flag, value, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(DIGITS.parent)
+    example = importlib.import_module(DIGITS.stem)
+    monkeypatch.setattr(sys, "argv", [DIGITS.name, flag, value, "--output", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as refused:
+        example.main()
+    assert refused.value.code == 2
+    assert flag in capsys.readouterr().err.strip().splitlines()[-1]
     assert not (tmp_path / "nothing").exists()

@@ -1,0 +1,189 @@
+"""Faults that the tests must find, planted one at a time: ``make mutations``.
+
+A fault is a text and what stands in its place; each is of a kind that has been made, or is easily made, in that place.
+They are planted in a copy of the sources, in build/mutations, whose libraries are built again where C++ has changed.
+``--part all`` runs the tests of every combination of parameters in place of those that cover all pairs: what they find
+and the others do not is what the smaller suite costs.
+
+    python tests/mutations.py                 all of them
+    python tests/mutations.py --only pairs    those with pairs in their name
+    python tests/mutations.py --list          their names
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPY = ROOT / "build" / "mutations"
+
+
+class Mutation(NamedTuple):
+    name: str
+    path: str
+    text: str
+    instead: str
+    first: str  # where to look first: the files of tests that are about it; if none fails, all are run
+
+
+ROWS = "tests/test_rows.py"
+RELATIONS = "tests/test_relations.py tests/test_row_options.py"
+FEATURES = "tests/test_elements.py tests/test_attention.py"
+MUTATIONS = [
+    # functors, of the CPU and CUDA
+    Mutation("functor: KL's far form without its first-order term", "csrc/math/divergence.h",
+             "const T far = (e.p - e.q) - e.q * e.w;", "const T far = -e.q * e.w;", ROWS),
+    Mutation("functor: reverse KL's series has the other sign", "csrc/math/divergence.h",
+             "e.p * (e.w * e.w * bregman_series(-e.w))", "e.p * (e.w * e.w * bregman_series(e.w))", ROWS),
+    Mutation("functor: js_div takes the other side's share", "csrc/math/divergence.h",
+             "(student_larger ? beta : rest) * (smaller - larger)", "(student_larger ? rest : beta) * (smaller - larger)",
+             ROWS),
+    Mutation("functor: rkd_distance forgets that the mean has a gradient", "csrc/math/relation.h",
+             "slope_mean_ = T(sums.slope / options.pairs());", "slope_mean_ = T(0);", RELATIONS),
+    Mutation("functor: the variance's epsilon", "csrc/math/feature.h",
+             "kVarianceEpsilon = 1e-6", "kVarianceEpsilon = 1e-5", FEATURES),
+    # schedules of the CPU
+    Mutation("cpu rows: a masked row keeps its statistics", "csrc/cpu/rows_kernel.cpp",
+             "if (P.stats) P.stats[row] = {};\n      zero_grad(P, row, 0, blocks);", "zero_grad(P, row, 0, blocks);", ROWS),
+    Mutation("cpu rows: a student without a class has a finite loss", "csrc/cpu/rows_kernel.cpp",
+             "if (stats.sum_student == 0) loss = kInf<double>;", "", ROWS),
+    Mutation("cpu pairs: weights of the columns are those of the rows", "csrc/cpu/pairs.cpp",
+             "half_weights_ ? half_weights_.get() + bj.begin : nullptr", "half_weights_ ? half_weights_.get() + bi.begin : nullptr",
+             RELATIONS),
+    Mutation("cpu pairs: two blocks meet in one order alone", "csrc/cpu/pairs.cpp",
+             "if (i != j) add_product(j, W.transposed(), i, column, beta);", "", RELATIONS),
+    Mutation("cpu triplets: a threshold that is met counts", "csrc/cpu/triplet_kernel.cpp",
+             "a[r + half - 1] <= d[k] ? half : 0", "a[r + half - 1] < d[k] ? half : 0", "tests/test_triplet.py"),
+    # schedules of CUDA, run as host code
+    Mutation("cuda rows: a row's edges are left out of its sums", "csrc/cuda/rows_kernel.cuh",
+             "    add<T, 1, D::kTeacherEntropy>(own.sums, s1, t1, r);\n", "", ROWS),
+    Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",
+             "const bool counts = !P.mask || P.mask[row];", "const bool counts = true;", ROWS),
+    Mutation("cuda triples: the bound of Huber is one-sided", "csrc/cuda/triples_kernel.cuh",
+             "return x < -bound ? -bound : x > bound ? bound : x; }", "return x > bound ? bound : x; }", RELATIONS),
+    Mutation("cuda pairs: all rows are there", "csrc/cuda/pairs_tile.cuh",
+             "N(rows_there(P.count, 0, P.options.N))", "N(P.options.N)", RELATIONS),
+    Mutation("cuda features: the last rows of a block have no weight", "csrc/cuda/elements_kernel.cuh",
+             "double(sum[q]) * weight(place.row + q) : 0;", "double(sum[q]) * weight(place.row) : 0;", FEATURES),
+    # schedules of Triton
+    Mutation("triton: js_div's terms trade places", "fastkd/triton/divergences.py",
+             "v = tl.where(student_larger, lower, upper)", "v = tl.where(student_larger, upper, lower)", ROWS),
+    Mutation("triton: thresholds that are met count", "fastkd/triton/triplet.py",
+             "negative[None, :] & ~(threshold[:, None] <= d[None, :])\n        above", "negative[None, :] & ~(threshold[:, None] < d[None, :])\n        above",
+             "tests/test_triplet.py"),
+    Mutation("triton: rows that are not there are pairs' all the same", "fastkd/triton/pairs.py",
+             "        end = tl.minimum(end, n)\n    at, width = i[:, None]", "    at, width = i[:, None]", RELATIONS),
+    # bindings
+    Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_inputs.h",
+             "teacher_temperature_rows(a.next<OptionalTensor>()),", "teacher_temperature_rows((a.next<OptionalTensor>(), temperature_rows)),",
+             ROWS),
+    Mutation("binding: a half-precision gradient is computed in forward", "fastkd/ops/rows.py",
+             "ctx.recompute = arguments[REDUCTION_AT] == 0 or student.dtype is torch.float16", "ctx.recompute = arguments[REDUCTION_AT] == 0",
+             ROWS),
+    Mutation("binding: backward forgets the layers' weights", "fastkd/ops/elements.py",
+             "options.reduction, list(options.layer_weights)\n", "options.reduction, [1.0] * len(options.layer_weights)\n", FEATURES),
+    Mutation("binding: keys that are the rows have no gradient", "fastkd/ops/relation_kl.py",
+             "s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)", "s.add_gradients(rows, S, grad, keys_grad)",
+             "tests/test_relation_kl.py"),
+    Mutation("binding: an upstream gradient multiplies once more when a graph is retained", "fastkd/ops/gradient.py",
+             "    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward\n        return [grad * upstream for grad in grads]\n",
+             "", ROWS),
+    # checks
+    Mutation("check: a temperature of 0", "fastkd/_check.py",
+             "if not 0 < value < math.inf:  # false for NaN", "if not 0 <= value < math.inf:  # false for NaN", "tests/test_errors.py"),
+    Mutation("check: a view of a leaf is overwritten", "fastkd/_check.py",
+             "if student.is_leaf or (student._base is not None and student._base.is_leaf and student._base.requires_grad):",
+             "if student.is_leaf:", "tests/test_inplace.py tests/test_errors.py"),
+    Mutation("check: a mask of integers", "fastkd/_check.py",
+             "if x.dtype is not torch.bool:", "if x.dtype is torch.float64:", "tests/test_errors.py"),
+    # what is plain PyTorch
+    Mutation("reference: the mean is over all rows", "fastkd/reference.py",
+             "valid = rows.numel() if mask is None else mask.sum()", "valid = rows.numel()", ROWS),
+    Mutation("products: features are trusted near convergence", "fastkd/ops/gram.py",
+             "if may_cancel or (squares > MIN_SHARE * terms).all():  # false of NaN", "if True:", "tests/test_gram.py " + RELATIONS),
+]  # fmt: skip
+
+
+def run(*command, **options):
+    return subprocess.run(
+        command, cwd=COPY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options
+    )
+
+
+def copy_sources():
+    """What git knows of, and the libraries' build folder as it was left."""
+    COPY.mkdir(parents=True, exist_ok=True)
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, files.split("\0")):
+        source, target = ROOT / name, COPY / name
+        if not source.is_file():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.read_bytes() != source.read_bytes():  # else ninja would compile it again
+            target.write_bytes(source.read_bytes())
+
+
+def build():
+    environment = {**os.environ, "FASTKD_TESTING": "1", "FASTKD_CUDA": "0"}
+    return run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=environment)
+
+
+def first_failure(part, where, workers):
+    """The first test that fails, or None."""
+    environment = {**os.environ, "PYTHONPATH": str(COPY), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = ["-m", "pytest", "-x", "--part", part, "-n", workers, "--dist", "loadgroup", *where.split()]
+    done = run(sys.executable, *command, env=environment)
+    if done.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    if not found:
+        sys.exit(f"the tests could not be run:\n{done.stdout[-3000:]}")
+    return found[1]
+
+
+def find(mutation, part, workers):
+    """Which test finds a fault: "" if none does, "the build" if it does not compile."""
+    path = COPY / mutation.path
+    original = path.read_text()
+    if original.count(mutation.text) != 1:
+        sys.exit(f"{mutation.name}: {mutation.path} must have its text once, and has it {original.count(mutation.text)} times")
+    path.write_text(original.replace(mutation.text, mutation.instead))
+    try:
+        if mutation.path.startswith("csrc") and build().returncode:
+            return "the build"
+        return first_failure(part, mutation.first, workers) or first_failure(part, "tests", workers) or ""
+    finally:
+        path.write_text(original)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="a part of their names")
+    parser.add_argument("--part", default="test", choices=("test", "all"), help="of the suite, see tests/conftest.py")
+    parser.add_argument("--workers", default="2")
+    parser.add_argument("--list", action="store_true", help="names alone")
+    arguments = parser.parse_args()
+    chosen = [mutation for mutation in MUTATIONS if arguments.only in mutation.name]
+    if arguments.list:
+        return print("\n".join(mutation.name for mutation in chosen))
+    copy_sources()
+    if (built := build()).returncode:
+        sys.exit(built.stdout)
+    missed = 0
+    for mutation in chosen:
+        start = time.perf_counter()
+        found = find(mutation, arguments.part, arguments.workers)
+        missed += not found
+        print(f"{mutation.name}: {found or 'NOT FOUND'} ({time.perf_counter() - start:.0f} s)", flush=True)
+    build()
+    print(f"{len(chosen)} faults, {len(chosen) - missed} found")
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
