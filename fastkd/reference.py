@@ -386,7 +386,8 @@ def attention_transfer(student, teacher, p):
     return (s - t).square().mean().to(dtype)
 
 
-def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction):
-    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction):
+    projected = torch.nn.functional.linear(student.movedim(dim, -1), projector_weight, projector_bias)
     masks, weights = ([] if x is None else [x] for x in (mask, weight))
-    return feature_loss(feature, [projected], [teacher], [projected.dim() - 1], masks, weights, reduction, [1.0])[0]
+    teacher, dims = teacher.movedim(dim, -1), [student.dim() - 1]
+    return feature_loss(feature, [projected], [teacher], dims, masks, weights, reduction, [1.0])[0]
