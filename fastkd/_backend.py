@@ -101,9 +101,16 @@ def backend(name):
         _chosen = before
 
 
-@torch.compiler.assume_constant_result  # looks at the machine, which is not to be traced
 def automatic(device_type):
     """The backend that serves a kind of device when the user chose none."""
+    if torch.compiler.is_compiling():
+        from . import _untraced
+
+        return _untraced.automatic(device_type)
+    return look_for_automatic(device_type)
+
+
+def look_for_automatic(device_type):
     candidates = {"cuda": ("cuda", "triton"), "cpu": ("cpu",), "meta": ("cpu",)}.get(device_type, ())
     return next((name for name in candidates if not unavailable(name)), "torch")
 
@@ -120,9 +127,16 @@ def select(device):
     return _chosen
 
 
-@torch.compiler.assume_constant_result
 def namespace(name):
     """Where the ops of a backend are; they are defined when they are first asked for."""
+    if torch.compiler.is_compiling():
+        from . import _untraced
+
+        return _untraced.namespace(name)
+    return look_for_namespace(name)
+
+
+def look_for_namespace(name):
     found = _namespaces[name]
     if name == "triton":
         with _defining:

@@ -238,8 +238,7 @@ def features(students, teachers, dim):
             raise ValueError(
                 f"teacher: the student's shape {list(student.shape)} wanted{where}, got {list(teacher.shape)}"
             )
-        if not -student.dim() <= dim_of(student, dim) < student.dim():
-            raise ValueError(f"dim: a dimension of shape {list(student.shape)} wanted{where}, got {dim}")
+        _has_dim(student, dim, where)
         if student.shape[dim_of(student, dim)] == 0:
             raise ValueError(f"student: at least one feature wanted{where}, got shape {list(student.shape)}")
         _same_device(student, teacher)
@@ -268,17 +267,26 @@ def exponent(name, value):
         raise ValueError(f"{name}: a finite number of at least 1 wanted, got {value}")
 
 
-def projector(student, projector_weight, projector_bias, teacher):
-    """features [*, D_s] and [*, D_t], a weight [D_t, D_s] and, or not, a bias [D_t]."""
+def projector(student, projector_weight, projector_bias, teacher, dim):
+    """Features of widths D_s and D_t at dim, a weight [D_t, D_s] and, or not, a bias [D_t]."""
     _inputs(student, teacher, "features")
+    feature_dim(dim)
+    if student.dim() == 0:
+        raise ValueError("student: features of shape [*, D] wanted, got a tensor without dimensions")
+    _has_dim(student, dim)
+    at = dim_of(student, dim) % student.dim()
+    wanted = [*student.shape[:at], "D", *student.shape[at + 1 :]]
+    if [*teacher.shape[:at], "D", *teacher.shape[at + 1 :]] != wanted:
+        shape = ", ".join(map(str, wanted))
+        raise ValueError(
+            f"teacher: the student's shape but for its features, [{shape}], wanted; got {list(teacher.shape)}. "
+            "dim says where the features are"
+        )
     for name, x in (("student", student), ("teacher", teacher)):
-        if x.dim() == 0 or x.shape[-1] == 0:
-            raise ValueError(f"{name}: features of shape [*, D] wanted, got {list(x.shape)}")
-    if student.shape[:-1] != teacher.shape[:-1]:
-        wanted = [*student.shape[:-1], teacher.shape[-1]]
-        raise ValueError(f"teacher: the student's leading dimensions {wanted} wanted, got {list(teacher.shape)}")
+        if x.shape[at] == 0:
+            raise ValueError(f"{name}: at least one feature wanted, got shape {list(x.shape)}")
     _same_device(student, teacher)
-    shapes = {"projector_weight": [teacher.shape[-1], student.shape[-1]], "projector_bias": [teacher.shape[-1]]}
+    shapes = {"projector_weight": [teacher.shape[at], student.shape[at]], "projector_bias": [teacher.shape[at]]}
     for name, x in (("projector_weight", projector_weight), ("projector_bias", projector_bias)):
         if x is None and name == "projector_bias":
             continue
@@ -297,6 +305,17 @@ def dim_of(x, dim):
     if dim is None:
         return 1 if x.dim() == 4 else x.dim() - 1
     return dim
+
+
+def _has_dim(x, dim, where=""):
+    """The dimension of the features is one of x, and said where nothing tells it."""
+    if dim is None and x.dim() > 4:
+        raise ValueError(
+            f"dim: wanted{where} of five and more dimensions (1 where they are video, [B, C, T, H, W]); "
+            f"got None and shape {list(x.shape)}"
+        )
+    if not -x.dim() <= dim_of(x, dim) < x.dim():
+        raise ValueError(f"dim: a dimension of shape {list(x.shape)} wanted{where}, got {dim}")
 
 
 def per_layer(name, x, students, dim, check_one):

@@ -542,7 +542,9 @@ _FEATURE = r"""{title}
         reduction: {reduction}
         layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default 1.
         return_layers: also return each layer's own loss, without its weight, ``[layers]`` and detached.
-        dim: where the features are. Default: 1 of tensors with four dimensions, else the last.
+        dim: where the features are. Default: 1 of tensors with four dimensions, which are taken for maps (attention
+            heads ``[B, H, L, D]`` want ``dim=-1``), and the last of those with fewer. Five and more dimensions, such
+            as video ``[B, C, T, H, W]``, want it said.
 
     Returns:
         The loss, float64 where an input is float64, else float32; with ``return_layers`` a pair. No rows,
@@ -653,39 +655,44 @@ def linear_feature_mse(
     mask=None,
     weight=None,
     reduction="mean",
+    dim=None,
 ):
-    _check.projector(student, projector_weight, projector_bias, teacher)
+    _check.projector(student, projector_weight, projector_bias, teacher, dim)
     _check.feature_normalize(normalize)
     rows = [teacher]  # what masks and weights are one per row of
     if mask is not None:
-        (mask,) = _check.per_layer("mask", mask, rows, -1, _check.is_mask)
+        (mask,) = _check.per_layer("mask", mask, rows, dim, _check.is_mask)
     if weight is not None:
-        (weight,) = _check.per_layer("weight", weight, rows, -1, _check._floating)
+        (weight,) = _check.per_layer("weight", weight, rows, dim, _check._floating)
     _check.reduction(reduction)
+    dim = _check.dim_of(student, dim) % student.dim()
     feature, backend = normalize or "squares", _backend.select(student.device)
-    arguments = (feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction)
+    arguments = (feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction)
     if backend == "torch":
         loss = reference.linear_feature_loss(*arguments)
     else:
         from .ops import elements
 
         loss = elements.linear_feature_loss(_backend.namespace(backend), *arguments)
-    return loss.view(student.shape[:-1]) if reduction == "none" else loss
+    return loss.view([*student.shape[:dim], *student.shape[dim + 1 :]]) if reduction == "none" else loss
 
 
 linear_feature_mse.__doc__ = r"""Mean squared difference of projected student features and a teacher's of another width.
 
     .. math:: \mathrm{feature\_mse}(student\, W^\top + b,\ teacher)
 
-    with gradients to student, projector_weight and projector_bias, all by torch's matrix products. Of the
-    projected features only the residual is kept, in their own place.
+    with gradients to student, projector_weight and projector_bias, all by torch's matrix products. Of maps
+    ``[B, C, H, W]`` the projector is a 1x1 convolution over the channels. Of the projected features only the
+    residual is kept, in their own place.
 
     Args:
-        student: features ``[*, D_s]``; float16, bfloat16, float32 or float64.
+        student: features ``[*, D_s]``, or maps ``[B, D_s, H, W]`` in any memory format; float16, bfloat16, float32 or
+            float64.
         projector_weight: W, ``[D_t, D_s]``, of the student's dtype (any under autocast).
-        teacher: features ``[*, D_t]``; the dtype may differ. A constant: no gradient flows to it.
+        teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``; the dtype may differ. A constant: no gradient flows
+            to it.
         projector_bias: b, ``[D_t]``. Default: none.
-        normalize, mask, weight, reduction: as in :func:`feature_mse`.
+        normalize, mask, weight, reduction, dim: as in :func:`feature_mse`.
 
     Returns:
         The loss, float64 where an input is float64, else float32.

@@ -355,9 +355,9 @@ class LinearFeatureMSELoss(_FeatureLoss):
     to be trained with the student.
 
     Args:
-        student_features, teacher_features: the widths D_s and D_t.
+        student_features, teacher_features: the widths D_s and D_t; of maps the numbers of channels.
         bias: whether the projector has one. Default True.
-        normalize, reduction: as there.
+        normalize, reduction, dim: as there.
         device, dtype: of the projector.
     """
 
@@ -369,6 +369,7 @@ class LinearFeatureMSELoss(_FeatureLoss):
         bias=True,
         normalize=None,
         reduction="mean",
+        dim=None,
         device=None,
         dtype=None,
     ):
@@ -380,11 +381,12 @@ class LinearFeatureMSELoss(_FeatureLoss):
         _check.flag("bias", bias)
         _check.feature_normalize(normalize)
         _check.reduction(reduction)
-        super().__init__(normalize=normalize, reduction=reduction)
+        _check.feature_dim(dim)
+        super().__init__(normalize=normalize, reduction=reduction, dim=dim)
         self.projector = torch.nn.Linear(student_features, teacher_features, bias, device, dtype)
 
     def forward(self, student, teacher, *, mask=None, weight=None):
-        """The loss of features ``[*, D_s]`` and ``[*, D_t]``; mask and weight as in the function."""
+        """The loss of features ``[*, D_s]`` and ``[*, D_t]``, or of maps; mask and weight as in the function."""
         return functional.linear_feature_mse(
             student,
             self.projector.weight,

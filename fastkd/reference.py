@@ -1,6 +1,7 @@
 """The losses in plain PyTorch, to be read: the truth for tests and benches, and the fallback.
 
-In float64 these are what every kernel is measured against.
+In float64 these are what every kernel is measured against. Of half and single precision they make no float64, which
+some devices do not have.
 """
 
 import contextlib
@@ -276,7 +277,9 @@ def relational_triplet(student, teacher, labels, positives, margin, mask, weight
     if labels is not None:
         similar = others & (_ordinary(labels)[:, None] == _ordinary(labels))
     else:
-        t = torch.where(here[:, None], _ordinary(teacher).detach().double(), 0.0)
+        t = torch.where(here[:, None], _ordinary(teacher).detach().to(compute_dtype(teacher)), 0.0)
+        if N:  # a power of two brings squares into range and changes no digit
+            t = t * torch.exp2(-_largest(t, (0, 1)).nan_to_num(1.0, 1.0).log2().floor().clamp(min=-126))
         between = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~others, torch.inf)
         nearest = between.topk(min(positives_of(positives, N), N), largest=False).indices
         similar = torch.zeros_like(others).scatter_(1, nearest, torch.ones_like(nearest, dtype=torch.bool)) & others
@@ -331,20 +334,33 @@ def relation_kl(
     return logits_loss(divergence, s, t, options)
 
 
+def _over_length(x, shortest):
+    """Rows over their length, of at least shortest; a row of zeros has no gradient."""
+    squares = x.square().sum(-1, keepdim=True)  # which loses fewer digits of long rows than vector_norm
+    nothing = squares == 0
+    length = torch.where(nothing, 1.0, squares).sqrt()  # what is not chosen below must stay differentiable
+    return torch.where(nothing, 0.0, x / torch.maximum(length, shortest))
+
+
+def _largest(x, dim):
+    """The largest elements, 1 in place of 0. What is divided by them has squares in float32's range."""
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    return torch.where(largest == 0, 1.0, largest)
+
+
 def _of_length_one(x):
-    """Rows over their length, of at least 1e-12; a row of zeros has no gradient. Lengths in float64,
-    where squares of float32 stay in range."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float64)
-    nothing = length == 0
-    unit = (x.double() / torch.where(nothing, 1.0, length).clamp(min=1e-12)).to(x.dtype)
-    return torch.where(nothing, 0.0, unit)
+    """Rows over their length, of at least 1e-12; a row of zeros has no gradient."""
+    largest = _largest(x, -1)
+    return _over_length(x / largest, 1e-12 / largest)
 
 
 def _standardized(x):
-    """Rows less their mean, over their standard deviation."""
-    centred = x.double() - x[..., :1].detach().double()  # of equal values the mean is exact
+    """Rows less their mean, over sqrt(variance + 1e-6)."""
+    centred = x - x[..., :1].detach()  # of equal values the mean is exact
+    unit = _largest(centred, -1).clamp(min=1)
+    centred = centred / unit
     centred = centred - centred.mean(-1, keepdim=True)
-    return (centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()).to(x.dtype)
+    return centred / (centred.square().mean(-1, keepdim=True) + (1e-3 / unit).square()).sqrt()
 
 
 _FEATURES = {"squares": lambda x: x, "l2": _of_length_one, "standardize": _standardized, "cosine": _of_length_one}
@@ -382,11 +398,17 @@ def attention_transfer(student, teacher, p):
     s, t = (x.to(dtype) for x in (student, _ordinary(teacher).detach()))
     if not s.shape[0] * s.shape[2] * s.shape[3]:
         return (s * 0).sum()
-    s, t = (_of_length_one(x.double().abs().pow(p).mean(1).flatten(1)) for x in (s, t))
-    return (s - t).square().mean().to(dtype)
+
+    def attention(x):
+        largest = _largest(x, (1, 2, 3))
+        x = (x / largest).abs().pow(p).mean(1).flatten(1)
+        return _over_length(x, (1e-12 ** (1 / p) / largest).pow(p).flatten(1))
+
+    return (attention(s) - attention(t)).square().mean()
 
 
-def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction):
-    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction):
+    projected = torch.nn.functional.linear(student.movedim(dim, -1), projector_weight, projector_bias)
     masks, weights = ([] if x is None else [x] for x in (mask, weight))
-    return feature_loss(feature, [projected], [teacher], [projected.dim() - 1], masks, weights, reduction, [1.0])[0]
+    teacher, dims = teacher.movedim(dim, -1), [student.dim() - 1]
+    return feature_loss(feature, [projected], [teacher], dims, masks, weights, reduction, [1.0])[0]

@@ -118,6 +118,19 @@ def test_layers_in_one_call(backend, name):
     assert error(rows[1], 0.5 * alone) <= 4 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 3, 5), None), ((2, 3, 5, 4), None), ((2, 4, 7, 6), -1), ((2, 8, 3, 4, 5), 1), ((2, 3, 2, 2, 3, 4), -2)], ids=str
+)  # fmt: skip
+def test_where_the_features_are(shape, dim):
+    """The last of up to three dimensions, the channels of maps, and where dim says: heads, video, whatever."""
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    at = (1 if len(shape) == 4 else -1) if dim is None else dim
+    rows = functional.feature_cosine(student, teacher, reduction="none", dim=dim)
+    assert error(rows, 1 - F.cosine_similarity(student, teacher, dim=at)) <= 2e-6
+    (listed,) = functional.feature_mse([student], [teacher], reduction="none", dim=dim)
+    assert error(listed, (student - teacher).square().sum(at)) <= 2e-6
+
+
 def test_a_mask_for_all_layers_or_one_for_each(backend):
     students, teachers = ([torch.randn(3, 4, D) for D in (5, 8)] for _ in range(2))
     mask = torch.rand(3, 4) < 0.5

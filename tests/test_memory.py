@@ -130,11 +130,20 @@ def test_attention_transfer_holds_one_gradient():
     assert student.numel() * 4 <= used <= student.numel() * 4 + SLACK
 
 
-def test_linear_feature_mse_holds_the_residual_alone():
+def maps_of(rows, layout):
+    """[B, C, 32, 32] of rows [B x 32 x 32, C]."""
+    maps = rows.view(-1, 32, 32, rows.shape[1]).movedim(-1, 1)
+    return maps.contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("layout", [None, torch.contiguous_format, torch.channels_last], ids=str)
+def test_linear_feature_mse_holds_the_residual_alone(layout):
     """Of what has the teacher's width; and a gradient of the student's."""
     student, teacher, weight = torch.randn(16384, 64), torch.randn(16384, 1024), torch.randn(1024, 64)
+    if layout is not None:
+        student, teacher = maps_of(student, layout), maps_of(teacher, layout)
     used = peak(
-        lambda s: functional.linear_feature_mse(s, weight, teacher).backward(),
-        lambda: (student.detach().requires_grad_(),),
+        lambda s, W: functional.linear_feature_mse(s, W, teacher).backward(),
+        lambda: (student.detach().requires_grad_(), weight.detach().requires_grad_()),
     )
     assert used <= (teacher.numel() + student.numel()) * 4 + SLACK

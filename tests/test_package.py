@@ -196,6 +196,21 @@ def test_the_library_asks_the_driver_for_code():
     assert (torch.ops.fastkd.cuda_code() == "") == torch.cuda.is_available()
 
 
+def test_import_brings_no_compiler_along():
+    """They take a second, and are wanted where something is compiled. Neither does a first step need them."""
+    run = python(
+        "import sys, torch\n"
+        "heavy = {'torch._dynamo', 'torch._inductor', 'triton', 'sympy'}\n"
+        "before = set(sys.modules)\n"
+        "import fastkd; print(sorted((set(sys.modules) - before) & heavy))\n"
+        "fastkd.KLDivLoss()(torch.zeros(2, 2, requires_grad=True), torch.zeros(2, 2)).backward()\n"
+        "fastkd.PKTLoss()(torch.eye(2, requires_grad=True), torch.eye(2)).backward()\n"
+        "print(sorted((set(sys.modules) - before) & heavy))"
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["[]", "[]"]
+
+
 def test_main_tells_what_will_be_used():
     run = subprocess.run([sys.executable, "-m", "fastkd"], capture_output=True, text=True, check=True)
     wanted = ("fastkd ", "torch ", "processor ", "torch's CPU capability ", "torch's BLAS ", "backend cpu ")

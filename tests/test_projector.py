@@ -24,12 +24,15 @@ def made(dtype=torch.float32, shape=(6, 5), student_features=7, teacher_features
 
 
 def two_steps(learned, teacher, normalize, upstream=None, **options):
-    """In float64."""
+    """In float64, of rows."""
     student, weight, bias = (x.detach().double().requires_grad_() for x in learned)
-    projected = torch.nn.functional.linear(student, weight, bias)
+    shape = student.shape[:-1]
+    projected = torch.nn.functional.linear(student, weight, bias).reshape(-1, len(weight))
     name = "feature_mse" + (f"-{normalize}" if normalize else "")
-    loss, grad = truth(name, projected, teacher, upstream, **options)
-    return loss, torch.autograd.grad(projected, (student, weight, bias), grad)
+    options |= {key: options[key].reshape(-1) for key in ("mask", "weight") if key in options}
+    upstream = upstream if upstream is None or not upstream.dim() else upstream.reshape(-1)
+    loss, grad = truth(name, projected, teacher.reshape(projected.shape), upstream, **options)
+    return loss.view(shape) if loss.dim() else loss, torch.autograd.grad(projected, (student, weight, bias), grad)
 
 
 @pytest.mark.parametrize("normalize", [None, "l2", "standardize"])
@@ -64,6 +67,93 @@ def test_half_precision(backend, dtype):
     for grad, grad_ref in zip(grads, grads_ref, strict=True):
         assert grad.dtype == dtype
         assert error(grad, grad_ref) <= 4 * FLOOR[dtype]
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def every_other(x):
+    return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+
+
+MAPS = {  # shapes of rows, where their features are, how maps lie in memory, and a reduction
+    "maps": ((2, 5, 3), 1, torch.Tensor.contiguous, "mean"),
+    "large_maps": ((2, 9, 8), 1, torch.Tensor.contiguous, "none"),  # of which a sample's products are one by one
+    "channels_last": ((2, 5, 3), 1, channels_last, "none"),
+    "mixed": ((2, 5, 3), 1, lambda x: channels_last(x) if x.shape[1] == 7 else x.contiguous(), "sum"),
+    "gaps": ((2, 5, 3), 1, every_other, "batchmean"),
+    "one_position": ((4, 1, 1), 1, torch.Tensor.contiguous, "none"),
+    "first": ((6,), 0, torch.Tensor.contiguous, "mean"),
+    "video": ((2, 2, 3, 2), 1, torch.Tensor.contiguous, "batchmean"),
+    "heads": ((2, 3, 4), -1, torch.Tensor.contiguous, "mean"),
+}
+
+
+def made_maps(name, dtype=torch.float32):
+    """Rows of features, and the same as maps."""
+    shape, dim, lie, _ = MAPS[name]
+    (student, weight, bias), teacher = made(dtype, shape)
+    maps = lie(student.detach().movedim(-1, dim)).requires_grad_()
+    given = {} if dim == 1 and len(shape) == 3 else {"dim": dim}
+    return dim, given, (student, weight, bias), teacher, maps, lie(teacher.movedim(-1, dim))
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_maps(backend, name):
+    """A 1x1 convolution over the channels; its rows are the positions."""
+    dim, given, learned, teacher, maps, teacher_maps = made_maps(name)
+    shape, reduction = teacher.shape[:-1], MAPS[name][-1]
+    options = {"reduction": reduction}
+    if reduction != "sum":
+        options |= {"mask": torch.rand(shape) < 0.8, "weight": torch.rand(shape)}
+    normalize = {"none": "l2", "batchmean": "standardize"}.get(reduction)
+    upstream = torch.rand(shape) if reduction == "none" else torch.tensor(0.5)
+    _, weight, bias = learned
+    loss = functional.linear_feature_mse(
+        maps, weight, teacher_maps, projector_bias=bias, normalize=normalize, **options, **given
+    )
+    assert loss.shape == upstream.shape
+    grads = torch.autograd.grad(loss, (maps, weight, bias), upstream)
+    loss_ref, grads_ref = two_steps(learned, teacher, normalize, upstream, **options)
+    assert error(loss.detach(), loss_ref) <= PROMISED[torch.float32]
+    for grad, grad_ref in zip((grads[0].movedim(dim, -1), *grads[1:]), grads_ref, strict=True):
+        assert error(grad, grad_ref) <= PROMISED[torch.float32]
+    without = functional.linear_feature_mse(
+        maps.detach(), weight.detach(), teacher_maps, projector_bias=bias.detach(), normalize=normalize, **options, **given
+    )
+    assert error(without, loss_ref) <= PROMISED[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["maps", "large_maps", "channels_last"])
+def test_maps_in_half_precision_and_under_autocast(name):
+    _, given, learned, teacher, maps, teacher_maps = made_maps(name, torch.bfloat16)
+    loss = functional.linear_feature_mse(maps, learned[1], teacher_maps, **given)
+    grads = torch.autograd.grad(loss, (maps, learned[1]), torch.tensor(64.0))
+    _, single, (_, weight, bias), _, single_maps, _ = made_maps(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = functional.linear_feature_mse(single_maps, weight, teacher_maps, projector_bias=bias, **single)
+    single_grads = torch.autograd.grad(loss, (single_maps, weight, bias))
+    without_bias = [*learned[:2], torch.zeros_like(learned[2])]
+    _, grads_ref = two_steps(without_bias, teacher, None, torch.tensor(64.0))
+    for grad, grad_ref in zip(grads, grads_ref[:2], strict=False):
+        grad = grad.movedim(1, -1) if grad.dim() == 4 else grad
+        assert grad.dtype == torch.bfloat16
+        assert error(grad, grad_ref) <= 4 * FLOOR[torch.bfloat16]
+    _, grads_ref = two_steps(made_maps(name)[2], teacher, None)
+    for grad, grad_ref in zip(single_grads, grads_ref, strict=True):
+        grad = grad.movedim(1, -1) if grad.dim() == 4 else grad
+        assert grad.dtype == torch.float32
+        assert error(grad, grad_ref) <= 8 * FLOOR[torch.bfloat16]
+
+
+def test_maps_keep_their_layout():
+    """Neither the student nor its gradient is copied into another."""
+    for name in ("maps", "channels_last"):
+        *_, maps, teacher = made_maps(name)
+        loss = functional.linear_feature_mse(maps, torch.randn(12, 7), teacher)
+        (grad,) = torch.autograd.grad(loss, maps)
+        assert grad.stride() == maps.stride()
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])
@@ -118,6 +208,9 @@ def test_module_learns_to_project(backend):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.95 * losses[0]
+    maps = fastkd.LinearFeatureMSELoss(5, 9, dim=0)
+    maps.load_state_dict(module.state_dict())
+    assert error(maps(student.T, teacher.T), module(student, teacher)) <= 1e-6
     assert {name for name, _ in module.named_parameters()} == {"projector.weight", "projector.bias"}
     assert "normalize=None" in repr(module)
 

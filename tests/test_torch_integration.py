@@ -422,6 +422,7 @@ def feature_losses():
     yield "cosine", fastkd.FeatureCosineLoss(), (maps, teacher_maps)
     yield "attention", fastkd.AttentionTransferLoss(), (maps, torch.randn(2, 3, 4, 4))
     yield "projector", fastkd.LinearFeatureMSELoss(6, 8), (torch.randn(3, 4, 6), torch.randn(3, 4, 8))
+    yield "maps", fastkd.LinearFeatureMSELoss(5, 8), (maps, torch.randn(2, 8, 4, 4))
 
 
 @pytest.mark.parametrize(("module", "inputs"), [pytest.param(m, i, id=name) for name, m, i in feature_losses()])

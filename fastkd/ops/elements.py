@@ -129,19 +129,40 @@ def feature_loss(namespace, feature, students, teachers, dims, masks, weights, r
     return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights)), False)[:2]
 
 
+def _as_maps(x, dim):
+    """[outer, features, inner]: the dimensions before the features, and those after them."""
+    x = x.flatten(dim + 1)
+    return x.flatten(0, dim - 1) if dim else x[None]
+
+
+def _in_rows(x, dim):
+    """Whether the features of a row lie next to each other, or are last anyway."""
+    return dim == x.dim() - 1 or x.stride(dim) == 1
+
+
+def _projected(student, projector_weight, projector_bias, dim):
+    """In the student's own layout, so that nothing is copied: X W^T of rows, W X of each sample's maps."""
+    if _in_rows(student, dim):
+        return torch.nn.functional.linear(student.movedim(dim, -1), projector_weight, projector_bias).movedim(-1, dim)
+    x = _as_maps(student, dim)
+    W = projector_weight.expand(x.shape[0], -1, -1)
+    y = torch.bmm(W, x) if projector_bias is None else torch.baddbmm(projector_bias[:, None], W, x)
+    return y.view(*student.shape[:dim], len(projector_weight), *student.shape[dim + 1 :])
+
+
 class _Linear(torch.autograd.Function):
     """The loss of projected features. Their residual, in the dtype of the projection, takes their place in
     memory; in backward, times the upstream gradient, it is multiplied by student and weight."""
 
     @staticmethod
-    def forward(ctx, namespace, feature, reduction, student, projector_weight, projector_bias, teacher, mask, weight):
-        ctx.scale_ = OPS[namespace].scale_
-        projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+    def forward(
+        ctx, namespace, feature, reduction, dim, student, projector_weight, projector_bias, teacher, mask, weight
+    ):
+        ctx.scale_, ctx.dim = OPS[namespace].scale_, dim
+        projected = _projected(student, projector_weight, projector_bias, dim)
         rows_or_sum = REDUCTION_NUMBERS["none" if reduction == "none" else "sum"]
-        loss = OPS[namespace].fwd_(
-            projected, teacher, projected.dim() - 1, FEATURES[feature], mask, weight, rows_or_sum
-        )  # fmt: skip
-        ctx.divisor = _divisor(projected, mask, reduction)
+        loss = OPS[namespace].fwd_(projected, teacher, dim, FEATURES[feature], mask, weight, rows_or_sum)
+        ctx.divisor = _divisor(projected, dim, mask, reduction)
         inference = not torch.compiler.is_compiling() and projector_weight.is_inference()
         ctx.save_for_backward(projected, student, None if inference else projector_weight)
         ctx.projector_weight = projector_weight if inference else None
@@ -150,14 +171,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grads = [grad if grad is None else once(lambda x: x, grad) for grad in _linear_gradients(ctx, upstream)]
-        return None, None, None, *grads, None, None, None
+        return None, None, None, None, *grads, None, None, None
 
 
-def _divisor(projected, mask, reduction):
+def _divisor(projected, dim, mask, reduction):
     """A number, or where the rows that count must be counted a tensor."""
     if reduction in ("none", "sum"):
         return None
-    D = projected.shape[-1]
+    D = projected.shape[dim]
     rows = projected.numel() // D if mask is None else mask.sum()
     rows = max(rows, 1) if mask is None else rows.clamp(min=1)
     return rows * (D if reduction == "mean" else 1)
@@ -167,28 +188,51 @@ def _linear_gradients(ctx, upstream):
     """To student, projector_weight and projector_bias."""
     residual, student, projector_weight = ctx.saved_tensors
     projector_weight = ctx.projector_weight if projector_weight is None else projector_weight
+    dim = ctx.dim
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         if ctx.divisor is not None:
             upstream = upstream / ctx.divisor
         if upstream.dim():
-            grad = residual * upstream.view(*residual.shape[:-1], 1).to(residual.dtype)
+            of_rows = upstream.view(*residual.shape[:dim], 1, *residual.shape[dim + 1 :])
+            grad = residual * of_rows.to(residual.dtype)
         else:
             grad = times(ctx.scale_, residual, upstream)
-        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+        W, in_rows = projector_weight.to(grad.dtype), _in_rows(grad, dim)
         to_student = to_weight = to_bias = None
-        if ctx.needs_input_grad[3]:
-            to_student = (grad @ projector_weight.to(grad.dtype)).to(student.dtype)
         if ctx.needs_input_grad[4]:
-            to_weight = (rows.T @ student.reshape(len(rows), student.shape[-1]).to(grad.dtype)).to(
-                projector_weight.dtype
-            )
+            if in_rows:
+                to_student = (grad.movedim(dim, -1) @ W).movedim(-1, dim)
+            else:
+                g = _as_maps(grad, dim)
+                to_student = torch.bmm(W.T.expand(g.shape[0], -1, -1), g).view(student.shape)
+            to_student = to_student.to(student.dtype)
         if ctx.needs_input_grad[5]:
-            to_bias = rows.sum(0).to(projector_weight.dtype)
+            product = _product_of_rows if in_rows else _product_of_maps
+            to_weight = product(grad, student.to(grad.dtype), dim).to(projector_weight.dtype)
+        if ctx.needs_input_grad[6]:
+            rows = [d for d in range(grad.dim()) if d != dim]
+            to_bias = (grad.sum(rows) if rows else grad).to(projector_weight.dtype)
         return to_student, to_weight, to_bias
 
 
+def _product_of_rows(grad, student, dim):
+    """The sum over rows [D_t, D_s], where the features of each lie next to each other."""
+    rows, x = (x.movedim(dim, -1).flatten(0, -2) if x.dim() > 1 else x[None] for x in (grad, student))
+    return rows.T @ x
+
+
+def _product_of_maps(grad, student, dim):
+    """The same of maps, sample by sample; or of copies in rows, where these move less memory than each sample's sum,
+    and in half precision, which only one product does not round again and again."""
+    g, x = _as_maps(grad, dim), _as_maps(student, dim)
+    (D_t, inner), D_s = g.shape[1:], x.shape[1]
+    if g.dtype in (torch.float16, torch.bfloat16) or inner * (D_s + D_t) < D_s * D_t:
+        return g.transpose(0, 1).flatten(1) @ x.transpose(0, 1).flatten(1).T
+    return torch.addbmm(g.new_empty(D_t, D_s), g, x.mT, beta=0)
+
+
 def linear_feature_loss(
-    namespace, feature, student, projector_weight, projector_bias, teacher, mask, weight, reduction
+    namespace, feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction
 ):
     """The loss of :mod:`fastkd.functional`, one per row where the reduction is "none"; the arguments have been
     checked there."""
@@ -198,9 +242,9 @@ def linear_feature_loss(
         mask = mask if mask is None else mask.reshape(-1).contiguous()
         weight = weight if weight is None else weight.to(dtype).reshape(-1).contiguous()
         return _Linear.apply(
-            namespace, feature, reduction, student, projector_weight, projector_bias, teacher.detach(), mask, weight
-        )
-    projected = torch.nn.functional.linear(student, projector_weight, projector_bias)
+            namespace, feature, reduction, dim,
+            student, projector_weight, projector_bias, teacher.detach(), mask, weight,
+        )  # fmt: skip
+    projected = _projected(student, projector_weight, projector_bias, dim)
     masks, weights = ([] if x is None else [x] for x in (mask, weight))
-    dims = [projected.dim() - 1]
-    return feature_loss(namespace, feature, [projected], [teacher], dims, masks, weights, reduction, [1.0])[0]
+    return feature_loss(namespace, feature, [projected], [teacher], [dim], masks, weights, reduction, [1.0])[0]
