@@ -256,12 +256,12 @@ def resource_usage(cubin):
 
 
 @pytest.fixture(scope="module", params=TARGETS)
-def compiled(request, tmp_path_factory):
+def compiled(request):
     """(dtype/V/divergence/call, kernel, numbers) for a target."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-    root = str(pathlib.Path(__file__).resolve().parents[1])
-    environment["PYTHONPATH"] = os.pathsep.join([root, environment.get("PYTHONPATH", "")])
+    root = pathlib.Path(__file__).resolve().parents[1]
+    environment["TRITON_CACHE_DIR"] = str(root / "build" / "triton")  # by the hash of what is compiled
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     done = subprocess.run(
         [sys.executable, __file__, request.param], env=environment, capture_output=True, text=True, check=False
     )
