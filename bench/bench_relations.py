@@ -106,7 +106,7 @@ def eager_relation_kl(student, teacher):
 
 def eager_pkt(student, teacher, eps=1e-7):
     def probabilities(x):
-        x = F.normalize(x, dim=1)
+        x = x / (x.norm(dim=1, keepdim=True) + eps)
         k = (x @ x.T + 1) / 2
         return k / k.sum(1, keepdim=True)
 

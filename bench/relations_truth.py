@@ -44,7 +44,7 @@ def _relation_kl(x, y, rows):
 
 def _pkt(x, y, rows, eps=1e-7):
     def probabilities(v):
-        v = F.normalize(v, dim=1)
+        v = v / (v.norm(dim=1, keepdim=True) + eps)
         k = (v[rows] @ v.T + 1) / 2
         return k / k.sum(1, keepdim=True)
 

@@ -9,6 +9,7 @@ import torch
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
+SMALLEST_EPS = 1e-37  # in float32 too it is a number, by which one can divide
 
 
 class LogitsOptions(NamedTuple):
@@ -210,6 +211,13 @@ def _broadcasts(shape, to):
 def divergence(value, names):
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"divergence: one of {', '.join(names)} wanted, got {value!r}")
+
+
+def eps(value):
+    """What keeps logarithms and quotients finite: 0 would not."""
+    number("eps", value)
+    if not torch.compiler.is_compiling() and value < SMALLEST_EPS:
+        raise ValueError(f"eps: a number of at least {SMALLEST_EPS} wanted, got {value}")
 
 
 def clamp(value):

@@ -31,7 +31,7 @@ SCHEMAS = (
     # samples is [N]. pkt: cosines [n, N - row], from the diagonal on, which become weights of unit vectors;
     # slopes += in float64; see csrc/cpu/pkt_kernel.h
     "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor here, Tensor student_inverse, "
-    "Tensor teacher_inverse, Tensor weight, Tensor scale, int row) -> Tensor loss",
+    "Tensor teacher_inverse, Tensor weight, Tensor scale, float eps, int row) -> Tensor loss",
     # triplets: inner products [n, N] of centred rows, of which norms are the squared lengths; x: the rows as they were
     # given, [N, D]; positives of sample i: positives[first[i] .. last[i]]; count: of those that are here; grad, where
     # weights are wanted: += of near pairs, whose weights in the strip are 0; sums: of the loss, the active triplets
@@ -83,7 +83,7 @@ fastkd.define(
 
 # embeddings [N, D]; mask, weight: one per row; strips: the namespace whose op computes each strip
 fastkd.define(
-    "pkt_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, str strips, bool save) "
+    "pkt_fwd(Tensor student, Tensor teacher, float eps, Tensor? mask, Tensor? weight, str strips, bool save) "
     "-> (Tensor loss, Tensor grad)"
 )
 # who is similar to whom: labels, or the positives (0: the default) nearest to each row of the teacher; strips: the

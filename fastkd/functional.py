@@ -333,21 +333,26 @@ gram_mse.__doc__ = (
 )
 
 
-def pkt(student, teacher, *, mask=None, weight=None):
+def pkt(student, teacher, *, eps=1e-7, mask=None, weight=None):
     _check.embeddings(student, teacher, mask, weight)
-    return _relational_loss("pkt", student, teacher, mask, weight)
+    _check.eps(eps)
+    return _relational_loss("pkt", student, teacher, float(eps), mask, weight)
 
 
 pkt.__doc__ = _RELATIONAL.format(
     title="Probabilistic knowledge transfer: the student keeps the probabilities with which samples are alike.",
     formula=r"\frac{1}{N^2} \sum_{ij} t_{ij} \log \frac{t_{ij} + \epsilon}{s_{ij} + \epsilon},\quad"
-    r"s_{ij} = \frac{\cos_{ij} + 1}{\sum_k (\cos_{ik} + 1)},\ \epsilon = 10^{-7}",
+    r"s_{ij} = \frac{\cos_{ij} + 1}{\sum_k (\cos_{ik} + 1)},\ "
+    r"\cos_{ij} = \left\langle \frac{x_i}{\|x_i\| + \epsilon}, \frac{x_j}{\|x_j\| + \epsilon} \right\rangle",
     notes="of the student's embeddings, t of the teacher's. The sums over rows have a closed form, so one sweep over\n"
     "    half of the pairs makes loss and gradient, in strips of cosines. No matrix [N, N] is held.",
-    options=_ROW_OPTIONS,
+    options="""
+        eps: what is added to probabilities and to the lengths of rows, a number of at least 1e-37. Default 1e-7,
+            as published."""
+    + _ROW_OPTIONS,
     equal="A row of zeros has no gradient.",
     source='Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018.',
-).replace("Of fewer than two samples 0.", "Of no samples 0.")
+)
 
 
 def relational_triplet(

@@ -208,9 +208,18 @@ class GramMSELoss(_WeightedRelationalLoss):
 
 
 class PKTLoss(_WeightedRelationalLoss):
-    """:func:`fastkd.functional.pkt` as a module."""
+    """:func:`fastkd.functional.pkt` as a module.
+
+    Args:
+        eps: as there.
+    """
 
     _function = staticmethod(functional.pkt)
+
+    def __init__(self, *, eps=1e-7):
+        super().__init__()
+        _check.eps(eps)
+        self._remember(eps=eps)
 
 
 class RelationalTripletLoss(_RelationalLoss):

@@ -237,27 +237,27 @@ def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
     return squares.sum() / (rows > 0).sum().clamp(min=1)
 
 
-PKT_EPSILON = 1e-7  # as published
-
-
-def pkt(student, teacher, mask, weight):
+def pkt(student, teacher, eps, mask, weight):
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
     here = s.new_ones(len(s)) if mask is None else _ordinary(mask).to(s.dtype)
     if mask is not None:  # a masked row may hold anything
         s, t = (torch.where(here[:, None] > 0, x, 0.0) for x in (s, t))
+    if len(s) < 2:
+        return (s * 0).sum()
 
     def probabilities(x):
-        x = _of_length_one(x)
+        largest = _largest(x, -1)
+        x = _divided(x / largest, lambda length: length + eps / largest)
         k = (x @ x.T + here[:, None] * here) / 2
         k = k + (k.clamp(min=0) - k).detach()  # of opposite directions rounding may leave less
         return k / torch.where(here[:, None] > 0, k.sum(1, keepdim=True), 1.0)
 
     s, t = probabilities(s), probabilities(t)
     # the first-order term adds up to 0; with it small differences of s and t keep their digits
-    grown = (s - t) / (t + PKT_EPSILON)
+    grown = (s - t) / (t + eps)
     near = torch.log1p(grown.clamp(min=-0.5))
-    terms = (s - t) - t * torch.where(grown > -0.5, near, torch.log((s + PKT_EPSILON) / (t + PKT_EPSILON)))
+    terms = (s - t) - t * torch.where(grown > -0.5, near, torch.log((s + eps) / (t + eps)))
     rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(here > 0, _ordinary(weight).to(s.dtype), 0.0)
     return rows.sum() / here.sum().clamp(min=1) ** 2
 
@@ -334,12 +334,12 @@ def relation_kl(
     return logits_loss(divergence, s, t, options)
 
 
-def _over_length(x, shortest):
-    """Rows over their length, of at least shortest; a row of zeros has no gradient."""
+def _divided(x, by):
+    """Rows over what by makes of their length; a row of zeros has no gradient."""
     squares = x.square().sum(-1, keepdim=True)  # which loses fewer digits of long rows than vector_norm
     nothing = squares == 0
     length = torch.where(nothing, 1.0, squares).sqrt()  # what is not chosen below must stay differentiable
-    return torch.where(nothing, 0.0, x / torch.maximum(length, shortest))
+    return torch.where(nothing, 0.0, x / by(length))
 
 
 def _largest(x, dim):
@@ -351,7 +351,7 @@ def _largest(x, dim):
 def _of_length_one(x):
     """Rows over their length, of at least 1e-12; a row of zeros has no gradient."""
     largest = _largest(x, -1)
-    return _over_length(x / largest, 1e-12 / largest)
+    return _divided(x / largest, lambda length: torch.maximum(length, 1e-12 / largest))
 
 
 def _standardized(x):
@@ -402,7 +402,8 @@ def attention_transfer(student, teacher, p):
     def attention(x):
         largest = _largest(x, (1, 2, 3))
         x = (x / largest).abs().pow(p).mean(1).flatten(1)
-        return _over_length(x, (1e-12 ** (1 / p) / largest).pow(p).flatten(1))
+        shortest = (1e-12 ** (1 / p) / largest).pow(p).flatten(1)
+        return _divided(x, lambda length: torch.maximum(length, shortest))
 
     return (attention(s) - attention(t)).square().mean()
 

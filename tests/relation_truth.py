@@ -126,15 +126,14 @@ def relation_kl(student, teacher, temperature=1.0, normalize=False):
     return total / N, grad
 
 
-def pkt(student, teacher, weight=None):
+def pkt(student, teacher, weight=None, eps=1e-7):
     x, y = _double(student), _double(teacher)
     N = len(x)
     if not N:
         return x.new_zeros(()), torch.zeros_like(x)
-    lengths = x.norm(dim=1, keepdim=True)
-    inverse = torch.where(lengths == 0, 0.0, 1 / lengths.clamp(min=1e-12))
-    units, eps = x * inverse, 1e-7
-    k, h = ((u @ u.T + 1) / 2 for u in (units, F.normalize(y, dim=1)))
+    lengths, teacher_lengths = (z.norm(dim=1, keepdim=True) for z in (x, y))
+    shortened = x / (lengths + eps)
+    k, h = ((z @ z.T + 1) / 2 for z in (shortened, y / (teacher_lengths + eps)))
     r = k.sum(1, keepdim=True)
     s, t = k / r, h / h.sum(1, keepdim=True)
     rows = x.new_ones(N, 1) if weight is None else weight.double()[:, None]
@@ -143,8 +142,10 @@ def pkt(student, teacher, weight=None):
     loss = (rows * (d - t * torch.log1p(d / (t + eps)))).sum() / N**2
     a = (d + eps) / (s + eps)
     to_k = rows / N**2 * (a - (s * a).sum(1, keepdim=True)) / r
-    grad = (to_k + to_k.T) / 2 @ units
-    return loss, (grad - (grad * units).sum(1, keepdim=True) * units) * inverse
+    grad = (to_k + to_k.T) / 2 @ shortened
+    along = x / lengths.clamp(min=1e-300)
+    grad = (grad - (grad * shortened).sum(1, keepdim=True) * along) / (lengths + eps)
+    return loss, torch.where(lengths == 0, 0.0, grad)
 
 
 def nearest(teacher, positives):
@@ -231,12 +232,15 @@ def _published_relation_kl(student, teacher):
 
 def _published_pkt(student, teacher, eps=1e-7):
     def probabilities(e):
-        e = e / e.square().sum(1, keepdim=True).sqrt()  # there + eps: one part in 1e7
-        k = (e @ e.T + 1) / 2
-        return k / k.sum(1, keepdim=True)
+        norm = torch.sqrt(torch.sum(e**2, dim=1, keepdim=True))
+        e = e / (norm + eps)
+        e[e != e] = 0
+        similarity = torch.mm(e, e.transpose(0, 1))
+        similarity = (similarity + 1.0) / 2.0
+        return similarity / torch.sum(similarity, dim=1, keepdim=True)
 
     s, t = probabilities(student), probabilities(teacher)
-    return (t * torch.log((t + eps) / (s + eps))).mean()
+    return torch.mean(t * torch.log((t + eps) / (s + eps)))
 
 
 def _published_triplet(student, teacher):
@@ -262,8 +266,8 @@ PUBLISHED = {
 }
 
 
-def published(name, student, teacher):
+def published(name, student, teacher, **options):
     """Loss and gradient of the published code, in float64."""
     x, y = _double(student).requires_grad_(), _double(teacher)
-    loss = PUBLISHED[name](x, y)
+    loss = PUBLISHED[name](x, y, **options)
     return loss.detach(), torch.autograd.grad(loss, x)[0]

@@ -6,7 +6,7 @@ import pytest
 import relation_cases as cases
 import torch
 from conftest import KERNELS
-from relation_truth import TRUTH
+from relation_truth import TRUTH, published
 from test_relations import PROMISED, check, run
 from tolerances import FLOOR, error
 
@@ -68,13 +68,46 @@ def test_all_masked_and_none(backend):
     assert grad.shape == (0, 6)
 
 
-@pytest.mark.parametrize("dtype", PROMISED, ids=str)
-def test_opposite_samples(backend, dtype):
-    """Probability 0 where the teacher has one: log(1/2 / eps), finite."""
-    student = torch.tensor([[2.0, 0], [-3, 0]], dtype=dtype)  # their cosine is -1 to the last digit
-    loss, grad = run(functional.pkt, student, torch.ones(2, 3, dtype=dtype))
-    assert loss.item() == pytest.approx(0.25 * math.log(0.5 / 1e-7) + 0.25 * math.log(0.5), rel=1e-5)
+@pytest.mark.parametrize(("dtype", "eps"), [(torch.float64, 1e-7), (torch.float32, 1e-2)], ids=str)
+def test_opposite_samples(backend, dtype, eps):
+    """The lengths' eps leaves a little of a probability of 0."""
+    student = torch.tensor([[2.0, 0], [-3, 0]], dtype=dtype)
+    loss, grad = run(functional.pkt, student, torch.ones(2, 3, dtype=dtype), eps=eps)
+    lengths = [length / (length + eps) for length in (2.0, 3.0)]
+    other = (1 - math.prod(lengths)) / 2
+    terms = []
+    for length in lengths:
+        itself = (1 + length**2) / 2
+        terms += [0.5 * math.log((0.5 + eps) / (k / (itself + other) + eps)) for k in (itself, other)]
+    assert loss.item() == pytest.approx(sum(terms) / 4, rel=1e-5)
     assert grad.isfinite().all()
+
+
+def test_opposite_samples_whose_eps_rounding_hides(backend):
+    """log(1/2 / eps) where their cosine is -1 to the last digit, log(1/2 / 2 eps) where it is next to it."""
+    loss, grad = run(functional.pkt, torch.tensor([[2.0, 0], [-3, 0]]), torch.ones(2, 3))
+    most, least = (0.25 * math.log(0.5 / eps) + 0.25 * math.log(0.5) for eps in (1e-7, 2e-7))
+    assert least * (1 - 1e-5) <= loss <= most * (1 + 1e-5)
+    assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", PROMISED, ids=str)
+@pytest.mark.parametrize("eps", [1e-7, 1e-3, 0.3])
+def test_eps_is_added_to_lengths_and_probabilities(backend, eps, dtype):
+    """Of rows far below it, about as long, far above it, and of zeros."""
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.tensor([1e-30, 1e-9, 1e-7, 1e-4, 1e-3, 1.0, 1.0, 1e3, 1e25, 0.0])[:, None]
+    student, teacher = ((x * torch.randn(10, 5, generator=generator)).to(dtype) for x in (sizes, sizes.flip(0)))
+    loss, grad = run(functional.pkt, student, teacher, eps=eps)
+    expected, expected_grad = TRUTH["pkt"](student, teacher, eps=eps)
+    assert error(loss, expected) <= PROMISED[dtype]
+    for row, expected_row in zip(grad, expected_grad, strict=True):
+        assert error(row, expected_row) <= 10 * PROMISED[dtype]
+    published_loss, published_grad = published("pkt", student[:9], teacher[:9], eps=eps)
+    loss, grad = run(functional.pkt, student[:9], teacher[:9], eps=eps)
+    assert error(loss, published_loss) <= PROMISED[dtype] + 1e-14 / abs(published_loss.item())
+    for row, expected_row in zip(grad, published_grad, strict=True):
+        assert error(row, expected_row) <= 10 * PROMISED[dtype] + 1e-9
 
 
 def test_nearly_opposite_samples(backend):
@@ -94,13 +127,30 @@ def test_value_by_hand(backend):
 
 def test_gradcheck(backend):
     student, teacher = (x[:5].double() for x in (S, T))
-    options = {"mask": torch.arange(5) < 4, "weight": torch.rand(5)}
+    options = {"mask": torch.arange(5) < 4, "weight": torch.rand(5), "eps": 0.5}
     assert torch.autograd.gradcheck(lambda s: functional.pkt(s, teacher, **options), student.requires_grad_())
 
 
-def test_module_takes_mask_and_weight():
+def test_module_takes_mask_weight_and_eps():
     options = {"mask": torch.rand(40) < 0.7, "weight": torch.rand(40)}
     assert torch.equal(fastkd.PKTLoss()(S, T, **options), functional.pkt(S, T, **options))
+    assert torch.equal(fastkd.PKTLoss(eps=0.1)(S, T, **options), functional.pkt(S, T, eps=0.1, **options))
+    assert "eps=0.1" in repr(fastkd.PKTLoss(eps=0.1))
+
+
+@pytest.mark.parametrize(
+    ("eps", "kind", "message"),
+    [
+        (0, ValueError, "eps: a positive finite number wanted, got 0"),
+        (math.inf, ValueError, "eps: a positive finite number wanted, got inf"),
+        (1e-40, ValueError, "eps: a number of at least 1e-37 wanted, got 1e-40"),
+        ("1", TypeError, "eps: a number wanted, got str"),
+    ],
+)
+def test_bad_eps(eps, kind, message):
+    for call in (lambda: functional.pkt(S, T, eps=eps), lambda: fastkd.PKTLoss(eps=eps)):
+        with pytest.raises(kind, match=f"^{message}"):
+            call()
 
 
 BAD = {
@@ -126,8 +176,11 @@ def test_bad_input(loss, name):
 def test_the_strips_op_checks_its_own_contract():
     rows = [torch.rand(9) for _ in range(5)]
     slopes = torch.zeros(9, dtype=torch.float64)
-    right = [torch.randn(3, 7), torch.randn(3, 7), slopes, *rows, 2]
+    right = [torch.randn(3, 7), torch.randn(3, 7), slopes, *rows, 1e-7, 2]
     for at, wrong in ((0, torch.randn(3, 7).bfloat16()), (1, torch.randn(7, 3).T), (1, torch.randn(2, 7)), (2, slopes.float()),
-                      (4, rows[0][:8]), (8, 3), (8, -1)):  # fmt: skip
+                      (4, rows[0][:8]), (8, 0.0), (8, math.nan), (9, 3), (9, -1)):  # fmt: skip
         with pytest.raises(RuntimeError, match="wanted"):
             torch.ops.fastkd.pkt_strip_(*right[:at], wrong, *right[at + 1 :])
+    for eps in (0.0, -1.0, math.nan):
+        with pytest.raises(RuntimeError, match="eps: "):
+            torch.ops.fastkd.pkt_fwd(S, T, eps, None, None, "fastkd", True)

@@ -68,7 +68,8 @@ def cosines(x):
 
 
 def probabilities(x):
-    return (cosines(x) + 1) / (cosines(x) + 1).sum(1, keepdim=True)
+    x = x / (x.norm(dim=1, keepdim=True) + 1e-7)
+    return (x @ x.T + 1) / (x @ x.T + 1).sum(1, keepdim=True)
 
 
 def log_softmax(x):

@@ -68,7 +68,7 @@ def relational_calls(backend_name):
                 rows = (mask, torch.rand(len(mask))) if save else (None, None)
                 yield f"similarity_fwd-rows-{name}-{save}", ops.similarity_fwd, (*pair, *rows, save)
                 yield f"gram_fwd-rows-{name}-{save}", ops.gram_fwd, (*pair, save, 0, *rows, save)
-                yield f"pkt-{name}-{save}", ops.pkt_fwd, (*pair, *rows, "fastkd", save)
+                yield f"pkt-{name}-{save}", ops.pkt_fwd, (*pair, 1e-3, *rows, "fastkd", save)
                 labels = torch.arange(len(mask)) % 3
                 for how, similar in (
                     ("labels", (None, labels, 0)),
@@ -89,8 +89,8 @@ def relational_calls(backend_name):
     yield "pairs_fwd-plain", ops.pairs_fwd, (student, teacher, None, None, 0, 1.0, False, True)
     strips = getattr(torch.ops, _backend.namespace(backend_name))
     rows = [torch.rand(9) for _ in range(5)]
-    strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows, 2
-    yield "pkt_strip_", strips.pkt_strip_, strip
+    strip = torch.randn(3, 7), torch.randn(3, 7), torch.zeros(9, dtype=torch.float64), *rows
+    yield "pkt_strip_", strips.pkt_strip_, (*strip, 1e-7, 2)
     index = torch.arange(9)
     of_samples = index, index // 3 * 3, index // 3 * 3 + 3, index > 0, torch.tensor(8), torch.rand(9)
     x = torch.randn(9, 4)
@@ -348,6 +348,7 @@ def test_compile_with_options_that_change():
         lambda s, t, delta, weight: (
             functional.rkd_loss(s, t, distance_delta=delta, angle_weight=weight)
             + functional.rkd_distance(s, t, delta=delta)
+            + functional.pkt(s, t, eps=delta)
         ),
         fullgraph=True,
         backend="aot_eager",
@@ -356,6 +357,7 @@ def test_compile_with_options_that_change():
     for delta, weight in ((1.0, 2.0), (0.5, 3.0), (0.3, 0.5)):
         expected = functional.rkd_loss(student, teacher, distance_delta=delta, angle_weight=weight)
         expected += functional.rkd_distance(student, teacher, delta=delta)
+        expected += functional.pkt(student, teacher, eps=delta)
         assert torch.equal(compiled(student, teacher, delta, weight), expected)
     with pytest.raises((RuntimeError, ValueError), match="delta: a positive finite number wanted"):
         compiled(student, teacher, -0.7, 1.0)

@@ -121,7 +121,7 @@ def strip_launches(pkt, triplet):
             strip, x, row = (torch.empty(shape, dtype=dtype, device="meta") for shape in ((N, N), (N, 512), (N,)))
             sums, numbers, here = row.double(), row.long(), row > 0
             name = f"strip/{str(dtype)[6:]}/{N}"
-            calls[name + "/pkt"] = lambda s=strip, q=sums, r=row: pkt.pkt_strip_(s, s, q, r, r, r, r, r, 0)
+            calls[name + "/pkt"] = lambda s=strip, q=sums, r=row: pkt.pkt_strip_(s, s, q, r, r, r, r, r, 1e-7, 0)
             calls[name + "/triplet"] = lambda s=strip, x=x, r=row, n=numbers, h=here: triplet.triplet_strip_(
                 s, x, r, n, n, n, h, n[0], r, 1.0, 0, x
             )
@@ -133,7 +133,7 @@ def other_strip_launches(pkt, triplet):
     strip, x, row = (torch.empty(shape, device="meta") for shape in ((3, 33), (33, 7), (40,)))
     numbers, here = row[:33].long(), row[:33] > 0
     return {
-        "other/pkt": lambda: pkt.pkt_strip_(strip, strip, row.double(), *(row for _ in range(5)), 7),
+        "other/pkt": lambda: pkt.pkt_strip_(strip, strip, row.double(), *(row for _ in range(5)), 1e-7, 7),
         "other/triplet": lambda: triplet.triplet_strip_(
             strip, x, row[:33], numbers, numbers, numbers, here, numbers[0], row[:33], 0.5, 1, None
         ),

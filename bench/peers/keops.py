@@ -68,7 +68,8 @@ def _pkt(eps=1e-7):
     LazyTensor = _lazy()
 
     def probabilities(x):
-        k = (_products(LazyTensor, F.normalize(x, dim=1)) + 1) * 0.5
+        x = x / (x.norm(dim=1, keepdim=True) + eps)
+        k = (_products(LazyTensor, x) + 1) * 0.5
         return k * LazyTensor((1 / k.sum(1))[:, None])
 
     def loss(student, teacher):

@@ -14,11 +14,13 @@ struct PktInputs {
         teacher_inverse(a.next<Tensor>()),
         weight(a.next<Tensor>()),
         scale(a.next<Tensor>()),
+        eps(a.next<double>()),
         row(a.next<int64_t>()) {}
 
   Tensor student, teacher;                                       // [rows, columns]
   Tensor slopes;                                                 // float64 [N]
   Tensor here, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
+  double eps;
   int64_t row;                                                   // columns = N - row
 };
 
@@ -38,6 +40,7 @@ inline void check(const PktInputs& in) {
   }
   FASTKD_CHECK(in.slopes.numel() == N && in.slopes.is_contiguous() && in.slopes.scalar_type() == ScalarType::Double,
                "slopes: one float64 per sample wanted");
+  FASTKD_CHECK(in.eps > 0 && std::isfinite(in.eps), "eps: a positive finite number wanted, got ", in.eps);
 }
 
 }  // namespace fastkd

@@ -42,7 +42,8 @@ double strip(const PktInputs& in) {
                       data(in.student_inverse),
                       data(in.teacher_inverse),
                       data(in.weight),
-                      data(in.scale)};
+                      data(in.scale),
+                      T(in.eps)};
   const int64_t chunks = (columns + kColumns - 1) / kColumns;
   std::vector<double> losses(chunks);
   std::vector<T> row_slopes(chunks * rows);

@@ -13,6 +13,7 @@ struct PktStrip {
   const T* teacher;
   int64_t rows, stride, row;
   const T *here, *student_inverse, *teacher_inverse, *weight, *scale;
+  T eps;
 };
 
 template <class T>

@@ -20,6 +20,7 @@ void run(const PktInputs& in, const Tensor& loss, const cuda::Context& context) 
   P.teacher_inverse = data(in.teacher_inverse);
   P.weight = data(in.weight);
   P.scale = data(in.scale);
+  P.eps = T(in.eps);
   P.slopes = static_cast<double*>(in.slopes.mutable_data_ptr()) + in.row;
   P.loss = static_cast<double*>(loss.mutable_data_ptr());
   const Tensor workspace = torch::stable::new_empty(in.slopes, {cuda::pkt_plan(P, nullptr)});

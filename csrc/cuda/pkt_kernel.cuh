@@ -103,9 +103,9 @@ __global__ void __launch_bounds__(kPktThreads) pkt_kernel(const __grid_constant_
     for (int k = 0; k < kPktOwn; ++k) {
       const T both = here_i * here[k];
       const T x = baseline::pkt_similarity(s[k], both), y = baseline::pkt_similarity(t[k], both);
-      const T a = baseline::pkt_pair(x * inverse_i, y * teacher_inverse_i, weight_i, row_loss, slope);
+      const T a = baseline::pkt_pair(x * inverse_i, y * teacher_inverse_i, P.eps, weight_i, row_loss, slope);
       T other_loss = 0, other_slope = 0;
-      const T b = baseline::pkt_pair(x * inverse[k], y * teacher_inverse[k], weight[k], other_loss, other_slope);
+      const T b = baseline::pkt_pair(x * inverse[k], y * teacher_inverse[k], P.eps, weight[k], other_loss, other_slope);
       const bool beyond = lane.column(k) >= P.rows;
       row_loss += beyond ? other_loss : T(0);
       column_slopes[k] += beyond ? other_slope : T(0);

@@ -16,6 +16,7 @@ struct PktParams {
   const T* teacher;  // [rows, columns]
   int64_t rows, columns;
   const T *here, *student_inverse, *teacher_inverse, *weight, *scale;
+  T eps;
   double* slopes;  // +=
   double* loss;    // [], out
   // set by pkt_plan(): rows of a tile, tiles along both, and what is added up in their order

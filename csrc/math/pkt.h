@@ -8,9 +8,6 @@
 
 namespace fastkd::FASTKD_ISA {
 
-template <class T>
-inline constexpr T kPktEpsilon = T(1e-7);  // as published
-
 // 1/2 (cos + 1) of two samples; here: 1 where both are there, else 0, as is their cosine.
 template <class T>
 FASTKD_HD T pkt_similarity(T cosine, T here) {
@@ -20,9 +17,9 @@ FASTKD_HD T pkt_similarity(T cosine, T here) {
 
 // Returns a. Adds weight times the loss, and s a.
 template <class T>
-FASTKD_HD T pkt_pair(T s, T t, T weight, T& loss, T& slope) {
-  const T d = s - t, v = s + kPktEpsilon<T>, u = t + kPktEpsilon<T>;
-  const T a = (d + kPktEpsilon<T>) / v;
+FASTKD_HD T pkt_pair(T s, T t, T eps, T weight, T& loss, T& slope) {
+  const T d = s - t, v = s + eps, u = t + eps;
+  const T a = (d + eps) / v;
   loss += weight * (d - t * log_ratio(v, u, d));
   slope += s * a;
   return a;

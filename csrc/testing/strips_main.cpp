@@ -23,7 +23,7 @@ using namespace fastkd;
 namespace {
 
 constexpr int kFeatures = 5;
-constexpr double kMargin = 0.7;
+constexpr double kMargin = 0.7, kEps = 1e-3;
 
 struct Problem {
   int N, classes, row, rows;
@@ -90,9 +90,9 @@ int run_pkt(const Problem& p, double tolerance) {
 
   std::vector<double> weights(pairs), sums(slopes.data, slopes.data + columns), total(1);
   const auto one = [&](double k, double h, int i, bool counts) {
-    const double s = k * inverse.data[i], t = h * teacher_inverse.data[i], a = 1 - t / (s + 1e-7);
+    const double s = k * inverse.data[i], t = h * teacher_inverse.data[i], a = 1 - t / (s + kEps);
     if (counts) {
-      total[0] += double(weight.data[i]) * (s - t - t * std::log((s + 1e-7) / (t + 1e-7)));
+      total[0] += double(weight.data[i]) * (s - t - t * std::log((s + kEps) / (t + kEps)));
       sums[size_t(i)] += s * a;
     }
     return a;
@@ -115,6 +115,7 @@ int run_pkt(const Problem& p, double tolerance) {
   P.teacher_inverse = teacher_inverse.data;
   P.weight = weight.data;
   P.scale = scale.data;
+  P.eps = T(kEps);
   P.slopes = slopes.data;
   P.loss = loss.data;
   const Array<double> workspace(size_t(cuda::pkt_plan(P, nullptr)));

@@ -1,42 +1,75 @@
 """pkt on every device: strips of cosines, from the diagonal on.
 
-    k_ij = (cos_ij + 1) / 2, r_i = sum_j k_ij = (<x_i, sum_j x_j> + N) / 2 of unit rows x: no pass of its own
+    x_i = z_i / (|z_i| + eps) of the rows z that are given, cos_ij = <x_i, x_j>
+    k_ij = (cos_ij + 1) / 2, r_i = sum_j k_ij = (<x_i, sum_j x_j> + N) / 2: no pass of its own
     s_ij = k_ij / r_i of the student, t_ij of the teacher, loss = 1/N^2 sum_ij t_ij log((t_ij + eps) / (s_ij + eps))
     a_ij = 1 - t_ij / (s_ij + eps), q_i = sum_j s_ij a_ij, c_i = 1 / (2 N^2 r_i)
     dL/dx_i = sum_j (c_i a_ij + c_j a_ji) x_j - c_i q_i sum_j x_j - sum_j c_j q_j x_j
+    dL/dz_i = (g - (|z_i| + eps) / |z_i| <g, x_i> x_i) / (|z_i| + eps) of g = dL/dx_i
 
 The weights of both orders of a pair come from the same two cosines, so half of the pairs are enough; what q adds is of
 rank 1, so that one sweep does. 2 N^2 (D_s + D_t) / 2 flops for the loss and 2 N^2 D_s for the gradient. A kernel makes
 the weights out of a strip of cosines, in its memory.
 
-Saved for backward: the gradient. Beside it the unit rows and two strips.
+Saved for backward: the gradient. Beside it the rows x and two strips.
 """
+
+import math
 
 import torch
 
 from .. import _library
+from .._check import SMALLEST_EPS
 from ..reference import compute_dtype, gradient_dtype, without_autocast
-from .products import blocks_of, check_embeddings, through_unit, unit
+from .products import blocks_of, check_embeddings
 
 BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
 
 
+def _shortened(z, eps):
+    """Rows z / (|z| + eps), with 1 / (|z| + eps), and (|z| + eps) / |z|; both are 0 of a row of zeros, which has no
+    gradient. A row is divided by its largest element before it is squared, unless the host can see that its square
+    is in range."""
+    if z.device.type == "cpu" and z.dtype is torch.float32:
+        length = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        if length.min() > 1e-12 and length.max() < 1e18:  # false of NaN
+            longer = length + eps
+            return z / longer, 1 / longer, longer / length
+    x = torch.abs(z)
+    largest = x.amax(1, keepdim=True)
+    largest = torch.where(largest == 0, 1.0, largest)
+    torch.div(z, largest, out=x)
+    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    longer = length + eps / largest
+    inverse = torch.where(length == 0, 0.0, 1 / longer)
+    ratio = torch.where(inverse == 0, 0.0, longer / length)
+    return x.mul_(inverse), inverse / largest, ratio
+
+
+def _through_length(grad, x, inverse, ratio):
+    """dL/dZ from dL/dX, in its memory."""
+    grad.addcmul_(x, torch.linalg.vecdot(grad, x)[:, None] * ratio, value=-1)
+    grad *= inverse
+
+
 @torch.no_grad()
-def _pkt_fwd(student, teacher, mask, weight, strips, save):
+def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
     check_embeddings(student, teacher, (2,))
+    if not SMALLEST_EPS <= eps < math.inf:
+        raise RuntimeError(f"eps: a finite number of at least {SMALLEST_EPS} wanted, got {eps}")
     dtype = compute_dtype(student, teacher)
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
     loss = student.new_zeros((), dtype=torch.float64)
-    if N == 0:
-        return loss.to(dtype), grad
+    if N < 2:  # a sample is itself with probability 1
+        return loss.to(dtype), grad.zero_()
     with without_autocast(student.device):
         x, y = student.to(dtype), teacher.to(dtype)
         here = x.new_ones(N)
         if mask is not None:
             x, y = (torch.where(mask[:, None], z, 0.0) for z in (x, y))
             here = mask.to(dtype)
-        (x, *through), (y, *_) = unit(x), unit(y)
+        (x, *through), (y, *_) = _shortened(x, eps), _shortened(y, eps)
         count = here.sum()
         rows = here / (count * count).clamp(min=1)
         if weight is not None:
@@ -58,7 +91,7 @@ def _pkt_fwd(student, teacher, mask, weight, strips, save):
                 torch.mm(z[some], z[some.start :].T, out=m[: n * columns].view(n, columns))
                 for z, m in zip((x, y), memory, strict=True)
             )
-            loss += strip_(s, t, slopes, *of_samples, some.start)
+            loss += strip_(s, t, slopes, *of_samples, eps, some.start)
             if save:
                 to[some].addmm_(s, x[some.start :])
                 to[some.stop :].addmm_(s[:, n:].T, x[some])
@@ -68,7 +101,7 @@ def _pkt_fwd(student, teacher, mask, weight, strips, save):
             to -= q @ x
             if mask is not None:
                 to.masked_fill_(~mask[:, None], 0.0)
-            through_unit(to, x, *through)
+            _through_length(to, x, *through)
             if not direct:
                 grad.copy_(to)
     return loss.to(dtype), grad

@@ -129,8 +129,8 @@ def similarity_preserving(namespace, student, teacher, mask, weight):
     return _loss(namespace, "similarity_fwd", student, teacher, mask, weight)
 
 
-def pkt(namespace, student, teacher, mask, weight):
-    return _loss(namespace, "pkt_fwd", student, teacher, mask, weight, namespace)
+def pkt(namespace, student, teacher, eps, mask, weight):
+    return _loss(namespace, "pkt_fwd", student, teacher, eps, mask, weight, namespace)
 
 
 def relational_triplet(namespace, *arguments):

@@ -17,7 +17,6 @@ from .divergences import log_of
 from .embeddings import row_pointer, sum_up, total
 from .registers import limited
 
-EPSILON = tl.constexpr(1e-7)  # as published
 ROWS, COLUMNS = {4: 16, 8: 8}, 128  # of a tile, of elements of so many bytes
 STEPS = 4  # tiles of a program, one below the other
 FEW = 2**19  # pairs, of which every tile has its program
@@ -31,11 +30,11 @@ def _similarity(cosine, here):
 
 
 @triton.jit
-def _pair(s, t):
+def _pair(s, t, eps):
     """a, the loss, s a"""
     d = s - t
-    v, u = s + EPSILON, t + EPSILON
-    a = (d + EPSILON) / v
+    v, u = s + eps, t + eps
+    a = (d + eps) / v
     return a, d - t * log_of(v / u, d / u), s * a
 
 
@@ -45,6 +44,7 @@ def pkt_kernel(
     here, student_inverse, teacher_inverse, weight, scale,  # [columns]
     row_parts, column_parts, losses,  # [column tiles, rows], [row tiles, columns], [row tiles, column tiles]: sums
     rows, columns,
+    eps: tl.float64,
     STEPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -55,6 +55,7 @@ def pkt_kernel(
     weight_j = tl.load(weight + j, mask=j_there, other=0.0)[None, :]
     scale_j = tl.load(scale + j, mask=j_there, other=0.0)[None, :]
     beyond = (j >= rows)[None, :]
+    eps = tl.full((), eps, student.dtype.element_ty)
     column_slopes = tl.zeros((COLUMNS,), student.dtype.element_ty)
     loss = tl.zeros((), tl.float64)
     for step in range(STEPS):
@@ -73,8 +74,8 @@ def pkt_kernel(
         k, h = _similarity(cosines, both), _similarity(teacher_cosines, both)
         inverse_i = tl.load(student_inverse + i, mask=i_there, other=0.0)[:, None]
         teacher_inverse_i = tl.load(teacher_inverse + i, mask=i_there, other=0.0)[:, None]
-        a, own, slope = _pair(k * inverse_i, h * teacher_inverse_i)
-        b, other, other_slope = _pair(k * inverse_j, h * teacher_inverse_j)
+        a, own, slope = _pair(k * inverse_i, h * teacher_inverse_i, eps)
+        b, other, other_slope = _pair(k * inverse_j, h * teacher_inverse_j, eps)
         weight_i = tl.load(weight + i, mask=i_there, other=0.0)[:, None]
         loss += total(weight_i * own + tl.where(beyond, weight_j * other, 0.0))
         column_slopes += tl.sum(tl.where(beyond, other_slope, 0.0), 0)
@@ -109,7 +110,7 @@ def slopes_kernel(
     tl.store(slopes + j, tl.load(slopes + j, mask=there, other=0.0) + tl.sum(sums, 0), mask=there)
 
 
-def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse, weight, scale, row):
+def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse, weight, scale, eps, row):
     rows, columns = student.shape
     height = ROWS[student.element_size()]
     steps = STEPS if rows * columns >= FEW else 1
@@ -121,7 +122,7 @@ def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse,
     of_samples = (x[row:] for x in (here, student_inverse, teacher_inverse, weight, scale))
     with torch.cuda.device_of(student):
         pkt_kernel[(row_tiles, column_tiles)](
-            student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns,
+            student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns, eps,
             STEPS=steps, ROWS=height, COLUMNS=COLUMNS, num_warps=8, **limited(student.dtype),
         )  # fmt: skip
         slopes_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](
