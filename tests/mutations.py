@@ -151,7 +151,9 @@ def find(mutation, part, workers):
     path = COPY / mutation.path
     original = path.read_text()
     if original.count(mutation.text) != 1:
-        sys.exit(f"{mutation.name}: {mutation.path} must have its text once, and has it {original.count(mutation.text)} times")
+        sys.exit(
+            f"{mutation.name}: {mutation.path} must have its text once, and has it {original.count(mutation.text)} times"
+        )
     path.write_text(original.replace(mutation.text, mutation.instead))
     try:
         if mutation.path.startswith("csrc") and build().returncode:

@@ -232,15 +232,12 @@ def _published_relation_kl(student, teacher):
 
 def _published_pkt(student, teacher, eps=1e-7):
     def probabilities(e):
-        norm = torch.sqrt(torch.sum(e**2, dim=1, keepdim=True))
-        e = e / (norm + eps)
-        e[e != e] = 0
-        similarity = torch.mm(e, e.transpose(0, 1))
-        similarity = (similarity + 1.0) / 2.0
-        return similarity / torch.sum(similarity, dim=1, keepdim=True)
+        e = e / (e.square().sum(1, keepdim=True).sqrt() + eps)
+        k = (e @ e.T + 1) / 2
+        return k / k.sum(1, keepdim=True)
 
     s, t = probabilities(student), probabilities(teacher)
-    return torch.mean(t * torch.log((t + eps) / (s + eps)))
+    return (t * torch.log((t + eps) / (s + eps))).mean()
 
 
 def _published_triplet(student, teacher):

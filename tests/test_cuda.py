@@ -294,11 +294,11 @@ def library():
 
 ARCHITECTURES = {"sm_80", "sm_90", "sm_100", "sm_120"}
 
+
 def require_built(arch, built):
     """Skips where the library was built for others; fails where it must be for all."""
     if arch not in built:
         missing(f"code for {arch} in the library; build it with TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0;12.0+PTX'")
-
 
 
 def usage(path):

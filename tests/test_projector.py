@@ -120,7 +120,13 @@ def test_maps(backend, name):
     for grad, grad_ref in zip((grads[0].movedim(dim, -1), *grads[1:]), grads_ref, strict=True):
         assert error(grad, grad_ref) <= PROMISED[torch.float32]
     without = functional.linear_feature_mse(
-        maps.detach(), weight.detach(), teacher_maps, projector_bias=bias.detach(), normalize=normalize, **options, **given
+        maps.detach(),
+        weight.detach(),
+        teacher_maps,
+        projector_bias=bias.detach(),
+        normalize=normalize,
+        **options,
+        **given,
     )
     assert error(without, loss_ref) <= PROMISED[torch.float32]
 
@@ -137,14 +143,12 @@ def test_maps_in_half_precision_and_under_autocast(name):
     without_bias = [*learned[:2], torch.zeros_like(learned[2])]
     _, grads_ref = two_steps(without_bias, teacher, None, torch.tensor(64.0))
     for grad, grad_ref in zip(grads, grads_ref[:2], strict=False):
-        grad = grad.movedim(1, -1) if grad.dim() == 4 else grad
         assert grad.dtype == torch.bfloat16
-        assert error(grad, grad_ref) <= 4 * FLOOR[torch.bfloat16]
+        assert error(grad.movedim(1, -1) if grad.dim() == 4 else grad, grad_ref) <= 4 * FLOOR[torch.bfloat16]
     _, grads_ref = two_steps(made_maps(name)[2], teacher, None)
     for grad, grad_ref in zip(single_grads, grads_ref, strict=True):
-        grad = grad.movedim(1, -1) if grad.dim() == 4 else grad
         assert grad.dtype == torch.float32
-        assert error(grad, grad_ref) <= 8 * FLOOR[torch.bfloat16]
+        assert error(grad.movedim(1, -1) if grad.dim() == 4 else grad, grad_ref) <= 8 * FLOOR[torch.bfloat16]
 
 
 def test_maps_keep_their_layout():

@@ -46,10 +46,16 @@ def calls():
         for reduction in feature_cases.REDUCTIONS:
             options = {"reduction": reduction, **ROWS}
             yield f"{name}-{reduction}", lambda s, t, _, loss=loss, options=options: loss(s, t, **options)
-        yield f"{name}-lists", lambda s, t, _, loss=loss: loss([s, s], [t, t], layer_weights=[1.0, 0.5], return_layers=True)[0]
+        yield (
+            f"{name}-lists",
+            lambda s, t, _, loss=loss: loss([s, s], [t, t], layer_weights=[1.0, 0.5], return_layers=True)[0],
+        )
         yield f"{name}-maps", lambda s, t, _, loss=loss: loss(s.view(2, 4, 3, 4), t.view(2, 4, 3, 4))
     for p in (1, 2, 2.5):
-        yield f"attention-{p}", lambda s, t, _, p=p: functional.attention_transfer(s.view(2, 4, 3, 4), t.view(2, 4, 3, 4), p=p)
+        yield (
+            f"attention-{p}",
+            lambda s, t, _, p=p: functional.attention_transfer(s.view(2, 4, 3, 4), t.view(2, 4, 3, 4), p=p),
+        )
     for normalize in (None, "l2", "standardize"):
         yield f"linear-{normalize}", lambda s, _, t, normalize=normalize: functional.linear_feature_mse(
             s, torch.ones(9, D, dtype=s.dtype), t, projector_bias=torch.ones(9, dtype=s.dtype), normalize=normalize, **ROWS)  # fmt: skip
@@ -64,7 +70,10 @@ def calls():
     for divergence in DIVERGENCES:
         for normalize in (False, True):
             options = {"divergence": divergence, "normalize": normalize, **ROWS}
-            yield f"relation_kl-{divergence}-{normalize}", lambda s, _, t, options=options: functional.relation_kl(s, t, **options)
+            yield (
+                f"relation_kl-{divergence}-{normalize}",
+                lambda s, _, t, options=options: functional.relation_kl(s, t, **options),
+            )
     keys = {"key_mask": torch.arange(2 * N) % 4 > 0, "temperature": WEIGHT + 1, "normalize": True}
     yield "relation_kl-keys", lambda s, _, t: functional.relation_kl(
         s, t, student_keys=KEYS[0].to(s.dtype).requires_grad_(), teacher_keys=KEYS[1], **keys)  # fmt: skip
@@ -93,7 +102,9 @@ def test_neighbours_whose_squares_leave_the_range(scale):
     """Tight clusters far apart: the order of distances is kept, which float32's squares would lose."""
     generator = torch.Generator().manual_seed(1)
     student = torch.randn(20, 4, generator=generator)
-    teacher = 100 * torch.randn(4, 6, generator=generator)[torch.arange(20) % 4] + 1e-3 * torch.randn(20, 6, generator=generator)
+    teacher = 100 * torch.randn(4, 6, generator=generator)[torch.arange(20) % 4] + 1e-3 * torch.randn(
+        20, 6, generator=generator
+    )
     with fastkd.backend("torch"):
         loss, grad = run(functional.relational_triplet, student, teacher * scale, positives=2)
     expected, expected_grad, _ = triplets(student, nearest(teacher * scale, 2), 1.0)

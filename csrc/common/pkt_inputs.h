@@ -21,7 +21,7 @@ struct PktInputs {
   Tensor slopes;                                                 // float64 [N]
   Tensor here, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
   double eps;
-  int64_t row;                                                   // columns = N - row
+  int64_t row;  // columns = N - row
 };
 
 inline void check(const PktInputs& in) {

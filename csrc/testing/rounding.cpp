@@ -73,48 +73,48 @@ void move(T* c, int m, int n, int64_t stride, uint64_t key) {
 
 extern "C" {
 
-#define GEMM(name, T)                                                                                                \
-  void name(const char* ta, const char* tb, const int* m, const int* n, const int* k, const T* alpha, const T* a,    \
-            const int* lda, const T* b, const int* ldb, const T* beta, T* c, const int* ldc) {                       \
-    static const auto original = real(#name, &name);                                                                 \
-    original(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);                                                  \
-    move(c, *m, *n, *ldc, key(*m, *n, *k));                                                                          \
+#define GEMM(name, T)                                                                                             \
+  void name(const char* ta, const char* tb, const int* m, const int* n, const int* k, const T* alpha, const T* a, \
+            const int* lda, const T* b, const int* ldb, const T* beta, T* c, const int* ldc) {                    \
+    static const auto original = real(#name, &name);                                                              \
+    original(ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);                                               \
+    move(c, *m, *n, *ldc, key(*m, *n, *k));                                                                       \
   }
 GEMM(sgemm_, float)
 GEMM(dgemm_, double)
 
-#define GEMV(name, T)                                                                                                \
-  void name(const char* trans, const int* m, const int* n, const T* alpha, const T* a, const int* lda, const T* x,   \
-            const int* step_x, const T* beta, T* y, const int* step_y) {                                             \
-    static const auto original = real(#name, &name);                                                                 \
-    original(trans, m, n, alpha, a, lda, x, step_x, beta, y, step_y);                                                \
-    move(y, 1, *trans == 'n' || *trans == 'N' ? *m : *n, *step_y, key(*m, *n, 1));                                   \
+#define GEMV(name, T)                                                                                              \
+  void name(const char* trans, const int* m, const int* n, const T* alpha, const T* a, const int* lda, const T* x, \
+            const int* step_x, const T* beta, T* y, const int* step_y) {                                           \
+    static const auto original = real(#name, &name);                                                               \
+    original(trans, m, n, alpha, a, lda, x, step_x, beta, y, step_y);                                              \
+    move(y, 1, *trans == 'n' || *trans == 'N' ? *m : *n, *step_y, key(*m, *n, 1));                                 \
   }
 GEMV(sgemv_, float)
 GEMV(dgemv_, double)
 
-#define DOT(name, T)                                                                                                 \
-  T name(const int* n, const T* x, const int* step_x, const T* y, const int* step_y) {                               \
-    static const auto original = real(#name, &name);                                                                 \
-    return moved(original(n, x, step_x, y, step_y), key(1, 1, *n), 0, 0);                                            \
+#define DOT(name, T)                                                                   \
+  T name(const int* n, const T* x, const int* step_x, const T* y, const int* step_y) { \
+    static const auto original = real(#name, &name);                                   \
+    return moved(original(n, x, step_x, y, step_y), key(1, 1, *n), 0, 0);              \
   }
 DOT(sdot_, float)
 DOT(ddot_, double)
 
-#define GEMM_BATCH(name, T)                                                                                          \
-  void name(int order, const int* ta, const int* tb, const int* m, const int* n, const int* k, const T* alpha,       \
-            const T** a, const int* lda, const T** b, const int* ldb, const T* beta, T** c, const int* ldc,          \
-            int groups, const int* sizes) {                                                                          \
-    static const auto original = real(#name, &name);                                                                 \
-    original(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, groups, sizes);                            \
-    constexpr int kRowMajor = 101;                                                                                   \
-    for (int group = 0, i = 0; group < groups; ++group) {                                                            \
-      const bool rows = order == kRowMajor;                                                                          \
-      const int across = rows ? n[group] : m[group], down = rows ? m[group] : n[group];                              \
-      for (int one = 0; one < sizes[group]; ++one, ++i) {                                                            \
-        move(c[i], across, down, ldc[group], key(m[group], n[group], k[group]));                                     \
-      }                                                                                                              \
-    }                                                                                                                \
+#define GEMM_BATCH(name, T)                                                                                    \
+  void name(int order, const int* ta, const int* tb, const int* m, const int* n, const int* k, const T* alpha, \
+            const T** a, const int* lda, const T** b, const int* ldb, const T* beta, T** c, const int* ldc,    \
+            int groups, const int* sizes) {                                                                    \
+    static const auto original = real(#name, &name);                                                           \
+    original(order, ta, tb, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc, groups, sizes);                      \
+    constexpr int kRowMajor = 101;                                                                             \
+    for (int group = 0, i = 0; group < groups; ++group) {                                                      \
+      const bool rows = order == kRowMajor;                                                                    \
+      const int across = rows ? n[group] : m[group], down = rows ? m[group] : n[group];                        \
+      for (int one = 0; one < sizes[group]; ++one, ++i) {                                                      \
+        move(c[i], across, down, ldc[group], key(m[group], n[group], k[group]));                               \
+      }                                                                                                        \
+    }                                                                                                          \
   }
 GEMM_BATCH(cblas_sgemm_batch, float)
 GEMM_BATCH(cblas_dgemm_batch, double)
