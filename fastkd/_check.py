@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ._inplace import was_overwritten
+
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 INTEGERS = frozenset((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64))
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
@@ -493,6 +495,12 @@ def inplace(student, teacher):
         raise ValueError(
             "inplace: the student's logits are a leaf that requires a gradient, or a view of one; "
             "they cannot be overwritten"
+        )
+    if was_overwritten(student):
+        raise ValueError(
+            "inplace: the student's logits, or others of the same tensor, have been overwritten by a loss with "
+            "inplace=True, and no gradient passes by that. Compute the logits of each chunk by themselves, or leave "
+            "inplace out"
         )
     if _overlaps_itself(student):
         raise ValueError("inplace: several of the student's logits share one place in memory (expand, unfold)")

@@ -17,6 +17,9 @@ class _Overwritten(torch.autograd.Function):
         )
 
 
+_NOTE = "fastkd.inplace"  # of the node that overwrote a tensor last
+
+
 def overwritten(logits):
     """From here on ``logits`` differentiate to an error; what was computed before does not change.
 
@@ -26,5 +29,20 @@ def overwritten(logits):
     try:
         with torch.enable_grad():
             _Overwritten.apply(logits)
-    except RuntimeError as problem:  # a view that came with others, from chunk or unbind
-        raise ValueError(f"inplace: the student's logits cannot be overwritten: {problem}") from problem
+    except RuntimeError as problem:
+        raise ValueError(
+            "inplace: the student's logits are one of several views that chunk, split or unbind returned together, and "
+            "autograd lets nobody overwrite these. Compute the logits of each chunk by themselves, or leave inplace out"
+        ) from problem
+    _whole(logits).grad_fn.metadata[_NOTE] = True
+
+
+def was_overwritten(logits):
+    """Whether the last thing that happened to these logits, or to the tensor that they are a part of, is a loss that
+    overwrote some of it. A second one would differentiate through the first, to an error."""
+    node = _whole(logits).grad_fn
+    return node is not None and _NOTE in node.metadata
+
+
+def _whole(x):
+    return x if x._base is None else x._base

@@ -127,3 +127,28 @@ def test_masked_rows(kernel):
     mask = torch.tensor([True, False, True, True, False, True])
     functional.kl_div(logits, teacher, mask=mask, inplace=True).backward()
     assert torch.equal(logits.detach()[~mask], torch.zeros(2, 50))
+
+
+@pytest.mark.parametrize("part", [lambda x: x[3:], lambda x: x], ids=["slice", "whole"])
+def test_a_second_loss_of_one_tensor_is_refused_inside_the_call(backend, part):
+    """Its gradient would have to pass by the first, whose own stays right."""
+    weight, logits, teacher = head(torch.float32)
+    first = functional.kl_div(logits[:3], teacher[:3], inplace=True)
+    before = logits.detach().clone()
+    with pytest.raises(ValueError, match="inplace: the student's logits, or others of the same tensor, have been"):
+        functional.kl_div(part(logits), part(teacher), inplace=True)
+    assert torch.equal(logits.detach(), before)
+    (grad,) = torch.autograd.grad(first, weight)
+    weight, logits, _ = head(torch.float32)
+    (expected,) = torch.autograd.grad(functional.kl_div(logits[:3], teacher[:3]), weight)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("split", ["chunk", "split", "unbind"])
+def test_views_that_came_together_are_refused_inside_the_call(backend, split):
+    _, logits, teacher = head(torch.float32)
+    before = logits.detach().clone()
+    parts = {"chunk": lambda x: x.chunk(3), "split": lambda x: x.split(2), "unbind": lambda x: x.unbind()}[split]
+    with pytest.raises(ValueError, match=r"inplace: .* of several views .* Compute the logits of each chunk"):
+        functional.kl_div(parts(logits)[0], parts(teacher)[0], inplace=True)
+    assert torch.equal(logits.detach(), before)
