@@ -52,6 +52,17 @@ def logits_loss(student, teacher, options):
         inplace(student, teacher)
 
 
+def constant_teacher(teacher, loss=None, exchanged=None, note="", name="teacher"):
+    """A teacher that waits for a gradient would wait in vain. exchanged: what is the loss with its sides exchanged."""
+    if not (teacher.requires_grad and torch.is_grad_enabled()):
+        return
+    calls = ""
+    if exchanged is not None:
+        calls = f". Where both sides learn, two calls with the same options have their gradients: {loss}(student, teacher.detach()) and "
+        calls += exchanged.format("teacher, student.detach()") + note
+    raise ValueError(f"{name}: no gradient flows to it, and it requires one; detach() it{calls}")
+
+
 def _inputs(student, teacher, what):
     """Two dense tensors of floating dtypes."""
     for name, x in (("student", student), ("teacher", teacher)):

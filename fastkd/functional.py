@@ -5,6 +5,20 @@ import torch
 from . import _backend, _check, reference
 from ._check import LogitsOptions
 
+# What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
+_EXCHANGED = {
+    "kl_div": "reverse_kl_div({})",
+    "reverse_kl_div": "kl_div({})",
+    "js_div": "js_div({}, beta=1 - beta)",
+    **{
+        loss: f"{loss}({{}})"
+        for loss in (
+            "rkd_distance", "rkd_angle", "rkd_loss", "similarity_preserving", "gram_mse",
+            "feature_mse", "feature_cosine", "attention_transfer",
+        )
+    },
+}  # fmt: skip
+
 _DOCSTRING = r"""{title}
 
     With :math:`p = \mathrm{{softmax}}(student / T)` and
@@ -22,7 +36,8 @@ _DOCSTRING = r"""{title}
 
     Args:
         student: raw logits ``[*, V]``, any strides; float16, bfloat16, float32 or float64.
-        teacher: raw logits ``[*, V]``; the dtype may differ. A constant: no gradient flows to it.{parameter}
+        teacher: raw logits ``[*, V]``; the dtype may differ. A constant: one that requires a gradient,
+            while gradients are recorded, is an error.{both}{parameter}
         temperature: T, a positive number, or a tensor that broadcasts to the leading
             dimensions (one per row). Default 1.
         teacher_temperature: the teacher's own; default: ``temperature``.
@@ -58,10 +73,19 @@ _DOCSTRING = r"""{title}
     Source: {source}
     """
 
+_BOTH_LEARN = """ Where both sides
+            learn, ``{}(a, b.detach())`` and ``{}(b, a.detach(){})`` have their gradients."""
 
-def _logits_loss(divergence, student, teacher, options):
-    """Checks what a logit loss is given, and hands it to the backend."""
+
+def _logits_loss(divergence, student, teacher, options, called=None):
+    """Checks what a logit loss is given, and hands it to the backend; called: by the user, where that is another."""
+    called = called or divergence
     _check.logits_loss(student, teacher, options)
+    exchanged, note = _EXCHANGED.get(called), ""
+    if options.teacher_temperature is not options.temperature:
+        exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
+        note = ", temperature and teacher_temperature exchanged"
+    _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
     backend = _backend.select(student.device)
     if backend == "torch":
         return reference.logits_loss(divergence, student, teacher, options)
@@ -94,7 +118,7 @@ def _logits_function(name, **documentation):
         return _logits_loss(name, student, teacher, options)
 
     loss.__name__ = loss.__qualname__ = name
-    loss.__doc__ = _DOCSTRING.format(**{"parameter": "", "notes": "", **documentation})
+    loss.__doc__ = _DOCSTRING.format(**{"parameter": "", "notes": "", "both": "", **documentation})
     return loss
 
 
@@ -103,6 +127,7 @@ kl_div = _logits_function(
     title="Kullback-Leibler divergence of the student from the teacher, both softened by a temperature.",
     formula=r"\sum_v q_v (\log q_v - \log p_v)",
     notes=r"and its gradient :math:`T (p - q)`.",
+    both=_BOTH_LEARN.format("kl_div", "reverse_kl_div", ""),
     extremes="q = 0 contributes 0, p = 0 where q > 0 gives +inf.",
     source='Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.',
 )
@@ -119,6 +144,7 @@ reverse_kl_div = _logits_function(
     title="Kullback-Leibler divergence of the teacher from the student: it seeks the teacher's modes.",
     formula=r"\sum_v p_v (\log p_v - \log q_v)",
     notes=r"and its gradient :math:`T p (\log p - \log q - KL)`.",
+    both=_BOTH_LEARN.format("reverse_kl_div", "kl_div", ""),
     extremes="p = 0 contributes 0; a class with q = 0 that the student can give makes the row's loss +inf, "
     "which has no gradient: the row's is 0.",
     source='Gu, Dong, Wei, Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2024.',
@@ -145,7 +171,7 @@ def js_div(
     options = LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, float(beta)
     )  # fmt: skip
-    return _logits_loss(_JS_DIV_ENDS.get(beta, "js_div"), student, teacher, options)
+    return _logits_loss(_JS_DIV_ENDS.get(beta, "js_div"), student, teacher, options, "js_div")
 
 
 _JS_DIV_ENDS = {0: "kl_div", 1: "reverse_kl_div"}  # by beta
@@ -157,6 +183,7 @@ js_div.__doc__ = _DOCSTRING.format(
     r"\quad m = \beta q + (1 - \beta) p",
     notes="bounded by log 2 before T^2; symmetric at beta = 0.5. In float32 its relative error far from convergence\n"
     "    is about 1e-7 / min(beta, 1 - beta).",
+    both=_BOTH_LEARN.format("js_div", "js_div", ", beta=1 - beta"),
     parameter="\n        beta: the teacher's share of the mixture, from 0 to 1. By convention 0 is ``kl_div`` and\n"
     "            1 is ``reverse_kl_div`` (the formula itself goes to 0 at both ends). Default 0.5.",
     extremes="a class that one side cannot give is like any other.",
@@ -172,7 +199,8 @@ _RELATIONAL = r"""{title}
 
     Args:
         student: embeddings ``[N, D_s]``, any strides; float16, bfloat16, float32 or float64.
-        teacher: embeddings ``[N, D_t]``; width and dtype may differ. A constant: no gradient flows to it.{options}
+        teacher: embeddings ``[N, D_t]``; width and dtype may differ. A constant: one that requires a gradient, while
+            gradients are recorded, is an error.{options}
 
     Returns:
         The loss, float64 where an input is float64, else float32. Of fewer than two samples 0.
@@ -202,6 +230,8 @@ _ROW_OPTIONS = (
 
 def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
+    if teacher is not None:
+        _check.constant_teacher(teacher, name, _EXCHANGED.get(name))
     backend = _backend.select(student.device)
     if backend == "torch":
         with reference.without_autocast(student.device):
@@ -304,6 +334,8 @@ def gram_mse(student, teacher, *, normalize=True, clamp=None, mask=None, weight=
     _check.batches_of_embeddings(student, teacher, mask, weight)
     _check.flag("normalize", normalize)
     _check.clamp(clamp)
+    if clamp == "teacher":  # exchanged it would be the student's
+        _check.constant_teacher(teacher)
     return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask, weight)
 
 
@@ -383,8 +415,9 @@ relational_triplet.__doc__ = r"""Contrastive relations: similar samples are near
 
     Args:
         student: embeddings ``[N, D_s]``, any strides; float16, bfloat16, float32 or float64.
-        teacher: embeddings ``[N, D_t]``, whose nearest neighbours are the positives; a constant. Where there are labels
-            they decide, and the teacher is not looked at.
+        teacher: embeddings ``[N, D_t]``, whose nearest neighbours are the positives. A constant: one that requires a
+            gradient, while gradients are recorded, is an error. Where there are labels they decide, and the teacher is
+            not looked at.
         labels: integers ``[N]``, the class of each row.
         margin: a positive number. Default 1.
         positives: how many of the teacher's nearest neighbours, from 1 to N - 1; of equally near ones any. Default: 5,
@@ -412,6 +445,16 @@ relational_triplet.__doc__ = r"""Contrastive relations: similar samples are near
     """
 
 
+def _constant_relation_teacher(divergence, teacher, teacher_keys, same_temperature):
+    exchanged = {"kl_div": '"reverse_kl_div"', "reverse_kl_div": '"kl_div"', "js_div": '"js_div", beta=1 - beta'}
+    if teacher_keys is not None:
+        _check.constant_teacher(teacher_keys, name="teacher_keys")
+    if teacher_keys is not None or divergence not in exchanged:
+        _check.constant_teacher(teacher)
+    note = "" if same_temperature else ", temperature and teacher_temperature exchanged"
+    _check.constant_teacher(teacher, "relation_kl", f"relation_kl({{}}, divergence={exchanged.get(divergence)})", note)
+
+
 def relation_kl(
     student,
     teacher,
@@ -436,6 +479,7 @@ def relation_kl(
         teacher_temperature = temperature
     else:
         _check.temperature("teacher_temperature", teacher_temperature, student)
+    _constant_relation_teacher(divergence, teacher, teacher_keys, teacher_temperature is temperature)
     exclude_self = student_keys is None
     if student_keys is student and teacher_keys is teacher:
         student_keys = teacher_keys = None
@@ -466,7 +510,10 @@ relation_kl.__doc__ = r"""Divergence of student's and teacher's relations: a sof
 
     Args:
         student: embeddings ``[*, N, D_s]``, any strides; float16, bfloat16, float32 or float64.
-        teacher: embeddings ``[*, N, D_t]``; width and dtype may differ. A constant: no gradient flows to it.
+        teacher: embeddings ``[*, N, D_t]``; width and dtype may differ. A constant: one that requires a gradient, while
+            gradients are recorded, is an error. Where both sides learn, and there are no keys, the same call with the
+            two exchanged has the other's gradient: of ``"kl_div"`` with ``"reverse_kl_div"`` and the other way round,
+            of ``"js_div"`` with ``beta=1 - beta``.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*, N]``. Default 1. The loss is not
             multiplied by T**2.
         teacher_temperature: the teacher's own; default: ``temperature``.
@@ -476,7 +523,7 @@ relation_kl.__doc__ = r"""Divergence of student's and teacher's relations: a sof
         normalize: similarities are cosines over T: rows and keys are divided by their length (of at least 1e-12; a
             row of zeros has no gradient), and nothing by sqrt(D). Default False.
         student_keys, teacher_keys: ``[*, M, D_s]`` and ``[*, M, D_t]``, what rows are compared with. student_keys have
-            a gradient where they require one, teacher_keys have none. Default: the other rows.
+            a gradient where they require one, teacher_keys are constants as the teacher is. Default: the other rows.
         mask: bool, broadcastable to ``[*, N]``, True: the row counts. The others are not there: they have no loss
             and gradient 0, no row is compared with them, and they may hold anything.
         key_mask: bool, broadcastable to ``[*, M]``, True: rows are compared with the key. Default: with every one;
@@ -503,6 +550,9 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weig
     listed = isinstance(student, (list, tuple))
     students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
     _check.features(students, teachers, dim)
+    name = "feature_cosine" if feature == "cosine" else "feature_mse"
+    for x in teachers:
+        _check.constant_teacher(x, name, _EXCHANGED[name])
     dims = [_check.dim_of(x, dim) % x.dim() for x in students]
     masks = [] if mask is None else _check.per_layer("mask", mask, students, dim, _check.is_mask)
     weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check._floating)
@@ -540,7 +590,9 @@ _FEATURE = r"""{title}
     Args:
         student: features ``[*, D]``, or maps ``[B, C, H, W]`` whose features are the channels, in any
             memory format; or a list of these. float16, bfloat16, float32 or float64.
-        teacher: the same shapes; dtypes may differ. A constant: no gradient flows to it.{options}
+        teacher: the same shapes; dtypes may differ. A constant: one that requires a gradient, while gradients are
+            recorded, is an error. Where both sides learn, the same call with the two exchanged has the other's
+            gradient.{options}
         mask: bool, the shape without the features, True: the row counts. A masked row has loss 0 and
             gradient 0 whatever it holds. With lists one for all layers, or a list of one for each.
         weight: float, of the mask's shape, multiplies the row's loss; the divisor does not change.
@@ -616,6 +668,7 @@ feature_cosine.__doc__ = _FEATURE.format(
 def attention_transfer(student, teacher, *, p=2):
     _check.maps(student, teacher)
     _check.exponent("p", p)
+    _check.constant_teacher(teacher, "attention_transfer", _EXCHANGED["attention_transfer"])
     backend = _backend.select(student.device)
     if backend == "torch":
         return reference.attention_transfer(student, teacher, float(p))
@@ -633,8 +686,9 @@ attention_transfer.__doc__ = r"""Attention transfer: the student looks where the
 
     Args:
         student: maps ``[B, C, H, W]``, in any memory format; float16, bfloat16, float32 or float64.
-        teacher: maps ``[B, C, H, W]``; the number of channels and the dtype may differ. A constant: no
-            gradient flows to it.
+        teacher: maps ``[B, C, H, W]``; the number of channels and the dtype may differ. A constant: one that
+            requires a gradient, while gradients are recorded, is an error. Where both sides learn, the same call
+            with the two exchanged has the other's gradient.
         p: the power, a finite number of at least 1; whole ones up to 4 are fastest. Default 2.
 
     Returns:
@@ -663,6 +717,7 @@ def linear_feature_mse(
     dim=None,
 ):
     _check.projector(student, projector_weight, projector_bias, teacher, dim)
+    _check.constant_teacher(teacher)
     _check.feature_normalize(normalize)
     rows = [teacher]  # what masks and weights are one per row of
     if mask is not None:
@@ -694,8 +749,8 @@ linear_feature_mse.__doc__ = r"""Mean squared difference of projected student fe
         student: features ``[*, D_s]``, or maps ``[B, D_s, H, W]`` in any memory format; float16, bfloat16, float32 or
             float64.
         projector_weight: W, ``[D_t, D_s]``, of the student's dtype (any under autocast).
-        teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``; the dtype may differ. A constant: no gradient flows
-            to it.
+        teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``; the dtype may differ. A constant: one that requires
+            a gradient, while gradients are recorded, is an error.
         projector_bias: b, ``[D_t]``. Default: none.
         normalize, mask, weight, reduction, dim: as in :func:`feature_mse`.
 
