@@ -105,7 +105,7 @@ def _reduce(rows, classes, mask, reduction, normalizer):
     return total / rows_that_count / (classes if reduction == "mean" else 1)
 
 
-def _ordinary(x):
+def ordinary(x):
     """Autograd refuses to watch over tensors that were made in inference mode."""
     if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x.is_inference():
         return x.clone()
@@ -115,8 +115,8 @@ def _ordinary(x):
 def logits_loss(divergence, student, teacher, options):
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype = compute_dtype(student, teacher)
-    options = options._replace(**{name: _ordinary(x) for name, x in options._asdict().items()})
-    s, t = student.to(dtype), _ordinary(teacher).detach().to(dtype)
+    options = options._replace(**{name: ordinary(x) for name, x in options._asdict().items()})
+    s, t = student.to(dtype), ordinary(teacher).detach().to(dtype)
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)
@@ -146,15 +146,15 @@ def gradient_dtype(student):
 
 def _embeddings(student, teacher):
     dtype = compute_dtype(student, teacher)
-    return student.to(dtype), _ordinary(teacher).detach().to(dtype)
+    return student.to(dtype), ordinary(teacher).detach().to(dtype)
 
 
 def _rows_there(student, teacher, mask, weight):
     """Without those that are masked: how many are left has to be known here."""
-    weight = None if weight is None else _ordinary(weight).to(student.dtype)
+    weight = None if weight is None else ordinary(weight).to(student.dtype)
     if mask is None:
         return student, teacher, weight
-    mask = _ordinary(mask)
+    mask = ordinary(mask)
     return student[mask], teacher[mask], None if weight is None else weight[mask]
 
 
@@ -222,7 +222,7 @@ def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
     shape = student.shape[:-1] if student.dim() == 3 else (1, len(student))
-    mask = torch.ones(shape, dtype=torch.bool, device=s.device) if mask is None else _ordinary(mask).view(shape)
+    mask = torch.ones(shape, dtype=torch.bool, device=s.device) if mask is None else ordinary(mask).view(shape)
     s, t = (torch.where(mask[..., None], x.reshape(*shape, x.shape[-1]), 0.0) for x in (s, t))  # it may hold NaN
     if normalize:
         s, t = _of_length_one(s), _of_length_one(t)
@@ -232,7 +232,7 @@ def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
     rows = mask.sum(1)
     squares = (G - H).square().sum(2)
     if weight is not None:
-        squares = squares * torch.where(mask, _ordinary(weight).view(shape).to(s.dtype), 0.0)
+        squares = squares * torch.where(mask, ordinary(weight).view(shape).to(s.dtype), 0.0)
     squares = squares.sum(1) / rows.clamp(min=1).to(s.dtype) ** 2
     return squares.sum() / (rows > 0).sum().clamp(min=1)
 
@@ -240,7 +240,7 @@ def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
 def pkt(student, teacher, eps, mask, weight):
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
-    here = s.new_ones(len(s)) if mask is None else _ordinary(mask).to(s.dtype)
+    here = s.new_ones(len(s)) if mask is None else ordinary(mask).to(s.dtype)
     if mask is not None:  # a masked row may hold anything
         s, t = (torch.where(here[:, None] > 0, x, 0.0) for x in (s, t))
     if len(s) < 2:
@@ -258,7 +258,7 @@ def pkt(student, teacher, eps, mask, weight):
     grown = (s - t) / (t + eps)
     near = torch.log1p(grown.clamp(min=-0.5))
     terms = (s - t) - t * torch.where(grown > -0.5, near, torch.log((s + eps) / (t + eps)))
-    rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(here > 0, _ordinary(weight).to(s.dtype), 0.0)
+    rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(here > 0, ordinary(weight).to(s.dtype), 0.0)
     return rows.sum() / here.sum().clamp(min=1) ** 2
 
 
@@ -271,13 +271,13 @@ def relational_triplet(student, teacher, labels, positives, margin, mask, weight
     """Holds [N, N, N]."""
     s = student.to(compute_dtype(*(x for x in (student, teacher) if x is not None)))
     N, device = len(s), s.device
-    here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else _ordinary(mask)
+    here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else ordinary(mask)
     s = torch.where(here[:, None], s, 0.0)
     others = here[:, None] & here & ~torch.eye(N, dtype=torch.bool, device=device)
     if labels is not None:
-        similar = others & (_ordinary(labels)[:, None] == _ordinary(labels))
+        similar = others & (ordinary(labels)[:, None] == ordinary(labels))
     else:
-        t = torch.where(here[:, None], _ordinary(teacher).detach().to(compute_dtype(teacher)), 0.0)
+        t = torch.where(here[:, None], ordinary(teacher).detach().to(compute_dtype(teacher)), 0.0)
         if N:  # a power of two brings squares into range and changes no digit
             t = t * torch.exp2(-_largest(t, (0, 1)).nan_to_num(1.0, 1.0).log2().floor().clamp(min=-126))
         between = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~others, torch.inf)
@@ -290,7 +290,7 @@ def relational_triplet(student, teacher, labels, positives, margin, mask, weight
     e = torch.where(triplets, margin + d[:, :, None] - d[:, None, :], 0.0).clamp(min=0)
     rows = e.sum((1, 2)) / different.sum(1).clamp(min=1)
     if weight is not None:
-        rows = rows * torch.where(here, _ordinary(weight).to(s.dtype), 0.0)
+        rows = rows * torch.where(here, ordinary(weight).to(s.dtype), 0.0)
     share = (e > 0).sum() / triplets.sum().clamp(min=1)
     return rows.sum() / here.sum().clamp(min=1), share.float().detach()
 
@@ -302,11 +302,11 @@ def relation_kl(
     """Holds [*, N, M]."""
     dtype = compute_dtype(student, teacher, student_keys, teacher_keys)
     rows = student.shape[:-1]
-    mask, weight = (None if x is None else _ordinary(x).expand(rows) for x in (mask, weight))
+    mask, weight = (None if x is None else ordinary(x).expand(rows) for x in (mask, weight))
     if key_mask is None and student_keys is None:
         key_mask = mask
     elif key_mask is not None:
-        key_mask = _ordinary(key_mask).expand(rows if student_keys is None else student_keys.shape[:-1])
+        key_mask = ordinary(key_mask).expand(rows if student_keys is None else student_keys.shape[:-1])
 
     def similarities(x, keys):
         keys = x if keys is None else keys
@@ -327,7 +327,7 @@ def relation_kl(
     if rows.numel() == 0 or (student_keys is not None and student_keys.shape[-2] == 0):
         return (student.to(dtype) * 0).sum() + (0 if student_keys is None else (student_keys.to(dtype) * 0).sum())
     s = similarities(student, student_keys)
-    t = similarities(*(x if x is None else _ordinary(x).detach() for x in (teacher, teacher_keys)))
+    t = similarities(*(x if x is None else ordinary(x).detach() for x in (teacher, teacher_keys)))
     options = LogitsOptions(
         temperature, teacher_temperature, False, mask, weight, "batchmean", None, False, parameter
     )  # fmt: skip
@@ -368,13 +368,13 @@ _FEATURES = {"squares": lambda x: x, "l2": _of_length_one, "standardize": _stand
 
 def _feature_layer(feature, student, teacher, dim, mask, weight, dtype):
     """The losses of a layer's rows [*]."""
-    s, t = (x.movedim(dim, -1).to(dtype) for x in (student, _ordinary(teacher).detach()))
+    s, t = (x.movedim(dim, -1).to(dtype) for x in (student, ordinary(teacher).detach()))
     if mask is not None:  # before anything is computed: a masked row may hold NaN
-        s, t = (torch.where(_ordinary(mask)[..., None], x, 0.0) for x in (s, t))
+        s, t = (torch.where(ordinary(mask)[..., None], x, 0.0) for x in (s, t))
     rows = (_FEATURES[feature](s) - _FEATURES[feature](t)).square().sum(-1)
     if feature == "cosine":
         rows = rows / 2
-    return rows if weight is None else rows * _ordinary(weight).to(dtype)
+    return rows if weight is None else rows * ordinary(weight).to(dtype)
 
 
 def feature_loss(feature, students, teachers, dims, masks, weights, reduction, layer_weights):
@@ -395,7 +395,7 @@ def feature_loss(feature, students, teachers, dims, masks, weights, reduction, l
 
 def attention_transfer(student, teacher, p):
     dtype = compute_dtype(student, teacher)
-    s, t = (x.to(dtype) for x in (student, _ordinary(teacher).detach()))
+    s, t = (x.to(dtype) for x in (student, ordinary(teacher).detach()))
     if not s.shape[0] * s.shape[2] * s.shape[3]:
         return (s * 0).sum()
 

@@ -354,13 +354,15 @@ def test_without_a_gradient_the_loss_is_the_same(backend, name, dtype):
         assert error(loss, expected) <= 4 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
-def test_teacher_made_in_inference_mode(backend, name):
+def test_teacher_and_mask_made_in_inference_mode(backend, name, masked):
     student = torch.randn(9, 5)
     with torch.inference_mode():
-        teacher = torch.randn(9, 4)
-    loss, grad = run(LOSSES[name], student, teacher)
-    expected = run(LOSSES[name], student, teacher.clone())
+        teacher, mask = torch.randn(9, 4), torch.arange(9) != 2
+    options = {"mask": mask} if masked else {}
+    loss, grad = run(LOSSES[name], student, teacher, **options)
+    expected = run(LOSSES[name], student, teacher.clone(), **{key: x.clone() for key, x in options.items()})
     assert torch.equal(loss, expected[0])
     assert torch.equal(grad, expected[1])
 

@@ -414,6 +414,38 @@ def test_relations_of_meta_and_fake_tensors(name, dtype):
         assert (loss.shape, grad.shape, grad.dtype) == ((), (4, 6), dtype)
 
 
+@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
+def test_compile_with_one_layer_twice(backend_name):
+    """Several students learn from one teacher's layer, and one student from several; one mask for all."""
+
+    def loss(a, b, t, u, mask):
+        return (
+            functional.feature_mse([a, b], [t, t], mask=mask)
+            + functional.feature_mse([a, a], [t, u], mask=mask, normalize="l2")
+            + functional.feature_cosine([a, a], [t, t])
+        )
+
+    a, b = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+    constants = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([True, False, True, True])
+    with fastkd.backend(backend_name):
+        plain = loss(a, b, *constants)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(a, b, *constants)
+        assert error(compiled.detach(), plain.detach()) <= FLOOR[torch.float32]
+        for x, y in zip(torch.autograd.grad(compiled, (a, b)), torch.autograd.grad(plain, (a, b)), strict=True):
+            assert error(x, y) <= FLOOR[torch.float32]
+
+
+def test_compile_with_one_tensor_for_two_options():
+    def loss(s, t, w, mask):
+        relations = functional.relation_kl(s, t, student_keys=s, teacher_keys=t, mask=mask, key_mask=mask)
+        return functional.kl_div(s, t, weight=w, temperature=w, teacher_temperature=w) + relations
+
+    arguments = torch.randn(4, 6), torch.randn(4, 6), torch.rand(4) + 0.5, torch.tensor([True, False, True, True])
+    plain, compiled = both(loss, *arguments), both(torch.compile(loss, fullgraph=True, backend="aot_eager"), *arguments)
+    for x, y in zip(compiled, plain, strict=True):
+        assert error(x, y) <= 4 * FLOOR[torch.float32]
+
+
 def feature_losses():
     """Modules and what they are given."""
     maps, teacher_maps = torch.randn(2, 5, 4, 4), torch.randn(2, 5, 4, 4)

@@ -116,10 +116,16 @@ def _arguments(options, tensors):
     )  # fmt: skip
 
 
+def _one_each(tensors):
+    """A view in place of one that stands there already: compiled, an autograd function takes none twice."""
+    return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
+
+
 def feature_loss(namespace, feature, students, teachers, dims, masks, weights, reduction, layer_weights):
     """Loss and layers of :mod:`fastkd.functional`; the arguments have been checked there. The loss is one
     value per row of all layers where the reduction is "none"."""
     dtype = compute_dtype(*students, *teachers)
+    students = _one_each(students)
     teachers = [x.detach() for x in teachers]
     masks = [x.reshape(-1).contiguous() for x in masks]
     weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import compute_dtype, gradient_dtype
+from ..reference import compute_dtype, gradient_dtype, ordinary
 from . import gram, similarity
 from . import pkt as _pkt
 from .gradient import once, times
@@ -94,6 +94,7 @@ def _loss_of_rows(namespace, name, mask, tensors, *options):
     place of the others stands the first."""
     count = None
     if mask is not None:
+        mask = ordinary(mask)
         count = mask.sum()
         order = torch.argsort(~mask, stable=True)
         there = torch.arange(len(mask), device=mask.device) < count
