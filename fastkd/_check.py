@@ -84,7 +84,12 @@ def logits(student, teacher):
     if student.dim() == 0:
         raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
     if student.shape != teacher.shape:
-        raise ValueError(f"teacher: the student's shape {list(student.shape)} wanted, got {list(teacher.shape)}")
+        wanted, got = list(student.shape), list(teacher.shape)
+        padded = ""
+        if wanted[:-1] == got[:-1]:
+            name, fewer = ("teacher", wanted[-1]) if got[-1] > wanted[-1] else ("student", got[-1])
+            padded = f". Where a head is padded, slice the wider one: {name}[..., :{fewer}]"
+        raise ValueError(f"teacher: the student's shape {wanted} wanted, got {got}{padded}")
     if student.shape[-1] == 0:
         raise ValueError(f"student: at least one class wanted, got shape {list(student.shape)}")
     _same_device(student, teacher)

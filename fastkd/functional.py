@@ -36,7 +36,8 @@ _DOCSTRING = r"""{title}
 
     Args:
         student: raw logits ``[*, V]``, any strides; float16, bfloat16, float32 or float64.
-        teacher: raw logits ``[*, V]``; the dtype may differ. A constant: one that requires a gradient,
+        teacher: raw logits ``[*, V]``; the dtype may differ. Probabilities go in as their logarithms,
+            with ``teacher_temperature=1``. A constant: one that requires a gradient,
             while gradients are recorded, is an error.{both}{parameter}
         temperature: T, a positive number, or a tensor that broadcasts to the leading
             dimensions (one per row). Default 1.

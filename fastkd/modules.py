@@ -361,7 +361,8 @@ class AttentionTransferLoss(_FeatureLoss):
 
 class LinearFeatureMSELoss(_FeatureLoss):
     """:func:`fastkd.functional.linear_feature_mse` as a module that owns its projector, a ``torch.nn.Linear``
-    to be trained with the student.
+    to be trained with the student: its parameters go to the optimizer. On several processes the module is wrapped in
+    DistributedDataParallel, as the student is; otherwise each process trains a projector of its own.
 
     Args:
         student_features, teacher_features: the widths D_s and D_t; of maps the numbers of channels.

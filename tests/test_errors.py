@@ -113,6 +113,16 @@ def test_js_div_refuses_a_beta(make, beta, error):
 LOGIT_LOSSES = [functional.kl_div, functional.soft_cross_entropy, functional.reverse_kl_div, functional.js_div]
 
 
+@pytest.mark.parametrize(("widths", "slice_"), [((10, 16), "teacher"), ((16, 10), "student")])
+def test_padded_heads_are_told_how_to_be_sliced(widths, slice_):
+    student, teacher = (torch.randn(4, width) for width in widths)
+    with pytest.raises(ValueError, match=rf"^teacher: .* wanted, got .* slice the wider one: {slice_}\[\.\.\., :10\]$"):
+        functional.kl_div(student, teacher)
+    with pytest.raises(ValueError, match=r"got \[3, 16\]$"):  # no slice helps here
+        functional.kl_div(student, torch.randn(3, 16))
+
+
+
 @pytest.mark.parametrize("loss", LOGIT_LOSSES, ids=lambda f: f.__name__)
 def test_every_logit_loss_checks_what_it_is_given(loss):
     with pytest.raises(ValueError, match=r"^teacher: the student's shape \[4, 10\] wanted, got \[4, 9\]"):
