@@ -56,8 +56,7 @@ $(VENV)/torch: $(BIN)/python
 	@touch $@
 
 $(VENV)/ready: $(VENV)/torch setup.py pyproject.toml CMakeLists.txt $(SOURCES)
-	FASTKD_TESTING=1 FASTKD_WERROR=1 TORCH_CUDA_ARCH_LIST="$(GPUS)" \
-	  $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,examples,bench]"
+	TORCH_CUDA_ARCH_LIST="$(GPUS)" FASTKD_TESTING=1 FASTKD_WERROR=1 $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,examples,bench]"
 	@touch $@
 
 setup: $(VENV)/ready

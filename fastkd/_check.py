@@ -58,8 +58,8 @@ def constant_teacher(teacher, loss=None, exchanged=None, note="", name="teacher"
         return
     calls = ""
     if exchanged is not None:
-        calls = f". Where both sides learn, two calls with the same options have their gradients: {loss}(student, teacher.detach()) and "
-        calls += exchanged.format("teacher, student.detach()") + note
+        calls = ". Where both sides learn, two calls with the same options have their gradients: "
+        calls += f"{loss}(student, teacher.detach()) and {exchanged.format('teacher, student.detach()')}{note}"
     raise ValueError(f"{name}: no gradient flows to it, and it requires one; detach() it{calls}")
 
 

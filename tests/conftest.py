@@ -73,6 +73,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for name in ("gates", "sanitizers", "products"):
         config.addinivalue_line("markers", f"{name}: {PARTS[name]}")
+    config.addinivalue_line("markers", "long: a test that takes a minute, and runs in the sweep")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -114,7 +115,7 @@ def is_in(part, item, covers):
         parameters = item.callspec.params
         long = parameters.get("name") in getattr(parameters.get("case"), "long", ())
         return covers and long == (part == "sweep")
-    return part == "all" or covers == (part == "test")
+    return part == "all" or (covers and item.get_closest_marker("long") is None) == (part == "test")
 
 
 # What is built once for the tests that share it, and by which of their parameters it differs.
@@ -155,6 +156,11 @@ def kernel(request):
     """The same without plain PyTorch, for what only the kernels promise."""
     with use(request.param):
         yield request.param
+
+
+def gradcheck(backend, function, inputs):
+    """Of every derivative; of those along random directions where kernels do not run as they are."""
+    return torch.autograd.gradcheck(function, inputs, fast_mode=backend in ("triton-interpreter", "cuda-cusim"))
 
 
 @pytest.fixture

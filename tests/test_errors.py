@@ -122,7 +122,6 @@ def test_padded_heads_are_told_how_to_be_sliced(widths, slice_):
         functional.kl_div(student, torch.randn(3, 16))
 
 
-
 @pytest.mark.parametrize("loss", LOGIT_LOSSES, ids=lambda f: f.__name__)
 def test_every_logit_loss_checks_what_it_is_given(loss):
     with pytest.raises(ValueError, match=r"^teacher: the student's shape \[4, 10\] wanted, got \[4, 9\]"):

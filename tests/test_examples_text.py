@@ -69,6 +69,7 @@ def test_no_training_sentence_is_nearly_a_held_out_one(example):
     assert (train.teacher @ held_out.teacher.T).max() < 0.9
 
 
+@pytest.mark.long
 def test_distill_text(tmp_path):
     command = [sys.executable, TEXT, "--sentences", "600", "--batch-size", "32", "--epochs", "3", "--seeds", "1"]
     run = subprocess.run(

@@ -354,7 +354,7 @@ def test_float16_gradients_survive_a_loss_scaler(backend):
     loss = functional.kl_div(s, teacher, normalizer=512) * 2.0**16
     (grad,) = torch.autograd.grad(loss, s)
     _, grad_ref = truth(student, teacher, normalizer=512)
-    assert error(grad_ref.half(), grad_ref) > 0.01  # or this test is too easy
+    assert error(grad_ref.half(), grad_ref) > 4 * FLOOR[torch.float16]  # or this test is too easy
     assert error(grad, grad_ref * 2.0**16) < 2 * FLOOR[torch.float16]
 
 
