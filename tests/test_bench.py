@@ -147,6 +147,7 @@ def test_a_case_beside_which_the_machine_was_slower_is_named():
     assert list(tables.disturbed({"benchmarks": [*usual, *apart, of_copies]})) == [("slow", 1.9)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("case", "providers"),
     [
