@@ -287,7 +287,7 @@ def relational_triplet(student, teacher, labels, positives, margin, mask, weight
     different = others & ~similar
     d = _distances(s, False)
     triplets = similar[:, :, None] & different[:, None, :]
-    e = torch.where(triplets, margin + d[:, :, None] - d[:, None, :], 0.0).clamp(min=0)
+    e = torch.where(triplets, margin + d[:, :, None] - d[:, None, :], 0.0).relu()
     rows = e.sum((1, 2)) / different.sum(1).clamp(min=1)
     if weight is not None:
         rows = rows * torch.where(here, ordinary(weight).to(s.dtype), 0.0)

@@ -191,6 +191,15 @@ def test_value_by_hand(backend):
     assert grad.flatten().tolist() == pytest.approx([(-2 + 1) / 3, (2 + 1) / 3, -2 / 3])
 
 
+def test_a_triplet_at_its_hinge_is_not_active(backend):
+    """Samples at 0, 1 and 2: of the first two the margin of one is met exactly, that of the other is not."""
+    student = torch.tensor([[0.0], [1.0], [2.0]])
+    loss, grad, active = triplet_loss(student, labels=torch.tensor([0, 0, 1]), margin=1.0)
+    assert loss.item() == pytest.approx(1 / 3)
+    assert active == 0.5
+    assert grad.flatten().tolist() == pytest.approx([-1 / 3, 2 / 3, -1 / 3])
+
+
 def test_similar_samples_come_nearer(backend):
     """The sign: a step along the gradient makes neighbours of the teacher the student's."""
     student, labels = S[:20].clone(), LABELS["four"][:20]
