@@ -409,6 +409,7 @@ def attention_transfer(student, teacher, p):
 
 
 def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction):
+    projector_weight, projector_bias = ordinary(projector_weight), ordinary(projector_bias)
     projected = torch.nn.functional.linear(student.movedim(dim, -1), projector_weight, projector_bias)
     masks, weights = ([] if x is None else [x] for x in (mask, weight))
     teacher, dims = teacher.movedim(dim, -1), [student.dim() - 1]

@@ -230,3 +230,17 @@ def test_autocast_projects_in_its_dtype(backend):
     for grad, grad_ref in zip(grads, grads_ref, strict=True):
         assert grad.dtype == torch.float32
         assert error(grad, grad_ref) <= 8 * FLOOR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_projector_made_in_inference_mode(backend, dtype):
+    student = torch.randn(3, 4).to(dtype).requires_grad_()
+    with torch.inference_mode():
+        made = [torch.randn(shape).to(dtype) for shape in ((5, 4), (5,), (3, 5))]
+
+    def run(weight, bias, teacher):
+        loss = functional.linear_feature_mse(student, weight, teacher, projector_bias=bias)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    found, expected = run(*made), run(*(x.clone() for x in made))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
