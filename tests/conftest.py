@@ -53,7 +53,7 @@ def pytest_sessionstart(session):
 
 
 # Parts of the suite, each a target of the Makefile. What is marked with none of the others is in the first two: of each
-# test's cases those that cover all pairs of its parameters, and the others. Triton's interpreter, which takes fifty
+# test's cases those that cover all pairs of its parameters, and the others. Triton's interpreter, which takes twenty
 # times as long as the kernels of the CPU, has covering cases alone, and those that it is long at in the second.
 PARTS = {
     "test": "every behaviour on every backend, by cases that cover all pairs of parameters",

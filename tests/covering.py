@@ -2,9 +2,9 @@
 
 Nearly every fault shows with one value of one parameter, or with two that meet: a kernel that is wrong for one dtype, a
 backend that forgets an option. Three parameters of a few dozen values have thousands of cases and a few hundred pairs.
-Beside pairs, every backend meets every loss in every dtype, as that is what a kernel is compiled for; but for Triton's
-interpreter, which does not compile. What this leaves
-out is run by ``make test-sweep``; tests/mutations.py shows that what is left finds faults.
+Beside pairs, every backend meets every loss in every dtype, as that is what a kernel is compiled for; Triton's
+interpreter, which compiles nothing, has pairs alone. ``make test-sweep`` runs what this leaves out, and ``make
+mutations`` tells which planted faults are found without it.
 
 Libraries that make such tables (allpairspy, covertable) start from parameters that may be combined freely. Ours may
 not: a case names its losses and dtypes, and where told so by a filter allpairspy 2.5.1 left out 173 of the pairs of

@@ -71,7 +71,7 @@ def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
             here = mask.to(dtype)
         (x, *through), (y, *_) = _shortened(x, eps), _shortened(y, eps)
         count = here.sum()
-        rows = here / (count * count).clamp(min=1)
+        rows = torch.where(count < 2, 0.0, here / (count * count))  # one alone has no pair
         if weight is not None:
             rows = rows * torch.where(here > 0, weight.to(dtype), 0.0)
         everyone, teachers = x.sum(0), y.sum(0)

@@ -1,0 +1,46 @@
+"""The table of cases that the suite is cut down to: nothing that it promises is lost."""
+
+import itertools
+
+from covering import KERNEL, LONG, covering
+
+
+def feasible():
+    """Parameters that may not be combined freely, as those of tests: a case names its losses, and a loss its dtypes."""
+    for backend, name, dtype, case in itertools.product("abcde", range(7), range(4), range(20)):
+        if (name + case) % 3 and (name + dtype) % 5:
+            yield {"backend": backend, "name": name, "dtype": dtype, "case": case}
+
+
+CASES = list(feasible())
+COSTS = [LONG if case["backend"] == "e" else 1 for case in CASES]
+
+
+def test_every_pair_that_exists_is_covered():
+    def pairs(cases):
+        return {pair for case in cases for pair in itertools.combinations(case.items(), 2)}
+
+    chosen = [CASES[i] for i in covering(CASES, COSTS)]
+    assert pairs(chosen) == pairs(CASES)
+    assert len(chosen) < len(CASES) / 8
+
+
+def test_every_kernel_is_covered_where_kernels_are_compiled():
+    def kernels(cases):
+        return {tuple(case[x] for x in KERNEL) for case in cases if case["backend"] != "e"}
+
+    assert kernels(CASES[i] for i in covering(CASES, COSTS)) == kernels(CASES)
+
+
+def test_the_choice_is_always_the_same_and_leaves_what_is_long_to_others():
+    """Processes that share the tests collect them each for itself."""
+    chosen = covering(CASES, COSTS)
+    assert chosen == covering(list(map(dict, CASES)), COSTS)
+    long = sum(COSTS[i] == LONG for i in chosen)
+    assert long == len({case["case"] for case in CASES})  # its pairs with the longest list, and no more
+
+
+def test_values_that_cannot_be_hashed_and_values_that_are_equal():
+    unhashable = [1], [1]
+    assert covering([{"x": value} for value in unhashable], [1, 1]) == [0, 1]
+    assert covering([{"x": 1}, {"x": True}, {"x": 1}], [1, 1, 1]) == [0, 1]
