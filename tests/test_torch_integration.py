@@ -203,6 +203,20 @@ def test_compile_fullgraph(reduction, dtype, backend_name):
     assert error(compiled_grad, grad) < 2 * FLOOR[dtype]
 
 
+def test_compile_of_a_teacher_made_in_inference_mode():
+    """Where forward makes the gradient; elsewhere PyTorch refuses in the call."""
+    compiled = torch.compile(functional.kl_div, fullgraph=True, backend="aot_eager")
+    student = torch.randn(4, 20)
+    with torch.inference_mode():
+        teacher = torch.randn(4, 20)
+    loss, grad = both(functional.kl_div, student, teacher)
+    compiled_loss, compiled_grad = both(compiled, student, teacher)
+    assert torch.equal(compiled_loss, loss)
+    assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        compiled(student.half().requires_grad_(), teacher)
+
+
 def test_compile_dynamic_shapes():
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
