@@ -203,11 +203,12 @@ class CMakeBuild(build_ext):
         package = ROOT / "fastkd" if self.inplace else Path(self.build_lib).resolve() / "fastkd"
         folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         options = [f"-DFASTKD_TORCH={torch}", f"-DFASTKD_OUTPUT={package / 'lib'}", f"-DFASTKD_TESTING={TESTING:d}"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}"]
         options += cuda_options()
         if TESTING:
             import pybind11
 
-            options += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+            options += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         subprocess.run(
             [cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", *options], check=True

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fastkd import _backend, functional
+from fastkd._calls import RowsCall
 from fastkd.ops import rows
 
 from .measure import Provider, interleave
@@ -102,11 +103,17 @@ def own(name, backend, **options):
 
 
 def kernel_alone(name, backend):
-    """Loss and gradient, written over the student: no autograd, nothing allocated."""
-    ops = rows.OPS[_backend.namespace(backend)]
-    head = (rows.DIVERGENCE_NUMBERS[name], 0.5 if name == "js_div" else 0.0)
-    tail = (TEMPERATURE, None, TEMPERATURE, None, True, None, None, rows.REDUCTION_NUMBERS["batchmean"], None, None)
-    return lambda student, teacher: ops.fwd_(student, teacher, *head, *tail)
+    """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
+    namespace, number = _backend.namespace(backend), rows.DIVERGENCE_NUMBERS[name]
+    beta = 0.5 if name == "js_div" else 0.0
+
+    def alone(student, teacher):
+        call = RowsCall(
+            student, teacher, number, beta, TEMPERATURE, None, TEMPERATURE, None, True, None, None, 1 / len(student), None
+        )  # fmt: skip
+        return rows.forward(namespace, call, grad=student)
+
+    return alone
 
 
 def enough_sets(unit, device):

@@ -5,20 +5,10 @@ from pathlib import Path
 
 import torch
 
-# What every op of the rows schedule is told. parameter: the divergence's own, where it has one;
-# *_rows, mask, weight: one value per row, [N], in the compute dtype; no normalizer and no
-# normalizer_tensor: the reduction's own divisor.
-_ROWS_OPTIONS = (
-    "int divergence, float parameter, float temperature, Tensor? temperature_rows, float teacher_temperature, "
-    "Tensor? teacher_temperature_rows, bool t_squared, Tensor? mask, Tensor? weight, int reduction, "
-    "float? normalizer, Tensor? normalizer_tensor"
-)
+from . import _calls
+
 SCHEMAS = (
-    # save: 0 nothing, 1 the gradient (upstream 1), 2 the statistics for rows_bwd; what is not saved is empty
-    f"rows_fwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, int save) -> (Tensor loss, Tensor grad, Tensor stats)",
-    f"rows_fwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}) -> Tensor loss",
-    f"rows_bwd(Tensor student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> Tensor grad",
-    f"rows_bwd_(Tensor(a!) student, Tensor teacher, {_ROWS_OPTIONS}, Tensor stats, Tensor upstream) -> ()",
+    *(_calls.schema(name) for name in _calls.OPS),
     # embeddings [N, D_s] and [N, D_t]; count: rows from there on are not, they hold finite numbers; weight: one per
     # row; grad, here as below, is in float32 where the student is in float16, whose range it would leave before a
     # loss scaler multiplies it; empty where it is not saved

@@ -5,7 +5,8 @@ import torch
 
 import fastkd
 from fastkd import _backend, functional
-from fastkd.ops import relations
+from fastkd._calls import RowsCall
+from fastkd.ops import relations, rows
 
 S, T = torch.randn(4, 10), torch.randn(4, 10)
 
@@ -266,28 +267,46 @@ def test_second_derivative_raises(kernel, reduction):
 
 def test_the_op_checks_its_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
-    options = (0, 0.0, 1.0, None, 1.0, None, True, None, None, 2, None, None)
-    fwd = torch.ops.fastkd.rows_fwd
-    with pytest.raises(RuntimeError, match="same shape"):
-        fwd(S, T[:, :5], *options, 1)
-    with pytest.raises(RuntimeError, match="reduction"):
-        fwd(S, T, *options[:9], 9, *options[10:], 1)
-    with pytest.raises(RuntimeError, match="divergence"):
-        fwd(S, T, 77, *options[1:], 1)
-    with pytest.raises(RuntimeError, match="mask"):
-        fwd(S, T, *options[:7], torch.ones(3, dtype=torch.bool), *options[8:], 1)
-    with pytest.raises(RuntimeError, match="normalizer"):
-        fwd(S, T, *options[:10], 0.0, None, 1)
-    with pytest.raises(RuntimeError, match="temperature"):
-        fwd(S, T, 0, 0.0, -1.0, *options[3:], 1)
-    with pytest.raises(RuntimeError, match="parameter"):
-        fwd(S, T, 3, 1.0, *options[2:], 1)
-    with pytest.raises(RuntimeError, match="save"):
-        fwd(S, T, *options, 3)
-    with pytest.raises(RuntimeError, match="stats"):
-        torch.ops.fastkd.rows_bwd(S, T, *options, torch.ones(2), torch.ones(()))
-    with pytest.raises(RuntimeError, match="float16, bfloat16"):
-        fwd(S.long(), T.long(), *options, 1)
+    call = RowsCall(S, T, 0, 0.0, 1.0, None, 1.0, None, True, None, None, 0.25, None)
+    ops, loss = rows.OPS["fastkd"], torch.empty(())
+    wrong_calls = {
+        "same shape": {"teacher": T[:, :5]},
+        "divergence": {"divergence": 77},
+        "mask": {"mask": torch.ones(3, dtype=torch.bool)},
+        "normalizer": {"scale": -1.0},
+        "scale_tensor": {"scale_tensor": torch.ones(())},
+        "temperature": {"temperature": -1.0},
+        "weight": {"weight": torch.ones(4, dtype=torch.float64)},
+        "parameter": {"divergence": 3, "parameter": 1.0},
+        "float16, bfloat16": {"student": S.long(), "teacher": T.long()},
+    }
+    for match, wrong in wrong_calls.items():
+        with pytest.raises(RuntimeError, match=match):
+            ops.fwd(*call._replace(**wrong), loss, None, None)
+    wrong_outputs = {
+        "loss": (torch.empty(3), None, None),
+        "grad": (loss, torch.empty(4, 5), None),
+        "stats": (loss, None, torch.empty(4, 4, dtype=torch.float64)),
+    }
+    for match, outputs in wrong_outputs.items():
+        with pytest.raises(RuntimeError, match=match):
+            ops.fwd(*call, *outputs)
+    stats, grad = torch.empty(4, 5, dtype=torch.float64), torch.empty_like(S)
+    for match, rest in {
+        "stats": (torch.ones(2), torch.ones(()), grad),
+        "upstream": (stats, torch.ones(3), grad),
+        "grad": (stats, torch.ones(()), grad.double()),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            ops.bwd(*call, *rest)
+    scale = torch.empty((), dtype=torch.float64)
+    for match, wrong in {
+        "mask": (torch.ones(3, dtype=torch.bool), None, 4, 1.0, scale),
+        "normalizer": (None, torch.ones(2), 4, 1.0, scale),
+        "scale": (None, torch.ones(()), 4, 1.0, scale.float()),
+    }.items():
+        with pytest.raises(RuntimeError, match=match):
+            ops.inverse_divisor(*wrong)
 
 
 def relational_ops(backend_name):

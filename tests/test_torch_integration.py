@@ -13,6 +13,7 @@ from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import _backend, functional
+from fastkd._calls import RowsCall
 from fastkd.ops import attention, elements, relations, rows
 from fastkd.reference import compute_dtype
 
@@ -26,21 +27,31 @@ def op_calls(backend_name):
     ops = rows.OPS[_backend.namespace(backend_name)]
     student, teacher = torch.randn(3, 4, 20), torch.randn(3, 4, 20)
     rows_of = torch.rand(12) + 0.5
-    plain = (0, 0.0, 2.0, None, 2.0, None, True, None, None, 2, None, None)
-    full = (2, 0.0, 1.0, rows_of, 3.0, None, False, torch.rand(12) < 0.7, rows_of, 0, None, None)
-    normalized = (3, 0.3, 2.0, None, 1.0, rows_of, True, None, None, 1, None, torch.tensor(5.0))
-    for name, options in (("plain", plain), ("full", full), ("normalized", normalized)):
-        for save in (0, 1, 2):
-            yield f"rows_fwd-{name}-{save}", ops.fwd, (student, teacher, *options, save)
-        yield f"rows_fwd_-{name}", ops.fwd_, (student.clone(), teacher, *options)
-        stats = ops.fwd(student, teacher, *options, rows.STATS)[2]
-        upstream = torch.rand(12) if options[9] == 0 else torch.rand(())
-        yield f"rows_bwd-{name}", ops.bwd, (student, teacher, *options, stats, upstream)
-        yield f"rows_bwd_-{name}", ops.bwd_, (student.clone(), teacher, *options, stats, upstream)
+    plain = RowsCall(student, teacher, 0, 0.0, 2.0, None, 2.0, None, True, None, None, 0.25, None)
+    full = plain._replace(
+        divergence=2, temperature=1.0, temperature_rows=rows_of, teacher_temperature=3.0, t_squared=False,
+        mask=torch.rand(12) < 0.7, weight=rows_of, scale=1.0,
+    )  # fmt: skip
+    divided = plain._replace(
+        divergence=3, parameter=0.3, teacher_temperature_rows=rows_of,
+        scale_tensor=torch.tensor(0.2, dtype=torch.float64),
+    )  # fmt: skip
+    for name, call, shape in (("plain", plain, ()), ("full", full, (3, 4)), ("divided", divided, ())):
+        stats = torch.empty(3, 4, 5, dtype=torch.float64)
+        saved = {"nothing": (None, None), "gradient": (torch.empty_like(student), None), "statistics": (None, stats)}
+        for what, outputs in saved.items():
+            yield f"rows_fwd-{name}-{what}", ops.fwd, (*call, torch.empty(shape), *outputs)
+        ops.fwd(*call, torch.empty(shape), None, stats)
+        upstream = torch.rand(shape).reshape(-1)
+        yield f"rows_bwd-{name}", ops.bwd, (*call, stats, upstream, torch.empty_like(student))
+    scale = torch.empty((), dtype=torch.float64)
+    for name, counted in (("rows", (full.mask, None)), ("given", (full.mask, torch.tensor(5.0)))):
+        yield f"inverse_divisor-{name}", ops.inverse_divisor, (*counted, 12, 20.0, scale)
     half = student.bfloat16().transpose(0, 1)
     for factor in (1.0, 0.5):
         yield f"scale_-{factor}", ops.scale_, ([student.clone(), student.clone()], torch.tensor(factor))
-    yield "rows_fwd-bfloat16", ops.fwd, (half, teacher.transpose(0, 1), *plain, 1)
+    call = plain._replace(student=half, teacher=teacher.transpose(0, 1))
+    yield "rows_fwd-bfloat16", ops.fwd, (*call, torch.empty(()), torch.empty_like(half), None)
 
 
 def relational_calls(backend_name):

@@ -3,6 +3,7 @@
 The compiler and the interpreter exclude each other in one process: this file, run as a script, compiles.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -20,7 +21,7 @@ TARGETS = {
     "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32), "sm_120": ("cuda", 120, 32),
     "gfx942": ("hip", "gfx942", 64),
 }  # fmt: skip
-KL_DIV, JS_DIV, NOTHING, GRAD, STATS, BATCHMEAN = 0, 3, 0, 1, 2, 2
+KL_DIV, JS_DIV = 0, 3
 ONE_TILE, TILED = 4096, 128256
 # Of 65536 registers 128 leave room for two programs of 256 threads, or one of 512: 8192 classes under way on each
 # side. On gfx942, with 512 registers per lane of a SIMD, for four waves.
@@ -45,14 +46,13 @@ NARROW_FEATURES = {"flat_kernel": 0, "elements_kernel": 4, "powers_kernel": 0, "
 MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
-def options(divergence, reduction=BATCHMEAN, **changed):
-    """OPTIONS of fastkd.triton.rows, by position."""
-    plain = {
-        "divergence": divergence, "parameter": 0.5, "temperature": 2.0, "temperature_rows": None,
-        "teacher_temperature": 2.0, "teacher_temperature_rows": None, "t_squared": True, "mask": None, "weight": None,
-        "reduction": reduction, "normalizer": None, "normalizer_tensor": None,
-    }  # fmt: skip
-    return tuple({**plain, **changed}.values())
+def rows_call(student, teacher, divergence, **changed):
+    """What the ops of the rows schedule begin with."""
+    from fastkd._calls import RowsCall
+
+    return RowsCall(student, teacher, divergence, 0.5, 2.0, None, 2.0, None, True, None, None, 0.25, None)._replace(
+        **changed
+    )
 
 
 def launches(rows, scale):
@@ -60,15 +60,14 @@ def launches(rows, scale):
     calls = {}
     for dtype in (torch.bfloat16, torch.float32):
         for V in (ONE_TILE, TILED):
-            x = torch.empty(1, V, dtype=dtype)
+            x, loss = torch.empty(1, V, dtype=dtype), torch.empty(())
             for divergence in (KL_DIV, JS_DIV):
-                name = f"{str(dtype)[6:]}/{V}/{divergence}"
-                calls[name + "/fwd"] = lambda x=x, d=divergence: rows.rows_fwd(x, x, *options(d), GRAD)
+                arguments = *rows_call(x, x, divergence), loss, torch.empty_like(x), None
+                calls[f"{str(dtype)[6:]}/{V}/{divergence}/fwd"] = functools.partial(rows.rows_fwd, *arguments)
         stats, upstream = torch.empty(1, 5, dtype=torch.float64), torch.empty(1)
         y = torch.empty(1, ONE_TILE, dtype=dtype)
-        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = lambda y=y, s=stats, u=upstream: rows.rows_bwd(
-            y, y, *options(KL_DIV), s, u
-        )
+        arguments = *rows_call(y, y, KL_DIV), stats, upstream, torch.empty_like(y)
+        calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = functools.partial(rows.rows_bwd, *arguments)
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: scale.scale_([y], u)
     return calls
 
@@ -78,17 +77,23 @@ def other_launches(rows):
     x = torch.empty(2, 3, 2, 200, dtype=torch.bfloat16)[:, 1:, :, :-1].movedim(-1, 1)
     teacher = torch.empty(x.shape, dtype=torch.float64)
     row = torch.empty(x.numel() // x.shape[-1], dtype=torch.float64)
-    everything = options(
-        1, temperature_rows=row, teacher_temperature_rows=row.clone(), weight=row, mask=row > 0,
-        normalizer_tensor=row[:1], t_squared=False,
+    number, mask = torch.empty((), dtype=torch.float64), row > 0
+    everything = rows_call(
+        x, teacher, 1, temperature_rows=row, teacher_temperature_rows=row.clone(), weight=row, mask=mask,
+        scale_tensor=number, t_squared=False,
     )  # fmt: skip
     stats, half = torch.empty(*x.shape[:-1], 5, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
-    return {
-        "other/everything": lambda: rows.rows_fwd(x, teacher, *everything, STATS),
-        "other/everything_bwd": lambda: rows.rows_bwd_(x, teacher, *everything, stats, row),
-        "other/masked": lambda: rows.rows_fwd_(half, half, *options(2, mask=torch.ones(3, dtype=torch.bool))),
-        "other/double": lambda: rows.rows_fwd(half.double(), half, *options(3, 0), NOTHING),
+    masked = rows_call(half, half, 2, mask=torch.ones(3, dtype=torch.bool), scale_tensor=number)
+    double = rows_call(half.double(), half, 3)
+    calls = {
+        "everything": (rows.rows_fwd, *everything, number, None, stats),
+        "everything_bwd": (rows.rows_bwd, *everything, stats, row, x),
+        "masked": (rows.rows_fwd, *masked, torch.empty(()), half, None),
+        "double": (rows.rows_fwd, *double, torch.empty(3, dtype=torch.float64), None, None),
+        "divisor_of_rows": (rows.inverse_divisor, mask, None, len(mask), 200.0, number),
+        "divisor_given": (rows.inverse_divisor, None, torch.empty(()), len(mask), 1.0, number),
     }
+    return {f"other/{name}": functools.partial(*call) for name, call in calls.items()}
 
 
 def relation_launches(pairs, triples):

@@ -1,7 +1,7 @@
 // What the attention ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
 #include "common/elements_params.h"
-#include "common/rows_inputs.h"
+#include "common/rows_tensor.h"
 
 namespace fastkd {
 

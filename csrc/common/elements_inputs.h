@@ -2,7 +2,7 @@
 #pragma once
 #include "common/elements_params.h"
 #include "common/layout.h"
-#include "common/rows_inputs.h"
+#include "common/rows_tensor.h"
 
 namespace fastkd {
 

@@ -2,7 +2,7 @@
 // and checked.
 #pragma once
 #include "common/relations_params.h"
-#include "common/rows_inputs.h"
+#include "common/rows_tensor.h"
 
 // Of the ops: a build with relations of its own, beside fastkd's, has its own.
 #ifndef FASTKD_NAMESPACE

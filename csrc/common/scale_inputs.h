@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "common/rows_inputs.h"
+#include "common/rows_tensor.h"
 
 namespace fastkd {
 

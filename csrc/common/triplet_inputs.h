@@ -1,6 +1,6 @@
 // What the op of a strip of triplets is given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
-#include "common/rows_inputs.h"
+#include "common/rows_tensor.h"
 
 namespace fastkd {
 

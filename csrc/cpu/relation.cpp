@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/rows_inputs.h"
+#include "common/rows_tensor.h"
 #include "cpu/isa.h"
 #include "cpu/relation_kernel.h"
 

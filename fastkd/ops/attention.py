@@ -6,6 +6,7 @@ import torch
 
 from ..reference import compute_dtype
 from .gradient import once, times
+from .saved import is_inference
 
 
 class Ops(NamedTuple):
@@ -51,7 +52,7 @@ class _Attention(torch.autograd.Function):
         if not ctx.recompute:
             ctx.save_for_backward(grad)
             return loss
-        inference = not torch.compiler.is_compiling() and teacher.is_inference()
+        inference = is_inference(teacher)
         ctx.teacher = teacher if inference else None  # autograd refuses to watch over it
         ctx.save_for_backward(student, None if inference else teacher)
         return loss

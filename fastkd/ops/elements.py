@@ -7,6 +7,7 @@ import torch
 from .._check import REDUCTIONS
 from ..reference import compute_dtype
 from .gradient import all_times, once, times
+from .saved import is_inference
 
 # The numbers are those of csrc/math/feature.h.
 FEATURES = {"squares": 0, "l2": 1, "standardize": 2, "cosine": 3}
@@ -71,9 +72,9 @@ class _Elements(torch.autograd.Function):
         ctx.ops, ctx.options, ctx.count = ops, options, count
         ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in students)
         loss, layers, grads = ops.fwd(students, teachers, *arguments, not ctx.recompute)
-        ctx.inference = tuple(x if _is_inference(x) else None for x in tensors)
+        ctx.inference = tuple(x if is_inference(x) else None for x in tensors)
         if ctx.recompute:
-            ctx.save_for_backward(*(None if _is_inference(x) else x for x in tensors))
+            ctx.save_for_backward(*(None if is_inference(x) else x for x in tensors))
         else:
             ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(layers)
@@ -83,10 +84,6 @@ class _Elements(torch.autograd.Function):
     def backward(ctx, upstream, _):
         grads = [once(lambda x: x, grad) for grad in _gradients(ctx, upstream)]
         return None, None, None, *grads, *(None for _ in ctx.needs_input_grad[3 + ctx.count :])
-
-
-def _is_inference(x):
-    return not torch.compiler.is_compiling() and x.is_inference()
 
 
 def _gradients(ctx, upstream):
@@ -169,7 +166,7 @@ class _Linear(torch.autograd.Function):
         rows_or_sum = REDUCTION_NUMBERS["none" if reduction == "none" else "sum"]
         loss = OPS[namespace].fwd_(projected, teacher, dim, FEATURES[feature], mask, weight, rows_or_sum)
         ctx.divisor = _divisor(projected, dim, mask, reduction)
-        inference = not torch.compiler.is_compiling() and projector_weight.is_inference()
+        inference = is_inference(projector_weight)
         ctx.save_for_backward(projected, student, None if inference else projector_weight)
         ctx.projector_weight = projector_weight if inference else None
         return loss if ctx.divisor is None else loss / ctx.divisor

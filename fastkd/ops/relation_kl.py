@@ -24,11 +24,12 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
+from .._calls import InverseDivisor, RowsCall
 from ..reference import compute_dtype, gradient_dtype, without_autocast
+from . import rows as rows_schedule
 from .gradient import once, times
 from .products import blocks_of, through_unit, unit
-from .rows import DIVERGENCE_NUMBERS, NOTHING, REDUCTION_NUMBERS, number_or_rows
-from .rows import OPS as ROWS
+from .rows import DIVERGENCE_NUMBERS, number_or_rows
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 HALF = (torch.float16, torch.bfloat16)
@@ -139,16 +140,19 @@ class _Strips:
             self.rows = [slice(0, N)]
         self.strips = [like.new_empty(together * self.rows[0].stop * M, dtype=dtype) for _ in range(2)]
         self.options, self.M, self.dtype = options, M, dtype
-        # the divisor, all rows that count
-        self.normalizer = (float(B * N), None)
+        # 1 / the number of all rows that count: a number, or a tensor
+        self.scale = 1.0 / (B * N), None
         if options.mask is not None:
-            self.normalizer = (None, options.mask.sum().to(dtype))
+            scale = like.new_empty((), dtype=torch.float64)
+            call = InverseDivisor(options.mask.reshape(-1).contiguous(), None, B * N, 1.0, scale)
+            rows_schedule.OPS[options.rows].inverse_divisor(*call)
+            self.scale = 1.0, scale
 
     def of(self, s, t, options, grad, keys_grad):
         """Of the sides of some samples, and what the options say of them."""
         if len(self.rows) > 1 and self._both_orders(s, t, options):
             return self._of_pairs(s, t, options, grad)
-        ops, loss = ROWS[options.rows], 0.0
+        loss = 0.0
         for rows in self.rows:
             shape = len(s.x), rows.stop - rows.start, self.M
             strips = (x[: math.prod(shape)].view(shape) for x in self.strips)
@@ -159,12 +163,11 @@ class _Strips:
                 if options.key_mask is not None:
                     x.masked_fill_(~options.key_mask[:, None], -math.inf)
             logits = S.view(-1, self.M), T.view(-1, self.M)
-            arguments = self._arguments(options, rows)
-            if grad is None and keys_grad is None:
-                loss += ops.fwd(*logits, *arguments, NOTHING)[0].double()
-                continue
-            loss += ops.fwd_(*logits, *arguments).double()
-            s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)
+            wanted = grad is not None or keys_grad is not None
+            call = self._call(*logits, options, rows)
+            loss += rows_schedule.forward(options.rows, call, grad=logits[0] if wanted else None).double()
+            if wanted:
+                s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)
         return loss
 
     def _both_orders(self, s, t, options):
@@ -200,8 +203,8 @@ class _Strips:
             torch.ops.fastkd.relation_sums.default(S, T, here, *scales, rows.start, sums)
         inverses = torch.where((sums > 0) & (here[:, None] > 0), 1 / sums, 0.0)
         logarithms = torch.where(sums > 0, sums, 1.0).log()
-        factor, count = self.normalizer
-        weight = here / (factor or count.clamp(min=1))
+        number, tensor = self.scale
+        weight = here * (number if tensor is None else tensor)
         if options.weight is not None:
             weight = torch.where(here > 0, weight * options.weight[0], 0.0)
         of_samples = [z.to(x.dtype) for z in (*inverses.T.contiguous(), logarithms[:, 0] - logarithms[:, 1], weight)]
@@ -215,15 +218,15 @@ class _Strips:
                 grad[0, rows.stop :].addmm_(S[:, rows.stop - rows.start :].T, x[rows])
         return loss
 
-    def _arguments(self, options, rows):
-        """Of the rows ops, after the logits."""
+    def _call(self, student, teacher, options, rows):
+        """Of the rows schedule, for the logits of some rows."""
         per_row = (options.temperature_rows, options.teacher_temperature_rows, options.mask, options.weight)
         temperatures, teacher_temperatures, mask, weight = (
             None if x is None else x[:, rows].reshape(-1) for x in per_row
         )
-        return (
-            options.divergence, options.parameter, options.temperature, temperatures, options.teacher_temperature,
-            teacher_temperatures, False, mask, weight, REDUCTION_NUMBERS["sum"], *self.normalizer,
+        return RowsCall(
+            student, teacher, options.divergence, options.parameter, options.temperature, temperatures,
+            options.teacher_temperature, teacher_temperatures, False, mask, weight, *self.scale,
         )  # fmt: skip
 
 

@@ -4,66 +4,38 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._check import REDUCTIONS
+from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
 from .._inplace import overwritten
 from ..reference import DIVERGENCES, compute_dtype
 from .gradient import once, times
+from .saved import restored, save
 
 # The numbers are those of csrc/common/params.h.
 DIVERGENCE_NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
-REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
-NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves
 STATS_SIZE = 5  # doubles a row
-
-REDUCTION_AT = 11  # where an op's arguments have the reduction
-TENSORS_AT = (5, 7, 9, 10, 13)  # and the optional tensors
 
 
 class Ops(NamedTuple):
     """One implementation of the ops of the schedule."""
 
     fwd: Any
-    fwd_: Any
     bwd: Any
-    bwd_: Any
+    inverse_divisor: Any
     scale_: Any
 
 
-NAMES = ("rows_fwd", "rows_fwd_", "rows_bwd", "rows_bwd_", "scale_")
+NAMES = ("rows_fwd", "rows_bwd", "inverse_divisor", "scale_")
 OPS = {}  # by namespace
 
 
-def _loss_like(student, teacher, reduction):
-    shape = student.shape[:-1] if reduction == 0 else ()
-    return student.new_empty(shape, dtype=compute_dtype(student, teacher))
-
-
-def _fake_fwd(student, teacher, *options):
-    save = options[-1]
-    return (
-        _loss_like(student, teacher, options[REDUCTION_AT - 2]),
-        student.new_empty(student.shape if save == GRAD else (0,)),
-        student.new_empty((*student.shape[:-1], STATS_SIZE) if save == STATS else (0,), dtype=torch.float64),
-    )
-
-
-def _fake_fwd_(student, teacher, *options):
-    return _loss_like(student, teacher, options[REDUCTION_AT - 2])
-
-
-def _fake_bwd(student, *_):
-    return student.new_empty(student.shape)
-
-
-def _fake_nothing(*_):
-    return None
+def _fake(*_):
+    """The ops write into what they are given, and return nothing."""
 
 
 def use_namespace(namespace):
     """Makes the ops of a namespace, which _library has defined, known here."""
-    fakes = (_fake_fwd, _fake_fwd_, _fake_bwd, _fake_nothing, _fake_nothing)
-    for name, fake in zip(NAMES, fakes, strict=True):
-        torch.library.register_fake(f"{namespace}::{name}", fake)
+    for name in NAMES:
+        torch.library.register_fake(f"{namespace}::{name}", _fake)
     OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
 
 
@@ -79,53 +51,51 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, namespace, student, teacher, inplace, *options):
-        arguments, ops = (student, teacher, *options), OPS[namespace]
-        ctx.ops = ops
-        ctx.recompute = arguments[REDUCTION_AT] == 0 or student.dtype is torch.float16
-        ctx.inplace = inplace
+    def forward(ctx, namespace, inplace, per_row, *fields):
+        call = RowsCall(*fields)
+        student, loss = call.student, new_loss(call, per_row)
+        ctx.ops, ctx.inplace = OPS[namespace], inplace
+        ctx.recompute = per_row or student.dtype is torch.float16
         if inplace:
             overwritten(student)
+            call = call._replace(student=student.detach())
         if ctx.recompute:
-            loss, _, stats = ops.fwd(*arguments, STATS)
-            ctx.options = tuple(None if isinstance(x, torch.Tensor) else x for x in arguments)
-            saved = [student.detach() if inplace else student, teacher]
-            saved += [arguments[i] for i in TENSORS_AT]
-            # autograd refuses to watch over tensors that were made in inference mode
-            ctx.inference = tuple(x if _is_inference(x) else None for x in saved)
-            ctx.save_for_backward(*(None if _is_inference(x) else x for x in saved), stats)
-        elif inplace:
-            loss = ops.fwd_(*arguments)
-            ctx.save_for_backward(student.detach())
+            stats = student.new_empty((*student.shape[:-1], STATS_SIZE), dtype=torch.float64)
+            ctx.ops.fwd(*call, *RowsForward(loss, None, stats))
+            save(ctx, call, stats)
         else:
-            loss, grad, _ = ops.fwd(*arguments, GRAD)
+            grad = call.student if inplace else new_grad(student)
+            ctx.ops.fwd(*call, *RowsForward(loss, grad, None))
             ctx.save_for_backward(grad)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         grad = once(_gradient, ctx, upstream)
-        return None, grad, *(None for _ in ctx.needs_input_grad[2:])
-
-
-def _is_inference(x):
-    return x is not None and not torch.compiler.is_compiling() and x.is_inference()
+        student = 3 + RowsCall._fields.index("student")
+        return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
 def _gradient(ctx, upstream):
     if not ctx.recompute:
         return times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
-    *saved, stats = ctx.saved_tensors
-    student, teacher, *tensors = (x if y is None else y for x, y in zip(saved, ctx.inference, strict=True))
-    arguments = [student, teacher, *ctx.options[2:]]
-    for i, x in zip(TENSORS_AT, tensors, strict=True):
-        arguments[i] = x
-    upstream = upstream.reshape(-1).contiguous()
-    if not ctx.inplace:
-        return ctx.ops.bwd(*arguments, stats, upstream)
-    ctx.ops.bwd_(*arguments, stats, upstream)
-    torch.autograd.graph.increment_version(student)  # another backward must not read it
-    return student
+    call, stats = restored(ctx, RowsCall)
+    student = call.student
+    grad = student if ctx.inplace else new_grad(student)
+    ctx.ops.bwd(*call, *RowsBackward(stats, upstream.reshape(-1).contiguous(), grad))
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(student)  # another backward must not read it
+    return grad
+
+
+def new_loss(call, per_row):
+    """Memory for the loss of a call: one per row, or their sum."""
+    student = call.student
+    return student.new_empty(student.shape[:-1] if per_row else (), dtype=compute_dtype(student, call.teacher))
+
+
+def new_grad(student):
+    return student.new_empty(student.shape)
 
 
 def logits_loss(namespace, divergence, student, teacher, options):
@@ -136,10 +106,13 @@ def logits_loss(namespace, divergence, student, teacher, options):
     # under torch.compile an autograd.Function takes no tensor twice
     if options.teacher_temperature is not options.temperature or torch.compiler.is_compiling():
         teacher_temperature, teacher_temperature_rows = number_or_rows(options.teacher_temperature, leading, dtype)
-    mask, weight, normalizer, normalizer_tensor = options.mask, options.weight, options.normalizer, None
-    if isinstance(normalizer, torch.Tensor):
-        normalizer, normalizer_tensor = None, normalizer.to(dtype).reshape(())
-    arguments = (
+    mask = None if options.mask is None else options.mask.reshape(-1).contiguous()
+    scale, scale_tensor = inverse_divisor(
+        OPS[namespace], student, options.reduction, mask, options.normalizer, dtype
+    )  # fmt: skip
+    call = RowsCall(
+        student,
+        teacher.detach(),
         DIVERGENCE_NUMBERS[divergence],
         options.parameter,
         temperature,
@@ -147,18 +120,44 @@ def logits_loss(namespace, divergence, student, teacher, options):
         teacher_temperature,
         teacher_temperature_rows,
         options.t_squared,
-        None if mask is None else mask.reshape(-1).contiguous(),
-        None if weight is None else weight.to(dtype).reshape(-1).contiguous(),
-        REDUCTION_NUMBERS[options.reduction],
-        None if normalizer is None else float(normalizer),
-        normalizer_tensor,
+        mask,
+        None if options.weight is None else options.weight.to(dtype).reshape(-1).contiguous(),
+        scale,
+        scale_tensor,
     )
+    per_row = options.reduction == "none"
     if student.requires_grad and torch.is_grad_enabled():
-        return _Rows.apply(namespace, student, teacher.detach(), options.inplace, *arguments)
-    return OPS[namespace].fwd(student, teacher, *arguments, NOTHING)[0]
+        return _Rows.apply(namespace, options.inplace, per_row, *call)
+    return forward(namespace, call, per_row)
+
+
+def forward(namespace, call, per_row=False, grad=None):
+    """The loss of a call, outside of autograd. grad: where its gradient goes; it may be the student."""
+    loss = new_loss(call, per_row)
+    OPS[namespace].fwd(*call, *RowsForward(loss, grad, None))
+    return loss
 
 
 def number_or_rows(temperature, leading, dtype):
     if isinstance(temperature, torch.Tensor):
         return 1.0, temperature.to(dtype).expand(leading).reshape(-1).contiguous()
     return float(temperature), None
+
+
+def inverse_divisor(ops, student, reduction, mask, normalizer, dtype):
+    """1 / divisor of the sum over rows: a number, or a tensor where only the device knows it."""
+    V = student.shape[-1]
+    N = student.numel() // V
+    each = V if reduction == "mean" else 1
+    if reduction == "none":
+        return 1.0, None
+    if isinstance(normalizer, torch.Tensor):
+        normalizer = normalizer.to(dtype).reshape(())
+    elif normalizer is not None or mask is None or reduction == "sum":
+        divisor = normalizer if normalizer is not None else 1 if reduction == "sum" else max(N, 1) * each
+        if torch.compiler.is_compiling():  # a graph has its numbers built in, and sizes and normalizers change
+            return 1.0, student.new_ones((), dtype=torch.float64) / divisor
+        return 1.0 / divisor, None
+    scale = student.new_empty((), dtype=torch.float64)
+    ops.inverse_divisor(*InverseDivisor(mask, normalizer, N, float(each), scale))
+    return 1.0, scale

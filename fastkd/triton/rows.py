@@ -20,12 +20,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
 from ..reference import compute_dtype
 from .divergences import CENTRED, SOFT_CROSS_ENTROPY, log1p, loss_and_slope
 from .registers import limited
-
-NOTHING, GRAD, STATS = 0, 1, 2  # what rows_fwd saves; the numbers are those of fastkd/ops/rows.py
-NONE, SUM, BATCHMEAN, MEAN = 0, 1, 2, 3  # reductions; the numbers are those of csrc/common/params.h
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -258,7 +256,7 @@ def rows_fwd_kernel(
         loss_scale *= T * T
     grad_scale = loss_scale * a * _per_row(None, scale, row, read, dtype)
     if scale_tensor is not None:
-        grad_scale *= tl.load(scale_tensor)
+        grad_scale *= tl.load(scale_tensor).to(dtype)
     student += _row_offsets(row, read, student_index, student_inner, student_outer, student_stride)
     teacher += _row_offsets(row, read, teacher_index, teacher_inner, teacher_outer, teacher_stride)
     if grad is not None:
@@ -327,7 +325,7 @@ def rows_bwd_kernel(
     grad_scale *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
     grad_scale *= _per_row(None, scale, row, read, dtype)
     if scale_tensor is not None:
-        grad_scale *= tl.load(scale_tensor)
+        grad_scale *= tl.load(scale_tensor).to(dtype)
     student += _row_offsets(row, read, student_index, student_inner, student_outer, student_stride)
     teacher += _row_offsets(row, read, teacher_index, teacher_inner, teacher_outer, teacher_stride)
     grad += _row_offsets(row, live, grad_index, grad_inner, grad_outer, grad_stride)
@@ -348,7 +346,7 @@ def rows_bwd_kernel(
 
 
 @triton.jit
-def scale_of_valid_rows_kernel(
+def inverse_divisor_kernel(
     mask,  # [N], or None: every row counts
     normalizer,  # [1], or None
     scale,  # [1]: 1 / (normalizer, or valid rows x each); 0 where no row counts
@@ -426,29 +424,6 @@ def _warps(elements, element_size):
     return min(16, max(1, elements // (32 * PER_THREAD[element_size])))
 
 
-class Options(NamedTuple):
-    """What every rows op takes after student and teacher."""
-
-    divergence: int
-    parameter: float
-    temperature: float
-    temperature_rows: torch.Tensor | None  # [N]
-    teacher_temperature: float
-    teacher_temperature_rows: torch.Tensor | None  # [N]
-    t_squared: bool
-    mask: torch.Tensor | None  # [N]
-    weight: torch.Tensor | None  # [N]
-    reduction: int
-    normalizer: float | None
-    normalizer_tensor: torch.Tensor | None  # [1]
-
-    @property
-    def same_temperature(self):
-        if self.temperature_rows is None and self.teacher_temperature_rows is None:
-            return self.temperature == self.teacher_temperature
-        return self.temperature_rows is self.teacher_temperature_rows
-
-
 class Layout(NamedTuple):
     """Where the rows of a tensor [*, V] are, in elements: row n begins at index[n] * stride, where
     there is an index; else at n // inner * outer_stride + n % inner * stride, where there is an
@@ -486,114 +461,76 @@ def layout_of(x):
 NO_LAYOUT = Layout(None)
 
 
-class _Call:
-    """What forward and backward have in common."""
-
-    def __init__(self, student, teacher, options):
-        self.student, self.teacher, self.options = student, teacher, options
-        self.V = student.shape[-1]
-        self.N = student.numel() // self.V
-        self.dtype = compute_dtype(student, teacher)
-        self.element_size = max(student.element_size(), teacher.element_size())
-
-    def arguments(self, grad, scale):
-        """Those that both kernels begin with."""
-        o = self.options
-        return (
-            *layout_of(self.student),
-            *layout_of(self.teacher),
-            *(NO_LAYOUT if grad is None else layout_of(grad)),
-            o.temperature_rows,
-            o.temperature,
-            o.teacher_temperature_rows,
-            o.teacher_temperature,
-            o.mask,
-            o.weight,
-            *scale,
-            o.parameter,
-        )
-
-    def scale(self):
-        """1 / divisor of the reduction: a tensor or None, and a number."""
-        o = self.options
-        if o.reduction == NONE:
-            return None, 1.0
-        each = self.V if o.reduction == MEAN else 1
-        if o.normalizer_tensor is None:
-            if o.normalizer is not None:
-                return None, 1.0 / o.normalizer
-            if o.reduction == SUM:
-                return None, 1.0
-            if o.mask is None:
-                return None, 1.0 / (self.N * each)
-        scale = self.student.new_empty(1, dtype=self.dtype)
-        scale_of_valid_rows_kernel[(1,)](
-            o.mask, o.normalizer_tensor, scale, float(each), self.N, BLOCK=SUM_BLOCK, num_warps=8
-        )
-        return scale, 1.0
-
-    def forward(self, grad, stats):
-        o, per_row = self.options, self.options.reduction == NONE
-        loss = self.student.new_empty(self.student.shape[:-1] if per_row else (), dtype=self.dtype)
-        if self.N == 0:
-            return loss.zero_()
-        rows, block, warps = configuration(self.V, self.element_size)
-        programs = triton.cdiv(self.N, rows)
-        parts = loss if per_row else loss.new_empty(programs)
-        with torch.cuda.device_of(self.student):
-            scale = self.scale()
-            rows_fwd_kernel[(programs,)](
-                *self.arguments(grad, scale), parts, stats, self.N, self.V,
-                DIVERGENCE=o.divergence, IS_CENTRED=o.divergence in CENTRED, SAME_TEMPERATURE=o.same_temperature,
-                T_SQUARED=o.t_squared, PER_ROW=per_row, ONE_TILE=block >= self.V, ROWS=rows, BLOCK=block,
-                num_warps=warps, **limited(self.dtype),
-            )  # fmt: skip
-            if not per_row:
-                sum_kernel[(1,)](parts, *scale, loss, programs, BLOCK=SUM_BLOCK, num_warps=8)
-        return loss
-
-    def backward(self, grad, stats, upstream):
-        if self.N == 0:
-            return
-        o = self.options
-        rows, block, warps = backward_configuration(self.V, self.element_size)
-        with torch.cuda.device_of(self.student):
-            rows_bwd_kernel[(triton.cdiv(self.N, rows), triton.cdiv(self.V, block))](
-                *self.arguments(grad, self.scale()), stats, upstream, int(upstream.numel() > 1), self.N, self.V,
-                DIVERGENCE=o.divergence, SAME_TEMPERATURE=o.same_temperature, T_SQUARED=o.t_squared,
-                ROWS=rows, BLOCK=block, num_warps=warps, **limited(self.dtype),
-            )  # fmt: skip
+def _same_temperature(call):
+    if call.temperature_rows is None and call.teacher_temperature_rows is None:
+        return call.temperature == call.teacher_temperature
+    return call.temperature_rows is call.teacher_temperature_rows
 
 
-def _empty_grad(student):
-    return student.new_empty(student.shape)
+def _sizes(call):
+    """N, V and the bytes of the wider of both sides' elements."""
+    V = call.student.shape[-1]
+    return call.student.numel() // V, V, max(call.student.element_size(), call.teacher.element_size())
 
 
-def rows_fwd(student, teacher, *options_and_save):
-    """Loss, gradient for an upstream gradient of 1, statistics; what is not saved is empty."""
-    *options, save = options_and_save
-    grad = _empty_grad(student) if save == GRAD else None
-    stats = student.new_empty((*student.shape[:-1], 5), dtype=torch.float64) if save == STATS else None
-    loss = _Call(student, teacher, Options(*options)).forward(grad, stats)
+def _arguments(call, grad):
+    """Those that both kernels begin with."""
     return (
-        loss,
-        student.new_empty(0) if grad is None else grad,
-        student.new_empty(0, dtype=torch.float64) if stats is None else stats,
+        *layout_of(call.student),
+        *layout_of(call.teacher),
+        *(NO_LAYOUT if grad is None else layout_of(grad)),
+        call.temperature_rows,
+        call.temperature,
+        call.teacher_temperature_rows,
+        call.teacher_temperature,
+        call.mask,
+        call.weight,
+        call.scale_tensor,
+        call.scale,
+        call.parameter,
     )
 
 
-def rows_fwd_(student, teacher, *options):
-    """Loss; the gradient is written over the student."""
-    return _Call(student, teacher, Options(*options)).forward(student, None)
+def rows_fwd(*arguments):
+    call, out = RowsCall(*arguments[: len(RowsCall._fields)]), RowsForward(*arguments[len(RowsCall._fields) :])
+    N, V, element_size = _sizes(call)
+    dtype, per_row = compute_dtype(call.student, call.teacher), out.loss.dim() > 0
+    if N == 0:
+        out.loss.zero_()
+        return
+    rows, block, warps = configuration(V, element_size)
+    programs = triton.cdiv(N, rows)
+    parts = out.loss if per_row else out.loss.new_empty(programs)
+    with torch.cuda.device_of(call.student):
+        rows_fwd_kernel[(programs,)](
+            *_arguments(call, out.grad), parts, out.stats, N, V,
+            DIVERGENCE=call.divergence, IS_CENTRED=call.divergence in CENTRED,
+            SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
+            ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limited(dtype),
+        )  # fmt: skip
+        if not per_row:
+            sum_kernel[(1,)](
+                parts, call.scale_tensor, call.scale, out.loss, programs, BLOCK=SUM_BLOCK, num_warps=8
+            )  # fmt: skip
 
 
-def rows_bwd(student, teacher, *options_and_tensors):
-    *options, stats, upstream = options_and_tensors
-    grad = _empty_grad(student)
-    _Call(student, teacher, Options(*options)).backward(grad, stats, upstream)
-    return grad
+def rows_bwd(*arguments):
+    call, rest = RowsCall(*arguments[: len(RowsCall._fields)]), RowsBackward(*arguments[len(RowsCall._fields) :])
+    N, V, element_size = _sizes(call)
+    if N == 0:
+        return
+    rows, block, warps = backward_configuration(V, element_size)
+    with torch.cuda.device_of(call.student):
+        rows_bwd_kernel[(triton.cdiv(N, rows), triton.cdiv(V, block))](
+            *_arguments(call, rest.grad), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V,
+            DIVERGENCE=call.divergence, SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared,
+            ROWS=rows, BLOCK=block, num_warps=warps, **limited(compute_dtype(call.student, call.teacher)),
+        )  # fmt: skip
 
 
-def rows_bwd_(student, teacher, *options_and_tensors):
-    *options, stats, upstream = options_and_tensors
-    _Call(student, teacher, Options(*options)).backward(student, stats, upstream)
+def inverse_divisor(*arguments):
+    call = InverseDivisor(*arguments)
+    with torch.cuda.device_of(call.scale):
+        inverse_divisor_kernel[(1,)](
+            call.mask, call.normalizer, call.scale, call.each, call.rows, BLOCK=SUM_BLOCK, num_warps=8
+        )  # fmt: skip

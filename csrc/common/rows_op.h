@@ -1,0 +1,136 @@
+// The ops of the rows schedule, once for every device. A device is a class that has
+//   Device(student)                  makes the student's device the current one
+//   lies_with(x, student)            whether a tensor is where the student is
+//   kName                            of that place, in messages
+//   forward(P, loss, per_row)        runs the schedule; loss: [] where not per_row
+//   backward(P)                      the gradient from P.stats
+//   inverse_divisor(in)              see fastkd/_calls.py
+#pragma once
+#include "common/rows_inputs.h"
+#include "math/jensen_shannon_series.h"
+
+namespace fastkd {
+
+template <class T>
+inline constexpr ScalarType kScalarType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+template <class Device>
+struct RowsOps {
+  static bool lies_dense(const Tensor& x, const RowsCall& in, int64_t numel, ScalarType type) {
+    return Device::lies_with(x, in.student) && x.scalar_type() == type && x.numel() == numel && x.is_contiguous();
+  }
+
+  // One element per row, or null where there is no tensor.
+  template <class T>
+  static const T* per_row(const OptionalTensor& x, const RowsCall& in, ScalarType type, const char* name) {
+    if (!x) return nullptr;
+    FASTKD_CHECK(lies_dense(*x, in, number_of_rows(in), type), name, ": a contiguous tensor ", Device::kName,
+                 " with one element of the right dtype per row wanted");
+    return static_cast<const T*>(x->const_data_ptr());
+  }
+
+  static void check_grad(const Tensor& grad, const RowsCall& in) {
+    const Tensor& s = in.student;
+    bool same = Device::lies_with(grad, s) && grad.scalar_type() == s.scalar_type() && grad.dim() == s.dim();
+    for (int64_t d = 0; same && d < s.dim(); ++d) same = grad.size(d) == s.size(d);
+    FASTKD_CHECK(same, "grad: a tensor of the student's shape and dtype ", Device::kName, " wanted");
+  }
+
+  static RowsStats* stats_data(const Tensor& stats, const RowsCall& in) {
+    constexpr int64_t kSize = sizeof(RowsStats) / sizeof(double);
+    FASTKD_CHECK(lies_dense(stats, in, kSize * number_of_rows(in), ScalarType::Double),
+                 "stats: a contiguous float64 tensor ", Device::kName, " with ", kSize, " elements per row wanted");
+    return static_cast<RowsStats*>(const_cast<void*>(stats.const_data_ptr()));
+  }
+
+  template <class T>
+  static RowsParams<T> params(const RowsCall& in, const OptionalTensor& grad) {
+    RowsParams<T> P{};
+    constexpr ScalarType kType = kScalarType<T>;
+    P.divergence = Divergence(in.divergence);
+    P.parameter = divergence_parameter<T>(P.divergence, in.parameter);
+    P.N = number_of_rows(in);
+    P.V = classes(in);
+    P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");
+    P.teacher = rows_tensor(in.teacher, const_cast<void*>(in.teacher.const_data_ptr()), "teacher");
+    if (grad) P.grad = rows_tensor(*grad, grad->mutable_data_ptr(), "grad");
+    P.temperature = per_row<T>(in.temperature_rows, in, kType, "temperature");
+    P.teacher_temperature = per_row<T>(in.teacher_temperature_rows, in, kType, "teacher_temperature");
+    P.temperature_all = in.temperature;
+    P.teacher_temperature_all = in.teacher_temperature;
+    P.t_squared = in.t_squared;
+    P.mask = per_row<bool>(in.mask, in, ScalarType::Bool, "mask");
+    P.weight = per_row<T>(in.weight, in, kType, "weight");
+    P.grad_scale = in.scale;
+    if (in.scale_tensor) {
+      FASTKD_CHECK(lies_dense(*in.scale_tensor, in, 1, ScalarType::Double), "scale_tensor: one float64 element ",
+                   Device::kName, " wanted");
+      P.scale = static_cast<const double*>(in.scale_tensor->const_data_ptr());
+    }
+    return P;
+  }
+
+  static void check_all(const RowsCall& in) {
+    FASTKD_CHECK(Device::lies_with(in.teacher, in.student), "teacher: a tensor ", Device::kName, " wanted");
+    check(in);
+  }
+
+  static void forward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const auto in = RowsCall::read(arguments);
+    const auto out = RowsForward::read(arguments);
+    check_all(in);
+    const bool per_row = out.loss.dim() > 0;
+    FASTKD_CHECK(lies_dense(out.loss, in, per_row ? number_of_rows(in) : 1, computed_in(in)),
+                 "loss: a contiguous tensor ", Device::kName,
+                 " of the dtype that is computed in wanted, [] or one element per row");
+    if (out.grad) check_grad(*out.grad, in);
+    dispatch_compute(computed_in(in), [&](auto t) {
+      using T = decltype(t);
+      const Device device(in.student);
+      RowsParams<T> P = params<T>(in, out.grad);
+      if (out.stats) P.stats = stats_data(*out.stats, in);
+      device.forward(P, out.loss, per_row);
+    });
+  }
+
+  static void backward(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const auto in = RowsCall::read(arguments);
+    const auto rest = RowsBackward::read(arguments);
+    check_all(in);
+    check_grad(rest.grad, in);
+    const int64_t N = number_of_rows(in), numel = rest.upstream.numel();
+    FASTKD_CHECK((numel == 1 || numel == N) && lies_dense(rest.upstream, in, numel, computed_in(in)),
+                 "upstream: a contiguous tensor ", Device::kName,
+                 " of the dtype that is computed in wanted, with one element, or one per row");
+    dispatch_compute(computed_in(in), [&](auto t) {
+      using T = decltype(t);
+      const Device device(in.student);
+      RowsParams<T> P = params<T>(in, rest.grad);
+      P.stats = stats_data(rest.stats, in);
+      P.upstream = static_cast<const T*>(rest.upstream.const_data_ptr());
+      P.upstream_stride = numel == 1 ? 0 : 1;
+      if (N > 0) device.backward(P);
+    });
+  }
+
+  static void inverse_divisor(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const auto in = InverseDivisor::read(arguments);
+    const auto dense = [&](const Tensor& x, int64_t numel, bool type) {
+      return Device::lies_with(x, in.scale) && type && x.numel() == numel && x.is_contiguous();
+    };
+    FASTKD_CHECK(dense(in.scale, 1, in.scale.scalar_type() == ScalarType::Double), "scale: one float64 element ",
+                 Device::kName, " wanted");
+    FASTKD_CHECK(!in.mask || dense(*in.mask, in.rows, in.mask->scalar_type() == ScalarType::Bool),
+                 "mask: a contiguous bool tensor ", Device::kName, " with one element per row wanted");
+    if (!in.normalizer) return Device::template inverse_divisor<float>(in);
+    const ScalarType type = in.normalizer->scalar_type();
+    FASTKD_CHECK(dense(*in.normalizer, 1, type == ScalarType::Float || type == ScalarType::Double),
+                 "normalizer: one element of float32 or float64 ", Device::kName, " wanted");
+    dispatch_compute(type, [&](auto t) { Device::template inverse_divisor<decltype(t)>(in); });
+  }
+};
+
+}  // namespace fastkd
