@@ -4,6 +4,7 @@ FASTKD_BUILD=0    install without compiled kernels (plain PyTorch computes the l
 FASTKD_CUDA=auto  build the CUDA kernels where there is nvcc (0: never, 1: or fail)
 FASTKD_TESTING=1  build what the tests use as well
 FASTKD_WERROR=1   a warning of CUDA's compilers is an error
+FASTKD_BASELINE=1 the kernels of the CPU for its oldest instruction set alone, which compiles faster
 TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX"  the GPUs to build for, in torch's syntax; default: 8.0;9.0;10.0;12.0+PTX
 """
 
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.resolve()
 BUILD = os.environ.get("FASTKD_BUILD", "1") != "0"
 TESTING = os.environ.get("FASTKD_TESTING", "0") == "1"
 WERROR = os.environ.get("FASTKD_WERROR", "0") == "1"
+BASELINE = os.environ.get("FASTKD_BASELINE", "0") == "1"
 CUDA = os.environ.get("FASTKD_CUDA") or "auto"
 GPUS = "8.0;9.0;10.0;12.0+PTX"
 NAMED_GPUS = {  # as in torch/utils/cpp_extension.py
@@ -203,7 +205,7 @@ class CMakeBuild(build_ext):
         package = ROOT / "fastkd" if self.inplace else Path(self.build_lib).resolve() / "fastkd"
         folder = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         options = [f"-DFASTKD_TORCH={torch}", f"-DFASTKD_OUTPUT={package / 'lib'}", f"-DFASTKD_TESTING={TESTING:d}"]
-        options += [f"-DPython_EXECUTABLE={sys.executable}"]
+        options += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFASTKD_BASELINE={BASELINE:d}"]
         options += cuda_options()
         if TESTING:
             import pybind11

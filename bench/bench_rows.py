@@ -108,8 +108,9 @@ def kernel_alone(name, backend):
     beta = 0.5 if name == "js_div" else 0.0
 
     def alone(student, teacher):
+        scale = 1 / len(student)
         call = RowsCall(
-            student, teacher, number, beta, TEMPERATURE, None, TEMPERATURE, None, True, None, None, 1 / len(student), None
+            student, teacher, number, beta, TEMPERATURE, None, TEMPERATURE, None, True, None, None, scale, None
         )  # fmt: skip
         return rows.forward(namespace, call, grad=student)
 

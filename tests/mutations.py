@@ -1,7 +1,8 @@
 """Faults that the tests must find, planted one at a time: ``make mutations``.
 
 A fault is a text and what stands in its place; each is of a kind that has been made, or is easily made, in that place.
-They are planted in a copy of the sources, in build/mutations, whose libraries are built again where C++ has changed.
+They are planted in a copy of the sources, in build/mutations, whose libraries are built again where C++ has changed:
+for one instruction set of the CPU, as all of them are compiled from the same text.
 ``--part all`` runs the tests of every combination of parameters in place of those that cover all pairs: what they find
 and the others do not is what the smaller suite costs.
 
@@ -117,7 +118,7 @@ def run(*command, **options):
 
 
 def copy_sources():
-    """What git knows of, and the libraries' build folder as it was left."""
+    """What git knows of; the libraries' build folder stays as it was left."""
     COPY.mkdir(parents=True, exist_ok=True)
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, files.split("\0")):
@@ -130,7 +131,7 @@ def copy_sources():
 
 
 def build():
-    environment = {**os.environ, "FASTKD_TESTING": "1", "FASTKD_CUDA": "0"}
+    environment = {**os.environ, "FASTKD_TESTING": "1", "FASTKD_CUDA": "0", "FASTKD_BASELINE": "1"}
     return run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", env=environment)
 
 

@@ -257,6 +257,24 @@ def test_compile_with_a_temperature_that_changes():
         compiled(student, teacher, -1.5)
 
 
+@pytest.mark.parametrize("kind", [int, float], ids=["int", "float"])
+def test_compile_with_a_normalizer_that_changes(kind):
+    """A graph has its numbers built in: after the first change it is a symbol, and compiled no more."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda s, t, n: functional.kl_div(s, t, normalizer=n), fullgraph=True, backend=counter
+    )  # fmt: skip
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+    for normalizer in map(kind, (3, 5, 7, 11, 13, 2, 9, 8, 20, 40)):
+        loss, grad = both(lambda s, t, n=normalizer: functional.kl_div(s, t, normalizer=n), student, teacher)
+        compiled_loss, compiled_grad = both(compiled, student, teacher, normalizer)
+        assert error(compiled_loss, loss) < FLOOR[torch.float32]
+        assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    assert counter.frame_count <= 2
+    with pytest.raises((RuntimeError, ValueError), match="normalizer: a positive finite number wanted"):
+        compiled(student, teacher, kind(-1))
+
+
 def test_compile_refuses_inplace():
     compiled = torch.compile(lambda s, t: functional.kl_div(s * 2, t, inplace=True), fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"inplace: not under torch\.compile"):
