@@ -52,6 +52,16 @@ def logits_loss(student, teacher, options):
         inplace(student, teacher)
 
 
+def logits_module(temperature, teacher_temperature, t_squared, reduction_, inplace_):
+    """The options that the module of a logit loss is made with."""
+    number("temperature", temperature)
+    if teacher_temperature is not None:
+        number("teacher_temperature", teacher_temperature)
+    flag("t_squared", t_squared)
+    flag("inplace", inplace_)
+    reduction(reduction_)
+
+
 def constant_teacher(teacher, loss=None, exchanged=None, note="", name="teacher"):
     """A teacher that waits for a gradient would wait in vain. exchanged: what is the loss with its sides exchanged."""
     if not (teacher.requires_grad and torch.is_grad_enabled()):
