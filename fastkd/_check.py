@@ -47,7 +47,7 @@ def logits_loss(student, teacher, options):
     flag("inplace", options.inplace)
     reduction(options.reduction)
     if options.normalizer is not None:
-        normalizer(options.normalizer, student, options.reduction)
+        normalizer(options.normalizer, student, options.mask, options.reduction)
     if options.inplace:
         inplace(student, teacher)
 
@@ -496,11 +496,14 @@ def reduction(value):
         raise ValueError(f"reduction: one of {', '.join(REDUCTIONS)} wanted, got {value!r}")
 
 
-def normalizer(value, student, reduction):
+def normalizer(value, student, mask, reduction):
+    """A number or a tensor of one element, of at least 0; more where it is seen that rows count."""
     if reduction == "none":
         raise ValueError("normalizer: reduction='none' has no divisor to replace")
     if not isinstance(value, torch.Tensor):
-        number("normalizer", value)
+        at_least_zero("normalizer", value)
+        if not torch.compiler.is_compiling() and value == 0:
+            _no_row_counts(student, mask)
         return
     _constant("normalizer", value, student)
     if value.is_complex() or value.dtype is torch.bool:
@@ -509,6 +512,21 @@ def normalizer(value, student, reduction):
         raise ValueError(f"normalizer: a number or a tensor of one element wanted, got shape {list(value.shape)}")
     if _values_known(value) and not bool((value >= 0) & (value < math.inf)):
         raise ValueError("normalizer: a finite value of at least 0 wanted (0 only where no row counts)")
+    if _values_known(value) and not bool(value):
+        _no_row_counts(student, mask)
+
+
+def zero_as_tensor(value, student):
+    """A normalizer; 0 as a tensor, by which every backend divides only where rows count."""
+    if value is None or isinstance(value, torch.Tensor) or value != 0:
+        return value
+    return torch.zeros((), device=student.device)
+
+
+def _no_row_counts(student, mask):
+    """With a normalizer of 0. What a mask holds is not looked at: on other devices a look would wait for them."""
+    if mask is None and student.numel():
+        raise ValueError("normalizer: 0 is wanted only where no row counts, as a mask says; here there is no mask")
 
 
 def inplace(student, teacher):

@@ -169,6 +169,21 @@ def test_normalizer_tensors_of_any_shape_and_dtype(backend, dtype, shape):
     assert error(loss, functional.kl_div(student, teacher, normalizer=7)) < FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0), torch.zeros(1)], ids=["int", "float", "int64", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_normalizer_of_zero_is_for_batches_where_no_row_counts(backend, dtype, zero):
+    """As a number or as a tensor: transformers hands a Trainer's loss either."""
+    student, teacher = torch.randn(4, 20).to(dtype), torch.randn(4, 20)
+    loss, grad = run(functional.kl_div, student, teacher, mask=torch.zeros(4, dtype=torch.bool), normalizer=zero)
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(student))
+    some = torch.tensor([True, False, True, True])
+    assert functional.kl_div(student, teacher, mask=some, normalizer=zero) == torch.inf
+    assert functional.kl_div(student[:0], teacher[:0], normalizer=zero) == 0
+    with pytest.raises(ValueError, match=r"^normalizer: 0 is wanted only where no row counts"):
+        functional.kl_div(student, teacher, normalizer=zero)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 32000)], ids=str)

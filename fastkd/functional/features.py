@@ -36,7 +36,15 @@ from .. import _backend, _check, reference
 from .._types import FeatureNormalize, Layers, LossOrMore, Reduction
 
 
-def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weights, return_layers, dim):
+def _normalized(total, normalizer):
+    """Sums over the normalizer; 0 / 0 is 0, of no row that counts."""
+    if not isinstance(normalizer, torch.Tensor):
+        return total / float(normalizer)
+    divisor = reference.ordinary(normalizer).to(total.dtype).reshape(())
+    return total / torch.where((total == 0) & (divisor == 0), 1.0, divisor)
+
+
+def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim):
     """Checks what a feature loss is given, and hands it to the backend."""
     listed = isinstance(student, (list, tuple))
     students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
@@ -48,6 +56,9 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weig
     masks = [] if mask is None else _check.per_layer("mask", mask, students, dim, _check.is_mask)
     weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check._floating)
     _check.reduction(reduction)
+    if normalizer is not None:
+        _check.normalizer(normalizer, students[0], mask, reduction)
+        normalizer, reduction = _check.zero_as_tensor(normalizer, students[0]), "sum"
     if layer_weights is None:
         layer_weights = [1.0] * len(students)
     else:
@@ -61,6 +72,8 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weig
         from ..ops import elements
 
         loss, layers = elements.feature_loss(_backend.namespace(backend), feature, *arguments)
+    if normalizer is not None:
+        loss, layers = _normalized(loss, normalizer), _normalized(layers, normalizer)
     if reduction == "none":
         shapes = [[*x.shape[:at], *x.shape[at + 1 :]] for x, at in zip(students, dims, strict=True)]
         parts = loss.split([x.numel() // x.shape[at] for x, at in zip(students, dims, strict=True)])
@@ -77,6 +90,7 @@ def feature_mse(
     mask: Layers | None = None,
     weight: Layers | None = None,
     reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
     layer_weights: Sequence[float] | None = None,
     return_layers: bool = False,
     dim: int | None = None,
@@ -100,6 +114,8 @@ def feature_mse(
             row.
         reduction: ``"mean"``, the sum over (rows that count x D), the default; ``"batchmean"``, the sum over the number
             of rows that count; ``"sum"``; or ``"none"``, a loss per row, and of lists a list.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
         layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default: 1 for each.
         return_layers: whether each layer's own loss, without its weight, is returned as well: ``[layers]``, detached.
             Default False.
@@ -127,7 +143,9 @@ def feature_mse(
     """
     _check.feature_normalize(normalize)
     feature = normalize or "squares"
-    return _feature_loss(feature, student, teacher, mask, weight, reduction, layer_weights, return_layers, dim)
+    return _feature_loss(
+        feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim
+    )
 
 
 def feature_cosine(
@@ -137,6 +155,7 @@ def feature_cosine(
     mask: Layers | None = None,
     weight: Layers | None = None,
     reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
     layer_weights: Sequence[float] | None = None,
     return_layers: bool = False,
     dim: int | None = None,
@@ -159,6 +178,8 @@ def feature_cosine(
             row.
         reduction: ``"mean"`` and ``"batchmean"``, the sum over the number of rows that count, the default; ``"sum"``;
             or ``"none"``, a loss per row, and of lists a list.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
         layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default: 1 for each.
         return_layers: whether each layer's own loss, without its weight, is returned as well: ``[layers]``, detached.
             Default False.
@@ -182,7 +203,9 @@ def feature_cosine(
 
     Source: Sanh et al., "DistilBERT", 2019.
     """
-    return _feature_loss("cosine", student, teacher, mask, weight, reduction, layer_weights, return_layers, dim)
+    return _feature_loss(
+        "cosine", student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim
+    )
 
 
 def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
@@ -240,6 +263,7 @@ def linear_feature_mse(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
     dim: int | None = None,
 ) -> Tensor:
     r"""Mean squared difference of projected student features and a teacher's of another width.
@@ -262,6 +286,8 @@ def linear_feature_mse(
         weight: float, of the mask's shape, multiplies the row's loss; the divisor does not change. Default: 1 for every
             row.
         reduction: ``"mean"``, the default, ``"batchmean"``, ``"sum"`` or ``"none"``, as in :func:`feature_mse`.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, as in :func:`feature_mse`. Default:
+            none.
         dim: where the features are. Default: 1 of four dimensions, the last of fewer.
 
     Returns:
@@ -291,6 +317,9 @@ def linear_feature_mse(
     if weight is not None:
         (weight,) = _check.per_layer("weight", weight, rows, dim, _check._floating)
     _check.reduction(reduction)
+    if normalizer is not None:
+        _check.normalizer(normalizer, student, mask, reduction)
+        normalizer, reduction = _check.zero_as_tensor(normalizer, student), "sum"
     dim = _check.dim_of(student, dim) % student.dim()
     feature, backend = normalize or "squares", _backend.select(student.device)
     arguments = (feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction)
@@ -300,4 +329,6 @@ def linear_feature_mse(
         from ..ops import elements
 
         loss = elements.linear_feature_loss(_backend.namespace(backend), *arguments)
+    if normalizer is not None:
+        return _normalized(loss, normalizer)
     return loss.view([*student.shape[:dim], *student.shape[dim + 1 :]]) if reduction == "none" else loss

@@ -53,6 +53,7 @@ def _logits_loss(divergence, student, teacher, options, called=None):
         exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
         note = ", temperature and teacher_temperature exchanged"
     _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
+    options = options._replace(normalizer=_check.zero_as_tensor(options.normalizer, student))
     backend = _backend.select(student.device)
     if backend == "torch":
         return reference.logits_loss(divergence, student, teacher, options)
@@ -100,8 +101,8 @@ def kl_div(
         weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
-        normalizer: a positive number, or a tensor of one element, that replaces the divisor, for gradient accumulation
-            and several ranks. A tensor may be 0 where no row counts. Not with ``"none"``. Default: none.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
@@ -167,8 +168,8 @@ def soft_cross_entropy(
         weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
-        normalizer: a positive number, or a tensor of one element, that replaces the divisor, for gradient accumulation
-            and several ranks. A tensor may be 0 where no row counts. Not with ``"none"``. Default: none.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
@@ -236,8 +237,8 @@ def reverse_kl_div(
         weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
-        normalizer: a positive number, or a tensor of one element, that replaces the divisor, for gradient accumulation
-            and several ranks. A tensor may be 0 where no row counts. Not with ``"none"``. Default: none.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
@@ -307,8 +308,8 @@ def js_div(
         weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
-        normalizer: a positive number, or a tensor of one element, that replaces the divisor, for gradient accumulation
-            and several ranks. A tensor may be 0 where no row counts. Not with ``"none"``. Default: none.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.

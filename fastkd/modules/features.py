@@ -66,7 +66,13 @@ class FeatureMSELoss(_Loss):
         self.dim = dim
 
     def forward(
-        self, student: Layers, teacher: Layers, *, mask: Layers | None = None, weight: Layers | None = None
+        self,
+        student: Layers,
+        teacher: Layers,
+        *,
+        mask: Layers | None = None,
+        weight: Layers | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> LossOrMore:
         """The loss.
 
@@ -75,6 +81,7 @@ class FeatureMSELoss(_Loss):
             teacher: the same shapes, constants.
             mask: bool, the shape without the features, True where the row counts; or a list. Default: every row counts.
             weight: float, of the mask's shape, multiplies the row's loss; or a list. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.feature_mse(
             student,
@@ -83,6 +90,7 @@ class FeatureMSELoss(_Loss):
             mask=mask,
             weight=weight,
             reduction=self.reduction,
+            normalizer=normalizer,
             layer_weights=self.layer_weights,
             return_layers=self.return_layers,
             dim=self.dim,
@@ -135,7 +143,13 @@ class FeatureCosineLoss(_Loss):
         self.dim = dim
 
     def forward(
-        self, student: Layers, teacher: Layers, *, mask: Layers | None = None, weight: Layers | None = None
+        self,
+        student: Layers,
+        teacher: Layers,
+        *,
+        mask: Layers | None = None,
+        weight: Layers | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> LossOrMore:
         """The loss.
 
@@ -144,6 +158,7 @@ class FeatureCosineLoss(_Loss):
             teacher: the same shapes, constants.
             mask: bool, the shape without the features, True where the row counts; or a list. Default: every row counts.
             weight: float, of the mask's shape, multiplies the row's loss; or a list. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.feature_cosine(
             student,
@@ -151,6 +166,7 @@ class FeatureCosineLoss(_Loss):
             mask=mask,
             weight=weight,
             reduction=self.reduction,
+            normalizer=normalizer,
             layer_weights=self.layer_weights,
             return_layers=self.return_layers,
             dim=self.dim,
@@ -257,7 +273,13 @@ class LinearFeatureMSELoss(_Loss):
         self.projector: torch.nn.Linear = torch.nn.Linear(student_features, teacher_features, bias, device, dtype)
 
     def forward(
-        self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
     ) -> Tensor:
         """The loss.
 
@@ -266,6 +288,7 @@ class LinearFeatureMSELoss(_Loss):
             teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``, a constant.
             mask: bool, the shape without the features, True where the row counts. Default: every row counts.
             weight: float, of the mask's shape, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.linear_feature_mse(
             student,
@@ -276,5 +299,6 @@ class LinearFeatureMSELoss(_Loss):
             mask=mask,
             weight=weight,
             reduction=self.reduction,
+            normalizer=normalizer,
             dim=self.dim,
         )
