@@ -130,7 +130,9 @@ def triplet(student, teacher, labels, positives, row_mask, row_weight):
         _tensor("labels", labels)
         if labels.dtype not in INTEGERS:
             raise TypeError(f"labels: an integer dtype wanted, one class number per row; got {labels.dtype}")
-        _per_row("labels", labels, student)
+        _constant("labels", labels, student)
+        if labels.shape != student.shape[:1]:
+            raise ValueError(f"labels: shape [{N}] wanted, one per row; got {list(labels.shape)}")
     if positives is None:
         return
     count_of_positives(positives)
@@ -355,7 +357,7 @@ def _has_dim(x, dim, where=""):
 
 
 def per_layer(name, x, students, dim, check_one):
-    """One tensor for all layers, or a list of one for each; as a list."""
+    """One tensor for all layers, or a list of one for each; as a list of tensors [*], one per row of their layer."""
     listed = isinstance(x, (list, tuple))
     if listed and len(x) != len(students):
         raise ValueError(f"{name}: one tensor for all layers, or one for each of {len(students)} wanted, got {len(x)}")
@@ -366,9 +368,12 @@ def per_layer(name, x, students, dim, check_one):
         shape = list(student.shape)
         del shape[dim_of(student, dim)]
         where = f" in layer {layer}" if len(students) > 1 else ""
-        if list(one.shape) != shape:
-            raise ValueError(f"{name}: shape {shape} wanted{where}, one per row; got {list(one.shape)}")
+        if not _broadcasts(one.shape, shape):
+            raise ValueError(
+                f"{name}: a shape that broadcasts to {shape} wanted{where}, one per row; got {list(one.shape)}"
+            )
         _constant(name, one, student)
+        found[layer] = for_rows(one, shape)
     return found
 
 
@@ -475,8 +480,14 @@ def share(name, value):
 
 def _per_row(name, x, student):
     _constant(name, x, student)
-    if x.shape != student.shape[:-1]:
-        raise ValueError(f"{name}: shape {list(student.shape[:-1])} wanted, one per row; got {list(x.shape)}")
+    rows = student.shape[:-1]
+    if not _broadcasts(x.shape, rows):
+        raise ValueError(f"{name}: a shape that broadcasts to {list(rows)} wanted, one per row; got {list(x.shape)}")
+
+
+def for_rows(x, rows):
+    """What has been checked to broadcast to the rows, one for each; None counts for nothing."""
+    return x if x is None or list(x.shape) == list(rows) else x.expand(rows).contiguous()
 
 
 def mask(x, student):

@@ -119,6 +119,23 @@ def test_layers_in_one_call(backend, name):
     assert error(rows[1], 0.5 * alone) <= 4 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_masks_and_weights_broadcast_to_the_rows(backend, name):
+    """Of each layer, of maps too: one mask of the batch's samples serves layers of several sizes."""
+    maps = [torch.randn(3, 8, 4, 4), torch.randn(3, 6, 2, 2)]
+    targets = [torch.randn_like(x) for x in maps]
+    mask, weight = torch.tensor([True, False, True]).view(3, 1, 1), torch.rand(3, 1, 1)
+    loss = LOSSES[name](maps, targets, mask=mask, weight=weight)
+    whole = {
+        "mask": [mask.expand(3, n, n).contiguous() for n in (4, 2)],
+        "weight": [weight.expand(3, n, n) for n in (4, 2)],
+    }
+    assert torch.equal(loss, LOSSES[name](maps, targets, **whole))
+    found = run(LOSSES[name], maps[0], targets[0], mask=mask, weight=weight)
+    expected = run(LOSSES[name], maps[0], targets[0], mask=whole["mask"][0], weight=whole["weight"][0])
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("normalizer", [7, torch.tensor(7), torch.tensor([7.0], dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_normalizer_replaces_the_divisor(backend, name, normalizer):

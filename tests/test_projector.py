@@ -258,3 +258,11 @@ def test_a_normalizer_replaces_the_divisor(backend, normalizer):
     assert functional.linear_feature_mse(student, weight, teacher, **nothing) == 0
     with pytest.raises(ValueError, match=r"^normalizer: 0 is wanted only where no row counts"):
         functional.linear_feature_mse(student, weight, teacher, normalizer=normalizer * 0)
+
+
+def test_masks_and_weights_broadcast_to_the_rows(backend):
+    student, weight, teacher = torch.randn(3, 5, 4), torch.randn(6, 4), torch.randn(3, 5, 6)
+    mask = torch.tensor([[True], [False], [True]])
+    loss = functional.linear_feature_mse(student, weight, teacher, mask=mask, weight=torch.arange(5.0))
+    whole = {"mask": mask.expand(3, 5).contiguous(), "weight": torch.arange(5.0).repeat(3, 1)}
+    assert torch.equal(loss, functional.linear_feature_mse(student, weight, teacher, **whole))

@@ -108,10 +108,11 @@ def feature_mse(
         teacher: the same shapes, constants.
         normalize: None; ``"l2"``, rows over their length (of at least 1e-12; a row of zeros has no gradient); or
             ``"standardize"``, rows less their mean, over sqrt(variance + 1e-6). Default None.
-        mask: bool, the shape without the features, True where the row counts. A masked row has loss 0 and gradient 0
-            whatever it holds. With lists one for all layers, or a list of one for each. Default: every row counts.
-        weight: float, of the mask's shape, multiplies the row's loss; the divisor does not change. Default: 1 for every
-            row.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. A masked row has loss 0
+            and gradient 0 whatever it holds. With lists one for all layers, or a list of one for each. Default: every
+            row counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"mean"``, the sum over (rows that count x D), the default; ``"batchmean"``, the sum over the number
             of rows that count; ``"sum"``; or ``"none"``, a loss per row, and of lists a list.
         normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
@@ -172,10 +173,11 @@ def feature_cosine(
     Args:
         student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
         teacher: the same shapes, constants.
-        mask: bool, the shape without the features, True where the row counts. A masked row has loss 0 and gradient 0
-            whatever it holds. With lists one for all layers, or a list of one for each. Default: every row counts.
-        weight: float, of the mask's shape, multiplies the row's loss; the divisor does not change. Default: 1 for every
-            row.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. A masked row has loss 0
+            and gradient 0 whatever it holds. With lists one for all layers, or a list of one for each. Default: every
+            row counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"mean"`` and ``"batchmean"``, the sum over the number of rows that count, the default; ``"sum"``;
             or ``"none"``, a loss per row, and of lists a list.
         normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
@@ -282,9 +284,10 @@ def linear_feature_mse(
         teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``, a constant. No call of this loss has its gradient.
         projector_bias: b, ``[D_t]``. Default: none.
         normalize: None, ``"l2"`` or ``"standardize"``, as in :func:`feature_mse`. Default None.
-        mask: bool, the shape without the features, True where the row counts. Default: every row counts.
-        weight: float, of the mask's shape, multiplies the row's loss; the divisor does not change. Default: 1 for every
-            row.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. Default: every row
+            counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"mean"``, the default, ``"batchmean"``, ``"sum"`` or ``"none"``, as in :func:`feature_mse`.
         normalizer: a number, or a tensor of one element, that replaces the divisor, as in :func:`feature_mse`. Default:
             none.

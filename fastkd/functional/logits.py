@@ -53,7 +53,12 @@ def _logits_loss(divergence, student, teacher, options, called=None):
         exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
         note = ", temperature and teacher_temperature exchanged"
     _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
-    options = options._replace(normalizer=_check.zero_as_tensor(options.normalizer, student))
+    rows = student.shape[:-1]
+    options = options._replace(
+        mask=_check.for_rows(options.mask, rows),
+        weight=_check.for_rows(options.weight, rows),
+        normalizer=_check.zero_as_tensor(options.normalizer, student),
+    )
     backend = _backend.select(student.device)
     if backend == "torch":
         return reference.logits_loss(divergence, student, teacher, options)
@@ -96,9 +101,10 @@ def kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        mask: bool ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever it holds.
-            Default: every row counts.
-        weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
         normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
@@ -163,9 +169,10 @@ def soft_cross_entropy(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        mask: bool ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever it holds.
-            Default: every row counts.
-        weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
         normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
@@ -232,9 +239,10 @@ def reverse_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        mask: bool ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever it holds.
-            Default: every row counts.
-        weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
         normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
@@ -303,9 +311,10 @@ def js_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        mask: bool ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever it holds.
-            Default: every row counts.
-        weight: float ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
         reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
             count, the default; or ``"mean"``, which divides by V as well.
         normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and

@@ -38,6 +38,10 @@ _EXCHANGED = {
 }
 
 
+def _for_rows(student, *tensors):
+    return (_check.for_rows(x, student.shape[:-1]) for x in tensors)
+
+
 def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
     if teacher is not None:
@@ -77,9 +81,9 @@ def rkd_distance(
         normalize: ``"mean"``, where distances are divided by their mean, or None, where they are not. Default:
             ``"mean"``.
         delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
-        mask: bool ``[N]``, True where the row counts. Default: every row counts.
-        weight: float ``[N]``, multiplies the terms ij of row i; neither the divisor nor :math:`\mu` changes. Default: 1
-            for every row.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms ij of row i; neither the divisor nor :math:`\mu`
+            changes. Default: 1 for every row.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -102,6 +106,7 @@ def rkd_distance(
     _check.embeddings(student, teacher, mask, weight)
     _check.normalize(normalize)
     _check.number("delta", delta)
+    mask, weight = _for_rows(student, mask, weight)
     return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta), mask, weight)
 
 
@@ -121,7 +126,7 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, delta: float = 1.0, mask: Ten
         student: embeddings ``[N, D_s]``.
         teacher: embeddings ``[N, D_t]``, a constant.
         delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
-        mask: bool ``[N]``, True where the row counts. Default: every row counts.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -143,6 +148,7 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, delta: float = 1.0, mask: Ten
     """
     _check.embeddings(student, teacher, mask)
     _check.number("delta", delta)
+    (mask,) = _for_rows(student, mask)
     return _relational_loss("rkd_angle", student, teacher, float(delta), mask)
 
 
@@ -171,7 +177,7 @@ def rkd_loss(
         angle_weight: the weight of the angles, likewise. Default 50.
         distance_delta: where Huber's loss of distances turns from quadratic to linear, a positive number. Default 1.
         angle_delta: the same of angles. Default 1.
-        mask: bool ``[N]``, True where the row counts. Default: every row counts.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -196,6 +202,7 @@ def rkd_loss(
     _check.at_least_zero("angle_weight", angle_weight)
     _check.number("distance_delta", distance_delta)
     _check.number("angle_delta", angle_delta)
+    (mask,) = _for_rows(student, mask)
     options = (float(angle_weight), float(angle_delta), float(distance_weight), float(distance_delta))
     return _relational_loss("rkd_loss", student, teacher, *options, mask)
 
@@ -216,8 +223,9 @@ def similarity_preserving(
     Args:
         student: embeddings ``[N, D_s]``. Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.
         teacher: embeddings ``[N, D_t]``, a constant.
-        mask: bool ``[N]``, True where the row counts. Default: every row counts.
-        weight: float ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
+            for every row.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -238,6 +246,7 @@ def similarity_preserving(
     Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.
     """
     _check.embeddings(student, teacher, mask, weight)
+    mask, weight = _for_rows(student, mask, weight)
     return _relational_loss("similarity_preserving", student, teacher, mask, weight)
 
 
@@ -268,10 +277,10 @@ def gram_mse(
         normalize: whether rows are divided by their length. Default True.
         clamp: ``"both"``, where negative similarities count as 0; ``"teacher"``, where the teacher's do (then no call
             of this loss has the teacher's gradient); or None. Default None.
-        mask: bool, one per row, ``[N]`` or ``[B, N]``, True where the row counts. An entry of the batch without any
+        mask: bool, broadcastable to ``[N]`` or ``[B, N]``, True where the row counts. An entry of the batch without any
             such row is not there either. Default: every row counts.
-        weight: float, one per row, multiplies the terms ij of row i; the divisor does not change. Default: 1 for every
-            row.
+        weight: float, broadcastable likewise, multiplies the terms ij of row i; the divisor does not change. Default: 1
+            for every row.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -296,6 +305,7 @@ def gram_mse(
     _check.clamp(clamp)
     if clamp == "teacher":  # exchanged it would be the student's
         _check.constant_teacher(teacher)
+    mask, weight = _for_rows(student, mask, weight)
     return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask, weight)
 
 
@@ -324,8 +334,9 @@ def pkt(
         teacher: embeddings ``[N, D_t]``, a constant. There is no call of this loss that has the teacher's gradient.
         eps: what is added to probabilities and to the lengths of rows, a number of at least 1e-37. Default 1e-7, as
             published.
-        mask: bool ``[N]``, True where the row counts. Default: every row counts.
-        weight: float ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
+            for every row.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -347,6 +358,7 @@ def pkt(
     """
     _check.embeddings(student, teacher, mask, weight)
     _check.eps(eps)
+    mask, weight = _for_rows(student, mask, weight)
     return _relational_loss("pkt", student, teacher, float(eps), mask, weight)
 
 
@@ -384,8 +396,9 @@ def relational_triplet(
         margin: a positive number. Default 1.
         positives: how many of the teacher's nearest neighbours, from 1 to N - 1; of equally near ones any. Default: 5,
             or N - 2 in batches of fewer than 7.
-        mask: bool ``[N]``, True where the row counts. Default: every row counts.
-        weight: float ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1 for every row.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
+            for every row.
         return_active: whether the share of active triplets, those that have a loss, is returned as well: a float32
             tensor without dimensions, for which nothing waits. Default False.
 
@@ -412,6 +425,7 @@ def relational_triplet(
     _check.flag("return_active", return_active)
     if labels is not None:
         teacher = None
+    mask, weight = _for_rows(student, mask, weight)
     loss, active = _relational_loss(
         "relational_triplet", student, teacher, labels, positives or 0, float(margin), mask, weight
     )

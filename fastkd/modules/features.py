@@ -79,8 +79,9 @@ class FeatureMSELoss(_Loss):
         Args:
             student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
             teacher: the same shapes, constants.
-            mask: bool, the shape without the features, True where the row counts; or a list. Default: every row counts.
-            weight: float, of the mask's shape, multiplies the row's loss; or a list. Default: 1 for every row.
+            mask: bool, broadcastable to the shape without the features, True where the row counts; or a list. Default:
+                every row counts.
+            weight: float, broadcastable likewise, multiplies the row's loss; or a list. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.feature_mse(
@@ -156,8 +157,9 @@ class FeatureCosineLoss(_Loss):
         Args:
             student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
             teacher: the same shapes, constants.
-            mask: bool, the shape without the features, True where the row counts; or a list. Default: every row counts.
-            weight: float, of the mask's shape, multiplies the row's loss; or a list. Default: 1 for every row.
+            mask: bool, broadcastable to the shape without the features, True where the row counts; or a list. Default:
+                every row counts.
+            weight: float, broadcastable likewise, multiplies the row's loss; or a list. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.feature_cosine(
@@ -286,8 +288,9 @@ class LinearFeatureMSELoss(_Loss):
         Args:
             student: features ``[*, D_s]``, or maps ``[B, D_s, H, W]``.
             teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``, a constant.
-            mask: bool, the shape without the features, True where the row counts. Default: every row counts.
-            weight: float, of the mask's shape, multiplies the row's loss. Default: 1 for every row.
+            mask: bool, broadcastable to the shape without the features, True where the row counts. Default: every row
+                counts.
+            weight: float, broadcastable likewise, multiplies the row's loss. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.linear_feature_mse(

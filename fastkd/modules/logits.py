@@ -75,8 +75,8 @@ class KLDivLoss(_Loss):
             teacher: raw logits ``[*, V]``, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
-            mask: bool ``[*]``, True where the row counts. Default: every row counts.
-            weight: float ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.kl_div(
@@ -158,8 +158,8 @@ class SoftCrossEntropyLoss(_Loss):
             teacher: raw logits ``[*, V]``, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
-            mask: bool ``[*]``, True where the row counts. Default: every row counts.
-            weight: float ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.soft_cross_entropy(
@@ -241,8 +241,8 @@ class ReverseKLDivLoss(_Loss):
             teacher: raw logits ``[*, V]``, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
-            mask: bool ``[*]``, True where the row counts. Default: every row counts.
-            weight: float ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.reverse_kl_div(
@@ -329,8 +329,8 @@ class JSDivLoss(_Loss):
             teacher: raw logits ``[*, V]``, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
-            mask: bool ``[*]``, True where the row counts. Default: every row counts.
-            weight: float ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
             normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
         """
         return functional.js_div(

@@ -48,8 +48,8 @@ class RKDDistanceLoss(_Loss):
         Args:
             student: embeddings ``[N, D_s]``.
             teacher: embeddings ``[N, D_t]``, a constant.
-            mask: bool ``[N]``, True where the row counts. Default: every row counts.
-            weight: float ``[N]``, multiplies the terms of row i. Default: 1 for every row.
+            mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.rkd_distance(
             student, teacher, normalize=self.normalize, delta=self.delta, mask=mask, weight=weight
@@ -90,7 +90,7 @@ class RKDAngleLoss(_Loss):
         Args:
             student: embeddings ``[N, D_s]``.
             teacher: embeddings ``[N, D_t]``, a constant.
-            mask: bool ``[N]``, True where the row counts. Default: every row counts.
+            mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
         """
         return functional.rkd_angle(student, teacher, delta=self.delta, mask=mask)
 
@@ -145,7 +145,7 @@ class RKDLoss(_Loss):
         Args:
             student: embeddings ``[N, D_s]``.
             teacher: embeddings ``[N, D_t]``, a constant.
-            mask: bool ``[N]``, True where the row counts. Default: every row counts.
+            mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
         """
         return functional.rkd_loss(
             student,
@@ -187,8 +187,8 @@ class SimilarityPreservingLoss(_Loss):
         Args:
             student: embeddings ``[N, D_s]``.
             teacher: embeddings ``[N, D_t]``, a constant.
-            mask: bool ``[N]``, True where the row counts. Default: every row counts.
-            weight: float ``[N]``, multiplies the terms of row i. Default: 1 for every row.
+            mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.similarity_preserving(student, teacher, mask=mask, weight=weight)
 
@@ -233,8 +233,8 @@ class GramMSELoss(_Loss):
         Args:
             student: embeddings ``[N, D_s]`` or ``[B, N, D_s]``.
             teacher: embeddings ``[N, D_t]`` or ``[B, N, D_t]``, a constant.
-            mask: bool, one per row, True where the row counts. Default: every row counts.
-            weight: float, one per row, multiplies the terms of row i. Default: 1 for every row.
+            mask: bool, broadcastable to ``[N]`` or ``[B, N]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable likewise, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.gram_mse(
             student, teacher, normalize=self.normalize, clamp=self.clamp, mask=mask, weight=weight
@@ -277,8 +277,8 @@ class PKTLoss(_Loss):
         Args:
             student: embeddings ``[N, D_s]``.
             teacher: embeddings ``[N, D_t]``, a constant.
-            mask: bool ``[N]``, True where the row counts. Default: every row counts.
-            weight: float ``[N]``, multiplies the terms of row i. Default: 1 for every row.
+            mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.pkt(student, teacher, eps=self.eps, mask=mask, weight=weight)
 
@@ -334,8 +334,8 @@ class RelationalTripletLoss(_Loss):
             student: embeddings ``[N, D_s]``.
             teacher: embeddings ``[N, D_t]``, a constant. Default: none.
             labels: integers ``[N]``, the class of each row. Default: none. One of teacher and labels is wanted.
-            mask: bool ``[N]``, True where the row counts. Default: every row counts.
-            weight: float ``[N]``, multiplies the terms of row i. Default: 1 for every row.
+            mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.relational_triplet(
             student,

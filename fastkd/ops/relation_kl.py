@@ -332,7 +332,7 @@ def relation_kl(
 
     def per_sample(x, shape):
         """[*, N] to [B, N]"""
-        return None if x is None else x.expand(shape).reshape(B, shape[-1])
+        return None if x is None else x.expand(shape).reshape(B, shape[-1]).contiguous()
 
     def by_row(x):
         """[B N] to [B, N]"""
