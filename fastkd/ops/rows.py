@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._check import REDUCTIONS
+from .._check import REDUCTIONS, LogitsOptions
 from .._inplace import overwritten
 from ..reference import DIVERGENCES, compute_dtype
 from .gradient import once, times
@@ -30,7 +30,7 @@ class Ops(NamedTuple):
 
 
 NAMES = ("rows_fwd", "rows_fwd_", "rows_bwd", "rows_bwd_", "scale_")
-OPS = {}  # by namespace
+OPS: dict[str, Ops] = {}  # by namespace
 
 
 def _loss_like(student, teacher, reduction):
@@ -59,7 +59,7 @@ def _fake_nothing(*_):
     return None
 
 
-def use_namespace(namespace):
+def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
     fakes = (_fake_fwd, _fake_fwd_, _fake_bwd, _fake_nothing, _fake_nothing)
     for name, fake in zip(NAMES, fakes, strict=True):
@@ -128,7 +128,9 @@ def _gradient(ctx, upstream):
     return student
 
 
-def logits_loss(namespace, divergence, student, teacher, options):
+def logits_loss(
+    namespace: str, divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
+) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     temperature, temperature_rows = number_or_rows(options.temperature, leading, dtype)
@@ -158,7 +160,9 @@ def logits_loss(namespace, divergence, student, teacher, options):
     return OPS[namespace].fwd(student, teacher, *arguments, NOTHING)[0]
 
 
-def number_or_rows(temperature, leading, dtype):
+def number_or_rows(
+    temperature: torch.Tensor | float, leading: torch.Size, dtype: torch.dtype
+) -> tuple[float, torch.Tensor | None]:
     if isinstance(temperature, torch.Tensor):
         return 1.0, temperature.to(dtype).expand(leading).reshape(-1).contiguous()
     return float(temperature), None

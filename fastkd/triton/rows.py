@@ -14,7 +14,7 @@ A row that is masked out is never read: it is taken for -inf alone.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -401,7 +401,7 @@ class Configuration(NamedTuple):
     warps: int
 
 
-def configuration(V, element_size):
+def configuration(V: int, element_size: int) -> Configuration:
     """The schedule of the forward pass; all in one tile where block >= V."""
     if ONE_TILE[element_size] >= V:
         return _whole_rows(V, element_size)
@@ -409,7 +409,7 @@ def configuration(V, element_size):
     return Configuration(1, block, _warps(block, element_size))
 
 
-def backward_configuration(V, element_size):
+def backward_configuration(V: int, element_size: int) -> Configuration:
     block = TILE_OF_BACKWARD[element_size]
     if block >= V:
         return _whole_rows(V, element_size)
@@ -443,7 +443,7 @@ class Options(NamedTuple):
     normalizer_tensor: torch.Tensor | None  # [1]
 
     @property
-    def same_temperature(self):
+    def same_temperature(self) -> bool:
         if self.temperature_rows is None and self.teacher_temperature_rows is None:
             return self.temperature == self.teacher_temperature
         return self.temperature_rows is self.teacher_temperature_rows
@@ -462,7 +462,7 @@ class Layout(NamedTuple):
     step: int = 1  # between classes
 
 
-def layout_of(x):
+def layout_of(x: torch.Tensor) -> Layout:
     dims = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if dims and dims[-1][1] == size * stride:  # dimensions that lie one after the other in memory are one
@@ -569,7 +569,9 @@ def _empty_grad(student):
     return student.new_empty(student.shape)
 
 
-def rows_fwd(student, teacher, *options_and_save):
+def rows_fwd(
+    student: torch.Tensor, teacher: torch.Tensor, *options_and_save: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, gradient for an upstream gradient of 1, statistics; what is not saved is empty."""
     *options, save = options_and_save
     grad = _empty_grad(student) if save == GRAD else None
@@ -582,18 +584,18 @@ def rows_fwd(student, teacher, *options_and_save):
     )
 
 
-def rows_fwd_(student, teacher, *options):
+def rows_fwd_(student: torch.Tensor, teacher: torch.Tensor, *options: Any) -> torch.Tensor:
     """Loss; the gradient is written over the student."""
     return _Call(student, teacher, Options(*options)).forward(student, None)
 
 
-def rows_bwd(student, teacher, *options_and_tensors):
+def rows_bwd(student: torch.Tensor, teacher: torch.Tensor, *options_and_tensors: Any) -> torch.Tensor:
     *options, stats, upstream = options_and_tensors
     grad = _empty_grad(student)
     _Call(student, teacher, Options(*options)).backward(grad, stats, upstream)
     return grad
 
 
-def rows_bwd_(student, teacher, *options_and_tensors):
+def rows_bwd_(student: torch.Tensor, teacher: torch.Tensor, *options_and_tensors: Any) -> None:
     *options, stats, upstream = options_and_tensors
     _Call(student, teacher, Options(*options)).backward(student, stats, upstream)
