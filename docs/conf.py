@@ -15,12 +15,13 @@ extensions = [
 ]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+napoleon_custom_sections = ["Shape"]
 
 autodoc_default_options = {"members": True, "inherited-members": "Module", "exclude-members": "extra_repr, training"}
 
 # A reference that leads nowhere is an error; what Python and torch document is not here.
 nitpicky = True
-nitpick_ignore_regex = [("py:exc", r"\w+Error"), ("py:.*", r"(torch\.|str|None|optional).*")]
+nitpick_ignore_regex = [("py:exc", r"\w+Error"), ("py:.*", r"(torch\.|collections\.abc\.|str|None|optional).*")]
 
 html_theme = "furo"
 html_title = f"fastkd {release}"

@@ -3,6 +3,7 @@
 import platform
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,13 +14,13 @@ CPUINFO = Path("/proc/cpuinfo")
 BLAS = {"mkl": "MKL", "open": "OpenBLAS", "accelerate": "Accelerate"}  # torch's names and the usual ones
 
 
-def processor():
+def processor() -> str:
     """Its name; Linux tells none of an ARM processor."""
     found = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def blas(config):
+def blas(config: str) -> str:
     """What multiplies matrices, from torch.__config__.show(), which has the version of MKL alone."""
     mkl = re.search(r"Math Kernel Library Version (.+?) for ", config)
     found = re.search(r"\bBLAS_INFO=(\w+)", config)
@@ -28,7 +29,8 @@ def blas(config):
     return f"{BLAS.get(name, name)} {version}"
 
 
-def lines():
+def lines() -> Iterator[tuple[str, str]]:
+    """What the command prints: names and values."""
     yield "fastkd", __version__
     yield "torch", torch.__version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
@@ -46,7 +48,8 @@ def lines():
         yield f"{device} tensors use", f"{chosen} (FASTKD_BACKEND)" if chosen else _backend.automatic(device)
 
 
-def main():
+def main() -> int:
+    """Prints them; returns the exit code."""
     rows = list(lines())
     width = max(len(name) for name, _ in rows)
     for name, value in rows:

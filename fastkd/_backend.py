@@ -6,6 +6,7 @@ import importlib.util
 import os
 import threading
 import warnings
+from collections.abc import Iterator
 
 import torch
 
@@ -78,7 +79,7 @@ if os.environ.get("FASTKD_BACKEND"):
 
 
 @contextlib.contextmanager
-def backend(name):
+def backend(name: str) -> Iterator[None]:
     """Computes every loss inside the ``with`` block with one backend, in all threads.
 
     Args:

@@ -47,9 +47,19 @@ def logits_loss(student, teacher, options):
     flag("inplace", options.inplace)
     reduction(options.reduction)
     if options.normalizer is not None:
-        normalizer(options.normalizer, student, options.reduction)
+        normalizer(options.normalizer, student, options.mask, options.reduction)
     if options.inplace:
         inplace(student, teacher)
+
+
+def logits_module(temperature, teacher_temperature, t_squared, reduction_, inplace_):
+    """The options that the module of a logit loss is made with."""
+    number("temperature", temperature)
+    if teacher_temperature is not None:
+        number("teacher_temperature", teacher_temperature)
+    flag("t_squared", t_squared)
+    flag("inplace", inplace_)
+    reduction(reduction_)
 
 
 def constant_teacher(teacher, loss=None, exchanged=None, note="", name="teacher"):
@@ -120,7 +130,9 @@ def triplet(student, teacher, labels, positives, row_mask, row_weight):
         _tensor("labels", labels)
         if labels.dtype not in INTEGERS:
             raise TypeError(f"labels: an integer dtype wanted, one class number per row; got {labels.dtype}")
-        _per_row("labels", labels, student)
+        _constant("labels", labels, student)
+        if labels.shape != student.shape[:1]:
+            raise ValueError(f"labels: shape [{N}] wanted, one per row; got {list(labels.shape)}")
     if positives is None:
         return
     count_of_positives(positives)
@@ -345,7 +357,7 @@ def _has_dim(x, dim, where=""):
 
 
 def per_layer(name, x, students, dim, check_one):
-    """One tensor for all layers, or a list of one for each; as a list."""
+    """One tensor for all layers, or a list of one for each; as a list of tensors [*], one per row of their layer."""
     listed = isinstance(x, (list, tuple))
     if listed and len(x) != len(students):
         raise ValueError(f"{name}: one tensor for all layers, or one for each of {len(students)} wanted, got {len(x)}")
@@ -356,9 +368,12 @@ def per_layer(name, x, students, dim, check_one):
         shape = list(student.shape)
         del shape[dim_of(student, dim)]
         where = f" in layer {layer}" if len(students) > 1 else ""
-        if list(one.shape) != shape:
-            raise ValueError(f"{name}: shape {shape} wanted{where}, one per row; got {list(one.shape)}")
+        if not _broadcasts(one.shape, shape):
+            raise ValueError(
+                f"{name}: a shape that broadcasts to {shape} wanted{where}, one per row; got {list(one.shape)}"
+            )
         _constant(name, one, student)
+        found[layer] = for_rows(one, shape)
     return found
 
 
@@ -465,8 +480,14 @@ def share(name, value):
 
 def _per_row(name, x, student):
     _constant(name, x, student)
-    if x.shape != student.shape[:-1]:
-        raise ValueError(f"{name}: shape {list(student.shape[:-1])} wanted, one per row; got {list(x.shape)}")
+    rows = student.shape[:-1]
+    if not _broadcasts(x.shape, rows):
+        raise ValueError(f"{name}: a shape that broadcasts to {list(rows)} wanted, one per row; got {list(x.shape)}")
+
+
+def for_rows(x, rows):
+    """What has been checked to broadcast to the rows, one for each; None counts for nothing."""
+    return x if x is None or list(x.shape) == list(rows) else x.expand(rows).contiguous()
 
 
 def mask(x, student):
@@ -486,11 +507,14 @@ def reduction(value):
         raise ValueError(f"reduction: one of {', '.join(REDUCTIONS)} wanted, got {value!r}")
 
 
-def normalizer(value, student, reduction):
+def normalizer(value, student, mask, reduction):
+    """A number or a tensor of one element, of at least 0; more where it is seen that rows count."""
     if reduction == "none":
         raise ValueError("normalizer: reduction='none' has no divisor to replace")
     if not isinstance(value, torch.Tensor):
-        number("normalizer", value)
+        at_least_zero("normalizer", value)
+        if not torch.compiler.is_compiling() and value == 0:
+            _no_row_counts(student, mask)
         return
     _constant("normalizer", value, student)
     if value.is_complex() or value.dtype is torch.bool:
@@ -499,6 +523,21 @@ def normalizer(value, student, reduction):
         raise ValueError(f"normalizer: a number or a tensor of one element wanted, got shape {list(value.shape)}")
     if _values_known(value) and not bool((value >= 0) & (value < math.inf)):
         raise ValueError("normalizer: a finite value of at least 0 wanted (0 only where no row counts)")
+    if _values_known(value) and not bool(value):
+        _no_row_counts(student, mask)
+
+
+def zero_as_tensor(value, student):
+    """A normalizer; 0 as a tensor, by which every backend divides only where rows count."""
+    if value is None or isinstance(value, torch.Tensor) or value != 0:
+        return value
+    return torch.zeros((), device=student.device)
+
+
+def _no_row_counts(student, mask):
+    """With a normalizer of 0. What a mask holds is not looked at: on other devices a look would wait for them."""
+    if mask is None and student.numel():
+        raise ValueError("normalizer: 0 is wanted only where no row counts, as a mask says; here there is no mask")
 
 
 def inplace(student, teacher):

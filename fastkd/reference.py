@@ -5,6 +5,8 @@ some devices do not have.
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -12,13 +14,13 @@ from ._check import LogitsOptions
 from ._inplace import overwritten
 
 
-def compute_dtype(*tensors):
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 where one of them is, else float32; None counts for nothing."""
     wide = any(x is not None and x.dtype is torch.float64 for x in tensors)
     return torch.float64 if wide else torch.float32
 
 
-def without_autocast(device):
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Autocast would round embeddings before they are multiplied."""
     if device.type in ("cpu", "cuda"):
         return torch.autocast(device.type, enabled=False)
@@ -74,7 +76,7 @@ def _js_div(log_p, log_q, beta):
 
 
 # Each takes log p and log q [*, V] and its parameter, where it has one.
-DIVERGENCES = {
+DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
     "kl_div": _kl_div,
     "soft_cross_entropy": _soft_cross_entropy,
     "reverse_kl_div": _reverse_kl_div,
@@ -105,14 +107,14 @@ def _reduce(rows, classes, mask, reduction, normalizer):
     return total / rows_that_count / (classes if reduction == "mean" else 1)
 
 
-def ordinary(x):
+def ordinary(x: Any) -> Any:
     """Autograd refuses to watch over tensors that were made in inference mode."""
     if isinstance(x, torch.Tensor) and not torch.compiler.is_compiling() and x.is_inference():
         return x.clone()
     return x
 
 
-def logits_loss(divergence, student, teacher, options):
+def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype = compute_dtype(student, teacher)
     options = options._replace(**{name: ordinary(x) for name, x in options._asdict().items()})
@@ -139,7 +141,7 @@ def logits_loss(divergence, student, teacher, options):
     return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)
 
 
-def gradient_dtype(student):
+def gradient_dtype(student: torch.Tensor) -> torch.dtype:
     """A gradient in float16 would underflow, or leave the range, before a loss scaler multiplies it."""
     return torch.float32 if student.dtype is torch.float16 else student.dtype
 
@@ -166,7 +168,14 @@ def _distances(x, normalize):
     return d / (d.sum() / pairs) if normalize and pairs else d
 
 
-def rkd_distance(student, teacher, normalize, delta, mask=None, weight=None):
+def rkd_distance(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    normalize: bool,
+    delta: float,
+    mask: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Holds matrices [N, N]."""
     s, t, weight = _rows_there(*_embeddings(student, teacher), mask, weight)
     if len(s) < 2:
@@ -186,7 +195,9 @@ def _cosines(x):
     return unit @ unit.transpose(1, 2)
 
 
-def rkd_angle(student, teacher, delta, mask=None):
+def rkd_angle(
+    student: torch.Tensor, teacher: torch.Tensor, delta: float, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Holds [N, N, D] and [N, N, N]."""
     s, t, _ = _rows_there(*_embeddings(student, teacher), mask, None)
     if len(s) < 2:
@@ -194,7 +205,15 @@ def rkd_angle(student, teacher, delta, mask=None):
     return torch.nn.functional.huber_loss(_cosines(s), _cosines(t), delta=delta)
 
 
-def rkd_loss(student, teacher, angle_weight, angle_delta, distance_weight, distance_delta, mask=None):
+def rkd_loss(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    angle_weight: float,
+    angle_delta: float,
+    distance_weight: float,
+    distance_delta: float,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
     # here, or gradients would be added up in half precision
     s, t, _ = _rows_there(*_embeddings(student, teacher), mask, None)
     loss = (s * 0).sum()
@@ -211,14 +230,23 @@ def _unit(x):
     return torch.where(squares == 0, 0.0, x / torch.where(squares == 0, 1.0, squares).sqrt())
 
 
-def similarity_preserving(student, teacher, mask=None, weight=None):
+def similarity_preserving(
+    student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None = None, weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """Holds matrices [N, N]."""
     s, t, weight = _rows_there(*_embeddings(student, teacher), mask, weight)
     rows = (_unit(s @ s.T) - _unit(t @ t.T)).square().sum(1)
     return (rows if weight is None else rows * weight).sum() / max(len(s), 1) ** 2
 
 
-def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
+def gram_mse(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    normalize: bool,
+    clamp: str | None,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
     shape = student.shape[:-1] if student.dim() == 3 else (1, len(student))
@@ -237,7 +265,9 @@ def gram_mse(student, teacher, normalize, clamp, mask, weight=None):
     return squares.sum() / (rows > 0).sum().clamp(min=1)
 
 
-def pkt(student, teacher, eps, mask, weight):
+def pkt(
+    student: torch.Tensor, teacher: torch.Tensor, eps: float, mask: torch.Tensor | None, weight: torch.Tensor | None
+) -> torch.Tensor:
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
     here = s.new_ones(len(s)) if mask is None else ordinary(mask).to(s.dtype)
@@ -262,12 +292,20 @@ def pkt(student, teacher, eps, mask, weight):
     return rows.sum() / here.sum().clamp(min=1) ** 2
 
 
-def positives_of(positives, N):
+def positives_of(positives: int, N: int) -> int:
     """How many neighbours are positives; 0: the default of batches of N."""
     return positives or max(0, min(5, N - 2))
 
 
-def relational_triplet(student, teacher, labels, positives, margin, mask, weight):
+def relational_triplet(
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    positives: int,
+    margin: float,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Holds [N, N, N]."""
     s = student.to(compute_dtype(*(x for x in (student, teacher) if x is not None)))
     N, device = len(s), s.device
@@ -296,9 +334,20 @@ def relational_triplet(student, teacher, labels, positives, margin, mask, weight
 
 
 def relation_kl(
-    student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence, parameter,
-    temperature, teacher_temperature, mask, key_mask, weight,
-):  # fmt: skip
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_keys: torch.Tensor | None,
+    teacher_keys: torch.Tensor | None,
+    exclude_self: bool,
+    normalize: bool,
+    divergence: str,
+    parameter: float,
+    temperature: torch.Tensor | float,
+    teacher_temperature: torch.Tensor | float,
+    mask: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
     """Holds [*, N, M]."""
     dtype = compute_dtype(student, teacher, student_keys, teacher_keys)
     rows = student.shape[:-1]
@@ -377,7 +426,16 @@ def _feature_layer(feature, student, teacher, dim, mask, weight, dtype):
     return rows if weight is None else rows * ordinary(weight).to(dtype)
 
 
-def feature_loss(feature, students, teachers, dims, masks, weights, reduction, layer_weights):
+def feature_loss(
+    feature: str,
+    students: list[torch.Tensor],
+    teachers: list[torch.Tensor],
+    dims: list[int],
+    masks: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    reduction: str,
+    layer_weights: list[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and layers; the arguments have been checked."""
     dtype = compute_dtype(*students, *teachers)
     losses = []
@@ -393,7 +451,7 @@ def feature_loss(feature, students, teachers, dims, masks, weights, reduction, l
     return (layers * layers.new_tensor(layer_weights)).sum(), layers.detach()
 
 
-def attention_transfer(student, teacher, p):
+def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, p: float) -> torch.Tensor:
     dtype = compute_dtype(student, teacher)
     s, t = (x.to(dtype) for x in (student, ordinary(teacher).detach()))
     if not s.shape[0] * s.shape[2] * s.shape[3]:
@@ -408,7 +466,17 @@ def attention_transfer(student, teacher, p):
     return (attention(s) - attention(t)).square().mean()
 
 
-def linear_feature_loss(feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction):
+def linear_feature_loss(
+    feature: str,
+    student: torch.Tensor,
+    projector_weight: torch.Tensor,
+    projector_bias: torch.Tensor | None,
+    teacher: torch.Tensor,
+    dim: int,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
     projector_weight, projector_bias = ordinary(projector_weight), ordinary(projector_bias)
     projected = torch.nn.functional.linear(student.movedim(dim, -1), projector_weight, projector_bias)
     masks, weights = ([] if x is None else [x] for x in (mask, weight))

@@ -121,11 +121,7 @@ def built(tmp_path_factory):
 def test_everything_public_is_in_the_reference(built):
     inventory = (built / "objects.inv").read_bytes().split(b"\n", 4)[4]  # behind four lines that describe it
     documented = {line.split()[0] for line in zlib.decompress(inventory).decode().splitlines() if " py:" in line}
-    functions = [
-        name
-        for name, value in vars(fastkd.functional).items()
-        if not name.startswith("_") and getattr(value, "__module__", None) == fastkd.functional.__name__
-    ]
+    functions = fastkd.functional.__all__
     public = {f"fastkd.{name}" for name in fastkd.__all__ if name != "functional"}
     public |= {f"fastkd.functional.{name}" for name in functions}
     assert len(functions) == len(fastkd.__all__) - 2  # each has a module; beside them there are backend and functional

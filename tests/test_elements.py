@@ -119,6 +119,57 @@ def test_layers_in_one_call(backend, name):
     assert error(rows[1], 0.5 * alone) <= 4 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_masks_and_weights_broadcast_to_the_rows(backend, name):
+    """Of each layer, of maps too: one mask of the batch's samples serves layers of several sizes."""
+    maps = [torch.randn(3, 8, 4, 4), torch.randn(3, 6, 2, 2)]
+    targets = [torch.randn_like(x) for x in maps]
+    mask, weight = torch.tensor([True, False, True]).view(3, 1, 1), torch.rand(3, 1, 1)
+    loss = LOSSES[name](maps, targets, mask=mask, weight=weight)
+    whole = {
+        "mask": [mask.expand(3, n, n).contiguous() for n in (4, 2)],
+        "weight": [weight.expand(3, n, n) for n in (4, 2)],
+    }
+    assert torch.equal(loss, LOSSES[name](maps, targets, **whole))
+    found = run(LOSSES[name], maps[0], targets[0], mask=mask, weight=weight)
+    expected = run(LOSSES[name], maps[0], targets[0], mask=whole["mask"][0], weight=whole["weight"][0])
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("normalizer", [7, torch.tensor(7), torch.tensor([7.0], dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_normalizer_replaces_the_divisor(backend, name, normalizer):
+    """Of the sum, whatever the reduction; of all layers."""
+    mask = torch.tensor([True, False, True, True])
+    student, teacher, weight = torch.randn(4, 20), torch.randn(4, 20), torch.rand(4)
+    options = {"mask": mask, "weight": weight}
+    loss, grad = run(LOSSES[name], student, teacher, reduction="sum", **options)
+    for reduction in ("mean", "batchmean", "sum"):
+        found = run(LOSSES[name], student, teacher, reduction=reduction, normalizer=normalizer, **options)
+        assert (found[0].dtype, found[0].shape) == (torch.float32, ())
+        assert error(found[0], loss / 7) < PROMISED[torch.float32]
+        assert error(found[1], grad / 7) < PROMISED[torch.float32]
+    layered = {"layer_weights": [1.0, 2.0], "return_layers": True, "normalizer": normalizer}
+    of_both, layers = LOSSES[name]([student] * 2, [teacher] * 2, **layered, **options)
+    torch.testing.assert_close(of_both, 3 * loss / 7)
+    torch.testing.assert_close(layers, (loss / 7).expand(2))
+
+
+@pytest.mark.parametrize("zero", [0, torch.tensor(0)], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_normalizer_of_zero_is_for_batches_where_no_row_counts(backend, name, zero):
+    student, teacher = torch.randn(4, 20), torch.randn(4, 20)
+    nothing, some = torch.zeros(4, dtype=torch.bool), torch.tensor([True, False, True, True])
+    loss, grad = run(LOSSES[name], student, teacher, mask=nothing, normalizer=zero)
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(student))
+    assert LOSSES[name](student, teacher, mask=some, normalizer=zero) == torch.inf
+    with pytest.raises(ValueError, match=r"^normalizer: 0 is wanted only where no row counts"):
+        LOSSES[name](student, teacher, normalizer=zero)
+    with pytest.raises(ValueError, match=r"^normalizer: reduction='none' has no divisor"):
+        LOSSES[name](student, teacher, normalizer=3, reduction="none")
+
+
 @pytest.mark.parametrize(
     ("shape", "dim"), [((2, 3, 5), None), ((2, 3, 5, 4), None), ((2, 4, 7, 6), -1), ((2, 8, 3, 4, 5), 1), ((2, 3, 2, 2, 3, 4), -2)], ids=str
 )  # fmt: skip

@@ -149,7 +149,7 @@ BAD = {
     "nan": ((S / 0, T), {}, ValueError, "student: finite embeddings wanted"),
     "normalize": ((S, T), {"normalize": "l2"}, TypeError, "normalize: "),
     "clamp": ((S, T), {"clamp": True}, ValueError, "clamp: None, 'teacher' or 'both' wanted, got True"),
-    "mask_shape": ((S, T), {"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask: shape \[4\] wanted"),
+    "mask_shape": ((S, T), {"mask": torch.ones(3, dtype=torch.bool)}, ValueError, r"mask: a shape that broadcasts to \[4\] wanted"),
     "mask_dtype": ((S, T), {"mask": torch.ones(4)}, TypeError, "mask: torch.bool wanted"),
 }  # fmt: skip
 

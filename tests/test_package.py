@@ -61,6 +61,16 @@ def test_a_broken_library_says_so(without_kernels, tmp_path):
     assert "libfastkd_cpu.so does not load in torch" in run.stderr
 
 
+def test_every_part_is_shipped():
+    """Each folder of modules, and what tells type checkers that there are types."""
+    project = (ROOT / "pyproject.toml").read_text()
+    packages = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*)\]$", project, re.MULTILINE)[1])
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "fastkd").rglob("__init__.py")}
+    assert set(packages) == found
+    assert 'package-data = { fastkd = ["py.typed"] }' in project
+    assert (ROOT / "fastkd" / "py.typed").exists()
+
+
 def build(*changes, **environment):
     """setup.py build_ext, after changes to what it finds."""
     return python(

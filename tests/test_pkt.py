@@ -158,9 +158,9 @@ BAD = {
     "rows": ((S, T[:3]), {}, ValueError, "teacher: the student's 40 rows wanted, got 3"),
     "dtype": ((S, T.long()), {}, TypeError, "teacher: float16, .* embeddings wanted"),
     "nan": ((S / 0, T), {}, ValueError, "student: finite embeddings wanted"),
-    "mask_shape": ((S, T), {"mask": torch.ones(3) > 0}, ValueError, r"mask: shape \[40\] wanted, one per row; got \[3\]"),
+    "mask_shape": ((S, T), {"mask": torch.ones(3) > 0}, ValueError, r"mask: a shape that broadcasts to \[40\] wanted, one per row; got \[3\]"),
     "mask_dtype": ((S, T), {"mask": torch.ones(40)}, TypeError, "mask: torch.bool wanted"),
-    "weight_shape": ((S, T), {"weight": torch.ones(40, 1)}, ValueError, r"weight: shape \[40\] wanted"),
+    "weight_shape": ((S, T), {"weight": torch.ones(40, 1)}, ValueError, r"weight: a shape that broadcasts to \[40\] wanted"),
     "weight_dtype": ((S, T), {"weight": torch.ones(40).int()}, TypeError, "weight: a floating dtype wanted"),
 }  # fmt: skip
 

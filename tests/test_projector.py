@@ -244,3 +244,25 @@ def test_a_projector_made_in_inference_mode(backend, dtype):
 
     found, expected = run(*made), run(*(x.clone() for x in made))
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("normalizer", [7, torch.tensor(7)], ids=["number", "tensor"])
+def test_a_normalizer_replaces_the_divisor(backend, normalizer):
+    student, weight, teacher = torch.randn(6, 4, requires_grad=True), torch.randn(5, 4), torch.randn(6, 5)
+    mask = torch.tensor([True, False, True, True, True, False])
+    total = functional.linear_feature_mse(student, weight, teacher, mask=mask, reduction="sum")
+    loss = functional.linear_feature_mse(student, weight, teacher, mask=mask, normalizer=normalizer)
+    torch.testing.assert_close(loss, total / 7)
+    torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in (loss, total / 7)))
+    nothing = {"mask": torch.zeros(6, dtype=torch.bool), "normalizer": normalizer * 0}
+    assert functional.linear_feature_mse(student, weight, teacher, **nothing) == 0
+    with pytest.raises(ValueError, match=r"^normalizer: 0 is wanted only where no row counts"):
+        functional.linear_feature_mse(student, weight, teacher, normalizer=normalizer * 0)
+
+
+def test_masks_and_weights_broadcast_to_the_rows(backend):
+    student, weight, teacher = torch.randn(3, 5, 4), torch.randn(6, 4), torch.randn(3, 5, 6)
+    mask = torch.tensor([[True], [False], [True]])
+    loss = functional.linear_feature_mse(student, weight, teacher, mask=mask, weight=torch.arange(5.0))
+    whole = {"mask": mask.expand(3, 5).contiguous(), "weight": torch.arange(5.0).repeat(3, 1)}
+    assert torch.equal(loss, functional.linear_feature_mse(student, weight, teacher, **whole))

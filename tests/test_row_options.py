@@ -184,6 +184,26 @@ def test_gradcheck(backend, name):
     assert gradcheck(backend, lambda s: LOSSES[name](s, teacher, **options), student)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_masks_and_weights_broadcast_to_the_rows(backend, name, shape):
+    options = {"mask": torch.ones(shape, dtype=torch.bool)}
+    whole = {"mask": MASKS["all"]}
+    if name in WEIGHTED:
+        options["weight"], whole["weight"] = torch.full(shape, 0.5), torch.full((N,), 0.5)
+    found, expected = run(LOSSES[name], S, T, **options), run(LOSSES[name], S, T, **whole)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_masks_of_batches_broadcast(backend):
+    student, teacher = torch.randn(3, 8, 5), torch.randn(3, 8, 6)
+    for mask in (torch.arange(8) < 5, torch.tensor([[True], [False], [True]])):
+        found = run(functional.gram_mse, student, teacher, mask=mask, weight=torch.full((1, 8), 0.5))
+        whole = {"mask": mask.expand(3, 8).contiguous(), "weight": torch.full((3, 8), 0.5)}
+        expected = run(functional.gram_mse, student, teacher, **whole)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_modules_take_them(name):
     mask = MASKS["some"]

@@ -169,6 +169,39 @@ def test_normalizer_tensors_of_any_shape_and_dtype(backend, dtype, shape):
     assert error(loss, functional.kl_div(student, teacher, normalizer=7)) < FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (3, 1), (1, 5)], ids=str)
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+def test_masks_and_weights_broadcast_to_the_rows(backend, shape, reduction):
+    student, teacher = torch.randn(3, 5, 20), torch.randn(3, 5, 20)
+    weight = torch.rand(shape)
+    mask = weight < weight.max() if weight.numel() > 1 else torch.ones(shape, dtype=torch.bool)
+    loss, grad = run(functional.kl_div, student, teacher, reduction=reduction, mask=mask, weight=weight)
+    whole = {"mask": mask.expand(3, 5).contiguous(), "weight": weight.expand(3, 5).contiguous()}
+    expected = run(functional.kl_div, student, teacher, reduction=reduction, **whole)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(grad, expected[1])
+    for wrong in ((15,), (3, 5, 1), (5, 3), (2, 1)):
+        with pytest.raises(ValueError, match=r"^mask: a shape that broadcasts to \[3, 5\] wanted, one per row; got"):
+            functional.kl_div(student, teacher, mask=torch.ones(wrong, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"^weight: a shape that broadcasts to \[3, 5\] wanted, one per row; got"):
+            functional.kl_div(student, teacher, weight=torch.ones(wrong))
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0), torch.zeros(1)], ids=["int", "float", "int64", "float32"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_normalizer_of_zero_is_for_batches_where_no_row_counts(backend, dtype, zero):
+    """As a number or as a tensor: transformers hands a Trainer's loss either."""
+    student, teacher = torch.randn(4, 20).to(dtype), torch.randn(4, 20)
+    loss, grad = run(functional.kl_div, student, teacher, mask=torch.zeros(4, dtype=torch.bool), normalizer=zero)
+    assert loss == 0
+    assert torch.equal(grad, torch.zeros_like(student))
+    some = torch.tensor([True, False, True, True])
+    assert functional.kl_div(student, teacher, mask=some, normalizer=zero) == torch.inf
+    assert functional.kl_div(student[:0], teacher[:0], normalizer=zero) == 0
+    with pytest.raises(ValueError, match=r"^normalizer: 0 is wanted only where no row counts"):
+        functional.kl_div(student, teacher, normalizer=zero)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 32000)], ids=str)

@@ -270,7 +270,7 @@ BAD = {
     "margin": ((S, T), {"margin": 0.0}, ValueError, "margin: a positive finite number wanted, got 0"),
     "margin_nan": ((S, T), {"margin": math.nan}, ValueError, "margin: a positive finite number wanted"),
     "active": ((S, T), {"return_active": 1}, TypeError, "return_active: True or False wanted"),
-    "mask": ((S, T), {"mask": torch.ones(39) > 0}, ValueError, r"mask: shape \[40\] wanted"),
+    "mask": ((S, T), {"mask": torch.ones(39) > 0}, ValueError, r"mask: a shape that broadcasts to \[40\] wanted"),
     "weight": ((S, T), {"weight": torch.ones(40).int()}, TypeError, "weight: a floating dtype wanted"),
 }  # fmt: skip
 

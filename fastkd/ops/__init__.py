@@ -5,7 +5,7 @@ from . import attention, elements, relations, rows
 NAMES = (*rows.NAMES, *relations.NAMES, *elements.NAMES, *attention.NAMES)
 
 
-def use_namespace(namespace):
+def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known to every schedule."""
     for schedule in (rows, relations, elements, attention):
         schedule.use_namespace(namespace)

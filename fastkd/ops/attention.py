@@ -18,7 +18,7 @@ class Ops(NamedTuple):
 
 
 NAMES = ("attention_fwd", "attention_bwd")
-OPS = {}  # by namespace
+OPS: dict[str, Ops] = {}  # by namespace
 
 
 def _fake_fwd(student, teacher, p, save):
@@ -30,7 +30,7 @@ def _fake_bwd(student, *_):
     return torch.empty_like(student)
 
 
-def use_namespace(namespace):
+def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
     for name, fake in zip(NAMES, (_fake_fwd, _fake_bwd), strict=True):
         torch.library.register_fake(f"{namespace}::{name}", fake)
@@ -69,7 +69,7 @@ def _gradient(ctx, upstream):
     return ctx.ops.bwd(student, teacher if ctx.teacher is None else ctx.teacher, ctx.p, upstream)
 
 
-def attention_transfer(namespace, student, teacher, p):
+def attention_transfer(namespace: str, student: torch.Tensor, teacher: torch.Tensor, p: float) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     teacher = teacher.detach()
     if student.requires_grad and torch.is_grad_enabled():

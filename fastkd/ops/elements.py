@@ -24,7 +24,7 @@ class Ops(NamedTuple):
 
 
 NAMES = ("elements_fwd", "elements_fwd_", "elements_bwd")
-OPS = {}  # by namespace
+OPS: dict[str, Ops] = {}  # by namespace
 
 
 def _rows(student, dims):
@@ -47,7 +47,7 @@ def _fake_bwd(student, *_):
     return [torch.empty_like(x) for x in student]
 
 
-def use_namespace(namespace):
+def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
     for name, fake in zip(NAMES, (_fake_fwd, _fake_fwd_, _fake_bwd), strict=True):
         torch.library.register_fake(f"{namespace}::{name}", fake)
@@ -99,11 +99,11 @@ def _gradients(ctx, upstream):
 class Options(NamedTuple):
     """What the ops are told beside tensors."""
 
-    feature_dims: tuple
+    feature_dims: tuple[int, ...]
     feature: int
     masks: int  # how many of the tensors are masks; the others are weights
     reduction: int
-    layer_weights: tuple
+    layer_weights: tuple[float, ...]
 
 
 def _arguments(options, tensors):
@@ -118,7 +118,17 @@ def _one_each(tensors):
     return [x.view_as(x) if any(x is y for y in tensors[:i]) else x for i, x in enumerate(tensors)]
 
 
-def feature_loss(namespace, feature, students, teachers, dims, masks, weights, reduction, layer_weights):
+def feature_loss(
+    namespace: str,
+    feature: str,
+    students: list[torch.Tensor],
+    teachers: list[torch.Tensor],
+    dims: list[int],
+    masks: list[torch.Tensor],
+    weights: list[torch.Tensor],
+    reduction: str,
+    layer_weights: list[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and layers of :mod:`fastkd.functional`; the arguments have been checked there. The loss is one
     value per row of all layers where the reduction is "none"."""
     dtype = compute_dtype(*students, *teachers)
@@ -235,8 +245,17 @@ def _product_of_maps(grad, student, dim):
 
 
 def linear_feature_loss(
-    namespace, feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction
-):
+    namespace: str,
+    feature: str,
+    student: torch.Tensor,
+    projector_weight: torch.Tensor,
+    projector_bias: torch.Tensor | None,
+    teacher: torch.Tensor,
+    dim: int,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    reduction: str,
+) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`, one per row where the reduction is "none"; the arguments have been
     checked there."""
     learned = [x for x in (student, projector_weight, projector_bias) if x is not None and x.requires_grad]

@@ -1,9 +1,12 @@
 """A gradient that forward has computed: what backward does with it."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 
-def all_times(scale_, grads, upstream):
+def all_times(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
     """Each of grads * upstream, in their memory where nothing else will need it. Whether upstream is 1
     is looked at where it lies: the host waits for no device."""
     if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor:
@@ -14,12 +17,12 @@ def all_times(scale_, grads, upstream):
     return grads
 
 
-def times(scale_, grad, upstream):
+def times(scale_: Any, grad: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     """The same of one."""
     return all_times(scale_, [grad], upstream)[0]
 
 
-def once(gradient, *arguments):
+def once(gradient: Callable[..., Any], *arguments: Any) -> Any:
     """gradient(*arguments), which raises when it is differentiated: it must not count as 0."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         with torch.no_grad():

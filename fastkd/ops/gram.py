@@ -30,7 +30,7 @@ from .products import blocks_of, check_embeddings, through_unit, unit
 BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
 TOGETHER = {"cpu": 2**20, "cuda": 2**23}  # of samples of a batch: products of two are faster than one after the other
 MIN_SHARE = 0.1  # of the terms, which |G - H|^2 must keep: then the result has lost one digit
-CLAMPS = {None: 0, "teacher": 1, "both": 2}
+CLAMPS: dict[str | None, int] = {None: 0, "teacher": 1, "both": 2}
 
 
 def _by_features(N, Ds, Dt, cost=1):

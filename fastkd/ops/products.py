@@ -5,7 +5,7 @@ import torch
 from .._check import DTYPES
 
 
-def check_embeddings(student, teacher, dims=(2,)):
+def check_embeddings(student: torch.Tensor, teacher: torch.Tensor, dims: tuple[int, ...] = (2,)) -> None:
     """What the functions have checked already; an op may be called past them."""
     if student.dim() not in dims or student.shape[:-1] != teacher.shape[:-1]:
         shapes = f"{list(student.shape)} and {list(teacher.shape)}"
@@ -16,7 +16,7 @@ def check_embeddings(student, teacher, dims=(2,)):
             raise RuntimeError(f"{name}: float16, bfloat16, float32 or float64 wanted, got {x.dtype}")
 
 
-def row_factors(mask, weight, x):
+def row_factors(mask: torch.Tensor | None, weight: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """Of rows [*, N] of x: what each one's terms of a mean over N^2 pairs are multiplied by, weight / N^2; N is how
     many of them count. In float64, and 0 where it does not, or is the only one: then there is no pair."""
     rows = x.new_ones(x.shape[:-1], dtype=torch.float64) if mask is None else mask.to(torch.float64)
@@ -25,13 +25,13 @@ def row_factors(mask, weight, x):
     return factors if weight is None else torch.where(rows > 0, factors * weight, 0.0)
 
 
-def blocks_of(block, N, width, device):
+def blocks_of(block: dict[str, int], N: int, width: int, device: torch.device) -> list[slice]:
     """Of N rows of that width, as slices: as many at a time as block, by device, has elements for."""
     rows = max(1, block.get(device.type, block["cuda"]) // max(1, width))
     return [slice(i, min(i + rows, N)) for i in range(0, N, rows)]
 
 
-def unit(x):
+def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Rows to length 1; one of zeros stays, of one below 1e-12 that is the length. With what their gradient is
     multiplied by, and which have the length of their own: all, where that is None. Nothing leaves the range: a row is
     divided by its largest element first, unless the host can see that none would."""
@@ -49,7 +49,7 @@ def unit(x):
     return scaled.mul_(factor), factor / one_or_largest, ~short
 
 
-def through_unit(grad, x, factor, own):
+def through_unit(grad: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     """dL/dX from that of the rows of length 1, in its memory."""
     along = torch.linalg.vecdot(grad, x)[..., None]
     grad.addcmul_(x, along if own is None else torch.where(own, along, 0.0), value=-1)

@@ -322,9 +322,22 @@ class _RelationKL(torch.autograd.Function):
 
 
 def relation_kl(
-    namespace, scale_, student, teacher, student_keys, teacher_keys, exclude_self, normalize, divergence, parameter,
-    temperature, teacher_temperature, mask, key_mask, weight,
-):  # fmt: skip
+    namespace: str,
+    scale_: Any,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    student_keys: torch.Tensor | None,
+    teacher_keys: torch.Tensor | None,
+    exclude_self: bool,
+    normalize: bool,
+    divergence: str,
+    parameter: float,
+    temperature: torch.Tensor | float,
+    teacher_temperature: torch.Tensor | float,
+    mask: torch.Tensor | None,
+    key_mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher, student_keys, teacher_keys), student.shape[:-1]
     temperature, temperature_rows = number_or_rows(temperature, leading, dtype)
@@ -335,7 +348,7 @@ def relation_kl(
 
     def per_sample(x, shape):
         """[*, N] to [B, N]"""
-        return None if x is None else x.expand(shape).reshape(B, shape[-1])
+        return None if x is None else x.expand(shape).reshape(B, shape[-1]).contiguous()
 
     def by_row(x):
         """[B N] to [B, N]"""

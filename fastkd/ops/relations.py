@@ -27,7 +27,7 @@ class Ops(NamedTuple):
 
 
 NAMES = ("pairs_fwd", "triples_fwd", "pkt_strip_", "triplet_strip_")
-OPS = {}  # by namespace
+OPS: dict[str, Ops] = {}  # by namespace
 
 
 def _fake_fwd(student, teacher, *options):
@@ -44,7 +44,7 @@ def _fake_triplet_strip_(strip, *_):
     return strip.new_empty((3,), dtype=torch.float64)
 
 
-def use_namespace(namespace):
+def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
     for name, fake in zip(NAMES, (_fake_fwd, _fake_fwd, _fake_pkt_strip_, _fake_triplet_strip_), strict=True):
         torch.library.register_fake(f"{namespace}::{name}", fake)
@@ -108,7 +108,15 @@ def _loss_of_rows(namespace, name, mask, tensors, *options):
 # The losses of fastkd.functional, where their arguments have been checked.
 
 
-def rkd_distance(namespace, student, teacher, normalize, delta, mask, weight):
+def rkd_distance(
+    namespace: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    normalize: bool,
+    delta: float,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
     if weight is None:
         return _loss_of_rows(
             namespace, "pairs_fwd", mask, (student, teacher), None, RKD_DISTANCE, delta, normalize
@@ -117,30 +125,49 @@ def rkd_distance(namespace, student, teacher, normalize, delta, mask, weight):
     return _loss_of_rows(namespace, "pairs_fwd", mask, (student, teacher, weight), RKD_DISTANCE, delta, normalize)
 
 
-def rkd_angle(namespace, student, teacher, delta, mask):
+def rkd_angle(
+    namespace: str, student: torch.Tensor, teacher: torch.Tensor, delta: float, mask: torch.Tensor | None
+) -> torch.Tensor:
     return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), 1.0, delta, 0.0, 1.0)
 
 
-def rkd_loss(namespace, student, teacher, *options):
+def rkd_loss(namespace: str, student: torch.Tensor, teacher: torch.Tensor, *options: Any) -> torch.Tensor:
     *options, mask = options
     return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), *options)
 
 
-def similarity_preserving(namespace, student, teacher, mask, weight):
+def similarity_preserving(
+    namespace: str, student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor | None, weight: torch.Tensor | None
+) -> torch.Tensor:
     return _loss(namespace, "similarity_fwd", student, teacher, mask, weight)
 
 
-def pkt(namespace, student, teacher, eps, mask, weight):
+def pkt(
+    namespace: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    eps: float,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
     return _loss(namespace, "pkt_fwd", student, teacher, eps, mask, weight, namespace)
 
 
-def relational_triplet(namespace, *arguments):
+def relational_triplet(namespace: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _relational_triplet(namespace, OPS[namespace].scale_, *arguments)
 
 
-def relation_kl(namespace, *arguments):
+def relation_kl(namespace: str, *arguments: Any) -> torch.Tensor:
     return _relation_kl(namespace, OPS[namespace].scale_, *arguments)
 
 
-def gram_mse(namespace, student, teacher, normalize, clamp, mask, weight):
+def gram_mse(
+    namespace: str,
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    normalize: bool,
+    clamp: str | None,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+) -> torch.Tensor:
     return _loss(namespace, "gram_fwd", student, teacher, normalize, gram.CLAMPS[clamp], mask, weight)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
+from .._check import LogitsOptions
 from .._inplace import overwritten
 from ..reference import DIVERGENCES, compute_dtype
 from .gradient import once, times
@@ -25,14 +26,14 @@ class Ops(NamedTuple):
 
 
 NAMES = ("rows_fwd", "rows_bwd", "inverse_divisor", "scale_")
-OPS = {}  # by namespace
+OPS: dict[str, Ops] = {}  # by namespace
 
 
 def _fake(*_):
     """The ops write into what they are given, and return nothing."""
 
 
-def use_namespace(namespace):
+def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
     for name in NAMES:
         torch.library.register_fake(f"{namespace}::{name}", _fake)
@@ -88,17 +89,19 @@ def _gradient(ctx, upstream):
     return grad
 
 
-def new_loss(call, per_row):
+def new_loss(call: RowsCall, per_row: bool) -> torch.Tensor:
     """Memory for the loss of a call: one per row, or their sum."""
     student = call.student
     return student.new_empty(student.shape[:-1] if per_row else (), dtype=compute_dtype(student, call.teacher))
 
 
-def new_grad(student):
+def new_grad(student: torch.Tensor) -> torch.Tensor:
     return student.new_empty(student.shape)
 
 
-def logits_loss(namespace, divergence, student, teacher, options):
+def logits_loss(
+    namespace: str, divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
+) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     temperature, temperature_rows = number_or_rows(options.temperature, leading, dtype)
@@ -131,20 +134,29 @@ def logits_loss(namespace, divergence, student, teacher, options):
     return forward(namespace, call, per_row)
 
 
-def forward(namespace, call, per_row=False, grad=None):
+def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.Tensor | None = None) -> torch.Tensor:
     """The loss of a call, outside of autograd. grad: where its gradient goes; it may be the student."""
     loss = new_loss(call, per_row)
     OPS[namespace].fwd(*call, *RowsForward(loss, grad, None))
     return loss
 
 
-def number_or_rows(temperature, leading, dtype):
+def number_or_rows(
+    temperature: torch.Tensor | float, leading: torch.Size, dtype: torch.dtype
+) -> tuple[float, torch.Tensor | None]:
     if isinstance(temperature, torch.Tensor):
         return 1.0, temperature.to(dtype).expand(leading).reshape(-1).contiguous()
     return float(temperature), None
 
 
-def inverse_divisor(ops, student, reduction, mask, normalizer, dtype):
+def inverse_divisor(
+    ops: Ops,
+    student: torch.Tensor,
+    reduction: str,
+    mask: torch.Tensor | None,
+    normalizer: torch.Tensor | float | None,
+    dtype: torch.dtype,
+) -> tuple[float, torch.Tensor | None]:
     """1 / divisor of the sum over rows: a number, or a tensor where only the device knows it."""
     V = student.shape[-1]
     N = student.numel() // V

@@ -17,6 +17,8 @@ for ranks among P positives O(N^2 log P) on the CPU and on CUDA, O(N^2 P) in Tri
 Saved for backward: the gradient. Beside it the rows, what is said of them, and a strip; in Triton two.
 """
 
+from typing import Any
+
 import torch
 
 from .. import _library
@@ -141,7 +143,9 @@ class _Triplet(torch.autograd.Function):
         return None, grad, *(None for _ in ctx.needs_input_grad[2:])
 
 
-def relational_triplet(namespace, scale_, student, teacher, *options):
+def relational_triplet(
+    namespace: str, scale_: Any, student: torch.Tensor, teacher: torch.Tensor | None, *options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of :mod:`fastkd.functional`, and the share of active triplets; the arguments have been checked there."""
     teacher = teacher if teacher is None else teacher.detach()
     arguments = (student, teacher, *options, namespace)

@@ -5,7 +5,7 @@ from .. import _library
 NAMESPACE = "fastkd_triton"
 
 
-def register():
+def register() -> None:
     """Defines the ops, for tensors on GPUs; for the interpreter, which has those of the CPU, as well."""
     from .. import ops
     from . import attention, elements, pairs, pkt, rows, scale, triples, triplet

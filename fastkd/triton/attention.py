@@ -181,13 +181,15 @@ def _run(student, teacher, p, grad, upstream=None):
     return losses.sum() / (B * positions)
 
 
-def attention_fwd(student, teacher, p, save):
+def attention_fwd(
+    student: torch.Tensor, teacher: torch.Tensor, p: float, save: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
     grad = torch.empty_like(student) if save else None
     loss = _run(student, teacher, p, grad).to(compute_dtype(student, teacher))
     return loss, student.new_empty(0) if grad is None else grad
 
 
-def attention_bwd(student, teacher, p, upstream):
+def attention_bwd(student: torch.Tensor, teacher: torch.Tensor, p: float, upstream: torch.Tensor) -> torch.Tensor:
     grad = torch.empty_like(student)
     _run(student, teacher, p, grad, upstream)
     return grad

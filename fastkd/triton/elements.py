@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from typing import Any
 
 import torch
 import triton
@@ -148,21 +149,33 @@ def _empty_grads(student):
     return [torch.empty_like(x) for x in student]
 
 
-def elements_fwd(student, teacher, *options_and_save):
+def elements_fwd(
+    student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_save: Any
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Loss, the layers' losses and, where they are saved, the gradients."""
     *options, save = options_and_save
     grads = _empty_grads(student) if save else []
     return *_Call(student, teacher, *options).run(grads), grads
 
 
-def elements_fwd_(student, teacher, feature_dim, feature, mask, weight, reduction):
+def elements_fwd_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    feature_dim: int,
+    feature: int,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    reduction: int,
+) -> torch.Tensor:
     """Loss of one layer; the gradient is written over the student."""
     masks, weights = ([] if x is None else [x] for x in (mask, weight))
     call = _Call([student], [teacher], [feature_dim], feature, masks, weights, reduction, [1.0])
     return call.run([student])[0]
 
 
-def elements_bwd(student, teacher, *options_and_upstream):
+def elements_bwd(
+    student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_upstream: Any
+) -> list[torch.Tensor]:
     *options, upstream = options_and_upstream
     grads = _empty_grads(student)
     _Call(student, teacher, *options).run(grads, upstream, reduce=False)

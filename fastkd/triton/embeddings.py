@@ -184,7 +184,15 @@ def totals_kernel(
     tl.store(totals + which, result)
 
 
-def add_up(parts, count, N, weight=1.0, power=0, previous=None, loss=None):
+def add_up(
+    parts: torch.Tensor,
+    count: torch.Tensor | None,
+    N: int,
+    weight: float = 1.0,
+    power: int = 0,
+    previous: torch.Tensor | None = None,
+    loss: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The means that totals_kernel makes of parts [totals, parts_n]."""
     totals_n, parts_n = parts.shape
     totals = parts.new_empty(totals_n)
@@ -196,7 +204,7 @@ def add_up(parts, count, N, weight=1.0, power=0, previous=None, loss=None):
     return totals
 
 
-def sum_up(parts):
+def sum_up(parts: torch.Tensor) -> torch.Tensor:
     """The sums of parts [totals, parts_n]."""
     return add_up(parts, None, 1)  # one row has no pairs, and a mean over none is the sum
 
@@ -209,7 +217,7 @@ class Side(NamedTuple):
     norms: torch.Tensor | None  # [N]: squared, of operand's rows
 
 
-def prepare(student, teacher, count, exact):
+def prepare(student: torch.Tensor, teacher: torch.Tensor, count: torch.Tensor | None, exact: bool) -> tuple[Side, Side]:
     """Both sides; exact: no products will be taken."""
     if exact:
         return Side(student, student, None), Side(teacher, teacher, None)

@@ -1,7 +1,9 @@
 """Where rows of features lie: student, teacher and gradient as [outer, middle, inner] rows of D features each."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -24,19 +26,19 @@ class Rows(NamedTuple):
     outer: int
     middle: int
     inner: int
-    places: tuple  # of each tensor
+    places: tuple[Place, ...]  # of each tensor
 
     @property
-    def count(self):
+    def count(self) -> int:
         return self.outer * self.middle * self.inner
 
     @property
-    def side_by_side(self):
+    def side_by_side(self) -> bool:
         """Neighbouring rows lie next to each other, neighbouring features do not."""
         return all(p.inner == 1 and p.feature != 1 for p in self.places) and self.inner > 1
 
 
-def rows_of(feature_dim, *tensors):
+def rows_of(feature_dim: int, *tensors: torch.Tensor) -> Rows | None:
     """The rows of tensors of one shape, or None where they lie in more than three steps."""
     shape = tensors[0].shape
     sizes, steps = [], []
@@ -60,7 +62,7 @@ def rows_of(feature_dim, *tensors):
     return Rows(shape[feature_dim], *sizes, places)
 
 
-def same_rows(feature_dim, *tensors):
+def same_rows(feature_dim: int, *tensors: torch.Tensor) -> tuple[Sequence[torch.Tensor], Rows]:
     """The tensors, made contiguous where they must be, and their rows."""
     rows = rows_of(feature_dim, *tensors)
     if rows is None:  # contiguous ones lie in two
@@ -69,7 +71,7 @@ def same_rows(feature_dim, *tensors):
     return tensors, rows
 
 
-def is_dense(x):
+def is_dense(x: torch.Tensor) -> bool:
     """Whether it lies in memory without gaps, in whatever order."""
     expected = 1
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
@@ -93,7 +95,7 @@ MOST = {4: 8192, 8: 4096}
 FEW_ROWS = 16  # side by side, that fill what is read at a time
 
 
-def tile_of(rows, compute_size, kept=True):
+def tile_of(rows: Rows, compute_size: int, kept: bool = True) -> Tile:
     """kept: the features of a row should all be there at once."""
     most, features = MOST[compute_size], triton.next_power_of_2(rows.D)
     if rows.side_by_side:
@@ -110,7 +112,7 @@ def tile_of(rows, compute_size, kept=True):
     return Tile(across, features, whole, warps)
 
 
-def programs(rows, tile):
+def programs(rows: Rows, tile: Tile) -> int:
     """Of all rows: each takes neighbours of one outer and middle."""
     return rows.outer * rows.middle * triton.cdiv(rows.inner, tile.rows)
 

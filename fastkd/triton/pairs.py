@@ -302,14 +302,14 @@ def _up_to(limit, n):
     return min(limit, max(16, triton.next_power_of_2(n)))
 
 
-def distances_tile(N, D, element_size):
+def distances_tile(N: int, D: int, element_size: int) -> Tile:
     """For one side; rows and columns do not depend on it."""
     if element_size == 8:
         return Tile(_up_to(32, N), _up_to(32, N), 1, 4)
     return Tile(_up_to(64, N), _up_to(64, N), _up_to(64 if element_size == 2 else 16, D), 8 if N > 32 else 4)
 
 
-def grad_tile(N, D, dtype):
+def grad_tile(N: int, D: int, dtype: torch.dtype) -> Tile:
     if dtype is torch.float64:
         return Tile(_up_to(16, N), _up_to(64, D), 1, 4)
     others = _up_to(64 if dtype is torch.bfloat16 else 16, N)
@@ -318,7 +318,7 @@ def grad_tile(N, D, dtype):
     return Tile(_up_to(64, N), _up_to(128 if dtype is torch.bfloat16 else 64, D), others, 8, 2)
 
 
-def loss_tile(exact):
+def loss_tile(exact: bool) -> Tile:
     return Tile(16 if exact else 32, 128, 0, 4)
 
 
@@ -327,10 +327,19 @@ def _precision():
     return "ieee" if triton.runtime.driver.active.get_current_target().backend == "hip" else "tf32x3"
 
 
-class Pairs:
+class _Pairs:
     """The calls for one student and teacher; both contiguous, N > 1."""
 
-    def __init__(self, student, teacher, count, weight, relation, delta, normalize):
+    def __init__(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        count: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        relation: int,
+        delta: float,
+        normalize: bool,
+    ) -> None:
         self.dtype = compute_dtype(student, teacher)
         self.exact = self.dtype is torch.float64
         self.count, self.weight, self.relation = count, weight, relation
@@ -369,7 +378,9 @@ class Pairs:
             STUDENT_BLOCK_D=tile.depth, TEACHER_BLOCK_D=tiles[1].depth, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def forward(self, loss_weight, previous, loss):
+    def forward(
+        self, loss_weight: float, previous: torch.Tensor | None, loss: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """loss = loss_weight x the loss + previous, [1] or None. Returns the means and the totals."""
         N, one = self.N, len(self.strips) == 1
         means = None
@@ -399,7 +410,9 @@ class Pairs:
             at += of_strip
         return means, add_up(parts, self.count, N, loss_weight, 2, previous, loss)
 
-    def backward(self, means, totals, loss_weight, added, grad):
+    def backward(
+        self, means: torch.Tensor, totals: torch.Tensor, loss_weight: float, added: bool, grad: torch.Tensor
+    ) -> None:
         N, D = self.student.shape
         side = self.sides[0]
         tile = grad_tile(N, D, torch.float64 if self.exact else self.student.dtype)
@@ -416,13 +429,22 @@ class Pairs:
             )  # fmt: skip
 
 
-def new_gradient(student, count, save, dtype):
+def new_gradient(student: torch.Tensor, count: torch.Tensor | None, save: bool, dtype: torch.dtype) -> torch.Tensor:
     """0 where kernels write none: of rows that are not there."""
     new = student.new_empty if count is None else student.new_zeros
     return new(student.shape if save else 0, dtype=dtype)
 
 
-def pairs_fwd(student, teacher, count, weight, relation, delta, normalize, save):
+def pairs_fwd(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    count: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    relation: int,
+    delta: float,
+    normalize: bool,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and its gradient for an upstream gradient of 1; empty where it is not saved."""
     student, teacher = student.contiguous(), teacher.contiguous()
     loss = student.new_zeros((), dtype=compute_dtype(student, teacher))
@@ -430,7 +452,7 @@ def pairs_fwd(student, teacher, count, weight, relation, delta, normalize, save)
     if len(student) < 2:
         return loss, grad.zero_()
     with torch.cuda.device_of(student):
-        call = Pairs(student, teacher, count, weight, RELATIONS[relation], delta, normalize)
+        call = _Pairs(student, teacher, count, weight, RELATIONS[relation], delta, normalize)
         means, totals = call.forward(1.0, None, loss)
         if save:
             call.backward(means, totals, 1.0, None, grad)

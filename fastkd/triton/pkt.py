@@ -110,7 +110,18 @@ def slopes_kernel(
     tl.store(slopes + j, tl.load(slopes + j, mask=there, other=0.0) + tl.sum(sums, 0), mask=there)
 
 
-def pkt_strip_(student, teacher, slopes, here, student_inverse, teacher_inverse, weight, scale, eps, row):
+def pkt_strip_(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    slopes: torch.Tensor,
+    here: torch.Tensor,
+    student_inverse: torch.Tensor,
+    teacher_inverse: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+    row: int,
+) -> torch.Tensor:
     rows, columns = student.shape
     height = ROWS[student.element_size()]
     steps = STEPS if rows * columns >= FEW else 1

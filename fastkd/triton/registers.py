@@ -10,7 +10,7 @@ from .._backend import interpreted
 REGISTERS = 128
 
 
-def limited(dtype):
+def limited(dtype: torch.dtype) -> dict[str, int]:
     """Launch options for a kernel that computes in dtype; float64 needs more."""
     if dtype is torch.float64 or interpreted():
         return {}

@@ -14,7 +14,7 @@ A row that is masked out is never read: it is taken for -inf alone.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -399,7 +399,7 @@ class Configuration(NamedTuple):
     warps: int
 
 
-def configuration(V, element_size):
+def configuration(V: int, element_size: int) -> Configuration:
     """The schedule of the forward pass; all in one tile where block >= V."""
     if ONE_TILE[element_size] >= V:
         return _whole_rows(V, element_size)
@@ -407,7 +407,7 @@ def configuration(V, element_size):
     return Configuration(1, block, _warps(block, element_size))
 
 
-def backward_configuration(V, element_size):
+def backward_configuration(V: int, element_size: int) -> Configuration:
     block = TILE_OF_BACKWARD[element_size]
     if block >= V:
         return _whole_rows(V, element_size)
@@ -437,7 +437,7 @@ class Layout(NamedTuple):
     step: int = 1  # between classes
 
 
-def layout_of(x):
+def layout_of(x: torch.Tensor) -> Layout:
     dims = []
     for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         if dims and dims[-1][1] == size * stride:  # dimensions that lie one after the other in memory are one
@@ -491,7 +491,7 @@ def _arguments(call, grad):
     )
 
 
-def rows_fwd(*arguments):
+def rows_fwd(*arguments: Any) -> None:
     call, out = RowsCall(*arguments[: len(RowsCall._fields)]), RowsForward(*arguments[len(RowsCall._fields) :])
     N, V, element_size = _sizes(call)
     dtype, per_row = compute_dtype(call.student, call.teacher), out.loss.dim() > 0
@@ -514,7 +514,7 @@ def rows_fwd(*arguments):
             )  # fmt: skip
 
 
-def rows_bwd(*arguments):
+def rows_bwd(*arguments: Any) -> None:
     call, rest = RowsCall(*arguments[: len(RowsCall._fields)]), RowsBackward(*arguments[len(RowsCall._fields) :])
     N, V, element_size = _sizes(call)
     if N == 0:
@@ -528,7 +528,7 @@ def rows_bwd(*arguments):
         )  # fmt: skip
 
 
-def inverse_divisor(*arguments):
+def inverse_divisor(*arguments: Any) -> None:
     call = InverseDivisor(*arguments)
     with torch.cuda.device_of(call.scale):
         inverse_divisor_kernel[(1,)](

@@ -28,7 +28,7 @@ def scale_kernel(
             tl.store(x + at, values.to(x.dtype.element_ty), mask=at < n)
 
 
-def scale_(tensors, factor):
+def scale_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
     """Those of one size and dtype are one launch."""
     alike = {}
     for x in tensors:

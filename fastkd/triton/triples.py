@@ -26,7 +26,7 @@ import triton.language as tl
 from ..ops.relations import RKD_DISTANCE
 from ..reference import compute_dtype, gradient_dtype
 from .embeddings import add_up, clamp, row_pointer, rows_there, scale_there, squared_distances, total, width_there
-from .pairs import Pairs, new_gradient
+from .pairs import _Pairs, new_gradient
 from .registers import limited
 from .relations import RELATIONS
 
@@ -222,24 +222,24 @@ def _up_to(limit, n):
 WALK = 128  # cosines at a time that are summed in float32
 
 
-def triples_tile(N, exact):
+def triples_tile(N: int, exact: bool) -> Tile:
     """Small where there would not be a program for each multiprocessor, and in float64."""
     side = 16 if exact or 96 < N <= 384 else _up_to(32, N)
     return Tile(side, side, 8 if side == 32 else 4)
 
 
-def squares_tile(N):
+def squares_tile(N: int) -> Tile:
     return Tile(_up_to(32, N), _up_to(32, N), 4)
 
 
-def differences_tile(N, D):
+def differences_tile(N: int, D: int) -> Tile:
     return Tile(16, _up_to(64, D), 4)
 
 
-class Angles:
+class _Angles:
     """The calls for one student and teacher; both contiguous, N > 1."""
 
-    def __init__(self, student, teacher, count, delta):
+    def __init__(self, student: torch.Tensor, teacher: torch.Tensor, count: torch.Tensor | None, delta: float) -> None:
         self.student, self.teacher, self.count, self.delta = student, teacher, count, float(delta)
         self.dtype = compute_dtype(student, teacher)
         self.exact = self.dtype is torch.float64
@@ -268,7 +268,7 @@ class Angles:
             SET=is_new, ROWS=tile.rows, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
 
-    def run(self, weight, grad):
+    def run(self, weight: float, grad: torch.Tensor | None) -> torch.Tensor:
         """The sums of the losses [1, parts], to be scaled; the gradient, unless it is None, into grad."""
         tile = triples_tile(self.N, self.exact)
         programs = [
@@ -303,7 +303,16 @@ class Angles:
         return parts
 
 
-def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_weight, distance_delta, save):
+def triples_fwd(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    count: torch.Tensor | None,
+    angle_weight: float,
+    angle_delta: float,
+    distance_weight: float,
+    distance_delta: float,
+    save: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted losses, and the gradient for an upstream gradient of 1; empty where it is not saved."""
     student, teacher = student.contiguous(), teacher.contiguous()
     dtype, N = compute_dtype(student, teacher), len(student)
@@ -314,7 +323,7 @@ def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_wei
     sums = added = None
     with torch.cuda.device_of(student):
         if angle_weight != 0:
-            angles = Angles(student, teacher, count, angle_delta)
+            angles = _Angles(student, teacher, count, angle_delta)
             alone = distance_weight == 0
             if save:
                 added = grad if alone and len(angles.blocks) == 1 else new_gradient(student, count, save, dtype)
@@ -323,7 +332,7 @@ def triples_fwd(student, teacher, count, angle_weight, angle_delta, distance_wei
             if save and alone and added is not grad:
                 grad.copy_(added)
         if distance_weight != 0:
-            call = Pairs(student, teacher, count, None, RELATIONS[RKD_DISTANCE], distance_delta, True)
+            call = _Pairs(student, teacher, count, None, RELATIONS[RKD_DISTANCE], distance_delta, True)
             means, totals = call.forward(distance_weight, sums, loss)
             if save:
                 call.backward(means, totals, distance_weight, added, grad)

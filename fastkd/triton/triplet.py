@@ -253,7 +253,20 @@ def _add_near(strip, distances, close_blocks, x, norms, grad, row):
     apart_kernel[(rows, blocks)](strip, distances, close_blocks, norms, row, N, BLOCK=BLOCK, num_warps=4)
 
 
-def triplet_strip_(strip, x, norms, positives, first, last, here, count, weight, margin, row, grad):
+def triplet_strip_(
+    strip: torch.Tensor,
+    x: torch.Tensor,
+    norms: torch.Tensor,
+    positives: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    here: torch.Tensor,
+    count: torch.Tensor | None,
+    weight: torch.Tensor,
+    margin: float,
+    row: int,
+    grad: torch.Tensor | None,
+) -> torch.Tensor:
     (rows, N), D = strip.shape, x.shape[1]
     blocks = triton.cdiv(N, BLOCK)
     if rows == 0:

@@ -1,0 +1,13 @@
+"""The types that several signatures name."""
+
+from typing import Any, Literal, TypeAlias
+
+from torch import Tensor
+
+Reduction: TypeAlias = Literal["none", "sum", "batchmean", "mean"]
+Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div"]
+FeatureNormalize: TypeAlias = Literal["l2", "standardize"] | None
+# One layer, or one tensor for each of several layers.
+Layers: TypeAlias = Tensor | list[Tensor] | tuple[Tensor, ...]
+# A loss, unless an option asks for something beside it or for a list. Any: a type checker takes either without a cast.
+LossOrMore: TypeAlias = Tensor | Any

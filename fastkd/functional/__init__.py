@@ -1,0 +1,33 @@
+"""The losses as functions. The student comes first, the teacher second, and options are keywords."""
+
+from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
+from .logits import js_div, kl_div, reverse_kl_div, soft_cross_entropy
+from .relations import (
+    gram_mse,
+    pkt,
+    relation_kl,
+    relational_triplet,
+    rkd_angle,
+    rkd_distance,
+    rkd_loss,
+    similarity_preserving,
+)
+
+__all__ = [
+    "attention_transfer",
+    "feature_cosine",
+    "feature_mse",
+    "gram_mse",
+    "js_div",
+    "kl_div",
+    "linear_feature_mse",
+    "pkt",
+    "relation_kl",
+    "relational_triplet",
+    "reverse_kl_div",
+    "rkd_angle",
+    "rkd_distance",
+    "rkd_loss",
+    "similarity_preserving",
+    "soft_cross_entropy",
+]

@@ -1,0 +1,337 @@
+r"""Losses of features: the student's hidden layers imitate the teacher's.
+
+Each function has its formula; here stands what holds for all of them.
+
+**Inputs.** A row is a feature vector. Features are ``[*, D]``, or maps ``[B, C, H, W]`` in any memory format, whose
+features are the channels. The dtype is float16, bfloat16, float32 or float64, and the teacher's may differ from the
+student's.
+
+**Where the features are.** Without ``dim`` they are dimension 1 of tensors with four dimensions, which are taken for
+maps, and the last one of tensors with fewer. Attention heads ``[B, H, L, D]`` want ``dim=-1``. Tensors of five and more
+dimensions, such as video ``[B, C, T, H, W]``, want ``dim`` said.
+
+**Layers.** :func:`fastkd.functional.feature_mse` and :func:`fastkd.functional.feature_cosine` take lists of tensors,
+one for each layer, in one call: one kernel on a GPU, one parallel region on the CPU.
+
+**The teacher is a constant.** A teacher that requires a gradient, while gradients are recorded, is an error: detach it.
+Where both sides learn, the same call with the two exchanged has the other's gradient, unless a function says otherwise.
+
+**The loss** is float64 where an input is float64, else float32. It is 0 where there are no rows, or none that counts.
+
+**The gradient** has the student's dtype. It is computed in forward, and backward multiplies it by the incoming
+gradient. With ``reduction="none"``, and for float16, backward computes it from the features instead. A second
+derivative raises an error.
+
+**Memory.** One pass reads student and teacher and, where a gradient is wanted, writes it.
+
+**Errors** are raised before anything is computed, and name the argument.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _check, reference
+from .._types import FeatureNormalize, Layers, LossOrMore, Reduction
+
+
+def _normalized(total, normalizer):
+    """Sums over the normalizer; 0 / 0 is 0, of no row that counts."""
+    if not isinstance(normalizer, torch.Tensor):
+        return total / float(normalizer)
+    divisor = reference.ordinary(normalizer).to(total.dtype).reshape(())
+    return total / torch.where((total == 0) & (divisor == 0), 1.0, divisor)
+
+
+def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim):
+    """Checks what a feature loss is given, and hands it to the backend."""
+    listed = isinstance(student, (list, tuple))
+    students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
+    _check.features(students, teachers, dim)
+    name = "feature_cosine" if feature == "cosine" else "feature_mse"
+    for x in teachers:
+        _check.constant_teacher(x, name, f"{name}({{}})")
+    dims = [_check.dim_of(x, dim) % x.dim() for x in students]
+    masks = [] if mask is None else _check.per_layer("mask", mask, students, dim, _check.is_mask)
+    weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check._floating)
+    _check.reduction(reduction)
+    if normalizer is not None:
+        _check.normalizer(normalizer, students[0], mask, reduction)
+        normalizer, reduction = _check.zero_as_tensor(normalizer, students[0]), "sum"
+    if layer_weights is None:
+        layer_weights = [1.0] * len(students)
+    else:
+        _check.layer_weights(layer_weights, len(students))
+    _check.flag("return_layers", return_layers)
+    backend = _backend.select(students[0].device)
+    arguments = (list(students), list(teachers), dims, masks, weights, reduction, [float(x) for x in layer_weights])
+    if backend == "torch":
+        loss, layers = reference.feature_loss(feature, *arguments)
+    else:
+        from ..ops import elements
+
+        loss, layers = elements.feature_loss(_backend.namespace(backend), feature, *arguments)
+    if normalizer is not None:
+        loss, layers = _normalized(loss, normalizer), _normalized(layers, normalizer)
+    if reduction == "none":
+        shapes = [[*x.shape[:at], *x.shape[at + 1 :]] for x, at in zip(students, dims, strict=True)]
+        parts = loss.split([x.numel() // x.shape[at] for x, at in zip(students, dims, strict=True)])
+        rows = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        loss = rows if listed else rows[0]
+    return (loss, layers) if return_layers else loss
+
+
+def feature_mse(
+    student: Layers,
+    teacher: Layers,
+    *,
+    normalize: FeatureNormalize = None,
+    mask: Layers | None = None,
+    weight: Layers | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    layer_weights: Sequence[float] | None = None,
+    return_layers: bool = False,
+    dim: int | None = None,
+) -> LossOrMore:
+    r"""Mean squared difference of features, of one layer or of all layers in one call.
+
+    .. math:: \frac{1}{N D} \sum_{nk} (\hat s_{nk} - \hat t_{nk})^2
+
+    with :math:`\hat x` the rows as they are, over their length, or standardized.
+
+    What all losses of features share stands in :mod:`fastkd.functional.features`.
+
+    Args:
+        student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
+        teacher: the same shapes, constants.
+        normalize: None; ``"l2"``, rows over their length (of at least 1e-12; a row of zeros has no gradient); or
+            ``"standardize"``, rows less their mean, over sqrt(variance + 1e-6). Default None.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. A masked row has loss 0
+            and gradient 0 whatever it holds. With lists one for all layers, or a list of one for each. Default: every
+            row counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"mean"``, the sum over (rows that count x D), the default; ``"batchmean"``, the sum over the number
+            of rows that count; ``"sum"``; or ``"none"``, a loss per row, and of lists a list.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default: 1 for each.
+        return_layers: whether each layer's own loss, without its weight, is returned as well: ``[layers]``, detached.
+            Default False.
+        dim: where the features are. Default: 1 of four dimensions, the last of fewer.
+
+    Returns:
+        The loss, a tensor without dimensions, or what ``"none"`` says; with ``return_layers`` the pair (loss, layers).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import feature_mse
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0, 2.0], [1.0, 1.0]])
+        >>> loss = feature_mse(student, teacher)
+        >>> loss.backward()
+        >>> loss.item(), student.grad.shape
+        (0.5, torch.Size([2, 2]))
+        >>> feature_mse([student, student], [teacher, teacher], normalize="l2", return_layers=True)[1].shape
+        torch.Size([2])
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
+    """
+    _check.feature_normalize(normalize)
+    feature = normalize or "squares"
+    return _feature_loss(
+        feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim
+    )
+
+
+def feature_cosine(
+    student: Layers,
+    teacher: Layers,
+    *,
+    mask: Layers | None = None,
+    weight: Layers | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    layer_weights: Sequence[float] | None = None,
+    return_layers: bool = False,
+    dim: int | None = None,
+) -> LossOrMore:
+    r"""One minus the cosine between student's and teacher's features.
+
+    .. math:: \frac{1}{N} \sum_n \left(1 - \frac{\langle s_n, t_n \rangle}{\|s_n\| \|t_n\|}\right)
+
+    It is computed as half the squared difference of rows of length 1, so that nothing cancels near convergence. Lengths
+    are of at least 1e-12; a row of zeros has no gradient, and a loss of 1/2 beside any other.
+
+    What all losses of features share stands in :mod:`fastkd.functional.features`.
+
+    Args:
+        student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
+        teacher: the same shapes, constants.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. A masked row has loss 0
+            and gradient 0 whatever it holds. With lists one for all layers, or a list of one for each. Default: every
+            row counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"mean"`` and ``"batchmean"``, the sum over the number of rows that count, the default; ``"sum"``;
+            or ``"none"``, a loss per row, and of lists a list.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default: 1 for each.
+        return_layers: whether each layer's own loss, without its weight, is returned as well: ``[layers]``, detached.
+            Default False.
+        dim: where the features are. Default: 1 of four dimensions, the last of fewer.
+
+    Returns:
+        The loss, a tensor without dimensions, or what ``"none"`` says; with ``return_layers`` the pair (loss, layers).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import feature_cosine
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0, 2.0], [1.0, 1.0]])
+        >>> loss = feature_cosine(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.1464, torch.Size([2, 2]))
+
+    Source: Sanh et al., "DistilBERT", 2019.
+    """
+    return _feature_loss(
+        "cosine", student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim
+    )
+
+
+def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2) -> Tensor:
+    r"""Attention transfer: the student looks where the teacher looks.
+
+    .. math:: \frac{1}{B H W} \sum_{bhw} \left(f^s_{bhw} - f^t_{bhw}\right)^2,\quad
+        f = \frac{A}{\|A\|},\ A = \frac{1}{C} \sum_c |x_c|^p
+
+    with the lengths of maps over H W, of at least 1e-12. What is summed over channels is never stored. A map of zeros
+    has no gradient; in float16 the gradient is computed in backward.
+
+    What all losses of features share stands in :mod:`fastkd.functional.features`.
+
+    Args:
+        student: maps ``[B, C, H, W]``, in any memory format.
+        teacher: maps ``[B, C, H, W]``, a constant; the number of channels may differ.
+        p: the power, a finite number of at least 1; whole ones up to 4 are fastest. Default 2.
+
+    Returns:
+        The loss, a tensor without dimensions. Of no samples 0.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import attention_transfer
+        >>> student = torch.tensor([[[[1.0, 0.0]], [[0.0, 2.0]]]], requires_grad=True)
+        >>> teacher = torch.tensor([[[[3.0, 1.0]]]])
+        >>> loss = attention_transfer(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.6518, torch.Size([1, 2, 1, 2]))
+
+    Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017.
+    """
+    _check.maps(student, teacher)
+    _check.exponent("p", p)
+    _check.constant_teacher(teacher, "attention_transfer", "attention_transfer({})")
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return reference.attention_transfer(student, teacher, float(p))
+    from ..ops import attention
+
+    return attention.attention_transfer(_backend.namespace(backend), student, teacher, float(p))
+
+
+def linear_feature_mse(
+    student: Tensor,
+    projector_weight: Tensor,
+    teacher: Tensor,
+    *,
+    projector_bias: Tensor | None = None,
+    normalize: FeatureNormalize = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    dim: int | None = None,
+) -> Tensor:
+    r"""Mean squared difference of projected student features and a teacher's of another width.
+
+    .. math:: \mathrm{feature\_mse}(student\, W^\top + b,\ teacher)
+
+    with gradients to student, projector_weight and projector_bias, all by torch's matrix products. Of maps
+    ``[B, C, H, W]`` the projector is a 1x1 convolution over the channels. Of the projected features only the
+    residual is kept, in their own place and in the dtype of the projection.
+
+    What all losses of features share stands in :mod:`fastkd.functional.features`.
+
+    Args:
+        student: features ``[*, D_s]``, or maps ``[B, D_s, H, W]``.
+        projector_weight: W, ``[D_t, D_s]``, of the student's dtype (any under autocast).
+        teacher: features ``[*, D_t]``, or maps ``[B, D_t, H, W]``, a constant. No call of this loss has its gradient.
+        projector_bias: b, ``[D_t]``. Default: none.
+        normalize: None, ``"l2"`` or ``"standardize"``, as in :func:`feature_mse`. Default None.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. Default: every row
+            counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"mean"``, the default, ``"batchmean"``, ``"sum"`` or ``"none"``, as in :func:`feature_mse`.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, as in :func:`feature_mse`. Default:
+            none.
+        dim: where the features are. Default: 1 of four dimensions, the last of fewer.
+
+    Returns:
+        The loss, a tensor without dimensions, or one loss per row with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import linear_feature_mse
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> projector_weight = torch.tensor([[1.0, 2.0], [0.0, 1.0], [1.0, 1.0]], requires_grad=True)
+        >>> loss = linear_feature_mse(student, projector_weight, torch.ones(2, 3))
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape, projector_weight.grad.shape
+        (0.3333, torch.Size([2, 2]), torch.Size([3, 2]))
+
+    Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
+    """
+    _check.projector(student, projector_weight, projector_bias, teacher, dim)
+    _check.constant_teacher(teacher)
+    _check.feature_normalize(normalize)
+    rows = [teacher]  # what masks and weights are one per row of
+    if mask is not None:
+        (mask,) = _check.per_layer("mask", mask, rows, dim, _check.is_mask)
+    if weight is not None:
+        (weight,) = _check.per_layer("weight", weight, rows, dim, _check._floating)
+    _check.reduction(reduction)
+    if normalizer is not None:
+        _check.normalizer(normalizer, student, mask, reduction)
+        normalizer, reduction = _check.zero_as_tensor(normalizer, student), "sum"
+    dim = _check.dim_of(student, dim) % student.dim()
+    feature, backend = normalize or "squares", _backend.select(student.device)
+    arguments = (feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction)
+    if backend == "torch":
+        loss = reference.linear_feature_loss(*arguments)
+    else:
+        from ..ops import elements
+
+        loss = elements.linear_feature_loss(_backend.namespace(backend), *arguments)
+    if normalizer is not None:
+        return _normalized(loss, normalizer)
+    return loss.view([*student.shape[:dim], *student.shape[dim + 1 :]]) if reduction == "none" else loss

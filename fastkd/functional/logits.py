@@ -1,0 +1,350 @@
+r"""Losses of logits: the student learns the teacher's distribution over classes or tokens.
+
+With :math:`p = \mathrm{softmax}(student / T)` and :math:`q = \mathrm{softmax}(teacher / T_{teacher})` every row of
+logits has a loss. Its formula stands at each function; here stands what holds for all of them.
+
+**Inputs.** Student and teacher are raw logits ``[*, V]`` of one shape: V classes, any number of leading dimensions, any
+strides. The dtype is float16, bfloat16, float32 or float64, and the teacher's may differ from the student's.
+Probabilities are passed as their logarithms, with ``teacher_temperature=1``.
+
+**The teacher is a constant.** A teacher that requires a gradient, while gradients are recorded, is an error: detach it.
+
+**Logits of -inf** are allowed and never give NaN; each function says what they contribute. A row without any possible
+class has gradient 0; its loss is 0 where the row is the teacher's and +inf where it is the student's. A row that holds
+NaN or +inf gives NaN.
+
+**The loss** is float64 where an input is float64, else float32. It is 0 where there are no rows, or none that counts.
+
+**The gradient** has the student's dtype. It is computed in forward, and backward multiplies it by the incoming
+gradient. With ``reduction="none"``, and for float16, backward computes it from the logits instead: in float16 it would
+underflow before a loss scaler could multiply it. A second derivative raises an error.
+
+**Memory.** One pass reads student and teacher and, where a gradient is wanted, writes it; nothing else of their size is
+held. On the CPU each thread keeps scratch memory of 12 bytes a class, 24 in float64, from call to call.
+
+**Precision.** No term cancels when student and teacher agree. Near convergence, at a loss of 5e-7, where plain PyTorch
+in float32 has lost most digits of a divergence, the relative error stays below 2e-4.
+
+**Errors** are raised before anything is computed, and name the argument. The values of tensor temperatures and
+normalizers are checked on the CPU only: on other devices a check would have to wait for the device, so that wrong
+values propagate into the loss.
+"""
+
+from torch import Tensor
+
+from .. import _backend, _check, reference
+from .._types import Reduction
+
+# What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
+_EXCHANGED = {
+    "kl_div": "reverse_kl_div({})",
+    "reverse_kl_div": "kl_div({})",
+    "js_div": "js_div({}, beta=1 - beta)",
+}
+_JS_DIV_ENDS: dict[float, str] = {0: "kl_div", 1: "reverse_kl_div"}  # by beta
+
+
+def _logits_loss(divergence, student, teacher, options, called=None):
+    """Checks what a logit loss is given, and hands it to the backend; called: by the user, where that is another."""
+    called = called or divergence
+    _check.logits_loss(student, teacher, options)
+    exchanged, note = _EXCHANGED.get(called), ""
+    if options.teacher_temperature is not options.temperature:
+        exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
+        note = ", temperature and teacher_temperature exchanged"
+    _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
+    rows = student.shape[:-1]
+    options = options._replace(
+        mask=_check.for_rows(options.mask, rows),
+        weight=_check.for_rows(options.weight, rows),
+        normalizer=_check.zero_as_tensor(options.normalizer, student),
+    )
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return reference.logits_loss(divergence, student, teacher, options)
+    from ..ops import rows
+
+    return rows.logits_loss(_backend.namespace(backend), divergence, student, teacher, options)
+
+
+def kl_div(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    teacher_temperature: Tensor | float | None = None,
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    normalizer: Tensor | float | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the student from the teacher: Hinton's distillation loss.
+
+    .. math:: T^2 \sum_v q_v (\log q_v - \log p_v)
+
+    with the gradient :math:`T (p - q)` for each row.
+
+    It differs from ``torch.nn.functional.kl_div``: both sides are raw logits, in place of log-probabilities and
+    probabilities; a temperature softens them; and ``"batchmean"`` is the default reduction.
+
+    A class with q = 0 contributes 0; one with p = 0 and q > 0 makes the loss +inf.
+
+    What all losses of logits share stands in :mod:`fastkd.functional.logits`.
+
+    Args:
+        student: raw logits ``[*, V]``.
+        teacher: raw logits ``[*, V]``, a constant. Where both learn, ``kl_div(a, b.detach())`` and
+            ``reverse_kl_div(b, a.detach())`` have their gradients.
+        temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
+        teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
+            True.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
+            count, the default; or ``"mean"``, which divides by V as well.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
+            be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
+            False.
+
+    Returns:
+        The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import kl_div
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss = kl_div(student, teacher, temperature=2.0)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.1207, torch.Size([2, 3]))
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    options = _check.LogitsOptions(
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
+    )
+    return _logits_loss("kl_div", student, teacher, options)
+
+
+def soft_cross_entropy(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    teacher_temperature: Tensor | float | None = None,
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    normalizer: Tensor | float | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Cross-entropy of the student with the teacher's distribution as soft labels.
+
+    .. math:: T^2 \left(-\sum_v q_v \log p_v\right)
+
+    It is ``kl_div`` plus the teacher's entropy: the gradient is the same, and the loss does not go to 0.
+
+    A class with q = 0 contributes 0; one with p = 0 and q > 0 makes the loss +inf.
+
+    What all losses of logits share stands in :mod:`fastkd.functional.logits`.
+
+    Args:
+        student: raw logits ``[*, V]``.
+        teacher: raw logits ``[*, V]``, a constant.
+        temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
+        teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
+            True.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
+            count, the default; or ``"mean"``, which divides by V as well.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
+            be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
+            False.
+
+    Returns:
+        The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import soft_cross_entropy
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss = soft_cross_entropy(student, teacher, temperature=2.0)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (4.0695, torch.Size([2, 3]))
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    options = _check.LogitsOptions(
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
+    )
+    return _logits_loss("soft_cross_entropy", student, teacher, options)
+
+
+def reverse_kl_div(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    teacher_temperature: Tensor | float | None = None,
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    normalizer: Tensor | float | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Kullback-Leibler divergence of the teacher from the student, which seeks the teacher's modes.
+
+    .. math:: T^2 \sum_v p_v (\log p_v - \log q_v)
+
+    with the gradient :math:`T p (\log p - \log q - \mathrm{KL})` for each row.
+
+    A class with p = 0 contributes 0. A class with q = 0 that the student can give makes the row's loss +inf, which has
+    no gradient: the row's is 0.
+
+    What all losses of logits share stands in :mod:`fastkd.functional.logits`.
+
+    Args:
+        student: raw logits ``[*, V]``.
+        teacher: raw logits ``[*, V]``, a constant. Where both learn, ``reverse_kl_div(a, b.detach())`` and
+            ``kl_div(b, a.detach())`` have their gradients.
+        temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
+        teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
+            True.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
+            count, the default; or ``"mean"``, which divides by V as well.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
+            be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
+            False.
+
+    Returns:
+        The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import reverse_kl_div
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss = reverse_kl_div(student, teacher, temperature=2.0)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.1199, torch.Size([2, 3]))
+
+    Source: Gu, Dong, Wei, Huang, "MiniLLM: Knowledge Distillation of Large Language Models", 2024.
+    """
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    options = _check.LogitsOptions(
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
+    )
+    return _logits_loss("reverse_kl_div", student, teacher, options)
+
+
+def js_div(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    beta: float = 0.5,
+    temperature: Tensor | float = 1.0,
+    teacher_temperature: Tensor | float | None = None,
+    t_squared: bool = True,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "batchmean",
+    normalizer: Tensor | float | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""Generalised Jensen-Shannon divergence between student and teacher.
+
+    .. math:: T^2 \left(\beta \sum_v q_v (\log q_v - \log m_v) + (1 - \beta) \sum_v p_v (\log p_v - \log m_v)\right),
+        \quad m = \beta q + (1 - \beta) p
+
+    It is bounded by log 2 before T**2, and symmetric at ``beta=0.5``. In float32 its relative error far from
+    convergence is about 1e-7 / min(beta, 1 - beta). A class that one side cannot give is like any other.
+
+    What all losses of logits share stands in :mod:`fastkd.functional.logits`.
+
+    Args:
+        student: raw logits ``[*, V]``.
+        teacher: raw logits ``[*, V]``, a constant. Where both learn, ``js_div(a, b.detach())`` and
+            ``js_div(b, a.detach(), beta=1 - beta)`` have their gradients.
+        beta: the teacher's share of the mixture, a number from 0 to 1. By convention 0 is ``kl_div`` and 1 is
+            ``reverse_kl_div`` (the formula itself goes to 0 at both ends). Default 0.5.
+        temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
+        teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
+            True.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
+            it holds. Default: every row counts.
+        weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"none"``, a loss per row ``[*]``; ``"sum"``; ``"batchmean"``, the sum over the number of rows that
+            count, the default; or ``"mean"``, which divides by V as well.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
+            be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
+            False.
+
+    Returns:
+        The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import js_div
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss = js_div(student, teacher, beta=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.026, torch.Size([2, 3]))
+
+    Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2024.
+    """
+    _check.share("beta", beta)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    options = _check.LogitsOptions(
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, float(beta)
+    )
+    return _logits_loss(_JS_DIV_ENDS.get(beta, "js_div"), student, teacher, options, called="js_div")

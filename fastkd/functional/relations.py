@@ -1,0 +1,537 @@
+r"""Losses of relations: the student keeps how the teacher's samples relate to each other.
+
+Each function has its formula; here stands what holds for all of them.
+
+**Inputs.** Student and teacher are embeddings ``[N, D_s]`` and ``[N, D_t]`` of the same N samples, with any strides;
+the widths may differ. The dtype is float16, bfloat16, float32 or float64, and the teacher's may differ from the
+student's.
+
+**The teacher is a constant.** A teacher that requires a gradient, while gradients are recorded, is an error: detach it.
+Where both sides learn, the same call with the two exchanged has the other's gradient, unless a function says otherwise.
+
+**Rows that a mask leaves out are not there**: N is the number of those that count, the gradient of the others is 0, and
+they may hold anything. A weight multiplies the terms of its row, and the divisor does not change.
+
+**The loss** is a tensor without dimensions, float64 where an input is float64, else float32.
+
+**The gradient** has the student's dtype. It is computed in forward, and backward multiplies it by the incoming
+gradient. A second derivative raises an error.
+
+**Memory.** No matrix ``[N, N]`` is held, forward or backward: beside the inputs there are a few arrays of their size,
+and tiles or strips that are computed one after the other.
+
+**Errors** are raised before anything is computed, and name the argument. Embeddings that are not finite are an error on
+the CPU where there is no mask. On other devices a check would have to wait for the device, so that they give NaN.
+"""
+
+from typing import Literal
+
+from torch import Tensor
+
+from .. import _backend, _check, reference
+from .._types import Divergence, LossOrMore
+from .logits import _JS_DIV_ENDS
+
+# What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
+_EXCHANGED = {
+    loss: f"{loss}({{}})" for loss in ("rkd_distance", "rkd_angle", "rkd_loss", "similarity_preserving", "gram_mse")
+}
+
+
+def _for_rows(student, *tensors):
+    return (_check.for_rows(x, student.shape[:-1]) for x in tensors)
+
+
+def _relational_loss(name, student, teacher, *options):
+    """Hands a relational loss, whose arguments have been checked, to the backend."""
+    if teacher is not None:
+        _check.constant_teacher(teacher, name, _EXCHANGED.get(name))
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        with reference.without_autocast(student.device):
+            return getattr(reference, name)(student, teacher, *options)
+    from ..ops import relations
+
+    return getattr(relations, name)(_backend.namespace(backend), student, teacher, *options)
+
+
+def rkd_distance(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normalize: Literal["mean"] | None = "mean",
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Distance-wise relational distillation: the student's samples keep the teacher's relative distances.
+
+    .. math:: \frac{1}{N^2} \sum_{ij} \mathrm{Huber}_\delta
+        \left(\frac{d^s_{ij}}{\mu^s} - \frac{d^t_{ij}}{\mu^t}\right),\quad
+        d_{ij} = \sqrt{\max(\|x_i - x_j\|^2, 10^{-12})},\ d_{ii} = 0
+
+    Here :math:`\mu` is the mean distance of different samples; the gradient flows through the student's mean. Equal
+    samples have no gradient from each other. Of fewer than two samples the loss is 0.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]``.
+        teacher: embeddings ``[N, D_t]``, a constant.
+        normalize: ``"mean"``, where distances are divided by their mean, or None, where they are not. Default:
+            ``"mean"``.
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms ij of row i; neither the divisor nor :math:`\mu`
+            changes. Default: 1 for every row.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import rkd_distance
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> loss = rkd_distance(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.0654, torch.Size([3, 2]))
+
+    Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
+    """
+    _check.embeddings(student, teacher, mask, weight)
+    _check.normalize(normalize)
+    _check.number("delta", delta)
+    mask, weight = _for_rows(student, mask, weight)
+    return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta), mask, weight)
+
+
+def rkd_angle(student: Tensor, teacher: Tensor, *, delta: float = 1.0, mask: Tensor | None = None) -> Tensor:
+    r"""Angle-wise relational distillation: the student's triplets keep the teacher's angles.
+
+    .. math:: \frac{1}{N^3} \sum_{aik} \mathrm{Huber}_\delta(\psi^s_{aik} - \psi^t_{aik}),\quad
+        \psi_{aik} = \left\langle \frac{x_i - x_a}{\|x_i - x_a\|}, \frac{x_k - x_a}{\|x_k - x_a\|} \right\rangle
+
+    Here :math:`\psi_{aik}` is the cosine at a of a triplet, and 0 where a is i or k or equals one of them. Equal
+    samples have no gradient from each other. Of fewer than two samples the loss is 0. The work is O(N^2 D + N^3); no
+    tensor ``[N, N, N]`` is held, but strips ``[512, N]`` or ``[1024, N]``.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]``.
+        teacher: embeddings ``[N, D_t]``, a constant.
+        delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import rkd_angle
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> loss = rkd_angle(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.1296, torch.Size([3, 2]))
+
+    Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
+    """
+    _check.embeddings(student, teacher, mask)
+    _check.number("delta", delta)
+    (mask,) = _for_rows(student, mask)
+    return _relational_loss("rkd_angle", student, teacher, float(delta), mask)
+
+
+def rkd_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    distance_weight: float = 25.0,
+    angle_weight: float = 50.0,
+    distance_delta: float = 1.0,
+    angle_delta: float = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Relational distillation by distances and angles together, which share their work.
+
+    .. math:: w_d\, \mathrm{rkd\_distance} + w_a\, \mathrm{rkd\_angle}
+
+    See :func:`rkd_distance` and :func:`rkd_angle`. What all losses of relations share stands in
+    :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]``.
+        teacher: embeddings ``[N, D_t]``, a constant.
+        distance_weight: the weight of the distances, a finite number of at least 0; at 0 their loss is not computed.
+            Default 25.
+        angle_weight: the weight of the angles, likewise. Default 50.
+        distance_delta: where Huber's loss of distances turns from quadratic to linear, a positive number. Default 1.
+        angle_delta: the same of angles. Default 1.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import rkd_loss
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0], [1.0], [3.0]])
+        >>> loss = rkd_loss(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 3), student.grad.shape
+        (8.116, torch.Size([3, 2]))
+
+    Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
+    """
+    _check.embeddings(student, teacher, mask)
+    _check.at_least_zero("distance_weight", distance_weight)
+    _check.at_least_zero("angle_weight", angle_weight)
+    _check.number("distance_delta", distance_delta)
+    _check.number("angle_delta", angle_delta)
+    (mask,) = _for_rows(student, mask)
+    options = (float(angle_weight), float(angle_delta), float(distance_weight), float(distance_delta))
+    return _relational_loss("rkd_loss", student, teacher, *options, mask)
+
+
+def similarity_preserving(
+    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
+) -> Tensor:
+    r"""Similarity-preserving distillation: samples that excite the teacher alike do so in the student.
+
+    .. math:: \frac{1}{N^2} \sum_i \left\| \frac{G^s_i}{\|G^s_i\|} - \frac{G^t_i}{\|G^t_i\|} \right\|^2,
+        \quad G = X X^T
+
+    A row of zeros in G stays zero, and has no gradient. Of fewer than two samples the loss is 0. It is computed from
+    products ``[N, D] x [D, D]`` where N is large, linear in N, else from blocks of rows of G: the cheaper way is taken.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]``. Tensors of more dimensions are flattened by the caller, ``x.flatten(1)``.
+        teacher: embeddings ``[N, D_t]``, a constant.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
+            for every row.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import similarity_preserving
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0], [1.0], [3.0]])
+        >>> loss = similarity_preserving(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.0688, torch.Size([3, 2]))
+
+    Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.
+    """
+    _check.embeddings(student, teacher, mask, weight)
+    mask, weight = _for_rows(student, mask, weight)
+    return _relational_loss("similarity_preserving", student, teacher, mask, weight)
+
+
+def gram_mse(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    normalize: bool = True,
+    clamp: Literal["both", "teacher"] | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Gram matrix distillation: similarities between samples, or between the patches of an image, are kept.
+
+    .. math:: \frac{1}{N^2} \sum_{ij} \left( \langle s_i, s_j \rangle - \langle t_i, t_j \rangle \right)^2
+
+    of rows of length 1 (of at least 1e-12; a row of zeros stays, and has no gradient), or of rows as they are. Of
+    ``[B, N, D]``, such as the dense features of vision transformers, it is the mean over B. Of no samples it is 0. It
+    is computed from products ``[N, D] x [D, D]`` where N is large, linear in N, else from blocks of rows: the cheaper
+    way is taken. With a clamp or a weight, rows are compared with all others: the work is O(N^2 D), and the
+    memory stays linear.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]`` or ``[B, N, D_s]``.
+        teacher: embeddings ``[N, D_t]`` or ``[B, N, D_t]``, a constant.
+        normalize: whether rows are divided by their length. Default True.
+        clamp: ``"both"``, where negative similarities count as 0; ``"teacher"``, where the teacher's do (then no call
+            of this loss has the teacher's gradient); or None. Default None.
+        mask: bool, broadcastable to ``[N]`` or ``[B, N]``, True where the row counts. An entry of the batch without any
+            such row is not there either. Default: every row counts.
+        weight: float, broadcastable likewise, multiplies the terms ij of row i; the divisor does not change. Default: 1
+            for every row.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import gram_mse
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0], [1.0], [3.0]])
+        >>> loss = gram_mse(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.2603, torch.Size([3, 2]))
+
+    Source: Siméoni et al., "DINOv3", 2025, as Gram anchoring.
+    """
+    _check.batches_of_embeddings(student, teacher, mask, weight)
+    _check.flag("normalize", normalize)
+    _check.clamp(clamp)
+    if clamp == "teacher":  # exchanged it would be the student's
+        _check.constant_teacher(teacher)
+    mask, weight = _for_rows(student, mask, weight)
+    return _relational_loss("gram_mse", student, teacher, normalize, clamp, mask, weight)
+
+
+def pkt(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    eps: float = 1e-7,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Probabilistic knowledge transfer: the student keeps the probabilities with which samples are alike.
+
+    .. math:: \frac{1}{N^2} \sum_{ij} t_{ij} \log \frac{t_{ij} + \epsilon}{s_{ij} + \epsilon},\quad
+        s_{ij} = \frac{\cos_{ij} + 1}{\sum_k (\cos_{ik} + 1)},\
+        \cos_{ij} = \left\langle \frac{x_i}{\|x_i\| + \epsilon}, \frac{x_j}{\|x_j\| + \epsilon} \right\rangle
+
+    with s of the student's embeddings and t of the teacher's. A row of zeros has no gradient. Of fewer than two samples
+    the loss is 0. The sums over rows have a closed form, so that one sweep over half of the pairs makes loss and
+    gradient.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]``.
+        teacher: embeddings ``[N, D_t]``, a constant. There is no call of this loss that has the teacher's gradient.
+        eps: what is added to probabilities and to the lengths of rows, a number of at least 1e-37. Default 1e-7, as
+            published.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
+            for every row.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import pkt
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0, 0.0], [1.0, 2.0], [3.0, 1.0]])
+        >>> loss = pkt(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.0028, torch.Size([3, 2]))
+
+    Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018.
+    """
+    _check.embeddings(student, teacher, mask, weight)
+    _check.eps(eps)
+    mask, weight = _for_rows(student, mask, weight)
+    return _relational_loss("pkt", student, teacher, float(eps), mask, weight)
+
+
+def relational_triplet(
+    student: Tensor,
+    teacher: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    margin: float = 1.0,
+    positives: int | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    return_active: bool = False,
+) -> LossOrMore:
+    r"""Contrastive relations: similar samples are nearer than all others, by a margin.
+
+    .. math:: \frac{1}{N} \sum_i \frac{1}{|neg(i)|} \sum_{j \in pos(i)} \sum_{k \in neg(i)}
+        \max(0,\ margin + d_{ij} - d_{ik}),\quad d_{ij} = \sqrt{\max(\|s_i - s_j\|^2, 10^{-12})}
+
+    of the student's distances. pos(i) are the other samples of i's label, or the nearest neighbours that i has in the
+    teacher; neg(i) are all the rest. A row without positives or without negatives has loss 0, and equal samples have no
+    gradient from each other. The loss is often printed with the signs of :math:`d_{ij}` and :math:`d_{ik}` exchanged;
+    that form pushes similar samples apart, so this is the one that is computed.
+
+    All triplets count, and none is held: distances are made strip by strip, and of a row all its triplets follow from
+    ranks of its negatives among its positives.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[N, D_s]``.
+        teacher: embeddings ``[N, D_t]``, a constant, whose nearest neighbours are the positives. Where there are labels
+            they decide, and the teacher is not looked at. No call of this loss has its gradient. Default: none.
+        labels: integers ``[N]``, the class of each row. Default: none. One of teacher and labels is wanted.
+        margin: a positive number. Default 1.
+        positives: how many of the teacher's nearest neighbours, from 1 to N - 1; of equally near ones any. Default: 5,
+            or N - 2 in batches of fewer than 7.
+        mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
+            for every row.
+        return_active: whether the share of active triplets, those that have a loss, is returned as well: a float32
+            tensor without dimensions, for which nothing waits. Default False.
+
+    Returns:
+        The loss, a tensor without dimensions; or the pair (loss, share).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import relational_triplet
+        >>> student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [2.0, 2.0]], requires_grad=True)
+        >>> loss, active = relational_triplet(student, labels=torch.tensor([0, 0, 1, 1]), return_active=True)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), round(active.item(), 4), student.grad.shape
+        (0.8814, 0.75, torch.Size([4, 2]))
+
+    Source: Schroff et al., "FaceNet", 2015; of all triplets of a batch: Hermans et al., "In Defense of the Triplet
+    Loss for Person Re-Identification", 2017.
+    """
+    _check.triplet(student, teacher, labels, positives, mask, weight)
+    _check.number("margin", margin)
+    _check.flag("return_active", return_active)
+    if labels is not None:
+        teacher = None
+    mask, weight = _for_rows(student, mask, weight)
+    loss, active = _relational_loss(
+        "relational_triplet", student, teacher, labels, positives or 0, float(margin), mask, weight
+    )
+    return (loss, active) if return_active else loss
+
+
+def _constant_relation_teacher(divergence, teacher, teacher_keys, same_temperature):
+    exchanged = {"kl_div": '"reverse_kl_div"', "reverse_kl_div": '"kl_div"', "js_div": '"js_div", beta=1 - beta'}
+    if teacher_keys is not None:
+        _check.constant_teacher(teacher_keys, name="teacher_keys")
+    if teacher_keys is not None or divergence not in exchanged:
+        _check.constant_teacher(teacher)
+    note = "" if same_temperature else ", temperature and teacher_temperature exchanged"
+    _check.constant_teacher(teacher, "relation_kl", f"relation_kl({{}}, divergence={exchanged.get(divergence)})", note)
+
+
+def relation_kl(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: Tensor | float = 1.0,
+    teacher_temperature: Tensor | float | None = None,
+    divergence: Divergence = "kl_div",
+    beta: float = 0.5,
+    normalize: bool = False,
+    student_keys: Tensor | None = None,
+    teacher_keys: Tensor | None = None,
+    mask: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    r"""Divergence of student's and teacher's relations: a softmax over similarities for each sample.
+
+    .. math:: \frac{1}{N} \sum_i \mathrm{KL}\left(q_i \,\|\, p_i\right),\quad
+        p_i = \mathrm{softmax}_j \frac{\langle s_i, k^s_j \rangle}{\sqrt{D_s}\, T},\quad
+        q_i = \mathrm{softmax}_j \frac{\langle t_i, k^t_j \rangle}{\sqrt{D_t}\, T_{teacher}}
+
+    over the other samples, :math:`j \ne i`; or over keys, such as a queue or a memory bank. Of attention heads
+    ``[B, H, L, D]`` it is the mean over B, H and L. With ``student_keys=student, teacher_keys=teacher`` a sample is
+    compared with itself as well: MiniLMv2's loss is this one of queries, of keys and of values, or of the three
+    stacked to ``[3, B, H, L, D]``. A row that is compared with nothing has loss 0.
+
+    The similarities are made strip by strip: 2 N M (D_s + D_t) flops for the loss and 4 N M D_s for the gradient.
+
+    What all losses of relations share stands in :mod:`fastkd.functional.relations`.
+
+    Args:
+        student: embeddings ``[*, N, D_s]``.
+        teacher: embeddings ``[*, N, D_t]``, a constant. Where both sides learn, and there are no keys, the call with
+            the two exchanged has the other's gradient: of ``"kl_div"`` with ``"reverse_kl_div"`` and the other way
+            round, of ``"js_div"`` with ``beta=1 - beta``.
+        temperature: T, a positive number, or a tensor that broadcasts to ``[*, N]``. The loss is not multiplied by
+            T**2. Default 1.
+        teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
+        divergence: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"`` or ``"soft_cross_entropy"``, as the losses of
+            logits of these names. Default: ``"kl_div"``.
+        beta: of ``"js_div"``, a number from 0 to 1. Default 0.5.
+        normalize: whether similarities are cosines over T: rows and keys are divided by their length (of at least
+            1e-12; a row of zeros has no gradient), and nothing by sqrt(D). Default False.
+        student_keys: ``[*, M, D_s]``, what the student's rows are compared with; they have a gradient where they
+            require one. Default: the other rows.
+        teacher_keys: ``[*, M, D_t]``, what the teacher's rows are compared with, constants as the teacher is. Default:
+            the other rows.
+        mask: bool, broadcastable to ``[*, N]``, True where the row counts. The others have no loss, and no row is
+            compared with them. Default: every row counts.
+        key_mask: bool, broadcastable to ``[*, M]``, True where rows are compared with the key. Default: with every one;
+            without other keys, or with ``student_keys=student``, with those of ``mask``.
+        weight: float, broadcastable to ``[*, N]``, multiplies the row's loss; the divisor, the number of rows that
+            count, does not change. Default: 1 for every row.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import relation_kl
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[1.0], [1.0], [3.0]])
+        >>> loss = relation_kl(student, teacher, temperature=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (0.102, torch.Size([3, 2]))
+
+    Source: Wang et al., "MiniLM", 2020, and "MiniLMv2", 2021; with keys and cosines: Fang et al., "SEED", 2021.
+    """
+    _check.relation(student, teacher, student_keys, teacher_keys, mask, key_mask, weight)
+    _check.divergence(divergence, reference.DIVERGENCES)
+    _check.share("beta", beta)
+    _check.flag("normalize", normalize)
+    _check.temperature("temperature", temperature, student)
+    if teacher_temperature is None:
+        teacher_temperature = temperature
+    else:
+        _check.temperature("teacher_temperature", teacher_temperature, student)
+    _constant_relation_teacher(divergence, teacher, teacher_keys, teacher_temperature is temperature)
+    exclude_self = student_keys is None
+    if student_keys is student and teacher_keys is teacher:
+        student_keys = teacher_keys = None
+    elif student_keys is student:
+        student_keys = student.view_as(student)
+        key_mask = mask if key_mask is None else key_mask
+    chosen = _JS_DIV_ENDS.get(beta, divergence) if divergence == "js_div" else divergence
+    return _relational_loss(
+        "relation_kl", student, teacher, student_keys, teacher_keys, exclude_self, normalize, chosen,
+        float(beta), temperature, teacher_temperature, mask, key_mask, weight,
+    )  # fmt: skip

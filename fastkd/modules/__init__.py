@@ -1,0 +1,33 @@
+"""Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
+
+from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
+from .logits import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss
+from .relations import (
+    GramMSELoss,
+    PKTLoss,
+    RelationalTripletLoss,
+    RelationKLLoss,
+    RKDAngleLoss,
+    RKDDistanceLoss,
+    RKDLoss,
+    SimilarityPreservingLoss,
+)
+
+__all__ = [
+    "AttentionTransferLoss",
+    "FeatureCosineLoss",
+    "FeatureMSELoss",
+    "GramMSELoss",
+    "JSDivLoss",
+    "KLDivLoss",
+    "LinearFeatureMSELoss",
+    "PKTLoss",
+    "RKDAngleLoss",
+    "RKDDistanceLoss",
+    "RKDLoss",
+    "RelationKLLoss",
+    "RelationalTripletLoss",
+    "ReverseKLDivLoss",
+    "SimilarityPreservingLoss",
+    "SoftCrossEntropyLoss",
+]

@@ -1,0 +1,348 @@
+"""Losses of logits as modules."""
+
+from torch import Tensor
+
+from .. import _check, functional
+from .._types import Reduction
+from ._loss import _Loss
+
+
+class KLDivLoss(_Loss):
+    r"""Hinton's distillation loss: the Kullback-Leibler divergence of the student from the teacher.
+
+    .. math:: T^2 \sum_v q_v (\log q_v - \log p_v)
+
+    The options and what the loss does are those of :func:`fastkd.functional.kl_div`.
+
+    The loss differs from ``torch.nn.KLDivLoss``: both sides are raw logits, in place of log-probabilities and
+    probabilities; a temperature softens them; and ``"batchmean"`` is the default reduction.
+
+    Args:
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.KLDivLoss(temperature=2.0)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.1207
+    """
+
+    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``.
+            teacher: raw logits ``[*, V]``, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.kl_div(
+            student,
+            teacher,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class SoftCrossEntropyLoss(_Loss):
+    r"""Cross-entropy of the student with the teacher's distribution as soft labels.
+
+    .. math:: T^2 \left(-\sum_v q_v \log p_v\right)
+
+    The options and what the loss does are those of :func:`fastkd.functional.soft_cross_entropy`.
+
+    Args:
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.SoftCrossEntropyLoss(temperature=2.0)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        3.7445
+    """
+
+    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``.
+            teacher: raw logits ``[*, V]``, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.soft_cross_entropy(
+            student,
+            teacher,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class ReverseKLDivLoss(_Loss):
+    r"""Kullback-Leibler divergence of the teacher from the student, which seeks the teacher's modes.
+
+    .. math:: T^2 \sum_v p_v (\log p_v - \log q_v)
+
+    The options and what the loss does are those of :func:`fastkd.functional.reverse_kl_div`.
+
+    Args:
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.ReverseKLDivLoss(temperature=2.0)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.1234
+    """
+
+    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``.
+            teacher: raw logits ``[*, V]``, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.reverse_kl_div(
+            student,
+            teacher,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class JSDivLoss(_Loss):
+    r"""Generalised Jensen-Shannon divergence between student and teacher.
+
+    .. math:: T^2 \left(\beta\, \mathrm{KL}(q \,\|\, m) + (1 - \beta)\, \mathrm{KL}(p \,\|\, m)\right),\quad
+        m = \beta q + (1 - \beta) p
+
+    The options and what the loss does are those of :func:`fastkd.functional.js_div`.
+
+    Args:
+        beta: the teacher's share of the mixture, from 0 to 1. Default 0.5.
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.JSDivLoss(beta=0.5)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0219
+    """
+
+    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        _check.share("beta", beta)
+        self.beta = beta
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``.
+            teacher: raw logits ``[*, V]``, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.js_div(
+            student,
+            teacher,
+            beta=self.beta,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
