@@ -141,8 +141,7 @@ struct Cpu {
   template <class T>
   static void prepare(RowsParams<T>& P) {
     if (P.scale) P.grad_scale = *P.scale;
-    FASTKD_CHECK(P.grad_scale >= 0 && std::isfinite(P.grad_scale), "normalizer: a positive finite number wanted, got ",
-                 1 / P.grad_scale);
+    FASTKD_CHECK(P.grad_scale >= 0, "normalizer: a positive finite number wanted, got ", 1 / P.grad_scale);
     const int64_t footprint = 3 * int64_t(sizeof(T)) + P.student.element_size + P.teacher.element_size;
     P.prefetch = P.V * footprint <= second_level_cache();
     const int64_t bytes = P.N * P.V * P.grad.element_size;
