@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _transforms
 from ._inplace import was_overwritten
 
 DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -31,6 +32,7 @@ class LogitsOptions(NamedTuple):
 def _tensor(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: a torch.Tensor wanted, got {type(x).__name__}")
+    _transforms.refuse(name, x)
 
 
 def logits_loss(student, teacher, options):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from . import _transforms
 from ._check import LogitsOptions
 from ._inplace import overwritten
 
@@ -162,6 +163,7 @@ def _rows_there(student, teacher, mask, weight):
 
 def _distances(x, normalize):
     """[N, N], by differences. Off the diagonal at least 1e-6, where there is no gradient."""
+    _transforms.refuse_forward_mode("student", x)
     d = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist").clamp(min=1e-6)
     d = d.masked_fill(torch.eye(len(x), dtype=torch.bool, device=x.device), 0.0)
     pairs = len(x) * (len(x) - 1)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from .. import _transforms
+
 
 def all_times(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
     """Each of grads * upstream, in their memory where nothing else will need it. Whether upstream is 1
@@ -24,6 +26,7 @@ def times(scale_: Any, grad: torch.Tensor, upstream: torch.Tensor) -> torch.Tens
 
 def once(gradient: Callable[..., Any], *arguments: Any) -> Any:
     """gradient(*arguments), which raises when it is differentiated: it must not count as 0."""
+    _transforms.refuse("grad_outputs", arguments[-1])  # is_grads_batched=True is torch.func.vmap
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         with torch.no_grad():
             grad = gradient(*arguments)
