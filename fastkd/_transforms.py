@@ -16,8 +16,8 @@ def _transform_of(x):
     interpreter = torch._C._functorch.peek_interpreter_stack()
     if interpreter is not None and interpreter.key().name in ("Grad", "Vmap", "Jvp"):
         return f"torch.func.{interpreter.key().name.lower()}"
-    if torch._C._functorch.is_batchedtensor(x):  # in backward, where the stack of transforms is that of forward
-        return "torch.func.vmap"
+    if torch._C._functorch.is_legacy_batchedtensor(x):  # of backward alone
+        return "is_grads_batched=True"
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         return "forward-mode AD"
     return ""

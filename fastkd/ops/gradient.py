@@ -26,7 +26,7 @@ def times(scale_: Any, grad: torch.Tensor, upstream: torch.Tensor) -> torch.Tens
 
 def once(gradient: Callable[..., Any], *arguments: Any) -> Any:
     """gradient(*arguments), which raises when it is differentiated: it must not count as 0."""
-    _transforms.refuse("grad_outputs", arguments[-1])  # is_grads_batched=True is torch.func.vmap
+    _transforms.refuse("grad_outputs", arguments[-1])
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
         with torch.no_grad():
             grad = gradient(*arguments)
