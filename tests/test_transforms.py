@@ -73,7 +73,7 @@ def test_vmap_and_gradients_in_a_batch(backend):
         return
     with pytest.raises(RuntimeError, match=r"student: fastkd.*torch\.func\.vmap"):
         torch.func.vmap(functional.kl_div)(student.detach(), teacher)
-    with pytest.raises(RuntimeError, match="grad_outputs: fastkd.*is_grads_batched=True"):
+    with pytest.raises(RuntimeError, match=r"grad_outputs: fastkd.*is_grads_batched=True"):
         torch.autograd.grad(rows, student, torch.eye(4), is_grads_batched=True)
 
 
