@@ -49,8 +49,8 @@ MUTATIONS = [
     Mutation("functor: the variance's epsilon", "csrc/math/feature.h",
              "kVarianceEpsilon = 1e-6", "kVarianceEpsilon = 1e-5", FEATURES),
     # schedules of the CPU
-    Mutation("cpu rows: a masked row keeps its statistics", "csrc/cpu/rows_kernel.cpp",
-             "if (P.stats) P.stats[row] = {};\n      zero_grad(P, row, 0, blocks);", "zero_grad(P, row, 0, blocks);", ROWS),
+    Mutation("cpu rows: a masked row has the gradient that its memory held", "csrc/cpu/rows_kernel.cpp",
+             "if (P.stats) P.stats[row] = {};\n      zero_grad(P, row, 0, blocks);", "if (P.stats) P.stats[row] = {};", ROWS),
     Mutation("cpu rows: a student without a class has a finite loss", "csrc/cpu/rows_kernel.cpp",
              "if (stats.sum_student == 0) loss = kInf<double>;", "", ROWS),
     Mutation("cpu pairs: weights of the columns are those of the rows", "csrc/cpu/pairs.cpp",
@@ -139,6 +139,7 @@ def first_failure(part, where, workers):
     """The first test that fails, or None."""
     environment = {**os.environ, "PYTHONPATH": str(COPY), "OMP_WAIT_POLICY": "PASSIVE"}
     command = ["-m", "pytest", "-x", "--part", part, "-n", workers, "--dist", "loadgroup", *where.split()]
+    command += ["--deselect", "tests/test_package.py::test_the_library_asks_the_driver_for_code"]  # none is built here
     done = run(sys.executable, *command, env=environment)
     if done.returncode == 0:
         return None
