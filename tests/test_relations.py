@@ -255,6 +255,7 @@ def test_any_strides(backend, name, kind, dtype):
 def test_expanded_embeddings(backend, name):
     """Stride 0: one sample for all, and one feature for all."""
     row, column, other = torch.randn(1, 6), torch.randn(9, 1), torch.randn(9, 4)
+    column += column.sign()  # a gradient's rounding error is that of unit rows over the row's length
     if name == "pkt":  # opposite samples, whose probability is what rounding leaves of 0
         column = column.abs()
     for x in (row.expand(9, 6), column.expand(9, 6)):
