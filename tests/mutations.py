@@ -81,7 +81,7 @@ MUTATIONS = [
              "        end = tl.minimum(end, n)\n    at, width = i[:, None]", "    at, width = i[:, None]", RELATIONS),
     # bindings
     Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_op.h",
-             "per_row<T>(in.teacher_temperature_rows, in,", "per_row<T>(in.temperature_rows, in,", ROWS),
+             "temperatures<T>(in.teacher_temperature_rows, in,", "temperatures<T>(in.temperature_rows, in,", ROWS),
     Mutation("binding: a number that only the device knows is not divided by", "csrc/common/rows_op.h",
              "if (in.scale_tensor) {", "if (false) {", ROWS),
     Mutation("binding: a half-precision gradient is computed in forward", "fastkd/ops/rows.py",

@@ -250,16 +250,20 @@ def test_compile_dynamic_shapes():
 
 
 def test_compile_with_a_temperature_that_changes():
-    """An annealed temperature becomes a symbol; what cannot be checked then, the op checks."""
-    compiled = torch.compile(
-        lambda s, t, T: functional.kl_div(s, t, temperature=T), fullgraph=True, backend="aot_eager"
-    )
+    """An annealed temperature becomes a symbol, and is compiled no more; what cannot be checked then, the op checks."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss_function(student, teacher, T):
+        return functional.kl_div(student, teacher, temperature=T, teacher_temperature=T + 1)
+
+    compiled = torch.compile(loss_function, fullgraph=True, backend=counter)
     student, teacher = torch.randn(4, 10), torch.randn(4, 10)
-    for temperature in (1.0, 2.0, 3.5, 4.0):
-        loss, grad = both(lambda s, t, T=temperature: functional.kl_div(s, t, temperature=T), student, teacher)
+    for temperature in (1.0, 2.0, 3.5, 4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 0.5):
+        loss, grad = both(loss_function, student, teacher, temperature)
         compiled_loss, compiled_grad = both(compiled, student, teacher, temperature)
         assert torch.equal(compiled_loss, loss)
         assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    assert counter.frame_count <= 2
     with pytest.raises((RuntimeError, ValueError), match="temperature: a positive finite number wanted"):
         compiled(student, teacher, -1.5)
 

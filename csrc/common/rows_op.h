@@ -2,6 +2,7 @@
 //   Device(student)                  makes the student's device the current one
 //   lies_with(x, student)            whether a tensor is where the student is
 //   kName                            of that place, in messages
+//   kValuesAtHand                    whether the host may read tensors without waiting
 //   forward(P, loss, per_row)        runs the schedule; loss: [] where not per_row
 //   backward(P)                      the gradient from P.stats
 //   inverse_divisor(in)              see fastkd/_calls.py
@@ -29,6 +30,17 @@ struct RowsOps {
     return static_cast<const T*>(x->const_data_ptr());
   }
 
+  // The same of temperatures, whose values are looked at where the host can.
+  template <class T>
+  static const T* temperatures(const OptionalTensor& x, const RowsCall& in, const char* name) {
+    const T* values = per_row<T>(x, in, kScalarType<T>, name);
+    for (int64_t row = 0; Device::kValuesAtHand && values && row < number_of_rows(in); ++row) {
+      FASTKD_CHECK(values[row] > 0 && std::isfinite(values[row]), name, ": a positive finite number wanted, got ",
+                   values[row]);
+    }
+    return values;
+  }
+
   static void check_grad(const Tensor& grad, const RowsCall& in) {
     const Tensor& s = in.student;
     bool same = Device::lies_with(grad, s) && grad.scalar_type() == s.scalar_type() && grad.dim() == s.dim();
@@ -54,8 +66,8 @@ struct RowsOps {
     P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");
     P.teacher = rows_tensor(in.teacher, const_cast<void*>(in.teacher.const_data_ptr()), "teacher");
     if (grad) P.grad = rows_tensor(*grad, grad->mutable_data_ptr(), "grad");
-    P.temperature = per_row<T>(in.temperature_rows, in, kType, "temperature");
-    P.teacher_temperature = per_row<T>(in.teacher_temperature_rows, in, kType, "teacher_temperature");
+    P.temperature = temperatures<T>(in.temperature_rows, in, "temperature");
+    P.teacher_temperature = temperatures<T>(in.teacher_temperature_rows, in, "teacher_temperature");
     P.temperature_all = in.temperature;
     P.teacher_temperature_all = in.teacher_temperature;
     P.t_squared = in.t_squared;

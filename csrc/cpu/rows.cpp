@@ -103,6 +103,7 @@ void backward(const RowsParams<T>& P) {
 struct Cpu {
   explicit Cpu(const Tensor&) {}
   static constexpr const char* kName = "on the CPU";
+  static constexpr bool kValuesAtHand = true;
   static bool lies_with(const Tensor& x, const Tensor&) { return x.is_cpu(); }
 
   template <class T>

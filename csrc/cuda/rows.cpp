@@ -28,6 +28,7 @@ auto with_divergence(Divergence which, F&& f) {
 struct Cuda {
   explicit Cuda(const Tensor& student) : student(student), context(student) {}
   static constexpr const char* kName = "on the student's device";
+  static constexpr bool kValuesAtHand = false;
   static bool lies_with(const Tensor& x, const Tensor& student) { return cuda::lies_with(x, student); }
 
   template <class T>

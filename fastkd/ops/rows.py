@@ -104,11 +104,14 @@ def logits_loss(
 ) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
-    temperature, temperature_rows = number_or_rows(options.temperature, leading, dtype)
+    temperatures = [options.temperature, options.teacher_temperature]
+    if torch.compiler.is_compiling():
+        temperatures = [_changeable(x, student, dtype) for x in temperatures]
+    temperature, temperature_rows = number_or_rows(temperatures[0], leading, dtype)
     teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
     # under torch.compile an autograd.Function takes no tensor twice
     if options.teacher_temperature is not options.temperature or torch.compiler.is_compiling():
-        teacher_temperature, teacher_temperature_rows = number_or_rows(options.teacher_temperature, leading, dtype)
+        teacher_temperature, teacher_temperature_rows = number_or_rows(temperatures[1], leading, dtype)
     mask = None if options.mask is None else options.mask.reshape(-1).contiguous()
     scale, scale_tensor = inverse_divisor(
         OPS[namespace], student, options.reduction, mask, options.normalizer, dtype
@@ -139,6 +142,15 @@ def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.T
     loss = new_loss(call, per_row)
     OPS[namespace].fwd(*call, *RowsForward(loss, grad, None))
     return loss
+
+
+def _changeable(temperature, student, dtype):
+    """As a tensor: a graph has its numbers built in, and a temperature may change. The op looks at its values on the
+    CPU; on other devices, where that would wait, a number that is not positive gives NaN."""
+    if isinstance(temperature, torch.Tensor):
+        return temperature
+    rows = student.new_ones(student.shape[:-1], dtype=dtype) * temperature
+    return rows if student.device.type == "cpu" else torch.where(rows > 0, rows, torch.nan)
 
 
 def number_or_rows(
