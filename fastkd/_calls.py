@@ -58,7 +58,7 @@ class InverseDivisor(NamedTuple):
     mask: Tensor | None  # [N] bool, True: the row counts; None: all N do
     normalizer: Tensor | None  # [], float32 or float64
     rows: int  # N
-    each: float
+    each: int
     scale: Out  # [] float64
 
 
@@ -75,7 +75,7 @@ _TYPES = {
     "Out": ("Tensor({}!)", "Tensor"),
     "OptionalOut": ("Tensor({}!)?", "OptionalTensor"),
     "bool": ("bool", "bool"),
-    "int": ("int", "int64_t"),
+    "int": ("SymInt", "int64_t"),  # a graph of any size is one graph
     "float": ("float", "double"),
 }
 

@@ -304,9 +304,9 @@ def test_the_op_checks_its_own_contract():
             ops.bwd(*call, *rest)
     scale = torch.empty((), dtype=torch.float64)
     for match, wrong in {
-        "mask": (torch.ones(3, dtype=torch.bool), None, 4, 1.0, scale),
-        "normalizer": (None, torch.ones(2), 4, 1.0, scale),
-        "scale": (None, torch.ones(()), 4, 1.0, scale.float()),
+        "mask": (torch.ones(3, dtype=torch.bool), None, 4, 1, scale),
+        "normalizer": (None, torch.ones(2), 4, 1, scale),
+        "scale": (None, torch.ones(()), 4, 1, scale.float()),
     }.items():
         with pytest.raises(RuntimeError, match=match):
             ops.inverse_divisor(*wrong)

@@ -46,7 +46,7 @@ def op_calls(backend_name):
         yield f"rows_bwd-{name}", ops.bwd, (*call, stats, upstream, torch.empty_like(student))
     scale = torch.empty((), dtype=torch.float64)
     for name, counted in (("rows", (full.mask, None)), ("given", (full.mask, torch.tensor(5.0)))):
-        yield f"inverse_divisor-{name}", ops.inverse_divisor, (*counted, 12, 20.0, scale)
+        yield f"inverse_divisor-{name}", ops.inverse_divisor, (*counted, 12, 20, scale)
     half = student.bfloat16().transpose(0, 1)
     for factor in (1.0, 0.5):
         yield f"scale_-{factor}", ops.scale_, ([student.clone(), student.clone()], torch.tensor(factor))
@@ -245,6 +245,25 @@ def test_compile_dynamic_shapes():
         loss, grad = both(lambda s, t: functional.kl_div(s, t, temperature=2.0), student, teacher)
         compiled_loss, compiled_grad = both(compiled, student, teacher)
         assert torch.equal(compiled_loss, loss)
+        assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
+@pytest.mark.parametrize("given", ["mask", "normalizer"])
+def test_compile_dynamic_shapes_of_what_the_device_divides_by(given, reduction):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def loss_function(student, teacher, mask, normalizer):
+        options = {"mask": mask} if given == "mask" else {"normalizer": normalizer}
+        return functional.kl_div(student, teacher, reduction=reduction, **options)
+
+    compiled = torch.compile(loss_function, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((4, 50), (9, 64), (3, 1000), (5, 33)):
+        arguments = *torch.randn(2, *shape), torch.arange(shape[0]) % 3 > 0, torch.tensor(3.0)
+        loss, grad = both(loss_function, *arguments)
+        compiled_loss, compiled_grad = both(compiled, *arguments)
+        assert error(compiled_loss, loss) < FLOOR[torch.float32]
         assert error(compiled_grad, grad) < FLOOR[torch.float32]
     assert counter.frame_count == 1
 

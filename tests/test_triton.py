@@ -90,8 +90,8 @@ def other_launches(rows):
         "everything_bwd": (rows.rows_bwd, *everything, stats, row, x),
         "masked": (rows.rows_fwd, *masked, torch.empty(()), half, None),
         "double": (rows.rows_fwd, *double, torch.empty(3, dtype=torch.float64), None, None),
-        "divisor_of_rows": (rows.inverse_divisor, mask, None, len(mask), 200.0, number),
-        "divisor_given": (rows.inverse_divisor, None, torch.empty(()), len(mask), 1.0, number),
+        "divisor_of_rows": (rows.inverse_divisor, mask, None, len(mask), 200, number),
+        "divisor_given": (rows.inverse_divisor, None, torch.empty(()), len(mask), 1, number),
     }
     return {f"other/{name}": functools.partial(*call) for name, call in calls.items()}
 

@@ -132,8 +132,8 @@ struct Cpu {
       valid = 0;
       for (int64_t row = 0; row < in.rows; ++row) valid += mask[row];
     }
-    const double divisor =
-        in.normalizer ? double(*static_cast<const T*>(in.normalizer->const_data_ptr())) : double(valid) * in.each;
+    const double divisor = in.normalizer ? double(*static_cast<const T*>(in.normalizer->const_data_ptr()))
+                                         : double(valid) * double(in.each);
     *static_cast<double*>(in.scale.mutable_data_ptr()) = valid == 0 ? 0 : 1 / divisor;
   }
 

@@ -60,7 +60,7 @@ struct Cuda {
     const bool* mask = in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr;
     const void* normalizer = in.normalizer ? in.normalizer->const_data_ptr() : nullptr;
     double* scale = static_cast<double*>(in.scale.mutable_data_ptr());
-    FASTKD_CUDA_CHECK(cuda::rows_scale<T>({mask, in.rows, normalizer, in.each, true, scale}, context.stream));
+    FASTKD_CUDA_CHECK(cuda::rows_scale<T>({mask, in.rows, normalizer, double(in.each), true, scale}, context.stream));
   }
 
  private:

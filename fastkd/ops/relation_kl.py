@@ -144,7 +144,7 @@ class _Strips:
         self.scale = 1.0 / (B * N), None
         if options.mask is not None:
             scale = like.new_empty((), dtype=torch.float64)
-            call = InverseDivisor(options.mask.reshape(-1).contiguous(), None, B * N, 1.0, scale)
+            call = InverseDivisor(options.mask.reshape(-1).contiguous(), None, B * N, 1, scale)
             rows_schedule.OPS[options.rows].inverse_divisor(*call)
             self.scale = 1.0, scale
 

@@ -183,5 +183,5 @@ def inverse_divisor(
             return 1.0, student.new_ones((), dtype=torch.float64) / divisor
         return 1.0 / divisor, None
     scale = student.new_empty((), dtype=torch.float64)
-    ops.inverse_divisor(*InverseDivisor(mask, normalizer, N, float(each), scale))
+    ops.inverse_divisor(*InverseDivisor(mask, normalizer, N, each, scale))
     return 1.0, scale

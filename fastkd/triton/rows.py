@@ -532,5 +532,5 @@ def inverse_divisor(*arguments: Any) -> None:
     call = InverseDivisor(*arguments)
     with torch.cuda.device_of(call.scale):
         inverse_divisor_kernel[(1,)](
-            call.mask, call.normalizer, call.scale, call.each, call.rows, BLOCK=SUM_BLOCK, num_warps=8
+            call.mask, call.normalizer, call.scale, float(call.each), call.rows, BLOCK=SUM_BLOCK, num_warps=8
         )  # fmt: skip
