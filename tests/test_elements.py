@@ -286,3 +286,10 @@ def test_same_bits_whatever_the_threads(threads, name):
         found.append((loss, *torch.autograd.grad(loss, leaves)))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_a_normalizer_of_zero_is_looked_at_for_every_layer(backend):
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    assert functional.feature_mse([x[:0], y[:0]], [x[:0], x[:0]], normalizer=0) == 0
+    with pytest.raises(ValueError, match="normalizer: 0 is wanted only where no row counts"):
+        functional.feature_mse([x[:0], x], [x[:0], y], normalizer=0)

@@ -57,7 +57,8 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer
     weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check._floating)
     _check.reduction(reduction)
     if normalizer is not None:
-        _check.normalizer(normalizer, students[0], mask, reduction)
+        for x in students:
+            _check.normalizer(normalizer, x, mask, reduction)
         normalizer, reduction = _check.zero_as_tensor(normalizer, students[0]), "sum"
     if layer_weights is None:
         layer_weights = [1.0] * len(students)
