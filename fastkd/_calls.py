@@ -7,6 +7,7 @@ by its position. Nothing is imported from torch, as the build runs this file wit
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -97,6 +98,11 @@ def schema(name):
     return f"{name}({', '.join(arguments)}) -> ()"
 
 
+def digest():
+    """Which lists these are. A library that was built from others would read its arguments wrongly."""
+    return hashlib.sha256(" ".join(schema(name) for name in OPS).encode()).hexdigest()[:16]
+
+
 def header():
     """``calls.h``: the structs, and how each is read off the dispatcher's stack."""
     structures = list(dict.fromkeys(structure for structures in OPS.values() for structure in structures))
@@ -106,6 +112,7 @@ def header():
         '#include "common/arguments.h"',
     ]
     lines += ["", "namespace fastkd {", ""]
+    lines += [f'inline constexpr const char* kCallsDigest = "{digest()}";', ""]
     for structure in structures:
         fields = [(field, _TYPES[annotation][1]) for field, annotation in _fields(structure)]
         lines.append(f"struct {structure.__name__} {{")

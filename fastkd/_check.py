@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -448,7 +449,7 @@ def number(name, value):
         raise TypeError(f"{name}: a number wanted, got {type(value).__name__}")
     if torch.compiler.is_compiling():
         return  # the number may be a symbol; the op checks it when it runs
-    if not 0 < value < math.inf:  # false for NaN
+    if not 0 < value <= sys.float_info.max:  # false for NaN
         raise ValueError(f"{name}: a positive finite number wanted, got {value}")
 
 
@@ -468,7 +469,7 @@ def at_least_zero(name, value):
         raise TypeError(f"{name}: a number wanted, got {type(value).__name__}")
     if torch.compiler.is_compiling():
         return
-    if not 0 <= value < math.inf:
+    if not 0 <= value <= sys.float_info.max:
         raise ValueError(f"{name}: a finite number of at least 0 wanted, got {value}")
 
 
@@ -515,8 +516,12 @@ def normalizer(value, student, mask, reduction):
         raise ValueError("normalizer: reduction='none' has no divisor to replace")
     if not isinstance(value, torch.Tensor):
         at_least_zero("normalizer", value)
-        if not torch.compiler.is_compiling() and value == 0:
+        if torch.compiler.is_compiling():
+            return
+        if value == 0:
             _no_row_counts(student, mask)
+        elif not math.isfinite(1 / value):
+            raise ValueError(f"normalizer: a number with a finite inverse wanted, got {value}")
         return
     _constant("normalizer", value, student)
     if value.is_complex() or value.dtype is torch.bool:

@@ -58,6 +58,8 @@ def define(namespace):
 
 fastkd = define("fastkd")
 fastkd.define("cpu_isa(str name) -> str")  # "?" only reads, "" chooses the best
+fastkd.define("cpu_calls() -> str")  # _calls.digest() of the sources that a library was built from
+fastkd.define("cuda_calls() -> str")
 fastkd.define("cuda_code() -> str")  # "": the CUDA library has code for the current GPU; else why it has none
 # matrix products, which torch has for every device: one implementation each, in ops/
 # mask, weight: one per row
@@ -112,6 +114,13 @@ def _load(name):
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load in torch {torch.__version__}: {error}"
+    calls = torch.ops.fastkd.cuda_calls if "cuda" in name else torch.ops.fastkd.cpu_calls
+    try:
+        built = calls()
+    except NotImplementedError:  # it is older than this question
+        built = ""
+    if built != _calls.digest():
+        return f"{path.name} was built from other sources than fastkd's Python"
     return ""
 
 

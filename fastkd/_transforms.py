@@ -12,15 +12,23 @@ _FORWARD_MODE = ("torch.func.jvp", "forward-mode AD")
 def _transform_of(x):
     """The name of the transform that a tensor takes part in; empty where there is none."""
     if torch.compiler.is_compiling():
-        return ""
-    interpreter = torch._C._functorch.peek_interpreter_stack()
-    if interpreter is not None and interpreter.key().name in ("Grad", "Vmap", "Jvp"):
-        return f"torch.func.{interpreter.key().name.lower()}"
-    if torch._C._functorch.is_legacy_batchedtensor(x):  # of backward alone
-        return "is_grads_batched=True"
+        from . import _untraced
+
+        # torch.compile traces anew where this level is another; which tensors are part of it, it cannot tell
+        return "forward-mode AD" if forward_ad._current_level >= 0 else _untraced.transform()
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
         return "forward-mode AD"
-    return ""
+    if torch._C._functorch.is_legacy_batchedtensor(x):  # of backward alone
+        return "is_grads_batched=True"
+    return look_for_transform()
+
+
+def look_for_transform():
+    """The transform of torch.func that is under way."""
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    if interpreter is None or interpreter.key().name not in ("Grad", "Vmap", "Jvp"):
+        return ""
+    return f"torch.func.{interpreter.key().name.lower()}"
 
 
 def refuse(name: str, x: torch.Tensor) -> None:

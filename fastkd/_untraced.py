@@ -6,7 +6,8 @@ second.
 
 import torch
 
-from . import _backend
+from . import _backend, _transforms
 
 automatic = torch.compiler.assume_constant_result(_backend.look_for_automatic)
 namespace = torch.compiler.assume_constant_result(_backend.look_for_namespace)
+transform = torch.compiler.assume_constant_result(_transforms.look_for_transform)

@@ -53,6 +53,16 @@ def test_without_kernels_asking_for_them_is_an_error(without_kernels):
     assert "FASTKD_BACKEND: the backend 'cpu' cannot be used" in run.stderr
 
 
+def test_a_library_of_other_sources_says_so(tmp_path):
+    """It would read arguments that are not there."""
+    shutil.copytree(ROOT / "fastkd", tmp_path / "fastkd", ignore=shutil.ignore_patterns("__pycache__"))
+    calls = tmp_path / "fastkd" / "_calls.py"
+    calls.write_text(calls.read_text().replace("    t_squared: bool\n", "    t_squared: bool\n    another: bool\n"))
+    run = python("import fastkd", PYTHONPATH=str(tmp_path), cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "libfastkd_cpu.so was built from other sources than fastkd's Python" in run.stderr
+
+
 def test_a_broken_library_says_so(without_kernels, tmp_path):
     (tmp_path / "fastkd" / "lib").mkdir()
     (tmp_path / "fastkd" / "lib" / "libfastkd_cpu.so").write_bytes(b"no library")

@@ -161,6 +161,10 @@ void cpu_isa(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(std::string(isa_name()));
 }
 
+void cpu_calls(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(std::string(kCallsDigest));
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
@@ -168,6 +172,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("rows_bwd", &RowsOps<Cpu>::backward);
   m.impl("inverse_divisor", &RowsOps<Cpu>::inverse_divisor);
 }
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) { m.impl("cpu_isa", &cpu_isa); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", &cpu_isa);
+  m.impl("cpu_calls", &cpu_calls);
+}
 
 }  // namespace fastkd

@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "calls.h"
+
 namespace fastkd {
 namespace {
 
@@ -14,8 +16,15 @@ void cuda_code(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = torch::stable::detail::from(std::string(found == cudaSuccess ? "" : cudaGetErrorString(found)));
 }
 
+void cuda_calls(StableIValue* stack, uint64_t, uint64_t) {
+  stack[0] = torch::stable::detail::from(std::string(kCallsDigest));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) { m.impl("cuda_code", &cuda_code); }
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {
+  m.impl("cuda_code", &cuda_code);
+  m.impl("cuda_calls", &cuda_calls);
+}
 
 }  // namespace fastkd

@@ -25,23 +25,12 @@ def times(scale_: Any, grad: torch.Tensor, upstream: torch.Tensor) -> torch.Tens
 
 
 def once(gradient: Callable[..., Any], *arguments: Any) -> Any:
-    """gradient(*arguments), which raises when it is differentiated: it must not count as 0."""
+    """gradient(*arguments), unless it is to be differentiated again. Autograd might find no path that leads by here,
+    and count a second derivative as 0: so the gradient itself is refused."""
     _transforms.refuse("grad_outputs", arguments[-1])
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        with torch.no_grad():
-            grad = gradient(*arguments)
-        return _Once.apply(grad, torch.zeros((), requires_grad=True))
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "create_graph=True: fastkd's kernels have no second derivatives; inside 'with fastkd.backend(\"torch\")' "
+            "plain PyTorch computes the loss, and has them"
+        )
     return gradient(*arguments)
-
-
-class _Once(torch.autograd.Function):
-    """The anchor requires a gradient, so that autograd comes by here and does not take the second
-    derivative for 0."""
-
-    @staticmethod
-    def forward(ctx, grad, anchor):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError("fastkd: second derivatives are not implemented")
