@@ -78,7 +78,7 @@ MUTATIONS = [
              "negative[None, :] & ~(threshold[:, None] <= d[None, :])\n        above", "negative[None, :] & ~(threshold[:, None] < d[None, :])\n        above",
              "tests/test_triplet.py"),
     Mutation("triton: rows that are not there are pairs' all the same", "fastkd/triton/pairs.py",
-             "        end = tl.minimum(end, n)\n    at, width = i[:, None]", "    at, width = i[:, None]", RELATIONS),
+             "pair = (i < n)[:, None] & (j < n)[None, :] & (i", "pair = (j < n)[None, :] & (i", RELATIONS),
     # bindings
     Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_op.h",
              "temperatures<T>(in.teacher_temperature_rows, in,", "temperatures<T>(in.temperature_rows, in,", ROWS),

@@ -152,3 +152,12 @@ def test_views_that_came_together_are_refused_inside_the_call(backend, split):
     with pytest.raises(ValueError, match=r"inplace: .* of several views .* Compute the logits of each chunk"):
         functional.kl_div(parts(logits)[0], parts(teacher)[0], inplace=True)
     assert torch.equal(logits.detach(), before)
+
+
+def test_a_view_of_a_leaf_is_called_that():
+    """Autograd refuses it too, for a reason that is none of the caller's business."""
+    leaf, teacher = torch.randn(6, 50, requires_grad=True), torch.randn(5, 50)
+    with pytest.raises(
+        ValueError, match="inplace: the student's logits are a leaf that requires a gradient, or a view"
+    ):
+        functional.kl_div(leaf[1:], teacher, inplace=True)

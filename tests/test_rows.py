@@ -148,6 +148,45 @@ def test_a_block_of_impossible_classes_on_one_side(backend, name, temperatures, 
     assert error(grad, grad_ref) < tolerance
 
 
+@pytest.mark.parametrize("V", [7, 1025, 33000])
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_a_student_without_a_possible_class(backend, name, V):
+    """The loss is infinite, and no finite step changes that; the other rows are as they were."""
+    student, teacher = torch.randn(3, V), torch.randn(3, V)
+    others = run(cases.LOSSES[name], student, teacher, reduction="none")
+    student[1] = -torch.inf
+    loss, grad = run(cases.LOSSES[name], student, teacher, reduction="none")
+    assert loss[1] == torch.inf
+    assert not grad[1].any()
+    assert torch.equal(loss[::2], others[0][::2])
+    assert torch.equal(grad[::2], others[1][::2])
+
+
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("V", [7, 33000])
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_nothing_is_read_before_it_is_written(kernel, poisoned, name, V, dtype):
+    """Nor left unwritten: a masked row has no statistics, and a gradient of 0."""
+    student, teacher = torch.randn(2, 3, V).to(dtype)
+    mask = torch.tensor([True, False, True])
+    for reduction in ("none", "batchmean"):
+        loss, grad = run(cases.LOSSES[name], student, teacher, mask=mask, reduction=reduction)
+        assert loss.isfinite().all()
+        assert grad.isfinite().all()
+        assert not grad[1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 def test_teacher_made_in_inference_mode(backend, reduction, dtype):

@@ -17,7 +17,7 @@ NaN or +inf gives NaN.
 
 **The gradient** has the student's dtype. It is computed in forward, and backward multiplies it by the incoming
 gradient. With ``reduction="none"``, and for float16, backward computes it from the logits instead: in float16 it would
-underflow before a loss scaler could multiply it. A second derivative raises an error.
+underflow before a loss scaler could multiply it. There is no second derivative: ``create_graph=True`` is an error.
 
 **Memory.** One pass reads student and teacher and, where a gradient is wanted, writes it; nothing else of their size is
 held. On the CPU each thread keeps scratch memory of 12 bytes a class, 24 in float64, from call to call.
@@ -26,8 +26,8 @@ held. On the CPU each thread keeps scratch memory of 12 bytes a class, 24 in flo
 in float32 has lost most digits of a divergence, the relative error stays below 2e-4.
 
 **Errors** are raised before anything is computed, and name the argument. The values of tensor temperatures and
-normalizers are checked on the CPU only: on other devices a check would have to wait for the device, so that wrong
-values propagate into the loss.
+normalizers, and of numbers under ``torch.compile``, are checked on the CPU only: on other devices a check would have to
+wait for the device, so that wrong values propagate into the loss.
 """
 
 from torch import Tensor

@@ -15,7 +15,7 @@ they may hold anything. A weight multiplies the terms of its row, and the diviso
 **The loss** is a tensor without dimensions, float64 where an input is float64, else float32.
 
 **The gradient** has the student's dtype. It is computed in forward, and backward multiplies it by the incoming
-gradient. A second derivative raises an error.
+gradient. There is no second derivative: ``create_graph=True`` is an error.
 
 **Memory.** No matrix ``[N, N]`` is held, forward or backward: beside the inputs there are a few arrays of their size,
 and tiles or strips that are computed one after the other.
