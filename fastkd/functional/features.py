@@ -19,8 +19,8 @@ Where both sides learn, the same call with the two exchanged has the other's gra
 **The loss** is float64 where an input is float64, else float32. It is 0 where there are no rows, or none that counts.
 
 **The gradient** has the student's dtype. It is computed in forward, and backward multiplies it by the incoming
-gradient. With ``reduction="none"``, and for float16, backward computes it from the features instead. A second
-derivative raises an error.
+gradient. With ``reduction="none"``, and for float16, backward computes it from the features instead. There is no
+second derivative: ``create_graph=True`` is an error.
 
 **Memory.** One pass reads student and teacher and, where a gradient is wanted, writes it.
 
