@@ -164,10 +164,27 @@ def gradcheck(backend, function, inputs):
     return torch.autograd.gradcheck(function, inputs, fast_mode=backend in ("triton-interpreter", "cuda-cusim"))
 
 
+def pytest_collectstart(collector):
+    """A module's own tensors are drawn as it is imported."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(zlib.crc32(collector.nodeid.encode()))
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """What fails once fails again: torch seeds itself anew in every process. Nor does it matter which tests ran before."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def poisoned():
+    """New memory holds NaN."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
 
 
 @pytest.fixture

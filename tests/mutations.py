@@ -64,7 +64,7 @@ MUTATIONS = [
     Mutation("cuda rows: a row's edges are left out of its sums", "csrc/cuda/rows_kernel.cuh",
              "    add<T, 1, D::kTeacherEntropy>(own.sums, s1, t1, r);\n", "", ROWS),
     Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",
-             "const bool counts = !P.mask || P.mask[row];", "const bool counts = true;", ROWS),
+             "const bool counts = !P.mask || P.mask[row];", "const bool counts = true;", ROWS + " tests/test_cuda.py"),
     Mutation("cuda triples: the bound of Huber is one-sided", "csrc/cuda/triples_kernel.cuh",
              "return x < -bound ? -bound : x > bound ? bound : x; }", "return x > bound ? bound : x; }", RELATIONS),
     Mutation("cuda pairs: all rows are there", "csrc/cuda/pairs_tile.cuh",

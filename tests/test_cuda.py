@@ -196,6 +196,21 @@ def test_numbers_in_every_order_of_threads(cusim, name, order, older):
                 test_rows.check(name, case, torch.bfloat16, "none", False)
 
 
+@pytest.mark.parametrize("name", cases.LOSSES)
+def test_a_masked_row_of_several_blocks(cusim, poisoned, name):
+    """Without clusters, as above, a long row is several blocks', whose sums lie in memory: of a masked row none."""
+    cusim.cusim_device(75, 8)
+    cusim.cusim_device(97, 48 << 10)
+    student, teacher = torch.randn(2, 3, 33000)
+    mask = torch.tensor([True, False, True])
+    with use("cuda-cusim"):
+        for reduction in ("none", "batchmean"):
+            loss, grad = test_rows.run(cases.LOSSES[name], student, teacher, mask=mask, reduction=reduction)
+            assert loss.isfinite().all()
+            assert grad.isfinite().all()
+            assert not grad[1].any()
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_the_order_of_threads_changes_no_bit(cusim, order):
     student, teacher = torch.randn(3, 20003), torch.randn(3, 20003)

@@ -162,17 +162,6 @@ def test_a_student_without_a_possible_class(backend, name, V):
     assert torch.equal(grad[::2], others[1][::2])
 
 
-@pytest.fixture
-def poisoned():
-    """New memory holds NaN."""
-    before = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(False)
-    torch.utils.deterministic.fill_uninitialized_memory = before
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("V", [7, 33000])
 @pytest.mark.parametrize("name", cases.LOSSES)
