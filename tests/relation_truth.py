@@ -117,9 +117,10 @@ def relation_kl(student, teacher, temperature=1.0, normalize=False):
         others = [j for j in range(N) if j != i]
         log_p = torch.log_softmax((s - s.mean(0))[others] @ s[i] / scale, 0)
         log_q = torch.log_softmax((t - t.mean(0))[others] @ t[i] / teacher_scale, 0)
-        w = log_p - log_q
-        total += (log_q.exp() * (torch.expm1(w) - w)).sum()
-        weights[i, others] = (log_p.exp() - log_q.exp()) / scale / N
+        p, q, w = log_p.exp(), log_q.exp(), log_p - log_q
+        # differences first where they are small; e^w alone may be beyond float64
+        total += torch.where(w < 1, q * (torch.expm1(w.clamp(max=1)) - w), p - q - q * w).sum()
+        weights[i, others] = (p - q) / scale / N
     grad = (weights + weights.T) @ s
     if normalize:
         grad = (grad - (grad * s).sum(1, keepdim=True) * s) * inverse

@@ -382,7 +382,9 @@ def test_both_orders_near_convergence(backend, pairs_taken):
         expected, expected_grad = run(functional.relation_kl, student.double(), teacher.double())
     assert expected < 1e-7
     assert error(loss, expected) <= 1e-3
-    assert error(grad, expected_grad) <= 2e-3
+    # A logit is a sum of 16 products about as large as itself: rounded, it is off by 4 * 2^-24. So is the teacher's,
+    # and they differ by 1.4e-4. Twice that share.
+    assert error(grad, expected_grad) <= 2 * 4 * 2**-24 * 2**0.5 / 1.4e-4
 
 
 @pytest.mark.parametrize(
