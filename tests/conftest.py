@@ -128,7 +128,8 @@ def share_what_is_built(items):
     for item in items:
         for name in set(BUILT) & set(item.fixturenames):
             which = getattr(item, "callspec", None) and item.callspec.params.get(BUILT[name], "")
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name} {which or ''}"))
+            program = item.originalname if item.get_closest_marker("sanitizers") else ""  # each has one of its own
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name} {which or ''} {program}"))
 
 
 @contextlib.contextmanager

@@ -106,11 +106,11 @@ def relation_launches(pairs, triples):
             calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, 1.0, True, True)
             calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, 2.0, 1.0, 1.0, 1.0, s)
             count, weight = torch.empty((), dtype=torch.int64), torch.empty(N, dtype=compute_dtype(x, x))
-            calls[name + "/pairs/counted"] = lambda x=x, c=count: pairs.pairs_fwd(x, x, c, None, 0, 1.0, True, True)
             calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, 1.0, True, True)
-            calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(
-                x, x, c, 2.0, 1.0, 1.0, 1.0, s
-            )
+            if N in (64, 2176):  # the fewest blocks of rows, and the most
+                calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(
+                    x, x, c, 2.0, 1.0, 1.0, 1.0, s
+                )
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
     calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, 1.0, False, True)
     calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, torch.empty(33), 0, 1.0, False, True)
@@ -220,7 +220,8 @@ def compile_for(target_name):
         calls |= other_launches(rows) | other_feature_launches(elements, attention)
         calls |= other_strip_launches(pkt, triplet)
     else:  # float64 has no bounds, and float16 those of bfloat16: that they compile at all is seen of the two above
-        calls = {name: call for name, call in calls.items() if "/float64/" not in name and "/float16/" not in name}
+        unbounded = re.compile("/float64/|/float16/|^other/")
+        calls = {name: call for name, call in calls.items() if not unbounded.search(name)}
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
     print(json.dumps([[*key, numbers] for key, numbers in found.items()]))
