@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
+from fastkd._divergences import NUMBERS, REGISTRY
 from fastkd.ops import rows
 
 from .measure import Provider, interleave
@@ -104,13 +105,14 @@ def own(name, backend, **options):
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
-    namespace, number = _backend.namespace(backend), rows.DIVERGENCE_NUMBERS[name]
-    beta = 0.5 if name == "js_div" else 0.0
+    namespace, entry = _backend.namespace(backend), REGISTRY[name]
+    parameter = 0.0 if entry.parameter is None else entry.parameter.default
 
     def alone(student, teacher):
         scale = 1 / len(student)
         call = RowsCall(
-            student, teacher, number, beta, TEMPERATURE, None, TEMPERATURE, None, True, None, None, scale, None
+            student, teacher, NUMBERS[name], parameter, None, TEMPERATURE, None, TEMPERATURE, None, True, None, None,
+            scale, None,
         )  # fmt: skip
         return rows.forward(namespace, call, grad=student)
 

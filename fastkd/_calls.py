@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
 
 class RowsCall(NamedTuple):
-    """What every op of the rows schedule begins with. N is the number of rows of ``[*, V]``; the per-row tensors but
-    the mask are in the dtype that is computed in."""
+    """What every op of the rows schedule begins with. N is the number of rows of ``[*, V]``; the per-row tensors are
+    in the dtype that is computed in, but where another is named."""
 
     student: Tensor  # [*, V], any strides
     teacher: Tensor  # [*, V], any strides
-    divergence: int  # its number in fastkd.reference.DIVERGENCES
-    parameter: float  # the divergence's own, where it has one
+    divergence: int  # its number in fastkd/_divergences.py
+    parameter: float  # the divergence's own, where it has one and there are no parameter_rows
+    parameter_rows: Tensor | None  # [N] float64
     temperature: float  # of all rows, where there are no temperature_rows
     temperature_rows: Tensor | None  # [N]
     teacher_temperature: float

@@ -27,7 +27,7 @@ class LogitsOptions(NamedTuple):
     reduction: str
     normalizer: Any
     inplace: bool
-    parameter: float  # the divergence's own; 0.0 where it has none
+    parameter: Any  # the divergence's own; 0.0 where it has none
 
 
 def _tensor(name, x):
@@ -434,13 +434,18 @@ def temperature(name, value, student):
     if not isinstance(value, torch.Tensor):
         number(name, value)
         return
+    _rows_of_numbers(name, value, student)
+    if _values_known(value) and not bool(((value > 0) & (value < math.inf)).all()):
+        raise ValueError(f"{name}: positive finite values wanted")
+
+
+def _rows_of_numbers(name, value, student):
+    """A constant tensor of floating dtype that broadcasts to the student's rows."""
     _constant(name, value, student)
     _floating(name, value)
     leading = student.shape[:-1]
     if not _broadcasts(value.shape, leading):
         raise ValueError(f"{name}: a shape that broadcasts to {list(leading)} wanted, got {list(value.shape)}")
-    if _values_known(value) and not bool(((value > 0) & (value < math.inf)).all()):
-        raise ValueError(f"{name}: positive finite values wanted")
 
 
 def number(name, value):
@@ -473,12 +478,21 @@ def at_least_zero(name, value):
         raise ValueError(f"{name}: a finite number of at least 0 wanted, got {value}")
 
 
-def share(name, value):
-    """A number from 0 to 1."""
+def parameter(entry, value, student=None):
+    """A divergence's own number, within the range of its entry in _divergences; or, where there is a student, a tensor
+    of them, broadcastable to the leading dimensions."""
+    name = entry.name
+    if student is not None and isinstance(value, torch.Tensor):
+        _rows_of_numbers(name, value, student)
+        if _values_known(value) and not bool(((value >= entry.low) & (value <= entry.high)).all()):
+            raise ValueError(f"{name}: values from {entry.low:g} to {entry.high:g} wanted")
+        return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: a number wanted, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: a number from 0 to 1 wanted, got {value}")
+        raise TypeError(f"{name}: a number{' or a tensor' * (student is not None)} wanted, got {type(value).__name__}")
+    if student is not None and torch.compiler.is_compiling():
+        return  # the number may be a symbol; the op checks it when it runs
+    if not entry.low <= value <= entry.high:  # false for NaN
+        raise ValueError(f"{name}: a number from {entry.low:g} to {entry.high:g} wanted, got {value}")
 
 
 def _per_row(name, x, student):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import _calls
+from . import _calls, _divergences
 
 SCHEMAS = (
     *(_calls.schema(name) for name in _calls.OPS),
@@ -88,8 +88,9 @@ fastkd.define(
 # exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
 fastkd.define(
     "relation_kl_fwd(Tensor student, Tensor teacher, Tensor? student_keys, Tensor? teacher_keys, bool exclude_self, "
-    "bool normalize, str rows, int divergence, float parameter, float temperature, Tensor? temperature_rows, "
-    "float teacher_temperature, Tensor? teacher_temperature_rows, Tensor? mask, Tensor? key_mask, Tensor? weight, "
+    "bool normalize, str rows, int divergence, float parameter, Tensor? parameter_rows, float temperature, "
+    "Tensor? temperature_rows, float teacher_temperature, Tensor? teacher_temperature_rows, Tensor? mask, "
+    "Tensor? key_mask, Tensor? weight, "
     "bool save, bool save_keys) -> (Tensor loss, Tensor grad, Tensor keys_grad)"
 )
 
@@ -119,7 +120,7 @@ def _load(name):
         built = calls()
     except NotImplementedError:  # it is older than this question
         built = ""
-    if built != _calls.digest():
+    if built != f"{_calls.digest()},{_divergences.digest()}":
         return f"{path.name} was built from other sources than fastkd's Python"
     return ""
 

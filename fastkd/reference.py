@@ -12,6 +12,7 @@ import torch
 
 from . import _transforms
 from ._check import LogitsOptions
+from ._divergences import REGISTRY
 from ._inplace import overwritten
 
 
@@ -43,12 +44,12 @@ def _kl_div(log_p, log_q, _=None):
     return torch.where(q == 0, p, terms).sum(-1)  # the p of classes without q complete the sum to 1
 
 
-def _soft_cross_entropy(log_p, log_q, _):
+def _soft_cross_entropy(log_p, log_q, _=None):
     """-sum q log p = KL(q || p) - sum q log q: both of terms >= 0."""
     return _kl_div(log_p, log_q) - (log_q.exp() * log_q.masked_fill(log_q == -torch.inf, 0.0)).sum(-1)
 
 
-def _reverse_kl_div(log_p, log_q, _):
+def _reverse_kl_div(log_p, log_q, _=None):
     """sum p (log p - log q). Where q = 0 and p > 0 it is +inf and has no gradient: 0 stands for it."""
     impossible = ((log_q == -torch.inf) & (log_p > -torch.inf)).any(-1, keepdim=True)
     return torch.where(
@@ -64,7 +65,10 @@ def _js_div(log_p, log_q, beta):
     w = torch.where((p == 0) & (q == 0), 0.0, log_p - log_q)
     distance = torch.where(w > 0, w, -w)  # abs has no slope at 0, where this has one
     least = torch.finfo(w.dtype).tiny  # m is not 0 where p or q is not
-    teacher, student = w.new_tensor(max(beta, least)), w.new_tensor(max(1 - beta, least))
+    if isinstance(beta, torch.Tensor):
+        teacher, student = ((x.to(w.dtype)).clamp(min=least) for x in (beta, 1 - beta))
+    else:
+        teacher, student = w.new_tensor(max(beta, least)), w.new_tensor(max(1 - beta, least))
     share, rest = torch.where(w > 0, teacher, student), torch.where(w > 0, student, teacher)
     near_lower = torch.log1p(share * torch.expm1(-distance.clamp(max=1)))
     lower = torch.where(distance < 1, near_lower, torch.log(rest + share * torch.exp(-distance)))
@@ -72,17 +76,18 @@ def _js_div(log_p, log_q, beta):
     u, v = torch.where(w > 0, upper, lower), torch.where(w > 0, lower, upper)
     u, v = torch.where(q == 0, 0.0, u), torch.where(p == 0, 0.0, v)
     near_u, near_v = u.clamp(-1, 1), v.clamp(-1, 1)
-    near = beta * q * (torch.expm1(near_u) - near_u) + (1 - beta) * p * (torch.expm1(near_v) - near_v)
-    return torch.where(w.abs() < 1, near, -(beta * q * u + (1 - beta) * p * v)).sum(-1)
+    near = teacher * q * (torch.expm1(near_u) - near_u) + student * p * (torch.expm1(near_v) - near_v)
+    rows = torch.where(w.abs() < 1, near, -(teacher * q * u + student * p * v)).sum(-1)
+    if isinstance(beta, torch.Tensor):  # by convention the ends are others
+        beta = beta.squeeze(-1)
+        rows = torch.where((beta >= 0) & (beta <= 1), rows, torch.nan)
+        rows = torch.where(beta == 0, _kl_div(log_p, log_q), rows)
+        rows = torch.where(beta == 1, _reverse_kl_div(log_p, log_q), rows)
+    return rows
 
 
-# Each takes log p and log q [*, V] and its parameter, where it has one.
-DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {
-    "kl_div": _kl_div,
-    "soft_cross_entropy": _soft_cross_entropy,
-    "reverse_kl_div": _reverse_kl_div,
-    "js_div": _js_div,
-}
+# Each takes log p and log q [*, V] and its parameter, where it has one: a number, or a tensor [*, 1].
+DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}"] for name in REGISTRY}
 
 
 def _divergence(name, log_p, log_q, parameter):
@@ -132,7 +137,10 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         s = torch.where(mask[..., None], s, 0.0)
         t = torch.where(mask[..., None], t, 0.0)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
-    rows = _divergence(divergence, log_p, log_q, options.parameter)
+    parameter = options.parameter
+    if isinstance(parameter, torch.Tensor):  # not rounded to the dtype: 1 - x of an x near 1 keeps its digits
+        parameter = ordinary(parameter).expand(student.shape[:-1])[..., None]
+    rows = _divergence(divergence, log_p, log_q, parameter)
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.weight is not None:
@@ -343,7 +351,7 @@ def relation_kl(
     exclude_self: bool,
     normalize: bool,
     divergence: str,
-    parameter: float,
+    parameter: torch.Tensor | float,
     temperature: torch.Tensor | float,
     teacher_temperature: torch.Tensor | float,
     mask: torch.Tensor | None,

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastkd import _divergences
+
 ROOT = Path(__file__).parents[1]
 CUSIM = Path("csrc/testing/cusim")
 BUILDS = {"plain": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
@@ -58,6 +60,13 @@ def find_tool(name):
     return tool
 
 
+def write_headers(folder):
+    """Those that the build writes; of the sources as they are now."""
+    (folder / "divergence_list.h").write_text(_divergences.list_header())
+    (folder / "divergence_functors.h").write_text(_divergences.functors_header())
+    return folder
+
+
 class Compiler:
     """Compiles C++ into a folder."""
 
@@ -66,11 +75,8 @@ class Compiler:
         self.command = os.environ.get("CXX", "g++").split()
         if shutil.which(self.command[0]) is None:
             missing(f"C++ compiler '{self.command[0]}'")
-        self.flags = [
-            "-std=c++20",
-            "-g1",
-            "-Icsrc",
-        ]  # lines alone: variables' places take sanitizers longest
+        # -g1: lines alone; variables' places take sanitizers longest
+        self.flags = ["-std=c++20", "-g1", "-Icsrc", f"-I{write_headers(folder)}"]
         self.warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
         self.built = {}
 

@@ -37,13 +37,15 @@ RELATIONS = "tests/test_relations.py tests/test_row_options.py"
 FEATURES = "tests/test_elements.py tests/test_attention.py"
 MUTATIONS = [
     # functors, of the CPU and CUDA
-    Mutation("functor: KL's far form without its first-order term", "csrc/math/divergence.h",
+    Mutation("functor: KL's far form without its first-order term", "csrc/math/divergences/kl_div.h",
              "const T far = (e.p - e.q) - e.q * e.w;", "const T far = -e.q * e.w;", ROWS),
-    Mutation("functor: reverse KL's series has the other sign", "csrc/math/divergence.h",
+    Mutation("functor: reverse KL's series has the other sign", "csrc/math/divergences/reverse_kl_div.h",
              "e.p * (e.w * e.w * bregman_series(-e.w))", "e.p * (e.w * e.w * bregman_series(e.w))", ROWS),
-    Mutation("functor: js_div takes the other side's share", "csrc/math/divergence.h",
-             "(student_larger ? beta : rest) * (smaller - larger)", "(student_larger ? rest : beta) * (smaller - larger)",
+    Mutation("functor: js_div takes the other side's share", "csrc/math/divergences/js_div.h",
+             "student_larger ? beta * (e.q - e.p) : rest * (e.p - e.q)", "student_larger ? rest * (e.q - e.p) : beta * (e.p - e.q)",
              ROWS),
+    Mutation("functor: a row's beta of 1 is one of 0", "csrc/math/divergences/js_div.h",
+             "} else if (parameter == 1) {\n      f(ReverseKL<T>());", "} else if (parameter == 1) {\n      f(ForwardEnd());", ROWS),
     Mutation("functor: rkd_distance forgets that the mean has a gradient", "csrc/math/relation.h",
              "slope_mean_ = T(sums.slope / options.pairs());", "slope_mean_ = T(0);", RELATIONS),
     Mutation("functor: the variance's epsilon", "csrc/math/feature.h",
@@ -73,7 +75,7 @@ MUTATIONS = [
              "double(sum[q]) * weight(place.row + q) : 0;", "double(sum[q]) * weight(place.row) : 0;", FEATURES),
     # schedules of Triton
     Mutation("triton: js_div's terms trade places", "fastkd/triton/divergences.py",
-             "v = tl.where(student_larger, lower, upper)", "v = tl.where(student_larger, upper, lower)", ROWS),
+             "tl.where(by_student, log, log - finite)", "tl.where(by_student, log - finite, log)", ROWS),
     Mutation("triton: thresholds that are met count", "fastkd/triton/triplet.py",
              "negative[None, :] & ~(threshold[:, None] <= d[None, :])\n        above", "negative[None, :] & ~(threshold[:, None] < d[None, :])\n        above",
              "tests/test_triplet.py"),

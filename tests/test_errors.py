@@ -1,5 +1,7 @@
 """Bad input: its own clear error, naming the argument, and nothing changed."""
 
+import functools
+
 import pytest
 import torch
 
@@ -115,6 +117,19 @@ def test_error_names_the_argument(name, backend_name):
 def test_js_div_refuses_a_beta(make, beta, error):
     with pytest.raises(error, match=r"^beta: a number .*wanted"):
         make(beta)
+
+
+@pytest.mark.parametrize(
+    ("beta", "error", "match"),
+    [(torch.full((3,), 0.5), ValueError, "a shape that broadcasts"), (torch.ones(4).long(), TypeError, "float"),
+     (torch.full((4,), 1.5), ValueError, "values from 0 to 1 wanted"), (torch.tensor(torch.nan), ValueError, "from 0 to 1"),
+     (torch.full((4,), 0.5, requires_grad=True), ValueError, "gradient")],
+    ids=["shape", "dtype", "range", "NaN", "gradient"],
+)  # fmt: skip
+@pytest.mark.parametrize("loss", [functional.js_div, functools.partial(functional.relation_kl, divergence="js_div")])
+def test_js_div_refuses_a_tensor_of_betas(loss, beta, error, match):
+    with pytest.raises(error, match=f"^beta: .*{match}"):
+        loss(S, T, beta=beta)
 
 
 LOGIT_LOSSES = [functional.kl_div, functional.soft_cross_entropy, functional.reverse_kl_div, functional.js_div]
@@ -263,7 +278,7 @@ def test_relational_options_are_keywords_and_known(loss):
 
 def test_the_op_checks_its_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
-    call = RowsCall(S, T, 0, 0.0, 1.0, None, 1.0, None, True, None, None, 0.25, None)
+    call = RowsCall(S, T, 0, 0.0, None, 1.0, None, 1.0, None, True, None, None, 0.25, None)
     ops, loss = rows.OPS["fastkd"], torch.empty(())
     wrong_calls = {
         "same shape": {"teacher": T[:, :5]},
@@ -273,7 +288,10 @@ def test_the_op_checks_its_own_contract():
         "scale_tensor": {"scale_tensor": torch.ones(())},
         "temperature": {"temperature": -1.0},
         "weight": {"weight": torch.ones(4, dtype=torch.float64)},
-        "parameter": {"divergence": 3, "parameter": 1.0},
+        "parameter: a number within": {"divergence": 3, "parameter": 1.1},
+        "parameter: a number within the divergence's range": {"divergence": 0, "parameter": 0.1},
+        "parameter: a contiguous": {"divergence": 3, "parameter_rows": torch.full((4,), 0.5)},
+        "range wanted, got nan": {"divergence": 3, "parameter_rows": torch.full((4,), torch.nan).double()},
         "float16, bfloat16": {"student": S.long(), "teacher": T.long()},
     }
     for match, wrong in wrong_calls.items():

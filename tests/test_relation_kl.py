@@ -307,7 +307,7 @@ def test_nan_keys_propagate(backend, monkeypatch, side):
 
 
 def test_the_op_checks_its_own_contract():
-    rest = (None, None, True, False, "fastkd", 0, 0.0, 1.0, None, 1.0, None)
+    rest = (None, None, True, False, "fastkd", 0, 0.0, None, 1.0, None, 1.0, None)
     for student, teacher, mask in ((S[None], T[None, :3], None), (S, T, None), (S[None], T[None], torch.ones(4) > 0)):
         with pytest.raises(RuntimeError, match="student, teacher, their keys, mask, weight and key_mask: shapes"):
             torch.ops.fastkd.relation_kl_fwd(student, teacher, *rest, mask, None, None, True, False)
@@ -390,7 +390,7 @@ def test_both_orders_near_convergence(backend, pairs_taken):
 @pytest.mark.parametrize(
     ("factor", "options"),
     [(20.0, {}), (1.0, {"temperature": 0.05}), (1.0, {"divergence": "reverse_kl_div"}),
-     (1.0, {"temperature": torch.ones(90)}), (1.0, {"key_mask": torch.ones(90, dtype=torch.bool)})],
+     (1.0, {"temperature": torch.ones(90).index_fill(0, torch.tensor(7), 2.0)}), (1.0, {"key_mask": torch.ones(90, dtype=torch.bool)})],
     ids=str,
 )  # fmt: skip
 def test_whole_rows_where_both_orders_would_not_do(pairs_taken, factor, options):

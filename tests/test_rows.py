@@ -478,6 +478,30 @@ def test_js_div_ends_are_the_kl_divergences(backend):
         assert torch.equal(ours[1], theirs[1])
 
 
+@pytest.mark.parametrize("V", [5, 300, 9000])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_beta_for_each_row(backend, dtype, reduction, V):
+    """The ends too are those of single rows."""
+    beta = torch.tensor([0.0, 0.5, 1.0, 0.01, 0.9, 1 - 1e-6, 1e-6, 0.3], dtype=dtype)
+    if V == 9000:
+        beta = beta[:4]
+    student, teacher, _ = cases.Case("beta", "", (len(beta), V)).inputs(dtype)
+    loss, grad = run(functools.partial(functional.js_div, beta=beta), student, teacher, reduction=reduction)
+    upstream = upstream_like(loss).expand(beta.shape)
+    losses = []
+    for row, b in enumerate(beta.tolist()):
+        exact, exact_grad = truth_of("js_div", student[row : row + 1], teacher[row : row + 1], beta=b)
+        losses.append(exact)
+        skewed = 1 if b in (0, 1) else 1 / min(b, 1 - b)
+        least = 8 * FLOOR[dtype] * skewed
+        if reduction == "none":
+            assert error(loss[row], exact) < least
+        assert error(grad[row], exact_grad[0] * upstream[row]) < least
+    if reduction == "sum":
+        assert error(loss, sum(losses)) < 8 * FLOOR[dtype] * 1e6
+
+
 @pytest.mark.parametrize("beta", [1e-8, 1 - 1e-9])
 def test_js_div_of_a_beta_that_rounds_to_an_end(backend, beta):
     student, teacher = torch.tensor([[200.0, 0.0, -200.0]] * 2), torch.tensor([[-200.0, 0.0, 200.0]] * 2)

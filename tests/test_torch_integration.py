@@ -27,13 +27,13 @@ def op_calls(backend_name):
     ops = rows.OPS[_backend.namespace(backend_name)]
     student, teacher = torch.randn(3, 4, 20), torch.randn(3, 4, 20)
     rows_of = torch.rand(12) + 0.5
-    plain = RowsCall(student, teacher, 0, 0.0, 2.0, None, 2.0, None, True, None, None, 0.25, None)
+    plain = RowsCall(student, teacher, 0, 0.0, None, 2.0, None, 2.0, None, True, None, None, 0.25, None)
     full = plain._replace(
         divergence=2, temperature=1.0, temperature_rows=rows_of, teacher_temperature=3.0, t_squared=False,
         mask=torch.rand(12) < 0.7, weight=rows_of, scale=1.0,
     )  # fmt: skip
     divided = plain._replace(
-        divergence=3, parameter=0.3, teacher_temperature_rows=rows_of,
+        divergence=3, parameter_rows=rows_of.double() / 2, teacher_temperature_rows=rows_of,
         scale_tensor=torch.tensor(0.2, dtype=torch.float64),
     )  # fmt: skip
     for name, call, shape in (("plain", plain, ()), ("full", full, (3, 4)), ("divided", divided, ())):
@@ -89,7 +89,7 @@ def relational_calls(backend_name):
                     options = (*similar, 1.0, *rows, "fastkd", save)
                     yield f"triplet-{how}-{name}-{save}", torch.ops.fastkd.triplet_fwd, (pair[0], *options)
                 for keys in (None, pair):
-                    options = (keys is None, True, "fastkd", 0, 0.0, 1.0, None, 0.5, None, mask[None], None, None)
+                    options = (keys is None, True, "fastkd", 0, 0.0, None, 1.0, None, 0.5, None, mask[None], None, None)
                     arguments = (*(x[None] for x in pair), *(keys and x[None] for x in keys or pair), *options)
                     yield f"relation_kl-{name}-{save}-{keys is None}", torch.ops.fastkd.relation_kl_fwd, (
                         *arguments, save, save and keys is not None)  # fmt: skip
@@ -284,6 +284,27 @@ def test_compile_with_a_temperature_that_changes():
         assert error(compiled_grad, grad) < FLOOR[torch.float32]
     assert counter.frame_count <= 2
     with pytest.raises((RuntimeError, ValueError), match="temperature: a positive finite number wanted"):
+        compiled(student, teacher, -1.5)
+
+
+@pytest.mark.parametrize(
+    "loss_function",
+    [lambda s, t, x: functional.js_div(s, t, beta=x),
+     lambda s, t, x: functional.relation_kl(s, t, divergence="js_div", beta=x),
+     lambda s, t, x: functional.relation_kl(s, t, temperature=x, teacher_temperature=2 * x)],
+    ids=["js_div", "beta of relation_kl", "temperature of relation_kl"],
+)  # fmt: skip
+def test_compile_with_a_number_that_changes(loss_function):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss_function, fullgraph=True, backend=counter)
+    student, teacher = torch.randn(6, 10), torch.randn(6, 10)
+    for x in (0.5, 0.25, 0.75, 0.1, 0.9, 0.3, 1.0, 0.2, 0.6, 0.05):
+        loss, grad = both(loss_function, student, teacher, x)
+        compiled_loss, compiled_grad = both(compiled, student, teacher, x)
+        assert error(compiled_loss, loss) < FLOOR[torch.float32]
+        assert error(compiled_grad, grad) < 2 * FLOOR[torch.float32]
+    assert counter.frame_count <= 2
+    with pytest.raises((RuntimeError, ValueError), match=r"(parameter|temperature): a .*number .*wanted"):
         compiled(student, teacher, -1.5)
 
 

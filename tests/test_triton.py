@@ -50,9 +50,9 @@ def rows_call(student, teacher, divergence, **changed):
     """What the ops of the rows schedule begin with."""
     from fastkd._calls import RowsCall
 
-    return RowsCall(student, teacher, divergence, 0.5, 2.0, None, 2.0, None, True, None, None, 0.25, None)._replace(
-        **changed
-    )
+    return RowsCall(
+        student, teacher, divergence, 0.5, None, 2.0, None, 2.0, None, True, None, None, 0.25, None
+    )._replace(**changed)
 
 
 def launches(rows, scale):

@@ -4,6 +4,7 @@
 
 #include "calls.h"
 #include "common/rows_tensor.h"
+#include "divergence_list.h"
 
 namespace fastkd {
 
@@ -20,15 +21,10 @@ inline void check(const RowsCall& in) {
     FASTKD_CHECK(s.size(d) == t.size(d), "student and teacher: the same shape [*, V] wanted");
   }
   FASTKD_CHECK(classes(in) > 0, "student: at least one class wanted");
-  for (const double T : {in.temperature, in.teacher_temperature}) {
-    FASTKD_CHECK(T > 0 && std::isfinite(T), "temperature: a positive finite number wanted, got ", T);
-  }
   FASTKD_CHECK(in.scale > 0 && std::isfinite(in.scale), "normalizer: a positive finite number wanted, got ",
                1 / in.scale);
   FASTKD_CHECK(in.divergence >= 0 && in.divergence < int64_t(Divergence::kCount), "divergence: unknown number ",
                in.divergence);
-  FASTKD_CHECK(Divergence(in.divergence) != Divergence::kJensenShannon || (in.parameter > 0 && in.parameter < 1),
-               "parameter: a number between 0 and 1 wanted, got ", in.parameter);
 }
 
 }  // namespace fastkd

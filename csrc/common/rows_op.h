@@ -8,7 +8,7 @@
 //   inverse_divisor(in)              see fastkd/_calls.py
 #pragma once
 #include "common/rows_inputs.h"
-#include "math/jensen_shannon_series.h"
+#include "common/rows_params.h"
 
 namespace fastkd {
 
@@ -30,15 +30,19 @@ struct RowsOps {
     return static_cast<const T*>(x->const_data_ptr());
   }
 
-  // The same of temperatures, whose values are looked at where the host can.
+  // A number of a call. Its values are looked at where the host can.
+  template <class T, class Allowed>
+  static Number<T> number(double of_all, const OptionalTensor& rows, const RowsCall& in, const char* name,
+                          const char* wanted, Allowed&& allowed) {
+    const Number<T> x{per_row<T>(rows, in, kScalarType<T>, name), of_all};
+    const int64_t values = !x.rows ? 1 : Device::kValuesAtHand ? number_of_rows(in) : 0;
+    for (int64_t row = 0; row < values; ++row) FASTKD_CHECK(allowed(x[row]), name, ": ", wanted, " wanted, got ", x[row]);
+    return x;
+  }
   template <class T>
-  static const T* temperatures(const OptionalTensor& x, const RowsCall& in, const char* name) {
-    const T* values = per_row<T>(x, in, kScalarType<T>, name);
-    for (int64_t row = 0; Device::kValuesAtHand && values && row < number_of_rows(in); ++row) {
-      FASTKD_CHECK(values[row] > 0 && std::isfinite(values[row]), name, ": a positive finite number wanted, got ",
-                   values[row]);
-    }
-    return values;
+  static Number<T> temperature(double of_all, const OptionalTensor& rows, const RowsCall& in, const char* name) {
+    return number<T>(of_all, rows, in, name, "a positive finite number",
+                     [](double x) { return x > 0 && std::isfinite(x); });
   }
 
   static void check_grad(const Tensor& grad, const RowsCall& in) {
@@ -60,16 +64,17 @@ struct RowsOps {
     RowsParams<T> P{};
     constexpr ScalarType kType = kScalarType<T>;
     P.divergence = Divergence(in.divergence);
-    P.parameter = divergence_parameter<T>(P.divergence, in.parameter);
+    const ParameterRange range = kParameterRanges[in.divergence];
+    P.parameter = number<double>(in.parameter, in.parameter_rows, in, "parameter", "a number within the divergence's range",
+                            [range](double x) { return x >= range.low && x <= range.high; });
     P.N = number_of_rows(in);
     P.V = classes(in);
     P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");
     P.teacher = rows_tensor(in.teacher, const_cast<void*>(in.teacher.const_data_ptr()), "teacher");
     if (grad) P.grad = rows_tensor(*grad, grad->mutable_data_ptr(), "grad");
-    P.temperature = temperatures<T>(in.temperature_rows, in, "temperature");
-    P.teacher_temperature = temperatures<T>(in.teacher_temperature_rows, in, "teacher_temperature");
-    P.temperature_all = in.temperature;
-    P.teacher_temperature_all = in.teacher_temperature;
+    P.temperature = temperature<T>(in.temperature, in.temperature_rows, in, "temperature");
+    P.teacher_temperature =
+        temperature<T>(in.teacher_temperature, in.teacher_temperature_rows, in, "teacher_temperature");
     P.t_squared = in.t_squared;
     P.mask = per_row<bool>(in.mask, in, ScalarType::Bool, "mask");
     P.weight = per_row<T>(in.weight, in, kType, "weight");

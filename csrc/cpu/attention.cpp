@@ -21,17 +21,7 @@ namespace {
 
 template <class T>
 const AttentionKernel<T>& kernel() {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::attention_kernel<T>();
-    case Isa::kAvx512:
-      return avx512::attention_kernel<T>();
-  }
-#endif
-  return baseline::attention_kernel<T>();
+  return FASTKD_OF_ISA(attention_kernel<T>());
 }
 
 constexpr int64_t kLargeBytes = int64_t(16)

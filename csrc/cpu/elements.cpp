@@ -17,17 +17,7 @@ namespace {
 
 template <class T>
 const ElementsKernel<T>& kernel(Feature feature) {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::elements_kernel<T>(feature);
-    case Isa::kAvx512:
-      return avx512::elements_kernel<T>(feature);
-  }
-#endif
-  return baseline::elements_kernel<T>(feature);
+  return FASTKD_OF_ISA(elements_kernel<T>(feature));
 }
 
 constexpr int64_t kStreamBytes = int64_t(16) << 20;

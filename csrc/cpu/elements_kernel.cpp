@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "common/enum.h"
 #include "cpu/memory.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -432,16 +433,7 @@ constexpr ElementsKernel<T> kKernel{rows<T, F>, block_rows<T>, scratch_bytes<T>}
 
 template <class T>
 const ElementsKernel<T>& elements_kernel(Feature feature) {
-  switch (feature) {
-    case Feature::kL2:
-      return kKernel<T, Feature::kL2>;
-    case Feature::kStandardized:
-      return kKernel<T, Feature::kStandardized>;
-    case Feature::kCosine:
-      return kKernel<T, Feature::kCosine>;
-    default:
-      return kKernel<T, Feature::kSquares>;
-  }
+  return with_constant(feature, [](auto k) -> const ElementsKernel<T>& { return kKernel<T, k.value>; });
 }
 template const ElementsKernel<float>& elements_kernel(Feature);
 template const ElementsKernel<double>& elements_kernel(Feature);

@@ -39,17 +39,7 @@ constexpr int64_t kKept = int64_t(16) << 20;
 
 template <class T>
 const PairsKernel<T>& kernel(Relation relation, bool weighted) {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::pairs_kernel<T>(relation, weighted);
-    case Isa::kAvx512:
-      return avx512::pairs_kernel<T>(relation, weighted);
-  }
-#endif
-  return baseline::pairs_kernel<T>(relation, weighted);
+  return FASTKD_OF_ISA(pairs_kernel<T>(relation, weighted));
 }
 
 template <class T>

@@ -16,17 +16,7 @@ constexpr int64_t kColumns = 512;  // of a thread at a time: what it knows of th
 
 template <class T>
 const PktKernel<T>& kernel() {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::pkt_kernel<T>();
-    case Isa::kAvx512:
-      return avx512::pkt_kernel<T>();
-  }
-#endif
-  return baseline::pkt_kernel<T>();
+  return FASTKD_OF_ISA(pkt_kernel<T>());
 }
 
 template <class T>

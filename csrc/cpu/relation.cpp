@@ -19,17 +19,7 @@ constexpr int64_t kColumns = 512;  // of a thread at a time
 
 template <class T>
 const RelationKernel<T>& kernel() {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::relation_kernel<T>();
-    case Isa::kAvx512:
-      return avx512::relation_kernel<T>();
-  }
-#endif
-  return baseline::relation_kernel<T>();
+  return FASTKD_OF_ISA(relation_kernel<T>());
 }
 
 struct StripInputs {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "math/divergence.h"
+#include "math/divergences/kl_div.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -70,7 +70,7 @@ FASTKD_HD Element<T> element(T e, T f, T w, T here, One<T> one) {
 // One order of the pairs in a loop: with both it is not vectorised.
 template <class T>
 double of_row(const Room<T>& room, const T* here, One<T> one, T weight, T scale, int64_t n, T* s) {
-  const ForwardKL<T> divergence{DivergenceParameter<T>{}};
+  const ForwardKL<T> divergence;
   const T *e = room.student, *f = room.teacher, *w = room.w;
   T loss = 0;
 #pragma omp simd reduction(+ : loss)
@@ -83,7 +83,7 @@ double of_row(const Room<T>& room, const T* here, One<T> one, T weight, T scale,
 
 template <class T>
 double of_columns(const Room<T>& room, T here, const RelationRows<T>& R, int64_t first, int64_t n, T* s) {
-  const ForwardKL<T> divergence{DivergenceParameter<T>{}};
+  const ForwardKL<T> divergence;
   const T *e = room.student, *f = room.teacher, *w = room.w;
   const T *inverse = R.student_inverse + first, *teacher_inverse = R.teacher_inverse + first;
   const T *difference = R.difference + first, *weight = R.weight + first, *scale = R.scale + first;

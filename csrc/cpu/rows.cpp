@@ -34,17 +34,7 @@ bool is_dense(const RowsTensor& x, int64_t V) {
 
 template <class T>
 const RowsKernel<T>& kernel(Divergence which) {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::rows_kernel<T>(which);
-    case Isa::kAvx512:
-      return avx512::rows_kernel<T>(which);
-  }
-#endif
-  return baseline::rows_kernel<T>(which);
+  return FASTKD_OF_ISA(rows_kernel<T>(which));
 }
 
 constexpr int64_t kGrain = 16384;  // classes that are worth a thread
@@ -162,7 +152,7 @@ void cpu_isa(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void cpu_calls(StableIValue* stack, uint64_t, uint64_t) {
-  stack[0] = torch::stable::detail::from(std::string(kCallsDigest));
+  stack[0] = torch::stable::detail::from(std::string(kCallsDigest) + "," + kDivergencesDigest);
 }
 
 }  // namespace

@@ -15,9 +15,10 @@
 
 #include <cmath>
 
+#include "common/enum.h"
 #include "cpu/memory.h"
 #include "cpu/prefetch.h"
-#include "math/divergence.h"
+#include "divergence_functors.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -36,10 +37,9 @@ struct Row {
 template <class T>
 Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
   Row<T> r;
-  const double temperature = P.temperature ? double(P.temperature[row]) : P.temperature_all;
+  const double temperature = P.temperature[row];
   r.inv_temperature = 1.0 / temperature;
-  r.inv_teacher_temperature =
-      1.0 / (P.teacher_temperature ? double(P.teacher_temperature[row]) : P.teacher_temperature_all);
+  r.inv_teacher_temperature = 1.0 / P.teacher_temperature[row];
   r.loss_scale = (P.t_squared ? temperature * temperature : 1.0) * (P.weight ? double(P.weight[row]) : 1.0);
   r.grad_scale = r.loss_scale * r.inv_temperature * P.grad_scale *
                  (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
@@ -311,7 +311,6 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     return;
   }
   alignas(64) T grad[kChunk];
-  const D divergence(P.parameter);
   const Row<T> r = row_constants(P, row);
   const Scale<double> of_row = row_scale(r, stats);
   const bool to_grad = D::kCentred && P.grad.data;
@@ -322,12 +321,14 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     const Scale<T> k = block_scale(r, of_row, stats, sums.stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t m = part(i, padded(n), kChunk), at = first + i;
-      if (to_grad) {
-        reduce_chunk_to_grad(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums, grad);
-        store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
-      } else {
-        reduce_chunk(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums);
-      }
+      with_functor<D>(P.parameter[row], [&](auto divergence) {
+        if (to_grad) {
+          reduce_chunk_to_grad(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums, grad);
+        } else {
+          reduce_chunk(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums);
+        }
+      });
+      if (to_grad) store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
     }
   }
@@ -410,7 +411,6 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
                      Prefetch& ahead) {
   alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk], exp_student[kChunk], exp_teacher[kChunk];
   alignas(64) T difference[kChunk], grad[kChunk];
-  const D divergence(P.parameter);
   const Row<T> r = row_constants(P, row);
   const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
@@ -422,7 +422,9 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
     first_pass_chunk(s, t, m, r, sums, exp_student, exp_teacher, difference);
-    gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);
+    with_functor<D>(P.parameter[row], [&](auto divergence) {
+      gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);
+    });
     store_block(P.grad, grad_row, first, n, grad, P.stream);
     ahead.some();
   }
@@ -484,8 +486,7 @@ const RowsKernel<T> kernel = {forward<T, D>,    backward<T, D>,    statistics_pa
 
 template <class T>
 const RowsKernel<T>& rows_kernel(Divergence which) {
-  return dispatch_divergence<T>(
-      which, [](auto divergence) -> const RowsKernel<T>& { return kernel<T, typename decltype(divergence)::type>; });
+  return with_constant(which, [](auto k) -> const RowsKernel<T>& { return kernel<T, FunctorOf<k.value, T>>; });
 }
 template const RowsKernel<float>& rows_kernel<float>(Divergence);
 template const RowsKernel<double>& rows_kernel<double>(Divergence);

@@ -1,6 +1,6 @@
 // The rows schedule compiled for one instruction set, as the binding sees it.
 #pragma once
-#include "common/params.h"
+#include "common/rows_params.h"
 
 namespace fastkd {
 

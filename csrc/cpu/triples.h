@@ -47,17 +47,7 @@ inline constexpr double kMostSpread = 1024, kMostGrowth = 64;
 
 template <class T>
 const TriplesKernel<T>& kernel() {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::triples_kernel<T>();
-    case Isa::kAvx512:
-      return avx512::triples_kernel<T>();
-  }
-#endif
-  return baseline::triples_kernel<T>();
+  return FASTKD_OF_ISA(triples_kernel<T>());
 }
 
 inline int64_t padded(int64_t n) { return (n + kPadding - 1) / kPadding * kPadding; }

@@ -18,17 +18,7 @@ using torch::stable::parallel_for;
 
 template <class T>
 const TripletKernel<T>& kernel() {
-#if FASTKD_X86
-  switch (isa()) {
-    case Isa::kBaseline:
-      break;
-    case Isa::kAvx2:
-      return avx2::triplet_kernel<T>();
-    case Isa::kAvx512:
-      return avx512::triplet_kernel<T>();
-  }
-#endif
-  return baseline::triplet_kernel<T>();
+  return FASTKD_OF_ISA(triplet_kernel<T>());
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "calls.h"
+#include "divergence_list.h"
 
 namespace fastkd {
 namespace {
@@ -17,7 +18,7 @@ void cuda_code(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 void cuda_calls(StableIValue* stack, uint64_t, uint64_t) {
-  stack[0] = torch::stable::detail::from(std::string(kCallsDigest));
+  stack[0] = torch::stable::detail::from(std::string(kCallsDigest) + "," + kDivergencesDigest);
 }
 
 }  // namespace

@@ -2,34 +2,20 @@
 // device. FASTKD_CUSIM: the same over host memory, for the tests, in a namespace of its own.
 #include "cuda/pairs.h"
 
+#include "common/enum.h"
 #include "common/relations_inputs.h"
 #include "cuda/pairs_launch.h"
 
 namespace fastkd {
 namespace {
 
-template <Relation kRelation>
-cudaError_t run_storage(cuda::PairsStorage storage, const cuda::PairsParams& P, const cuda::Context& context) {
-#define FASTKD_CASE(name)           \
-  case cuda::PairsStorage::k##name: \
-    return cuda::pairs_run<cuda::PairsStorage::k##name, kRelation>(P, context.device, context.stream);
-  switch (storage) { FASTKD_FOR_EACH_PAIRS_STORAGE(FASTKD_CASE) }
-#undef FASTKD_CASE
-  __builtin_unreachable();
-}
-
 cudaError_t run_relation(Relation relation, cuda::PairsStorage storage, const cuda::PairsParams& P,
                          const cuda::Context& context) {
-#define FASTKD_CASE(name) \
-  case Relation::k##name: \
-    return run_storage<Relation::k##name>(storage, P, context);
-  switch (relation) {
-    FASTKD_FOR_EACH_RELATION(FASTKD_CASE)
-    case Relation::kCount:
-      break;
-  }
-#undef FASTKD_CASE
-  __builtin_unreachable();  // check() has looked
+  return with_constant(relation, [&](auto r) {
+    return with_constant(storage, [&](auto s) {
+      return cuda::pairs_run<s.value, r.value>(P, context.device, context.stream);
+    });
+  });
 }
 
 // P: what does not follow from the tensors. N = 0 and N = 1 have no pairs: nothing is added to a sum that

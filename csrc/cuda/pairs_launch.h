@@ -13,7 +13,7 @@ namespace fastkd::cuda {
 // What the tiles hold. Both sides the same: where they differ, what holds both exactly.
 #define FASTKD_FOR_EACH_PAIRS_STORAGE(X) X(BFloat16) X(Half) X(Float) X(Double)
 #define FASTKD_PAIRS_ENUMERATOR(name) k##name,
-enum class PairsStorage { FASTKD_FOR_EACH_PAIRS_STORAGE(FASTKD_PAIRS_ENUMERATOR) };
+enum class PairsStorage { FASTKD_FOR_EACH_PAIRS_STORAGE(FASTKD_PAIRS_ENUMERATOR) kCount };
 #undef FASTKD_PAIRS_ENUMERATOR
 
 inline constexpr int kPairsTile = 64;  // rows and columns of a tile of pairs

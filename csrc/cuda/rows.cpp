@@ -1,5 +1,6 @@
 // The rows ops on the GPU: launches. Nothing here waits for the device.
 // FASTKD_CUSIM: the same over host memory, for the tests, in a namespace of its own.
+#include "common/enum.h"
 #include "common/rows_op.h"
 #include "cuda/context.h"
 #include "cuda/rows_launch.h"
@@ -9,21 +10,6 @@ namespace fastkd {
 namespace {
 
 using cuda::Context;
-
-// f(std::integral_constant<Divergence, ...>)
-template <class F>
-auto with_divergence(Divergence which, F&& f) {
-#define FASTKD_CASE(name)   \
-  case Divergence::k##name: \
-    return f(std::integral_constant<Divergence, Divergence::k##name>());
-  switch (which) {
-    FASTKD_FOR_EACH_DIVERGENCE(FASTKD_CASE)
-    case Divergence::kCount:
-      break;
-  }
-#undef FASTKD_CASE
-  __builtin_unreachable();  // check() has looked
-}
 
 struct Cuda {
   explicit Cuda(const Tensor& student) : student(student), context(student) {}
@@ -39,7 +25,7 @@ struct Cuda {
       const cuda::RowsPlan plan = cuda::rows_plan(P, context.device);
       const int64_t parts = plan.on_chip ? 0 : P.N * plan.splits;
       const Tensor workspace = torch::stable::new_empty(student, {parts * 7}, kScalarType<T>);  // Sums and LossSums
-      FASTKD_CUDA_CHECK(with_divergence(P.divergence, [&](auto which) {
+      FASTKD_CUDA_CHECK(with_constant(P.divergence, [&](auto which) {
         return cuda::rows_forward<which.value>(P, context.device, workspace.mutable_data_ptr(), context.stream);
       }));
     }
@@ -50,7 +36,7 @@ struct Cuda {
 
   template <class T>
   void backward(RowsParams<T>& P) const {
-    FASTKD_CUDA_CHECK(with_divergence(
+    FASTKD_CUDA_CHECK(with_constant(
         P.divergence, [&](auto which) { return cuda::rows_backward<which.value>(P, context.device, context.stream); }));
   }
 

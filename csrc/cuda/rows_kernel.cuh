@@ -163,18 +163,20 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
 
   const bool write = P.grad.data != nullptr, possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0);
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
-  const D divergence(P.parameter);
+  const double parameter = P.parameter[exists ? row : 0];
   LossSums<T> sums = LossSums<T>::empty();
-  for (int64_t i = rank; possible && edges && i < L.edges; i += threads) {
-    load_class(L, P, L.edge(i), s1, t1);
-    reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
-    if (D::kCentred && write) store_class(L, P, L.edge(i), grad1[0]);
-  }
-  for (int i = rank; possible && i < mine; i += threads) {
-    load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-    reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
-    if (D::kCentred && write) store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
-  }
+  with_functor<D>(parameter, [&](const auto& divergence) {
+    for (int64_t i = rank; possible && edges && i < L.edges; i += threads) {
+      load_class(L, P, L.edge(i), s1, t1);
+      reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
+      if (D::kCentred && write) store_class(L, P, L.edge(i), grad1[0]);
+    }
+    for (int i = rank; possible && i < mine; i += threads) {
+      load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
+      reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+      if (D::kCentred && write) store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
+    }
+  });
   sums = combine_over_row(sums, room.losses, first_warp, warps, block_warps);
   if (edges && rank == 0) {
     if (counts) {
@@ -186,16 +188,18 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
     zero_grad(P, L, first, first + mine, edges, rank, threads);
   } else if (write && !D::kCentred) {
-    for (int64_t i = rank; edges && i < L.edges; i += threads) {
-      load_class(L, P, L.edge(i), s1, t1);
-      gradient(s1, t1, softmax, divergence, r.grad_scale, sums.slope, grad1);
-      store_class(L, P, L.edge(i), grad1[0]);
-    }
-    for (int i = rank; i < mine; i += threads) {
-      load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-      gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, grad);
-      store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
-    }
+    with_functor<D>(parameter, [&](const auto& divergence) {
+      for (int64_t i = rank; edges && i < L.edges; i += threads) {
+        load_class(L, P, L.edge(i), s1, t1);
+        gradient(s1, t1, softmax, divergence, r.grad_scale, sums.slope, grad1);
+        store_class(L, P, L.edge(i), grad1[0]);
+      }
+      for (int i = rank; i < mine; i += threads) {
+        load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
+        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, grad);
+        store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
+      }
+    });
   }
   if (ptx::cluster_size() > 1) ptx::cluster_barrier();  // others may still read this block's room
 }

@@ -2,7 +2,7 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
-#include "common/params.h"
+#include "common/rows_params.h"
 
 namespace fastkd::cuda {
 

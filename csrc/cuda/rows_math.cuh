@@ -1,11 +1,11 @@
 // What the kernels of the rows schedule share: a row's constants, its geometry in memory, the
 // online sums over its classes, and the step from logits to loss and gradient.
 #pragma once
-#include "common/params.h"
+#include "common/rows_params.h"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
-#include "math/divergence.h"
+#include "divergence_functors.h"
 
 namespace fastkd::cuda {
 
@@ -33,8 +33,7 @@ struct RowConstants {
 template <class T>
 __device__ RowConstants<T> row_constants(const RowsParams<T>& P, int64_t row) {
   RowConstants<T> r;
-  const T temperature = P.temperature ? P.temperature[row] : T(P.temperature_all);
-  const T teacher_temperature = P.teacher_temperature ? P.teacher_temperature[row] : T(P.teacher_temperature_all);
+  const T temperature = T(P.temperature[row]), teacher_temperature = T(P.teacher_temperature[row]);
   r.inv_temperature = T(1) / temperature;
   r.inv_teacher_temperature = T(1) / teacher_temperature;
   r.exp2_student = kLog2e<T> * r.inv_temperature;

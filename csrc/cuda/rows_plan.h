@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/params.h"
+#include "common/rows_params.h"
 #include "cuda/rows_launch.h"
 
 namespace fastkd::cuda {

@@ -82,23 +82,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
-  const D divergence(P.parameter);
   LossSums<T> sums = LossSums<T>::empty();
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
-  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
-    load_class(L, P, L.edge(i), s1, t1);
-    reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
-    if (write) store_class(L, P, L.edge(i), grad1[0]);
-  }
-  // Backwards: what the pass before touched last is the likeliest to be in the L2.
-  for (int64_t i = slice.end - 1 - rank; i >= slice.begin; i -= threads) {
-    const int64_t v = L.pack(i);
-    const char *student = L.student + v * element_size<S>(P.student),
-               *teacher = L.teacher + v * element_size<U>(P.teacher);
-    load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
-    reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
-    if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
-  }
+  with_functor<D>(P.parameter[row], [&](const auto& divergence) {
+    for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+      load_class(L, P, L.edge(i), s1, t1);
+      reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
+      if (write) store_class(L, P, L.edge(i), grad1[0]);
+    }
+    // Backwards: what the pass before touched last is the likeliest to be in the L2.
+    for (int64_t i = slice.end - 1 - rank; i >= slice.begin; i -= threads) {
+      const int64_t v = L.pack(i);
+      const char *student = L.student + v * element_size<S>(P.student),
+                 *teacher = L.teacher + v * element_size<U>(P.teacher);
+      load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
+      reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+      if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
+    }
+  });
   LossSums<T>* room = reinterpret_cast<LossSums<T>*>(ptx::dynamic_shared());
   sums = combine_over_row(sums, room, 0, threads / 32, threads / 32);
   if (rank == 0) parts.losses[row * parts.splits + split] = sums;
@@ -133,21 +134,22 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
-  const D divergence(P.parameter);
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
-  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
-    load_class(L, P, L.edge(i), s1, t1);
-    gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, grad1);
-    store_class(L, P, L.edge(i), grad1[0]);
-  }
-  for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
-    const int64_t v = L.pack(i);
-    const char *student = L.student + v * element_size<S>(P.student),
-               *teacher = L.teacher + v * element_size<U>(P.teacher);
-    load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
-    gradient(s, t, softmax, divergence, r.grad_scale, slopes, grad);
-    store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
-  }
+  with_functor<D>(P.parameter[row], [&](const auto& divergence) {
+    for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+      load_class(L, P, L.edge(i), s1, t1);
+      gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, grad1);
+      store_class(L, P, L.edge(i), grad1[0]);
+    }
+    for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
+      const int64_t v = L.pack(i);
+      const char *student = L.student + v * element_size<S>(P.student),
+                 *teacher = L.teacher + v * element_size<U>(P.teacher);
+      load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
+      gradient(s, t, softmax, divergence, r.grad_scale, slopes, grad);
+      store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
+    }
+  });
 }
 
 // A row's loss from its parts: a warp a row.

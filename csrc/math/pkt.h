@@ -20,7 +20,7 @@ template <class T>
 FASTKD_HD T pkt_pair(T s, T t, T eps, T weight, T& loss, T& slope) {
   const T d = s - t, v = s + eps, u = t + eps;
   const T a = (d + eps) / v;
-  loss += weight * (d - t * log_ratio(v, u, d));
+  loss += weight * (d - t * log_ratio(v, u, d).log);
   slope += s * a;
   return a;
 }

@@ -96,18 +96,15 @@ FASTKD_HD T expm1_series(T w) {
   return w + w * w * bregman_series(w);
 }
 
-// atanh(x) / x as a function of x^2, for |x| < 0.24. Truncation: 5e-9 (float), 1e-17 (double).
-FASTKD_HD float atanh_series(float x2) {
-  float p = 1.0f / 11.0f;
-  p = p * x2 + 1.0f / 9.0f;
+// (atanh(x) / x - 1) / x^2 as a function of x^2, for |x| <= 0.2. Truncation of atanh: 9e-9 (float), 7e-19 (double).
+FASTKD_HD float atanh_tail(float x2) {
+  float p = 1.0f / 9.0f;
   p = p * x2 + 1.0f / 7.0f;
   p = p * x2 + 1.0f / 5.0f;
-  p = p * x2 + 1.0f / 3.0f;
-  return p * x2 + 1.0f;
+  return p * x2 + 1.0f / 3.0f;
 }
-FASTKD_HD double atanh_series(double x2) {
-  double p = 1.0 / 25.0;
-  p = p * x2 + 1.0 / 23.0;
+FASTKD_HD double atanh_tail(double x2) {
+  double p = 1.0 / 23.0;
   p = p * x2 + 1.0 / 21.0;
   p = p * x2 + 1.0 / 19.0;
   p = p * x2 + 1.0 / 17.0;
@@ -117,27 +114,36 @@ FASTKD_HD double atanh_series(double x2) {
   p = p * x2 + 1.0 / 9.0;
   p = p * x2 + 1.0 / 7.0;
   p = p * x2 + 1.0 / 5.0;
-  p = p * x2 + 1.0 / 3.0;
-  return p * x2 + 1.0;
+  return p * x2 + 1.0 / 3.0;
 }
 
-// log(sum / a) for 0 < sum = a + x <= a, right to a few ulp of itself however small x is and however
-// small the sum, each of which is given as exactly as it is known. With sum = 2^k f a: k log 2 + 2 atanh((f - 1) / (f +
-// 1)), one division. The difference of the bit patterns is log2 to within 0.09 each, which puts f between 0.62
-// and 1.42.
-FASTKD_HD float log_ratio(float sum, float a, float x) {
-  const int32_t k = (int32_t(bits_as<uint32_t>(sum) - bits_as<uint32_t>(a)) + 0x00400000) >> 23;
-  const float base = a * bits_as<float>(uint32_t(k + 127) << 23);
-  const float above = k == 0 ? x : sum - base;  // x itself, not what is left of it in the sum
-  const float r = above / (sum + base);
-  return float(k) * 0.69314718056f + 2.0f * r * atanh_series(r * r);
+// log(sum / a) = exponent log 2 + 2 atanh(r), atanh(r) = r (1 + r^2 tail)
+template <class T>
+struct LogRatio {
+  T log, r, tail;
+};
+
+// The exponent k that brings sum to between 2 / 3 and 3 / 2 of a 2^k: the difference of the bit patterns is log2 to
+// within 0.09, rounded.
+FASTKD_HD int32_t ratio_exponent(float sum, float a) {
+  return (int32_t(bits_as<uint32_t>(sum) - bits_as<uint32_t>(a)) + 0x00400000) >> 23;
 }
-FASTKD_HD double log_ratio(double sum, double a, double x) {
-  const int32_t k = int32_t((int64_t(bits_as<uint64_t>(sum) - bits_as<uint64_t>(a)) + 0x0008000000000000) >> 52);
-  const double base = a * bits_as<double>(uint64_t(k + 1023) << 52);
-  const double above = k == 0 ? x : sum - base;
-  const double r = above / (sum + base);
-  return double(k) * 0.69314718055994530942 + 2.0 * r * atanh_series(r * r);
+FASTKD_HD int32_t ratio_exponent(double sum, double a) {
+  return int32_t((int64_t(bits_as<uint64_t>(sum) - bits_as<uint64_t>(a)) + 0x0008000000000000) >> 52);
+}
+FASTKD_HD float power_of_2(float, int32_t k) { return bits_as<float>(uint32_t(k + 127) << 23); }
+FASTKD_HD double power_of_2(double, int32_t k) { return bits_as<double>(uint64_t(k + 1023) << 52); }
+
+// log(sum / a) for sum = a + x > 0, right to a few ulp of itself however small x is and however small the sum, each of
+// which is given as exactly as it is known. With sum = 2^k f a: k log 2 + 2 atanh((f - 1) / (f + 1)), one division.
+// near: sum is between 2 / 3 and 3 / 2 of a, and k = 0. Of 0 and 0: 0.
+template <class T>
+FASTKD_HD LogRatio<T> log_ratio(T sum, T a, T x, bool near = false) {
+  const int32_t k = near ? 0 : ratio_exponent(sum, a);
+  const T base = a * power_of_2(a, k);
+  const T above = k == 0 ? x : sum - base;  // x itself, not what is left of it in the sum
+  const T r = above / (sum + (base + std::numeric_limits<T>::min())), tail = atanh_tail(r * r);
+  return {T(k) * T(0.69314718055994530942) + 2 * (r + r * (r * r) * tail), r, tail};
 }
 
 }  // namespace fastkd::FASTKD_ISA

@@ -2,9 +2,9 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
-#include "math/divergence.h"
+#include "common/enum.h"
+#include "divergence_functors.h"
 #include "math/half.h"
-#include "math/jensen_shannon_series.h"
 
 namespace py = pybind11;
 using namespace fastkd::FASTKD_ISA;
@@ -26,22 +26,18 @@ T bregman_of(T w) {
 }
 template <class T>
 T log_ratio_of(T a, T x) {
-  return log_ratio(a + x, a, x);
+  return log_ratio(a + x, a, x).log;
 }
 
 template <class T>
 T loss(int64_t divergence, double parameter, T p, T q, T w) {
-  return dispatch_divergence<T>(fastkd::Divergence(divergence), [&](auto d) {
-    return typename decltype(d)::type(fastkd::divergence_parameter<T>(fastkd::Divergence(divergence), parameter))
-        .loss({p, q, w});
-  });
+  return fastkd::with_constant(fastkd::Divergence(divergence),
+                               [&](auto k) { return FunctorOf<k.value, T>(parameter).loss({p, q, w}); });
 }
 template <class T>
 T slope(int64_t divergence, double parameter, T p, T q, T w) {
-  return dispatch_divergence<T>(fastkd::Divergence(divergence), [&](auto d) {
-    return typename decltype(d)::type(fastkd::divergence_parameter<T>(fastkd::Divergence(divergence), parameter))
-        .slope({p, q, w});
-  });
+  return fastkd::with_constant(fastkd::Divergence(divergence),
+                               [&](auto k) { return FunctorOf<k.value, T>(parameter).slope({p, q, w}); });
 }
 
 }  // namespace

@@ -12,9 +12,9 @@
 #include <memory>
 #include <vector>
 
+#include "common/enum.h"
 #include "cuda/rows_launch.h"
 #include "cuda/rows_plan.h"
-#include "math/jensen_shannon_series.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 extern "C" void cusim_device(int attribute, int value);
@@ -128,13 +128,13 @@ int run(Divergence which, int64_t N, int64_t V) {
 
   RowsParams<float> P{};
   P.divergence = which;
-  P.parameter = divergence_parameter<float>(which, kBeta);
+  P.parameter.of_all = which == Divergence::kJensenShannon ? kBeta : 0;
   P.N = N;
   P.V = V;
   P.student = student.rows(kType);
   P.teacher = teacher.rows(kType);
   P.grad = grad.rows(kType);
-  P.temperature_all = P.teacher_temperature_all = kTemperature;
+  P.temperature.of_all = P.teacher_temperature.of_all = kTemperature;
   P.t_squared = true;
   P.mask = mask.get();
   P.scale = &scale;
@@ -144,10 +144,8 @@ int run(Divergence which, int64_t N, int64_t V) {
   back.grad = again.rows(kType);
   const cuda::RowsPlan plan = cuda::rows_plan(P, device);
   std::vector<float> workspace(plan.on_chip ? 0 : 7 * N * plan.splits);
-  cudaError_t e = cudaSuccess;
-#define FASTKD_CASE(name) \
-  if (which == Divergence::k##name) e = forward_backward<Divergence::k##name>(P, device, workspace.data(), back);
-  FASTKD_FOR_EACH_DIVERGENCE(FASTKD_CASE)
+  cudaError_t e = with_constant(
+      which, [&](auto k) { return forward_backward<k.value>(P, device, workspace.data(), back); });
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;
   cuda::Scale<float> scaled{};

@@ -30,9 +30,10 @@ normalizers, and of numbers under ``torch.compile``, are checked on the CPU only
 wait for the device, so that wrong values propagate into the loss.
 """
 
+import torch
 from torch import Tensor
 
-from .. import _backend, _check, reference
+from .. import _backend, _check, _divergences, reference
 from .._types import Reduction
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
@@ -41,13 +42,26 @@ _EXCHANGED = {
     "reverse_kl_div": "kl_div({})",
     "js_div": "js_div({}, beta=1 - beta)",
 }
-_JS_DIV_ENDS: dict[float, str] = {0: "kl_div", 1: "reverse_kl_div"}  # by beta
 
 
-def _logits_loss(divergence, student, teacher, options, called=None):
-    """Checks what a logit loss is given, and hands it to the backend; called: by the user, where that is another."""
-    called = called or divergence
+def _of_parameter(divergence, value):
+    """The divergence and its parameter, as the op takes them. At an end of its range a number stands, by convention,
+    for another divergence; of a tensor, and of a number that torch.compile may have made a symbol, the op sees to it.
+    """
+    if isinstance(value, Tensor) or torch.compiler.is_compiling():
+        return divergence, value
+    ends = _divergences.REGISTRY[divergence].parameter.ends
+    return (ends[value], 0.0) if value in ends else (divergence, float(value))
+
+
+def _logits_loss(called, student, teacher, options):
+    """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
+    divergence, entry = called, _divergences.REGISTRY[called].parameter
     _check.logits_loss(student, teacher, options)
+    if entry is not None:
+        _check.parameter(entry, options.parameter, student)
+        divergence, parameter = _of_parameter(called, options.parameter)
+        options = options._replace(parameter=parameter)
     exchanged, note = _EXCHANGED.get(called), ""
     if options.teacher_temperature is not options.temperature:
         exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
@@ -281,7 +295,7 @@ def js_div(
     student: Tensor,
     teacher: Tensor,
     *,
-    beta: float = 0.5,
+    beta: Tensor | float = 0.5,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
@@ -305,8 +319,9 @@ def js_div(
         student: raw logits ``[*, V]``.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``js_div(a, b.detach())`` and
             ``js_div(b, a.detach(), beta=1 - beta)`` have their gradients.
-        beta: the teacher's share of the mixture, a number from 0 to 1. By convention 0 is ``kl_div`` and 1 is
-            ``reverse_kl_div`` (the formula itself goes to 0 at both ends). Default 0.5.
+        beta: the teacher's share of the mixture, a number from 0 to 1, or a tensor that broadcasts to ``[*]``, one per
+            row. By convention 0 is ``kl_div`` and 1 is ``reverse_kl_div``, of single rows as well (the formula itself
+            goes to 0 at both ends). Default 0.5.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
@@ -341,10 +356,9 @@ def js_div(
 
     Source: Agarwal et al., "On-Policy Distillation of Language Models" (GKD), 2024.
     """
-    _check.share("beta", beta)
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, float(beta)
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, beta
     )
-    return _logits_loss(_JS_DIV_ENDS.get(beta, "js_div"), student, teacher, options, called="js_div")
+    return _logits_loss("js_div", student, teacher, options)

@@ -28,9 +28,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _backend, _check, reference
+from .. import _backend, _check, _divergences, reference
 from .._types import Divergence, LossOrMore
-from .logits import _JS_DIV_ENDS
+from .logits import _of_parameter
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
 _EXCHANGED = {
@@ -449,7 +449,7 @@ def relation_kl(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     divergence: Divergence = "kl_div",
-    beta: float = 0.5,
+    beta: Tensor | float = 0.5,
     normalize: bool = False,
     student_keys: Tensor | None = None,
     teacher_keys: Tensor | None = None,
@@ -482,7 +482,7 @@ def relation_kl(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         divergence: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"`` or ``"soft_cross_entropy"``, as the losses of
             logits of these names. Default: ``"kl_div"``.
-        beta: of ``"js_div"``, a number from 0 to 1. Default 0.5.
+        beta: of ``"js_div"``, a number from 0 to 1, or a tensor that broadcasts to ``[*, N]``. Default 0.5.
         normalize: whether similarities are cosines over T: rows and keys are divided by their length (of at least
             1e-12; a row of zeros has no gradient), and nothing by sqrt(D). Default False.
         student_keys: ``[*, M, D_s]``, what the student's rows are compared with; they have a gradient where they
@@ -515,8 +515,8 @@ def relation_kl(
     Source: Wang et al., "MiniLM", 2020, and "MiniLMv2", 2021; with keys and cosines: Fang et al., "SEED", 2021.
     """
     _check.relation(student, teacher, student_keys, teacher_keys, mask, key_mask, weight)
-    _check.divergence(divergence, reference.DIVERGENCES)
-    _check.share("beta", beta)
+    _check.divergence(divergence, _divergences.REGISTRY)
+    _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta, student)
     _check.flag("normalize", normalize)
     _check.temperature("temperature", temperature, student)
     if teacher_temperature is None:
@@ -530,8 +530,8 @@ def relation_kl(
     elif student_keys is student:
         student_keys = student.view_as(student)
         key_mask = mask if key_mask is None else key_mask
-    chosen = _JS_DIV_ENDS.get(beta, divergence) if divergence == "js_div" else divergence
+    chosen, parameter = _of_parameter(divergence, beta) if divergence == "js_div" else (divergence, 0.0)
     return _relational_loss(
         "relation_kl", student, teacher, student_keys, teacher_keys, exclude_self, normalize, chosen,
-        float(beta), temperature, teacher_temperature, mask, key_mask, weight,
+        parameter, temperature, teacher_temperature, mask, key_mask, weight,
     )  # fmt: skip

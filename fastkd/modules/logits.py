@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .. import _check, functional
+from .. import _check, _divergences, functional
 from .._types import Reduction
 from ._loss import _Loss
 
@@ -303,7 +303,7 @@ class JSDivLoss(_Loss):
     ) -> None:
         super().__init__()
         _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
-        _check.share("beta", beta)
+        _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         self.beta = beta
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature

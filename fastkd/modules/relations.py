@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _check, functional, reference
+from .. import _check, _divergences, functional, reference
 from .._types import Divergence, LossOrMore
 from ._loss import _Loss
 
@@ -390,7 +390,7 @@ class RelationKLLoss(_Loss):
         if teacher_temperature is not None:
             _check.number("teacher_temperature", teacher_temperature)
         _check.divergence(divergence, reference.DIVERGENCES)
-        _check.share("beta", beta)
+        _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         _check.flag("normalize", normalize)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature

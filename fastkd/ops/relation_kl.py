@@ -25,11 +25,12 @@ import torch
 
 from .. import _library
 from .._calls import InverseDivisor, RowsCall
+from .._divergences import NUMBERS, REGISTRY
 from ..reference import compute_dtype, gradient_dtype, without_autocast
 from . import rows as rows_schedule
 from .gradient import once, times
 from .products import blocks_of, through_unit, unit
-from .rows import DIVERGENCE_NUMBERS, number_or_rows
+from .rows import changeable, number_or_rows, positive
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 HALF = (torch.float16, torch.bfloat16)
@@ -44,6 +45,7 @@ class _Options(NamedTuple):
     rows: str  # the namespace of the rows ops
     divergence: int
     parameter: float
+    parameter_rows: Any
     temperature: float
     temperature_rows: Any
     teacher_temperature: float
@@ -176,7 +178,7 @@ class _Strips:
         simple = options.temperature_rows is None and options.teacher_temperature_rows is None
         if not (like and simple and options.rows == "fastkd" and s.x.device.type == "cpu"):
             return False
-        if options.divergence != DIVERGENCE_NUMBERS["kl_div"]:
+        if options.divergence != NUMBERS["kl_div"]:
             return False
         pairs = (s.x, options.temperature), (t.x, options.teacher_temperature)
         return all(torch.linalg.vecdot(x, x).max() <= MOST * T for x, T in pairs)  # false of NaN
@@ -220,14 +222,24 @@ class _Strips:
 
     def _call(self, student, teacher, options, rows):
         """Of the rows schedule, for the logits of some rows."""
-        per_row = (options.temperature_rows, options.teacher_temperature_rows, options.mask, options.weight)
-        temperatures, teacher_temperatures, mask, weight = (
-            None if x is None else x[:, rows].reshape(-1) for x in per_row
+        names = ("parameter_rows", "temperature_rows", "teacher_temperature_rows", "mask", "weight")
+        parameters, temperatures, teacher_temperatures, mask, weight = (
+            None if x is None else x[:, rows].reshape(-1) for x in (getattr(options, name) for name in names)
         )
         return RowsCall(
-            student, teacher, options.divergence, options.parameter, options.temperature, temperatures,
+            student, teacher, options.divergence, options.parameter, parameters, options.temperature, temperatures,
             options.teacher_temperature, teacher_temperatures, False, mask, weight, *self.scale,
         )  # fmt: skip
+
+
+def _with_numbers(options):
+    """Rows that all have the same number have one, which is less work. On the CPU, where looking at them is cheap."""
+    changed = {}
+    for name in ("parameter", "temperature", "teacher_temperature"):
+        rows = getattr(options, f"{name}_rows")
+        if rows is not None and rows.device.type == "cpu" and bool((rows == rows.flatten()[0]).all()):
+            changed |= {name: rows.flatten()[0].item(), f"{name}_rows": None}
+    return options._replace(**changed)
 
 
 def _scaled(options, widths, dtype):
@@ -258,7 +270,7 @@ def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
         return loss.to(dtype), grad, keys_grad
     if student_keys is None and options.key_mask is None:
         options = options._replace(key_mask=options.mask)
-    options = _scaled(options, (D, teacher.shape[2]), dtype)
+    options = _scaled(_with_numbers(options), (D, teacher.shape[2]), dtype)
     strips = _Strips(B, N, M, options, student, dtype)
     halves = HALF[1:] if save or save_keys else HALF
     with without_autocast(student.device):
@@ -279,7 +291,7 @@ def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
     return loss.to(dtype), grad, keys_grad
 
 
-_PER_SAMPLE = ("temperature_rows", "teacher_temperature_rows", "mask", "key_mask", "weight")
+_PER_SAMPLE = ("parameter_rows", "temperature_rows", "teacher_temperature_rows", "mask", "key_mask", "weight")
 
 
 def _fake_fwd(student, teacher, student_keys, teacher_keys, *options):
@@ -331,7 +343,7 @@ def relation_kl(
     exclude_self: bool,
     normalize: bool,
     divergence: str,
-    parameter: float,
+    parameter: torch.Tensor | float,
     temperature: torch.Tensor | float,
     teacher_temperature: torch.Tensor | float,
     mask: torch.Tensor | None,
@@ -340,6 +352,13 @@ def relation_kl(
 ) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher, student_keys, teacher_keys), student.shape[:-1]
+    if torch.compiler.is_compiling():
+        temperature, teacher_temperature = (
+            positive(changeable(x, student[..., :1], dtype)) for x in (temperature, teacher_temperature)
+        )
+        if REGISTRY[divergence].parameter is not None:
+            parameter = changeable(parameter, student[..., :1], torch.float64)
+    parameter, parameter_rows = number_or_rows(parameter, leading, torch.float64)
     temperature, temperature_rows = number_or_rows(temperature, leading, dtype)
     teacher_temperature, teacher_temperature_rows = number_or_rows(teacher_temperature, leading, dtype)
     keys = student if student_keys is None else student_keys
@@ -358,7 +377,7 @@ def relation_kl(
         return None if x is None else x.reshape(B, *x.shape[-2:])
 
     options = (
-        exclude_self, normalize, namespace, DIVERGENCE_NUMBERS[divergence], parameter,
+        exclude_self, normalize, namespace, NUMBERS[divergence], parameter, by_row(parameter_rows),
         temperature, by_row(temperature_rows), teacher_temperature,
         by_row(teacher_temperature_rows), per_sample(mask, leading),
         per_sample(key_mask, keys.shape[:-1]), per_sample(weight if weight is None else weight.to(dtype), leading),

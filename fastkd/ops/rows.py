@@ -6,13 +6,12 @@ import torch
 
 from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
 from .._check import LogitsOptions
+from .._divergences import NUMBERS, REGISTRY
 from .._inplace import overwritten
-from ..reference import DIVERGENCES, compute_dtype
+from ..reference import compute_dtype
 from .gradient import once, times
 from .saved import restored, save
 
-# The numbers are those of csrc/common/params.h.
-DIVERGENCE_NUMBERS = {name: number for number, name in enumerate(DIVERGENCES)}
 STATS_SIZE = 5  # doubles a row
 
 
@@ -104,9 +103,12 @@ def logits_loss(
 ) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
-    temperatures = [options.temperature, options.teacher_temperature]
+    temperatures, parameter = [options.temperature, options.teacher_temperature], options.parameter
     if torch.compiler.is_compiling():
-        temperatures = [_changeable(x, student, dtype) for x in temperatures]
+        temperatures = [positive(changeable(x, student, dtype)) for x in temperatures]
+        if REGISTRY[divergence].parameter is not None:
+            parameter = changeable(parameter, student, torch.float64)
+    parameter, parameter_rows = number_or_rows(parameter, leading, torch.float64)
     temperature, temperature_rows = number_or_rows(temperatures[0], leading, dtype)
     teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
     # under torch.compile an autograd.Function takes no tensor twice
@@ -119,8 +121,9 @@ def logits_loss(
     call = RowsCall(
         student,
         teacher.detach(),
-        DIVERGENCE_NUMBERS[divergence],
-        options.parameter,
+        NUMBERS[divergence],
+        parameter,
+        parameter_rows,
         temperature,
         temperature_rows,
         teacher_temperature,
@@ -144,13 +147,17 @@ def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.T
     return loss
 
 
-def _changeable(temperature, student, dtype):
-    """As a tensor: a graph has its numbers built in, and a temperature may change. The op looks at its values on the
-    CPU; on other devices, where that would wait, a number that is not positive gives NaN."""
-    if isinstance(temperature, torch.Tensor):
-        return temperature
-    rows = student.new_ones(student.shape[:-1], dtype=dtype) * temperature
-    return rows if student.device.type == "cpu" else torch.where(rows > 0, rows, torch.nan)
+def changeable(number: torch.Tensor | float, student: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As a tensor, one per row: a graph has its numbers built in, and this one may change."""
+    if isinstance(number, torch.Tensor):
+        return number
+    return student.new_ones(student.shape[:-1], dtype=dtype) * number
+
+
+def positive(rows: torch.Tensor) -> torch.Tensor:
+    """The op looks at the values on the CPU; on other devices, where that would wait, one that is not positive gives
+    NaN."""
+    return rows if rows.device.type == "cpu" else torch.where(rows > 0, rows, torch.nan)
 
 
 def number_or_rows(

@@ -1,4 +1,4 @@
-"""Divergences class by class: the twins of csrc/math/divergence.h, which has their derivation.
+"""Divergences class by class: the same mathematics as in csrc/math/divergences, which have the derivation.
 
 With w = log p - log q all are written so that nothing cancels when student and teacher agree.
 """
@@ -6,9 +6,7 @@ With w = log p - log q all are written so that nothing cancels when student and 
 import triton
 import triton.language as tl
 
-# The numbers are those of csrc/common/params.h.
-KL_DIV, SOFT_CROSS_ENTROPY, REVERSE_KL_DIV, JS_DIV = (tl.constexpr(number) for number in range(4))
-CENTRED = (KL_DIV, SOFT_CROSS_ENTROPY)  # the slopes add up to 0: their sum need not be known
+from .._divergences import REGISTRY
 
 
 @triton.jit
@@ -32,8 +30,8 @@ def bregman_series(w):
 
 
 @triton.jit
-def atanh_series(x2):
-    """atanh(x) / x as a function of x^2, for |x| < 0.21."""
+def atanh_tail(x2):
+    """(atanh(x) / x - 1) / x^2 as a function of x^2, for |x| <= 0.2."""
     if x2.dtype == tl.float64:
         series = x2 * (1.0 / 23.0) + 1.0 / 21.0
         series = series * x2 + 1.0 / 19.0
@@ -46,66 +44,97 @@ def atanh_series(x2):
         series = tl.full(x2.shape, 1.0 / 9.0, tl.float32)
     series = series * x2 + 1.0 / 7.0
     series = series * x2 + 1.0 / 5.0
-    series = series * x2 + 1.0 / 3.0
-    return series * x2 + 1.0
+    return series * x2 + 1.0 / 3.0
 
 
 @triton.jit
-def log_of(total, x):
-    """log(total), total = 1 + x > 0, right to a few ulp of itself however small x or the total is,
-    each given as exactly as it is known. Of a NaN: anything."""
-    # total = 2^exponent * fraction, with the fraction in [2/3, 4/3)
+def log_ratio(total, a, x, near):
+    """log(total / a) for total = a + x > 0, right to a few ulp of itself however small x or the total is, each given as
+    exactly as it is known; and its r and tail, with log = exponent log 2 + 2 r (1 + r^2 tail). near: the total is
+    between 2 / 3 and 3 / 2 of a. Of 0 and 0: 0; of a NaN: anything."""
+    # total = 2^exponent a fraction: the difference of the bit patterns is log2 to within 0.09, rounded
     if x.dtype == tl.float64:
-        bits = total.to(tl.int64, bitcast=True) - 0x3FE5555555555555
-        exponent = bits >> 52
-        fraction = ((bits & 0x000FFFFFFFFFFFFF) + 0x3FE5555555555555).to(tl.float64, bitcast=True)
+        bits = total.to(tl.int64, bitcast=True) - a.to(tl.int64, bitcast=True) + 0x0008000000000000
+        exponent = tl.where(near, 0, bits >> 52)
+        base = a * ((exponent + 1023) << 52).to(tl.float64, bitcast=True)
+        least = 2.2250738585072014e-308
     else:
-        bits = total.to(tl.int32, bitcast=True) - 0x3F2AAAAB
-        exponent = bits >> 23
-        fraction = ((bits & 0x007FFFFF) + 0x3F2AAAAB).to(tl.float32, bitcast=True)
-    above = tl.where(exponent == 0, x, fraction - 1.0)  # x itself, not what is left of it in 1 + x
-    ratio = above / (2.0 + above)
-    return exponent.to(x.dtype) * 0.69314718055994530942 + 2.0 * ratio * atanh_series(ratio * ratio)
+        bits = total.to(tl.int32, bitcast=True) - a.to(tl.int32, bitcast=True) + 0x00400000
+        exponent = tl.where(near, 0, bits >> 23)
+        base = a * ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+        least = 1.1754943508222875e-38
+    above = tl.where(exponent == 0, x, total - base)  # x itself, not what is left of it in the total
+    r = above / (total + (base + least))
+    tail = atanh_tail(r * r)
+    return exponent.to(x.dtype) * 0.69314718055994530942 + 2.0 * (r + r * (r * r) * tail), r, tail
 
 
 @triton.jit
 def log1p(x):
     """log(1 + x) for x > -1, right to a few ulp of itself however small x is."""
-    return log_of(1.0 + x, x)
+    log, _r, _tail = log_ratio(1.0 + x, tl.full(x.shape, 1.0, x.dtype), x, False)
+    return log
 
 
 @triton.jit
-def loss_and_slope(p, q, w, beta, rest, DIVERGENCE: tl.constexpr):
-    """What a class adds to its row's loss, and d loss / d log p up to a multiple of p.
+def is_near(w):
+    """Where e^w - 1 - w would cancel and its series does not."""
+    return w * w < 0.09
 
-    w is +-inf where one of p and q is 0, NaN where both are; what p = q = 0 adds is 0. rest = 1 - beta.
-    """
-    near = w * w < 0.09  # where e^w - 1 - w would cancel and its series does not
-    if DIVERGENCE == REVERSE_KL_DIV:
-        endless = w == float("inf")  # q = 0, also for a p so small that it became 0
-        slope = tl.where(p == 0.0, tl.where(endless, w, 0.0), p * w)
-        loss = tl.where(near, p * (w * w * bregman_series(-w)), (q - p) + p * w)
-        loss = tl.where(p == 0.0, tl.where(endless, w, q), loss)
-    elif DIVERGENCE == JS_DIV:
-        # Of u = log(m / q) and v = log(m / p) the one <= 0 is log(m / the larger of p and q),
-        # the other lies |w| above it.
-        student_larger = w > 0.0
-        distance = tl.abs(w)
-        larger = tl.where(student_larger, p, q)
-        m = (beta * q + rest * p) / larger
-        less = distance * (distance * bregman_series(-distance) - 1.0)
-        share = tl.where(student_larger, beta, rest)
-        lower = log_of(tl.where(near, 1.0 + share * less, m), tl.where(near, share * less, m - 1.0))
-        upper = lower + distance
-        u = tl.where(student_larger, upper, lower)
-        v = tl.where(student_larger, lower, upper)
-        qu = tl.where(q == 0.0, 0.0, q * u)
-        slope = -rest * tl.where(p == 0.0, 0.0, p * v)
-        loss = beta * q * (u * u * bregman_series(u)) + rest * p * (v * v * bregman_series(v))
-        loss = tl.where(near, loss, slope - beta * qu)
-    else:
-        bregman = w * w * bregman_series(w)
-        loss = tl.where(near, q * bregman, (p - q) - q * w)
-        loss = tl.where(q == 0.0, p, loss)  # never 0 * inf
-        slope = tl.where(near, q * (w + bregman), p - q)
+
+@triton.jit
+def kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    bregman = w * w * bregman_series(w)
+    loss = tl.where(is_near(w), q * bregman, (p - q) - q * w)
+    loss = tl.where(q == 0.0, p, loss)  # never 0 * inf
+    slope = tl.where(is_near(w), q * (w + bregman), p - q)
     return loss, slope
+
+
+soft_cross_entropy = kl_div  # and the teacher's entropy, which the kernels add
+
+
+@triton.jit
+def reverse_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    endless = w == float("inf")  # q = 0, also for a p so small that it became 0
+    slope = tl.where(p == 0.0, tl.where(endless, w, 0.0), p * w)
+    loss = tl.where(is_near(w), p * (w * w * bregman_series(-w)), (q - p) + p * w)
+    loss = tl.where(p == 0.0, tl.where(endless, w, q), loss)
+    return loss, slope
+
+
+@triton.jit
+def _inside(share, dtype: tl.constexpr):
+    """Not 0, so that m is not where p or q is not. Outside of [0, 1], and of NaN: NaN."""
+    least = 2.2250738585072014e-308 if dtype == tl.float64 else 1.1754943508222875e-38
+    share = share.to(dtype)
+    return tl.where(share > least, share, tl.where(share >= 0.0, tl.full((1, 1), least, dtype), float("nan")))
+
+
+@triton.jit
+def js_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    beta, rest = _inside(parameter, p.dtype), _inside(1.0 - parameter, p.dtype)
+    near = is_near(w)
+    student_larger = w > 0.0
+    by_student = near | student_larger
+    x = tl.where(student_larger, beta * (q - p), rest * (p - q))
+    x = tl.where(near, beta * p * (w * (w * bregman_series(-w) - 1.0)), x)
+    log, r, tail = log_ratio(beta * q + rest * p, tl.where(by_student, p, q), x, near)
+    # finite, so that 0 times it is 0; of NaN, where p = q = 0, anything
+    finite = tl.where(w < 1e30, tl.where(w > -1e30, w, -1e30), 1e30)
+    u, v = tl.where(by_student, log + finite, log), tl.where(by_student, log, log - finite)
+    slope = -rest * p * v
+    loss = rest * r * (x - 2.0 * p * (r * r) * tail) + beta * q * (u * u * bregman_series(u))
+    loss = tl.where(near, loss, slope - beta * q * u)
+    if OF_ROWS:  # by convention the ends are others
+        forward_loss, forward_slope = kl_div(p, q, w, parameter, False)
+        reverse_loss, reverse_slope = reverse_kl_div(p, q, w, parameter, False)
+        loss = tl.where(parameter == 0.0, forward_loss, tl.where(parameter == 1.0, reverse_loss, loss))
+        slope = tl.where(parameter == 0.0, forward_slope, tl.where(parameter == 1.0, reverse_slope, slope))
+    return loss, slope
+
+
+# By number: each takes p, q, w [ROWS, BLOCK] and the rows' parameter [ROWS or 1, 1] in float64, which may be an end of
+# its range where it is one OF_ROWS. What a class adds to its row's loss, and d loss / d log p up to a multiple of p. w
+# is +-inf where one of p and q is 0, NaN where both are; what p = q = 0 adds is 0.
+FUNCTIONS = [globals()[name] for name in REGISTRY]

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .divergences import log_of
+from .divergences import log_ratio
 from .embeddings import row_pointer, sum_up, total
 from .registers import limited
 
@@ -35,7 +35,8 @@ def _pair(s, t, eps):
     d = s - t
     v, u = s + eps, t + eps
     a = (d + eps) / v
-    return a, d - t * log_of(v / u, d / u), s * a
+    log, _r, _tail = log_ratio(v, u, d, False)
+    return a, d - t * log, s * a
 
 
 @triton.jit

@@ -21,12 +21,14 @@ import triton
 import triton.language as tl
 
 from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
+from .._divergences import REGISTRY
 from ..reference import compute_dtype
-from .divergences import CENTRED, SOFT_CROSS_ENTROPY, log1p, loss_and_slope
+from .divergences import FUNCTIONS, log1p
 from .registers import limited
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
+ENTRIES = list(REGISTRY.values())  # by number
 
 # In the kernels
 #   inputs  what _load needs: pointers to the rows [ROWS] and the step between classes, for
@@ -131,11 +133,14 @@ def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
 
 
 @triton.jit
-def _visit(s, t, of_row, beta, rest, DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr):
+def _visit(
+    s, t, of_row, parameter,
+    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+):  # fmt: skip
     """[ROWS, BLOCK] each: loss, slope and p of the classes of a tile."""
     p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE)
-    loss, slope = loss_and_slope(p, q, w, beta, rest, DIVERGENCE)
-    if DIVERGENCE == SOFT_CROSS_ENTROPY:  # the teacher's entropy is this and log sum_teacher
+    loss, slope = DIVERGENCE(p, q, w, parameter, OF_ROWS)
+    if ENTROPY:  # the teacher's entropy is this and log sum_teacher
         a, b, _max_student, _sum_student, max_teacher, _sum_teacher = of_row
         loss += tl.where(q == 0.0, 0.0, q * ((max_teacher[:, None] - t) * (a - b)[:, None]))
     return loss, slope, p
@@ -152,9 +157,9 @@ def _grad(slope, p, sum_slope, of_row, scale):
 
 
 @triton.jit
-def _row_loss(total, of_row, scale, DIVERGENCE: tl.constexpr):
+def _row_loss(total, of_row, scale, ENTROPY: tl.constexpr):
     _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
-    if DIVERGENCE == SOFT_CROSS_ENTROPY:
+    if ENTROPY:
         total += log1p(sum_teacher - 1.0)
     total = tl.where(sum_student == 0.0, INF, total) + 0.0 * (sum_student + sum_teacher)  # NaN: as in _grad
     return tl.where(sum_teacher == 0.0, 0.0, total * scale)
@@ -183,9 +188,9 @@ def _walk_for_statistics(inputs, a, b, dtype: tl.constexpr, ROWS: tl.constexpr, 
 
 @triton.jit
 def _walk_for_loss(
-    inputs, of_row, beta, rest, grad, grad_step, live, grad_scale,
-    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
-    dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    inputs, of_row, parameter, grad, grad_step, live, grad_scale,
+    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IS_CENTRED: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of losses and slopes over rows longer than a tile; the gradient where it needs no sum of slopes."""
     V = inputs[5]
@@ -194,7 +199,7 @@ def _walk_for_loss(
     for first in range(0, V, BLOCK):
         columns = last - first + tl.arange(0, BLOCK)
         s, t = _load(inputs, columns, dtype, "evict_first" if IS_CENTRED else "evict_last")
-        losses, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+        losses, slopes, p = _visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total += tl.sum(losses, 1)
         if not IS_CENTRED:
             sum_slope += tl.sum(slopes, 1)
@@ -205,14 +210,15 @@ def _walk_for_loss(
 
 @triton.jit
 def _walk_for_grad(
-    inputs, of_row, beta, rest, grad, grad_step, live, grad_scale, sum_slope,
-    DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
+    inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope,
+    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    dtype: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     V = inputs[5]
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         s, t = _load(inputs, columns, dtype, "evict_first")
-        _losses, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+        _losses, slopes, p = _visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
 
 
@@ -237,11 +243,12 @@ def rows_fwd_kernel(
     mask,  # [N], or None
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
-    beta: tl.float64,
+    parameter_rows, parameter: tl.float64,  # [N] float64, or None: one for all rows
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
     stats,  # [N, 5], or None
     N, V,
-    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
     PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = loss.dtype.element_ty
@@ -262,8 +269,8 @@ def rows_fwd_kernel(
     if grad is not None:
         grad += _row_offsets(row, live, grad_index, grad_inner, grad_outer, grad_stride)
     inputs = (student, student_step, teacher, teacher_step, read, V)
-    rest = tl.full((1, 1), 1.0 - beta, dtype)
-    beta = tl.full((1, 1), beta, dtype)
+    OF_ROWS: tl.constexpr = parameter_rows is not None
+    parameter = _per_row(parameter_rows, parameter, row, read, tl.float64)[:, None]
 
     if ONE_TILE:
         columns = tl.arange(0, BLOCK)
@@ -271,7 +278,7 @@ def rows_fwd_kernel(
         max_student, max_teacher = _finite(tl.max(s, 1)), _finite(tl.max(t, 1))
         sum_student, sum_teacher = tl.sum(_exp(s, max_student, a), 1), tl.sum(_exp(t, max_teacher, a - b), 1)
         of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
-        losses, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+        losses, slopes, p = _visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total = tl.sum(losses, 1)
         sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
         if grad is not None:
@@ -279,16 +286,16 @@ def rows_fwd_kernel(
     else:
         of_row = _walk_for_statistics(inputs, a, b, dtype, ROWS, BLOCK)
         total, sum_slope = _walk_for_loss(
-            inputs, of_row, beta, rest, grad, grad_step, live, grad_scale,
-            DIVERGENCE, IS_CENTRED, SAME_TEMPERATURE, dtype, ROWS, BLOCK,
+            inputs, of_row, parameter, grad, grad_step, live, grad_scale,
+            DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, dtype, ROWS, BLOCK,
         )  # fmt: skip
         if grad is not None and not IS_CENTRED:
             _walk_for_grad(
-                inputs, of_row, beta, rest, grad, grad_step, live, grad_scale, sum_slope,
-                DIVERGENCE, SAME_TEMPERATURE, dtype, BLOCK,
+                inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope,
+                DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, dtype, BLOCK,
             )  # fmt: skip
 
-    total = _row_loss(total, of_row, loss_scale, DIVERGENCE)
+    total = _row_loss(total, of_row, loss_scale, ENTROPY)
     if PER_ROW:
         tl.store(loss + row, total, mask=live)
     else:
@@ -307,7 +314,7 @@ def rows_bwd_kernel(
     mask,  # [N], or None
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
-    beta: tl.float64,
+    parameter_rows, parameter: tl.float64,  # [N] float64, or None: one for all rows
     stats,  # [N, 5]
     upstream, upstream_stride,  # [N], or [1] with stride 0
     N, V,
@@ -339,9 +346,9 @@ def rows_bwd_kernel(
 
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s, t = _load((student, student_step, teacher, teacher_step, read, V), columns, dtype, "evict_first")
-    rest = tl.full((1, 1), 1.0 - beta, dtype)
-    beta = tl.full((1, 1), beta, dtype)
-    _loss, slopes, p = _visit(s, t, of_row, beta, rest, DIVERGENCE, SAME_TEMPERATURE)
+    OF_ROWS: tl.constexpr = parameter_rows is not None
+    parameter = _per_row(parameter_rows, parameter, row, read, tl.float64)[:, None]
+    _loss, slopes, p = _visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
     _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
 
 
@@ -487,6 +494,7 @@ def _arguments(call, grad):
         call.weight,
         call.scale_tensor,
         call.scale,
+        call.parameter_rows,
         call.parameter,
     )
 
@@ -495,6 +503,7 @@ def rows_fwd(*arguments: Any) -> None:
     call, out = RowsCall(*arguments[: len(RowsCall._fields)]), RowsForward(*arguments[len(RowsCall._fields) :])
     N, V, element_size = _sizes(call)
     dtype, per_row = compute_dtype(call.student, call.teacher), out.loss.dim() > 0
+    entry = ENTRIES[call.divergence]
     if N == 0:
         out.loss.zero_()
         return
@@ -504,7 +513,7 @@ def rows_fwd(*arguments: Any) -> None:
     with torch.cuda.device_of(call.student):
         rows_fwd_kernel[(programs,)](
             *_arguments(call, out.grad), parts, out.stats, N, V,
-            DIVERGENCE=call.divergence, IS_CENTRED=call.divergence in CENTRED,
+            DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred, ENTROPY=entry.teacher_entropy,
             SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
             ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limited(dtype),
         )  # fmt: skip
@@ -523,7 +532,7 @@ def rows_bwd(*arguments: Any) -> None:
     with torch.cuda.device_of(call.student):
         rows_bwd_kernel[(triton.cdiv(N, rows), triton.cdiv(V, block))](
             *_arguments(call, rest.grad), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V,
-            DIVERGENCE=call.divergence, SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared,
+            DIVERGENCE=FUNCTIONS[call.divergence], SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared,
             ROWS=rows, BLOCK=block, num_warps=warps, **limited(compute_dtype(call.student, call.teacher)),
         )  # fmt: skip
 

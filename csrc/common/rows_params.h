@@ -1,0 +1,45 @@
+// What the rows schedule is told of a call.
+#pragma once
+#include "common/params.h"
+#include "divergence_list.h"
+
+namespace fastkd {
+
+// A number that is one for all rows, or one per row.
+template <class T>
+struct Number {
+  const T* rows;  // [N], or null
+  double of_all;
+  FASTKD_HD double operator[](int64_t row) const { return rows ? double(rows[row]) : of_all; }
+};
+
+// Of a row, or a part of one: the maximum logit and the sum of e^((z - max) / T); and of the row
+// the sum of its slopes. Saved for backward, [N, 5]. In double whatever is computed in: the sums'
+// error is the whole row's.
+struct RowsStats {
+  double max_student, sum_student, max_teacher, sum_teacher, slope;
+};
+
+// T is the type that is computed in: float, or double where an input is double.
+template <class T>
+struct RowsParams {
+  Divergence divergence;
+  int64_t N, V;
+  RowsTensor student, teacher;  // [N, V]
+  RowsTensor grad;              // [N, V], the student's dtype; the student itself when in place
+  Number<double> parameter;     // the divergence's own; 1 - x of an x near 1 keeps its digits
+  Number<T> temperature, teacher_temperature;
+  bool t_squared;
+  const bool* mask;         // [N], or null: every row counts
+  const T* weight;          // [N], or null: 1
+  const T* upstream;        // [N], or null: 1
+  int64_t upstream_stride;  // 0: one upstream for all rows
+  double grad_scale;        // 1 / divisor of the reduction
+  const double* scale;      // the same in memory, where the host does not know it; or null
+  T* loss;                  // [N]
+  RowsStats* stats;         // [N], or null
+  bool stream;              // write the gradient past the caches
+  bool prefetch;            // this row and the next fit the second-level cache
+};
+
+}  // namespace fastkd

@@ -1,0 +1,112 @@
+"""The divergences between a row of student and a row of teacher logits: one entry each, from which all else follows.
+
+An entry's ``name`` is that of its function in :mod:`fastkd.functional`, of its reference in plain PyTorch
+(``fastkd/reference.py``, ``_NAME``), of Triton's function (``fastkd/triton/divergences.py``, ``NAME``) and of its C++
+header (``csrc/math/divergences/NAME.h``). Its number in the ops is its place in the list; the build runs this file,
+which prints C++ headers. Nothing is imported from torch, as the build runs it without.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+
+class Parameter(NamedTuple):
+    """The number that a divergence has of its own. One for all rows, or one per row."""
+
+    name: str
+    default: float
+    low: float
+    high: float
+    ends: dict[float, str]  # what the divergence is, by convention, where the parameter is this number
+
+
+class Divergence(NamedTuple):
+    """What is known about a divergence besides its mathematics."""
+
+    name: str
+    functor: str
+    centred: bool  # the slopes of a row add up to 0, so that their sum need not be known
+    teacher_entropy: bool = False  # the teacher's entropy is a part of it
+    parameter: Parameter | None = None
+
+
+REGISTRY = {
+    entry.name: entry
+    for entry in (
+        Divergence("kl_div", "ForwardKL", centred=True),
+        Divergence("soft_cross_entropy", "SoftCrossEntropy", centred=True, teacher_entropy=True),
+        Divergence("reverse_kl_div", "ReverseKL", centred=False),
+        Divergence(
+            "js_div",
+            "JensenShannon",
+            centred=False,
+            parameter=Parameter("beta", 0.5, 0.0, 1.0, {0.0: "kl_div", 1.0: "reverse_kl_div"}),
+        ),
+    )
+}
+NUMBERS = {name: number for number, name in enumerate(REGISTRY)}
+
+
+def digest() -> str:
+    """Which divergence has which number."""
+    return ",".join(REGISTRY)
+
+
+def list_header() -> str:
+    """``divergence_list.h``: the enumeration of all divergences."""
+    functors = " ".join(f"X({entry.functor})" for entry in REGISTRY.values())
+    return f"""// Written by fastkd/_divergences.py.
+#pragma once
+#include <cstdint>
+
+#define FASTKD_FOR_EACH_DIVERGENCE(X) {functors}
+
+namespace fastkd {{
+
+#define FASTKD_ENUMERATOR(name) k##name,
+enum class Divergence : int64_t {{ FASTKD_FOR_EACH_DIVERGENCE(FASTKD_ENUMERATOR) kCount }};
+#undef FASTKD_ENUMERATOR
+
+struct ParameterRange {{
+  double low, high;
+}};
+// Of each divergence's parameter; of one that has none, 0 alone.
+inline constexpr ParameterRange kParameterRanges[] = {{{_ranges()}}};
+inline constexpr const char* kDivergencesDigest = "{digest()}";
+
+}}  // namespace fastkd"""
+
+
+def _ranges() -> str:
+    parameters = [entry.parameter for entry in REGISTRY.values()]
+    return ", ".join("{0, 0}" if p is None else f"{{{p.low!r}, {p.high!r}}}" for p in parameters)
+
+
+def functors_header() -> str:
+    """``divergence_functors.h``: the functors, which must be what the entries say."""
+    lines = ["// Written by fastkd/_divergences.py.", "#pragma once", '#include "divergence_list.h"']
+    lines += [f'#include "math/divergences/{entry.name}.h"' for entry in REGISTRY.values()]
+    lines += ["", "namespace fastkd::FASTKD_ISA {", ""]
+    for entry in REGISTRY.values():
+        facts = (("kCentred", entry.centred), ("kTeacherEntropy", entry.teacher_entropy))
+        for fact, value in facts:
+            said = f'"fastkd/_divergences.py says something else of {entry.name}"'
+            lines.append(f"static_assert({entry.functor}<float>::{fact} == {str(value).lower()}, {said});")
+    lines += ["", "template <Divergence, class T>", "struct OfDivergence;"]
+    for entry in REGISTRY.values():
+        functor = f"{{ using type = {entry.functor}<T>; }}"
+        lines.append(f"template <class T> struct OfDivergence<Divergence::k{entry.functor}, T> {functor};")
+    lines += ["template <Divergence kWhich, class T>", "using FunctorOf = typename OfDivergence<kWhich, T>::type;"]
+    return "\n".join([*lines, "", "}  // namespace fastkd::FASTKD_ISA"])
+
+
+PRINTED = {
+    "list": list_header,
+    "functors": functors_header,
+    "names": lambda: ";".join(entry.functor for entry in REGISTRY.values()),
+}
+
+if __name__ == "__main__":
+    print(PRINTED[sys.argv[1]](), end="")
