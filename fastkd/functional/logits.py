@@ -32,7 +32,7 @@ wait for the device, so that wrong values propagate into the loss.
 
 from torch import Tensor
 
-from .. import _backend, _check, reference
+from .. import _backend, _check, _dtensor, reference
 from .._types import Reduction
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
@@ -47,6 +47,8 @@ _JS_DIV_ENDS: dict[float, str] = {0: "kl_div", 1: "reverse_kl_div"}  # by beta
 def _logits_loss(divergence, student, teacher, options, called=None):
     """Checks what a logit loss is given, and hands it to the backend; called: by the user, where that is another."""
     called = called or divergence
+    if _dtensor.given(student, teacher, options):
+        return _dtensor.logits_loss(_logits_loss, divergence, student, teacher, options, called)
     _check.logits_loss(student, teacher, options)
     exchanged, note = _EXCHANGED.get(called), ""
     if options.teacher_temperature is not options.temperature:

@@ -28,7 +28,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _backend, _check, reference
+from .. import _backend, _check, _dtensor, reference
 from .._types import Divergence, LossOrMore
 from .logits import _JS_DIV_ENDS
 
@@ -44,6 +44,8 @@ def _for_rows(student, *tensors):
 
 def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
+    if _dtensor.given(student, teacher, options):
+        return _dtensor.relational_loss(_relational_loss, name, student, teacher, options)
     if teacher is not None:
         _check.constant_teacher(teacher, name, _EXCHANGED.get(name))
     backend = _backend.select(student.device)
