@@ -83,12 +83,11 @@ class _Layout(NamedTuple):
 
     def without(self, dim):
         """The layout of the rows of a tensor whose features are at dim."""
-        if not any(_is_split(x) and x.dim > dim for x in self.placements):
-            return self
+        moved = [x for x in self.placements if _is_split(x) and x.dim > dim]
         shard = _dtensor().Shard
-        return self._replace(
-            placements=tuple(shard(x.dim - 1) if _is_split(x) and x.dim > dim else x for x in self.placements)
-        )
+        if any(type(x) is not shard for x in moved):  # of flattened dimensions
+            raise ValueError(f"student: {shard.__name__} wanted after the features, got {self.placements}. {_GATHER}")
+        return self._replace(placements=tuple(shard(x.dim - 1) if x in moved else x for x in self.placements))
 
 
 def _layout(mesh, x):
@@ -165,11 +164,11 @@ def _plain(x):
     return x.full_tensor() if isinstance(x, _dtensor().DTensor) else x
 
 
-def _count(mesh, mask, shape):
+def _count(mesh, mask, rows):
     """How many rows of the whole batch count: a number, or a tensor, for which nothing waits."""
     if mask is None:
-        return max(shape.numel(), 1)
-    return _whole(mesh, mask).sum().full_tensor()
+        return max(rows.numel(), 1)
+    return _whole(mesh, mask).sum().full_tensor() * (rows.numel() // max(mask.numel(), 1))  # it may be for many rows
 
 
 def _refuse_split(name, x, dims, wanted, parts, gather):
@@ -182,13 +181,13 @@ def _refuse_split(name, x, dims, wanted, parts, gather):
 
 
 @contextlib.contextmanager
-def _explained(layout, **arguments):
-    """Errors of arguments that are plain tensors, in place of whole ones perhaps shards, say what is taken for what."""
+def _explained(student, **arguments):
+    """Errors of arguments that are plain tensors, perhaps shards in place of whole ones, say what is taken for what."""
     try:
         yield
     except ValueError as problem:
         x = arguments.get(str(problem).partition(":")[0])
-        if not any(layout.split) or not any(_is_plain(one) for one in _list(x)):
+        if x is None or not any(_is_plain(one) for one in (*_list(student), *_list(x))):
             raise
         raise ValueError(
             f"{problem}. Beside DTensors a plain tensor counts as whole, the same on every rank; DTensor.from_local "
@@ -240,7 +239,7 @@ def logits_loss(again, divergence, student, teacher, options, called):
         if isinstance(x, torch.Tensor) and x.dim():
             _refuse_split(name, x, range(x.dim() - 1), "all classes of a row", "classes", _CLASSES)
     options = options._replace(normalizer=_plain(options.normalizer))
-    with _explained(layout, teacher=teacher, **per_row):
+    with _explained(student, teacher=teacher, **per_row):
         _check.logits_loss(student, teacher, options._replace(inplace=False))
     rows = student.shape[:-1]
     local = {name: _per_row(name, x, layout, rows) for name, x in per_row.items()}
@@ -310,7 +309,7 @@ class _Rows(NamedTuple):
         x = getattr(self, name)
         if x is None:
             return None, [None] * len(like)
-        with _explained(layouts[0], **{name: x}):
+        with _explained(None, **{name: x}):
             found = _check.per_layer(name, x, like, dim, check_one)
         local = []
         each = x if isinstance(x, (list, tuple)) else [x] * len(like)
@@ -338,7 +337,7 @@ def feature_loss(
     listed = isinstance(student, (list, tuple))
     students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
     mesh = _mesh(student=student, teacher=teacher, mask=mask, weight=weight, normalizer=normalizer)
-    with _explained(_layout(mesh, next(iter(_list(student)), None)), teacher=teacher):
+    with _explained(student, teacher=teacher):
         _check.features(students, teachers, dim)
     dims = [_check.dim_of(x, dim) % x.dim() for x in students]
     layouts = _feature_layouts(mesh, dims, students, teachers)
@@ -356,7 +355,7 @@ def linear_feature_mse(again, student, projector_weight, teacher, projector_bias
     mesh = _mesh(
         student=student, projector_weight=projector_weight, teacher=teacher, projector_bias=projector_bias, **of_rows
     )
-    with _explained(_layout(mesh, student), teacher=teacher):
+    with _explained(student, teacher=teacher):
         _check.projector(student, projector_weight, projector_bias, teacher, dim)
     at = _check.dim_of(student, dim) % student.dim()
     (layout,) = layouts = _feature_layouts(mesh, [at], [student], [teacher])
@@ -377,7 +376,7 @@ def attention_transfer(again, student, teacher, p):
     """Maps are as independent as rows are."""
     mesh = _mesh(student=student, teacher=teacher)
     layout = _layout(mesh, student)
-    with _explained(layout, teacher=teacher):
+    with _explained(student, teacher=teacher):
         _check.maps(student, teacher)
     for name, x in (("student", student), ("teacher", teacher)):
         _refuse_split(name, x, [0], "whole maps", "maps", _GATHER)
