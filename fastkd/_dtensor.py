@@ -5,12 +5,10 @@ without DTensors, and divides by what the whole batch has: the sum over ranks is
 sample with every other: their embeddings are whole on every rank. The student's placements decide; whatever stands
 beside it is brought to them. A plain tensor beside DTensors counts as whole, the same on every rank.
 
-Of three facts of PyTorch's DTensors this file takes care: ``item()`` of a loss that is pending as ``Partial`` returns
-the summand of one rank, so that losses are summed here; the gradient of weights that all ranks have is a sum over those
-ranks alone that split the batch; and a tensor that is not split must not have its gradient summed at all.
+``item()`` of a ``Partial`` returns the summand of one rank, so that losses are summed here. The gradient of what is
+replicated is summed over those ranks alone that split the batch: a projector's is, and a replicated student's is not.
 
-Nothing is imported from ``torch.distributed.tensor`` before somebody else has: without DTensors a call looks into
-``sys.modules`` and goes on.
+Nothing imports ``torch.distributed.tensor`` here: where nobody has, there is no DTensor, and a call goes on at once.
 """
 
 import contextlib
@@ -23,17 +21,17 @@ from . import _check
 from ._inplace import overwritten
 from .reference import compute_dtype
 
-_CLASSES = (
-    "group= will take classes that are split, once it is there; until then redistribute(placements=[Replicate()]) or "
-    "full_tensor() gathers them"
-)
 _GATHER = "redistribute(placements=[Replicate()]) or full_tensor() gathers them"
+_CLASSES = f"group= will take classes that are split, once it is there; until then {_GATHER}"
+_OTHERS = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
 
 
 def given(*arguments: Any) -> bool:
     """Whether some argument, or some part of one that is a list, is a DTensor."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and _first(module.DTensor, arguments) is not None
+    if module is None or _OTHERS.issuperset(map(type, arguments)):
+        return False
+    return _first(module.DTensor, arguments) is not None
 
 
 def _first(kind, arguments):
@@ -93,9 +91,8 @@ class _Layout(NamedTuple):
 def _layout(mesh, x):
     """Of a student: as it is, with sums that are pending made; a plain tensor is whole."""
     replicate = _dtensor().Replicate()
-    if not isinstance(x, _dtensor().DTensor):
-        return _Layout(mesh, (replicate,) * mesh.ndim)
-    return _Layout(mesh, tuple(replicate if p.is_partial() else p for p in x.placements))
+    found = getattr(x, "placements", [replicate] * mesh.ndim)
+    return _Layout(mesh, tuple(replicate if p.is_partial() else p for p in found))
 
 
 def _mesh(**arguments):
@@ -147,7 +144,7 @@ def _sum(loss, layout):
     if not any(layout.split):
         return total
     replicated = layout.replicated().placements
-    # the second one does nothing but in backward, where it sums a gradient that is pending
+    # the second one sums a gradient that is pending, which from_local has not done in every version of torch
     return total.redistribute(placements=replicated).redistribute(placements=replicated)
 
 
@@ -297,7 +294,7 @@ class _Rows(NamedTuple):
                 divisor = _count(layouts[i].mesh, mask and mask[i], rows) * (width if reduction == "mean" else 1)
                 if not isinstance(divisor, torch.Tensor):
                     divisor = torch.full((), divisor, dtype=dtype, device=tensors[0].device)
-                scale = 1 / divisor.clamp(min=1).to(dtype)  # 0 where no row counts
+                scale = 1 / divisor.clamp(min=1).to(dtype)  # the count is 0 where no row counts
                 weights[i] = scale if weights[i] is None else weights[i].to(dtype) * scale
             reduction = "sum"
         return _Rows(
@@ -387,17 +384,16 @@ def attention_transfer(again, student, teacher, p):
 
 def relational_loss(again, name, student, teacher, options):
     """again: the function that computes it of plain tensors, whose arguments have been checked but for their values."""
-    embeddings = {"student": student, "teacher": teacher}
-    if name == "relation_kl":
-        embeddings |= {"student_keys": options[0], "teacher_keys": options[1]}
-    mesh = _mesh(**embeddings, **{"mask, weight, labels or temperature": list(options)})
+    names = ["student", "teacher", *(["student_keys", "teacher_keys"] if name == "relation_kl" else [])]
+    embeddings = dict(zip(names, (student, teacher, *options), strict=False))
+    layout = _layout(_mesh(**embeddings, **{"mask, weight, labels or temperature": list(options)}), None)
     for argument, x in embeddings.items():
         _refuse_split(argument, x, (), "all samples, which are compared with each other,", "samples", _GATHER)
-    layout = _layout(mesh, None)
-    student, teacher, *options = (
-        _local(x, layout) if isinstance(x, torch.Tensor) else x for x in (student, teacher, *options)
-    )
-    if not any(isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in options):  # no mask
-        _check.finite(student=student, **({} if teacher is None else {"teacher": teacher}))
-    found = again(name, student, teacher, *options)
+    local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (student, teacher, *options)]
+    if not any(isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in local):  # no mask
+        _check.finite(**{argument: x for argument, x in zip(names, local, strict=False) if x is not None})
+    if name == "relation_kl":
+        for argument, x in zip(("temperature", "teacher_temperature"), local[8:10], strict=True):
+            _check.temperature(argument, x, local[0])
+    found = again(name, *local)
     return tuple(_sum(x, layout) for x in found) if isinstance(found, tuple) else _sum(found, layout)

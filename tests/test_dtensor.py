@@ -189,6 +189,8 @@ class Behaviours:
         self.raises(f"^teacher: .*{counts_as_whole}", functional.kl_div, student, shard)
         self.raises(f"^teacher: .*{counts_as_whole}", functional.feature_mse, student, shard)
         self.raises(f"^teacher: .*{counts_as_whole}", functional.feature_mse, [student], [shard])
+        teacher = self.of(self.teacher, self.split)
+        self.raises(f"^teacher: .*{counts_as_whole}", functional.kl_div, self.student.chunk(2)[rank], teacher)
         mask = torch.ones(shard.shape[:-1], dtype=torch.bool)
         for loss in (functional.kl_div, functional.feature_mse):
             self.raises(f"^mask: .*{counts_as_whole}", loss, student, self.teacher, mask=mask)
@@ -217,6 +219,13 @@ class Behaviours:
         broken = self.student[:, 0].clone()
         broken[0] = torch.nan
         self.raises("^student: finite", functional.rkd_distance, self.of(broken, self.whole), self.teacher[:, 0])
+        both = self.of(self.student[:, 0], self.whole), self.teacher[:, 0]
+        keys = {"student_keys": both[0], "teacher_keys": self.of(broken, self.whole)}
+        self.raises("^teacher_keys: finite", functional.relation_kl, *both, **keys)
+        negative = self.of(-torch.ones(5), self.split)
+        self.raises("^temperature: positive", functional.relation_kl, *both, temperature=negative)
+        self.raises("^teacher_temperature: positive", functional.relation_kl, *both, teacher_temperature=negative)
+        self.raises("^temperature: positive", functional.kl_div, *both, temperature=negative)
 
     def one_mesh_is_wanted(self):
         other = dist.init_device_mesh("cpu", (2, 1))

@@ -24,6 +24,11 @@ second derivative: ``create_graph=True`` is an error.
 
 **Memory.** One pass reads student and teacher and, where a gradient is wanted, writes it.
 
+**DTensors** are taken as losses of logits take them (:mod:`fastkd.functional.logits`): replicated, or split by any
+dimension but that of the features; lists of layers by the same dimensions of the mesh. ``attention_transfer`` takes
+maps that are split by samples. A projector is whole on every rank, gathered where it is split, and its gradient is
+summed over ranks in backward.
+
 **Errors** are raised before anything is computed, and name the argument.
 """
 
