@@ -312,6 +312,11 @@ class Behaviours:
                     wanted.backward()
                     torch.testing.assert_close(whole(found.detach()), wanted.detach())
                     torch.testing.assert_close(whole(x.grad), expected.grad)
+                    x.grad = None
+                    found = loss(x, teacher, mask=torch.zeros(5, 1, dtype=torch.bool))
+                    found.backward()
+                    assert whole(found) == 0
+                    assert not whole(x.grad).any()
                 x = self.of(student[:, 0], self.whole).requires_grad_()
                 functional.rkd_distance(x, self.of(teacher[:, 0], self.whole)).backward()
                 assert whole(x.grad).isfinite().all()
