@@ -561,12 +561,12 @@ def _no_row_counts(student, mask):
         raise ValueError("normalizer: 0 is wanted only where no row counts, as a mask says; here there is no mask")
 
 
-def inplace(student, teacher):
-    """The gradient can be written over the student's logits."""
+def will_be_overwritten(student):
+    """Whether the gradient will be written over the student's logits; an error where their history forbids it."""
     if torch.compiler.is_compiling():
         raise RuntimeError("inplace: not under torch.compile, which plans memory itself; leave it out")
     if not (student.requires_grad and torch.is_grad_enabled()):
-        return  # nothing will be written
+        return False
     if student.is_leaf or (student._base is not None and student._base.is_leaf and student._base.requires_grad):
         raise ValueError(
             "inplace: the student's logits are a leaf that requires a gradient, or a view of one; "
@@ -578,6 +578,13 @@ def inplace(student, teacher):
             "inplace=True, and no gradient passes by that. Compute the logits of each chunk by themselves, or leave "
             "inplace out"
         )
+    return True
+
+
+def inplace(student, teacher):
+    """The gradient can be written over the student's logits."""
+    if not will_be_overwritten(student):
+        return
     if _overlaps_itself(student):
         raise ValueError("inplace: several of the student's logits share one place in memory (expand, unfold)")
     same_storage = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()

@@ -24,6 +24,11 @@ second derivative: ``create_graph=True`` is an error.
 
 **Memory.** One pass reads student and teacher and, where a gradient is wanted, writes it.
 
+**DTensors** are taken as losses of logits take them (:mod:`fastkd.functional.logits`): replicated, or split by any
+dimension but that of the features; lists of layers by the same dimensions of the mesh. ``attention_transfer`` takes
+maps that are split by samples. A projector is whole on every rank, gathered where it is split, and its gradient is
+summed over ranks in backward.
+
 **Errors** are raised before anything is computed, and name the argument.
 """
 
@@ -32,7 +37,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _backend, _check, reference
+from .. import _backend, _check, _dtensor, reference
 from .._types import FeatureNormalize, Layers, LossOrMore, Reduction
 
 
@@ -46,6 +51,11 @@ def _normalized(total, normalizer):
 
 def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim):
     """Checks what a feature loss is given, and hands it to the backend."""
+    if _dtensor.given(student, teacher, mask, weight, normalizer):
+        return _dtensor.feature_loss(
+            _feature_loss, feature, student, teacher, mask, weight, reduction, normalizer, layer_weights,
+            return_layers, dim,
+        )  # fmt: skip
     listed = isinstance(student, (list, tuple))
     students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
     _check.features(students, teachers, dim)
@@ -245,6 +255,8 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, p: float = 2) -> Ten
 
     Source: Zagoruyko and Komodakis, "Paying More Attention to Attention", 2017.
     """
+    if _dtensor.given(student, teacher):
+        return _dtensor.attention_transfer(attention_transfer, student, teacher, p)
     _check.maps(student, teacher)
     _check.exponent("p", p)
     _check.constant_teacher(teacher, "attention_transfer", "attention_transfer({})")
@@ -312,6 +324,11 @@ def linear_feature_mse(
 
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
     """
+    if _dtensor.given(student, projector_weight, teacher, projector_bias, mask, weight, normalizer):
+        return _dtensor.linear_feature_mse(
+            linear_feature_mse, student, projector_weight, teacher, projector_bias, normalize, dim,
+            mask=mask, weight=weight, reduction=reduction, normalizer=normalizer,
+        )  # fmt: skip
     _check.projector(student, projector_weight, projector_bias, teacher, dim)
     _check.constant_teacher(teacher)
     _check.feature_normalize(normalize)

@@ -25,6 +25,14 @@ held. On the CPU each thread keeps scratch memory of 12 bytes a class, 24 in flo
 **Precision.** No term cancels when student and teacher agree. Near convergence, at a loss of 5e-7, where plain PyTorch
 in float32 has lost most digits of a divergence, the relative error stays below 2e-4.
 
+**DTensors** (``torch.distributed.tensor``) are taken on a mesh of any dimensions, replicated or split by leading
+dimensions. The loss is that of the whole batch: a replicated DTensor, so that ``item()`` is right on every rank; with
+``reduction="none"`` it is split as the rows are. The gradient lies where the student does. What stands beside the
+student is brought there too, sums that are pending (``Partial``) are made first, and a plain tensor counts as whole,
+the same on every rank; so does a normalizer. Where rows are split the ranks add up the loss, and the number of rows
+that a mask lets count; backward exchanges nothing. Classes that are split are an error. ``inplace`` and
+``torch.compile`` work as they do elsewhere.
+
 **Errors** are raised before anything is computed, and name the argument. The values of tensor temperatures and
 normalizers, and of numbers under ``torch.compile``, are checked on the CPU only: on other devices a check would have to
 wait for the device, so that wrong values propagate into the loss.
@@ -33,7 +41,7 @@ wait for the device, so that wrong values propagate into the loss.
 import torch
 from torch import Tensor
 
-from .. import _backend, _check, _divergences, reference
+from .. import _backend, _check, _divergences, _dtensor, reference
 from .._types import Reduction
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
@@ -57,6 +65,8 @@ def _of_parameter(divergence, value):
 def _logits_loss(called, student, teacher, options):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
     divergence, entry = called, _divergences.REGISTRY[called].parameter
+    if _dtensor.given(student, teacher, *options):
+        return _dtensor.logits_loss(_logits_loss, called, student, teacher, options)
     _check.logits_loss(student, teacher, options)
     if entry is not None:
         _check.parameter(entry, options.parameter, student)

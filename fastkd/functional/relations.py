@@ -20,6 +20,11 @@ gradient. There is no second derivative: ``create_graph=True`` is an error.
 **Memory.** No matrix ``[N, N]`` is held, forward or backward: beside the inputs there are a few arrays of their size,
 and tiles or strips that are computed one after the other.
 
+**DTensors** are taken where student, teacher and keys are replicated; the loss is a replicated DTensor, and the
+gradient lies where the student does. Sums that are pending (``Partial``) are made first, and a plain tensor counts as
+whole, the same on every rank. Every sample is compared with all others, so that samples that are split over ranks are
+an error: gather them first.
+
 **Errors** are raised before anything is computed, and name the argument. Embeddings that are not finite are an error on
 the CPU where there is no mask. On other devices a check would have to wait for the device, so that they give NaN.
 """
@@ -28,7 +33,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _backend, _check, _divergences, reference
+from .. import _backend, _check, _divergences, _dtensor, reference
 from .._types import Divergence, LossOrMore
 from .logits import _of_parameter
 
@@ -44,6 +49,8 @@ def _for_rows(student, *tensors):
 
 def _relational_loss(name, student, teacher, *options):
     """Hands a relational loss, whose arguments have been checked, to the backend."""
+    if _dtensor.given(student, teacher, *options):
+        return _dtensor.relational_loss(_relational_loss, name, student, teacher, options)
     if teacher is not None:
         _check.constant_teacher(teacher, name, _EXCHANGED.get(name))
     backend = _backend.select(student.device)
