@@ -10,7 +10,7 @@ import typing
 import pytest
 
 import fastkd
-from fastkd import functional, modules
+from fastkd import _divergences, _types, functional, modules
 
 FAMILIES = ("logits", "features", "relations")
 MODULES = {  # by function
@@ -35,6 +35,10 @@ MODULES = {  # by function
 OF_THE_PROJECTOR = {"student_features", "teacher_features", "bias", "device", "dtype"}
 PROJECTOR = {"projector_weight", "projector_bias"}
 losses = pytest.mark.parametrize(("function", "module"), MODULES.items(), ids=MODULES)
+
+
+def test_every_divergence_has_its_name_among_the_types():
+    assert typing.get_args(_types.Divergence) == tuple(_divergences.REGISTRY)
 
 
 def parameters(function):

@@ -36,7 +36,8 @@ struct RowsOps {
                           const char* wanted, Allowed&& allowed) {
     const Number<T> x{per_row<T>(rows, in, kScalarType<T>, name), of_all};
     const int64_t values = !x.rows ? 1 : Device::kValuesAtHand ? number_of_rows(in) : 0;
-    for (int64_t row = 0; row < values; ++row) FASTKD_CHECK(allowed(x[row]), name, ": ", wanted, " wanted, got ", x[row]);
+    for (int64_t row = 0; row < values; ++row)
+      FASTKD_CHECK(allowed(x[row]), name, ": ", wanted, " wanted, got ", x[row]);
     return x;
   }
   template <class T>
@@ -65,8 +66,9 @@ struct RowsOps {
     constexpr ScalarType kType = kScalarType<T>;
     P.divergence = Divergence(in.divergence);
     const ParameterRange range = kParameterRanges[in.divergence];
-    P.parameter = number<double>(in.parameter, in.parameter_rows, in, "parameter", "a number within the divergence's range",
-                            [range](double x) { return x >= range.low && x <= range.high; });
+    P.parameter =
+        number<double>(in.parameter, in.parameter_rows, in, "parameter", "a number within the divergence's range",
+                       [range](double x) { return x >= range.low && x <= range.high; });
     P.N = number_of_rows(in);
     P.V = classes(in);
     P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");

@@ -16,10 +16,8 @@ void set_isa(const std::string& name);
 
 // FASTKD_OF_ISA(f<T>(x)): the f of the namespace of the instruction set in use.
 #if FASTKD_X86
-#define FASTKD_OF_ISA(...)                    \
-  (isa() == Isa::kAvx512 ? avx512::__VA_ARGS__ \
-   : isa() == Isa::kAvx2 ? avx2::__VA_ARGS__   \
-                         : baseline::__VA_ARGS__)
+#define FASTKD_OF_ISA(...) \
+  (isa() == Isa::kAvx512 ? avx512::__VA_ARGS__ : isa() == Isa::kAvx2 ? avx2::__VA_ARGS__ : baseline::__VA_ARGS__)
 #else
 #define FASTKD_OF_ISA(...) (baseline::__VA_ARGS__)
 #endif

@@ -12,9 +12,8 @@ namespace {
 cudaError_t run_relation(Relation relation, cuda::PairsStorage storage, const cuda::PairsParams& P,
                          const cuda::Context& context) {
   return with_constant(relation, [&](auto r) {
-    return with_constant(storage, [&](auto s) {
-      return cuda::pairs_run<s.value, r.value>(P, context.device, context.stream);
-    });
+    return with_constant(storage,
+                         [&](auto s) { return cuda::pairs_run<s.value, r.value>(P, context.device, context.stream); });
   });
 }
 

@@ -144,8 +144,8 @@ int run(Divergence which, int64_t N, int64_t V) {
   back.grad = again.rows(kType);
   const cuda::RowsPlan plan = cuda::rows_plan(P, device);
   std::vector<float> workspace(plan.on_chip ? 0 : 7 * N * plan.splits);
-  cudaError_t e = with_constant(
-      which, [&](auto k) { return forward_backward<k.value>(P, device, workspace.data(), back); });
+  cudaError_t e =
+      with_constant(which, [&](auto k) { return forward_backward<k.value>(P, device, workspace.data(), back); });
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;
   cuda::Scale<float> scaled{};
