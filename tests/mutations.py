@@ -83,7 +83,8 @@ MUTATIONS = [
              "pair = (i < n)[:, None] & (j < n)[None, :] & (i", "pair = (j < n)[None, :] & (i", RELATIONS),
     # bindings
     Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_op.h",
-             "temperatures<T>(in.teacher_temperature_rows, in,", "temperatures<T>(in.temperature_rows, in,", ROWS),
+             "temperature<T>(in.teacher_temperature, in.teacher_temperature_rows,",
+             "temperature<T>(in.teacher_temperature, in.temperature_rows,", ROWS),
     Mutation("binding: a number that only the device knows is not divided by", "csrc/common/rows_op.h",
              "if (in.scale_tensor) {", "if (false) {", ROWS),
     Mutation("binding: a half-precision gradient is computed in forward", "fastkd/ops/rows.py",
