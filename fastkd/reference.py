@@ -138,8 +138,13 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         t = torch.where(mask[..., None], t, 0.0)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
     parameter = options.parameter
-    if isinstance(parameter, torch.Tensor):  # not rounded to the dtype: 1 - x of an x near 1 keeps its digits
-        parameter = ordinary(parameter).expand(student.shape[:-1])[..., None]
+    if REGISTRY[divergence].parameter is not None and torch.compiler.is_compiling():
+        parameter = log_p.new_ones(()) * parameter  # a graph has its numbers built in, and this one may change
+    if isinstance(
+        parameter, torch.Tensor
+    ):  # not rounded to what is computed in: of an x near 1, 1 - x keeps its digits
+        parameter = ordinary(parameter).to(torch.promote_types(parameter.dtype, dtype))
+        parameter = parameter.expand(student.shape[:-1])[..., None]
     rows = _divergence(divergence, log_p, log_q, parameter)
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2

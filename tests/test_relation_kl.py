@@ -313,6 +313,15 @@ def test_the_op_checks_its_own_contract():
             torch.ops.fastkd.relation_kl_fwd(student, teacher, *rest, mask, None, None, True, False)
 
 
+@pytest.mark.parametrize(("beta", "same"), [(0.0, "kl_div"), (1.0, "reverse_kl_div")])
+def test_betas_that_are_all_at_one_end(backend, beta, same):
+    student, teacher = tensors(12)
+    loss, grad = run(functional.relation_kl, student, teacher, divergence="js_div", beta=torch.full((12,), beta))
+    expected, expected_grad = run(functional.relation_kl, student, teacher, divergence=same)
+    assert error(loss, expected) <= PROMISED[torch.float32]
+    assert error(grad, expected_grad) <= PROMISED[torch.float32]
+
+
 @pytest.mark.parametrize("detached", [False, True])
 def test_rows_as_their_own_keys_are_masked_as_rows_are(backend, detached):
     """Also where the teacher's keys are its rows under another name."""

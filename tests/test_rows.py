@@ -489,17 +489,27 @@ def test_a_beta_for_each_row(backend, dtype, reduction, V):
     student, teacher, _ = cases.Case("beta", "", (len(beta), V)).inputs(dtype)
     loss, grad = run(functools.partial(functional.js_div, beta=beta), student, teacher, reduction=reduction)
     upstream = upstream_like(loss).expand(beta.shape)
-    losses = []
+    losses, bounds = [], []
     for row, b in enumerate(beta.tolist()):
         exact, exact_grad = truth_of("js_div", student[row : row + 1], teacher[row : row + 1], beta=b)
         losses.append(exact)
         skewed = 1 if b in (0, 1) else 1 / min(b, 1 - b)
-        least = 8 * FLOOR[dtype] * skewed
+        least = FLOOR[dtype] * max(8, skewed / 2)
+        bounds.append(least * exact)
         if reduction == "none":
             assert error(loss[row], exact) < least
         assert error(grad[row], exact_grad[0] * upstream[row]) < least
     if reduction == "sum":
-        assert error(loss, sum(losses)) < 8 * FLOOR[dtype] * 1e6
+        assert (loss - sum(losses)).abs() < sum(bounds) + 8 * FLOOR[dtype] * sum(losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_beta_of_half_precision_is_taken_as_it_is(backend, dtype):
+    student, teacher, _ = cases.Case("beta", "", (4, 50)).inputs(torch.float32)
+    beta = torch.tensor(0.002, dtype=dtype)
+    loss, grad = run(functools.partial(functional.js_div, beta=beta), student, teacher)
+    for out, exact in zip((loss, grad), truth_of("js_div", student, teacher, beta=beta.item()), strict=True):
+        assert error(out, exact) < 8 * FLOOR[torch.float32] / beta.item()
 
 
 @pytest.mark.parametrize("beta", [1e-8, 1 - 1e-9])

@@ -33,9 +33,9 @@ the same on every rank; so does a normalizer. Where rows are split the ranks add
 that a mask lets count; backward exchanges nothing. Classes that are split are an error. ``inplace`` and
 ``torch.compile`` work as they do elsewhere.
 
-**Errors** are raised before anything is computed, and name the argument. The values of tensor temperatures and
-normalizers, and of numbers under ``torch.compile``, are checked on the CPU only: on other devices a check would have to
-wait for the device, so that wrong values propagate into the loss.
+**Errors** are raised before anything is computed, and name the argument. The values of tensor temperatures, betas and
+normalizers, those of masked rows too, and of numbers under ``torch.compile``, are checked on the CPU only: on other
+devices a check would have to wait for the device, so that wrong values propagate into the loss.
 """
 
 import torch

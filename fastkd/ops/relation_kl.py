@@ -34,6 +34,7 @@ from .rows import changeable, number_or_rows, positive
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 HALF = (torch.float16, torch.bfloat16)
+ENTRIES = list(REGISTRY.values())  # by number
 MOST = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
 
 
@@ -239,6 +240,9 @@ def _with_numbers(options):
         rows = getattr(options, f"{name}_rows")
         if rows is not None and rows.device.type == "cpu" and bool((rows == rows.flatten()[0]).all()):
             changed |= {name: rows.flatten()[0].item(), f"{name}_rows": None}
+    entry = ENTRIES[options.divergence].parameter
+    if entry is not None and changed.get("parameter") in entry.ends:
+        changed |= {"divergence": NUMBERS[entry.ends[changed["parameter"]]], "parameter": 0.0}
     return options._replace(**changed)
 
 
@@ -354,10 +358,10 @@ def relation_kl(
     dtype, leading = compute_dtype(student, teacher, student_keys, teacher_keys), student.shape[:-1]
     if torch.compiler.is_compiling():
         temperature, teacher_temperature = (
-            positive(changeable(x, student[..., :1], dtype)) for x in (temperature, teacher_temperature)
+            positive(changeable(x, student, dtype)) for x in (temperature, teacher_temperature)
         )
         if REGISTRY[divergence].parameter is not None:
-            parameter = changeable(parameter, student[..., :1], torch.float64)
+            parameter = changeable(parameter, student, torch.float64)
     parameter, parameter_rows = number_or_rows(parameter, leading, torch.float64)
     temperature, temperature_rows = number_or_rows(temperature, leading, dtype)
     teacher_temperature, teacher_temperature_rows = number_or_rows(teacher_temperature, leading, dtype)
