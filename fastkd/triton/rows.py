@@ -508,7 +508,8 @@ def rows_fwd(*arguments: Any) -> None:
         out.loss.zero_()
         return
     rows, block, warps = configuration(V, element_size)
-    if entry.parameter is not None:  # js_div holds more of each class: of half as many in a thread all fit registers
+    limits = limited(dtype)
+    if limits and entry.parameter is not None:  # js_div holds more of each class: half as many in a thread fit
         warps = min(16, 2 * warps)
     programs = triton.cdiv(N, rows)
     parts = out.loss if per_row else out.loss.new_empty(programs)
@@ -517,7 +518,7 @@ def rows_fwd(*arguments: Any) -> None:
             *_arguments(call, out.grad), parts, out.stats, N, V,
             DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred, ENTROPY=entry.teacher_entropy,
             SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
-            ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limited(dtype),
+            ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limits,
         )  # fmt: skip
         if not per_row:
             sum_kernel[(1,)](
