@@ -485,14 +485,14 @@ def parameter(entry, value, student=None):
     if student is not None and isinstance(value, torch.Tensor):
         _rows_of_numbers(name, value, student)
         if _values_known(value) and not bool(((value >= entry.low) & (value <= entry.high)).all()):
-            raise ValueError(f"{name}: values from {entry.low:g} to {entry.high:g} wanted")
+            raise ValueError(f"{name}: values {entry.range} wanted")
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: a number{' or a tensor' * (student is not None)} wanted, got {type(value).__name__}")
     if student is not None and torch.compiler.is_compiling():
         return  # the number may be a symbol; the op checks it when it runs
     if not entry.low <= value <= entry.high:  # false for NaN
-        raise ValueError(f"{name}: a number from {entry.low:g} to {entry.high:g} wanted, got {value}")
+        raise ValueError(f"{name}: a number {entry.range} wanted, got {value}")
 
 
 def _per_row(name, x, student):

@@ -21,6 +21,11 @@ class Parameter(NamedTuple):
     high: float
     ends: dict[float, str]  # what the divergence is, by convention, where the parameter is this number
 
+    @property
+    def range(self) -> str:
+        """In an error."""
+        return f"from {self.low:g} to {self.high:g}"
+
 
 class Divergence(NamedTuple):
     """What is known about a divergence besides its mathematics."""
@@ -47,6 +52,7 @@ REGISTRY = {
     )
 }
 NUMBERS = {name: number for number, name in enumerate(REGISTRY)}
+ENTRIES = list(REGISTRY.values())  # by number
 
 
 def digest() -> str:
@@ -70,6 +76,7 @@ enum class Divergence : int64_t {{ FASTKD_FOR_EACH_DIVERGENCE(FASTKD_ENUMERATOR)
 #undef FASTKD_ENUMERATOR
 
 struct ParameterRange {{
+  const char *name, *wanted;
   double low, high;
 }};
 // Of each divergence's parameter; of one that has none, 0 alone.
@@ -80,8 +87,9 @@ inline constexpr const char* kDivergencesDigest = "{digest()}";
 
 
 def _ranges() -> str:
-    parameters = [entry.parameter for entry in REGISTRY.values()]
-    return ", ".join("{0, 0}" if p is None else f"{{{p.low!r}, {p.high!r}}}" for p in parameters)
+    nothing = Parameter("parameter", 0.0, 0.0, 0.0, {})
+    parameters = [entry.parameter or nothing for entry in REGISTRY.values()]
+    return ", ".join(f'{{"{p.name}", "a number {p.range}", {p.low!r}, {p.high!r}}}' for p in parameters)
 
 
 def functors_header() -> str:

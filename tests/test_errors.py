@@ -288,10 +288,13 @@ def test_the_op_checks_its_own_contract():
         "scale_tensor": {"scale_tensor": torch.ones(())},
         "temperature": {"temperature": -1.0},
         "weight": {"weight": torch.ones(4, dtype=torch.float64)},
-        "parameter: a number within": {"divergence": 3, "parameter": 1.1},
-        "parameter: a number within the divergence's range": {"divergence": 0, "parameter": 0.1},
-        "parameter: a contiguous": {"divergence": 3, "parameter_rows": torch.full((4,), 0.5)},
-        "range wanted, got nan": {"divergence": 3, "parameter_rows": torch.full((4,), torch.nan).double()},
+        "beta: a number from 0 to 1 wanted, got 1.1": {"divergence": 3, "parameter": 1.1},
+        "parameter: a number from 0 to 0 wanted": {"divergence": 0, "parameter": 0.1},
+        "beta: a contiguous": {"divergence": 3, "parameter_rows": torch.full((4,), 0.5)},
+        "beta: a number from 0 to 1 wanted, got nan": {
+            "divergence": 3,
+            "parameter_rows": torch.full((4,), torch.nan).double(),
+        },
         "float16, bfloat16": {"student": S.long(), "teacher": T.long()},
     }
     for match, wrong in wrong_calls.items():

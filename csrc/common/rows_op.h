@@ -66,9 +66,8 @@ struct RowsOps {
     constexpr ScalarType kType = kScalarType<T>;
     P.divergence = Divergence(in.divergence);
     const ParameterRange range = kParameterRanges[in.divergence];
-    P.parameter =
-        number<double>(in.parameter, in.parameter_rows, in, "parameter", "a number within the divergence's range",
-                       [range](double x) { return x >= range.low && x <= range.high; });
+    P.parameter = number<double>(in.parameter, in.parameter_rows, in, range.name, range.wanted,
+                                 [range](double x) { return x >= range.low && x <= range.high; });
     P.N = number_of_rows(in);
     P.V = classes(in);
     P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");

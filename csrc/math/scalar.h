@@ -18,6 +18,9 @@ FASTKD_HD To bits_as(From x) {
 
 template <class T>
 inline constexpr T kInf = std::numeric_limits<T>::infinity();
+// The least normal number. A constant, as kInf is: of std's function the linker might keep another instruction set's.
+template <class T>
+inline constexpr T kLeast = std::numeric_limits<T>::min();
 template <class T>
 inline constexpr T kLog2e = T(1.4426950408889634073599246810019);
 
@@ -142,7 +145,7 @@ FASTKD_HD LogRatio<T> log_ratio(T sum, T a, T x, bool near = false) {
   const int32_t k = near ? 0 : ratio_exponent(sum, a);
   const T base = a * power_of_2(a, k);
   const T above = k == 0 ? x : sum - base;  // x itself, not what is left of it in the sum
-  const T r = above / (sum + (base + std::numeric_limits<T>::min())), tail = atanh_tail(r * r);
+  const T r = above / (sum + (base + kLeast<T>)), tail = atanh_tail(r * r);
   return {T(k) * T(0.69314718055994530942) + 2 * (r + r * (r * r) * tail), r, tail};
 }
 

@@ -25,7 +25,7 @@ import torch
 
 from .. import _library
 from .._calls import InverseDivisor, RowsCall
-from .._divergences import NUMBERS, REGISTRY
+from .._divergences import ENTRIES, NUMBERS, REGISTRY
 from ..reference import compute_dtype, gradient_dtype, without_autocast
 from . import rows as rows_schedule
 from .gradient import once, times
@@ -34,7 +34,6 @@ from .rows import changeable, number_or_rows, positive
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 HALF = (torch.float16, torch.bfloat16)
-ENTRIES = list(REGISTRY.values())  # by number
 MOST = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
 
 

@@ -21,14 +21,13 @@ import triton
 import triton.language as tl
 
 from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
-from .._divergences import REGISTRY
+from .._divergences import ENTRIES
 from ..reference import compute_dtype
 from .divergences import FUNCTIONS, log1p
 from .registers import limited
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
-ENTRIES = list(REGISTRY.values())  # by number
 
 # In the kernels
 #   inputs  what _load needs: pointers to the rows [ROWS] and the step between classes, for

@@ -55,8 +55,7 @@ struct JensenShannon {
   };
   // Not 0, so that m is not where p or q is not. Outside of [0, 1], and NaN: NaN.
   static FASTKD_HD T inside(T share) {
-    const T least = std::numeric_limits<T>::min();
-    return share > least ? share : share >= T(0) ? least : std::numeric_limits<T>::quiet_NaN();
+    return share > kLeast<T> ? share : share >= T(0) ? kLeast<T> : kInf<T> - kInf<T>;
   }
   FASTKD_HD Mixture mixture(Element<T> e) const {
     const bool student_larger = e.w > T(0), near = is_near(e.w);
