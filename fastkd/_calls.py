@@ -25,11 +25,11 @@ class RowsCall(NamedTuple):
     teacher: Tensor  # [*, V], any strides
     divergence: int  # its number in fastkd/_divergences.py
     parameter: float  # the divergence's own, where it has one and there are no parameter_rows
-    parameter_rows: Tensor | None  # [N] float64
+    parameter_rows: Tensor | None  # [N] float64; or [], one for all rows
     temperature: float  # of all rows, where there are no temperature_rows
-    temperature_rows: Tensor | None  # [N]
+    temperature_rows: Tensor | None  # [N], or []
     teacher_temperature: float
-    teacher_temperature_rows: Tensor | None  # [N]
+    teacher_temperature_rows: Tensor | None  # [N], or []
     t_squared: bool
     mask: Tensor | None  # [N] bool, True: the row counts
     weight: Tensor | None  # [N]

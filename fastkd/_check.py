@@ -36,9 +36,9 @@ def _tensor(name, x):
     _transforms.refuse(name, x)
 
 
-def logits_loss(student, teacher, options):
-    """Everything that a logit loss is given."""
-    logits(student, teacher)
+def logits_loss(student, teacher, options, dim=-1):
+    """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end."""
+    logits(student, teacher, dim)
     temperature("temperature", options.temperature, student)
     if options.teacher_temperature is not options.temperature:
         temperature("teacher_temperature", options.teacher_temperature, student)
@@ -55,8 +55,9 @@ def logits_loss(student, teacher, options):
         inplace(student, teacher)
 
 
-def logits_module(temperature, teacher_temperature, t_squared, reduction_, inplace_):
+def logits_module(temperature, teacher_temperature, t_squared, dim, reduction_, inplace_):
     """The options that the module of a logit loss is made with."""
+    whole_number("dim", dim)
     number("temperature", temperature)
     if teacher_temperature is not None:
         number("teacher_temperature", teacher_temperature)
@@ -91,20 +92,39 @@ def _same_device(student, teacher):
         raise ValueError(f"teacher: a tensor on the student's device {student.device} wanted, got {teacher.device}")
 
 
-def logits(student, teacher):
-    """Two tensors [*, V] of one shape, on one device, of floating dtypes."""
+def whole_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: a whole number wanted, got {type(value).__name__}")
+
+
+def class_dim(dim, student, teacher):
+    """The dimension of the classes is one of both tensors."""
+    whole_number("dim", dim)
+    if dim == -1:
+        return
+    for name, x in (("student", student), ("teacher", teacher)):
+        _tensor(name, x)
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim: a dimension of the {name}'s shape {list(x.shape)} wanted, got {dim}")
+
+
+def logits(student, teacher, dim):
+    """Two tensors [*, V] of one shape, on one device, of floating dtypes; dim: where the user has the classes."""
     _inputs(student, teacher, "logits")
     if student.dim() == 0:
         raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
     if student.shape != teacher.shape:
-        wanted, got = list(student.shape), list(teacher.shape)
+        shape, teacher_shape = (list(x.movedim(-1, dim).shape) for x in (student, teacher))
         padded = ""
-        if wanted[:-1] == got[:-1]:
-            name, fewer = ("teacher", wanted[-1]) if got[-1] > wanted[-1] else ("student", got[-1])
-            padded = f". Where a head is padded, slice the wider one: {name}[..., :{fewer}]"
-        raise ValueError(f"teacher: the student's shape {wanted} wanted, got {got}{padded}")
+        if student.shape[:-1] == teacher.shape[:-1]:
+            name, fewer = min(
+                ("student", teacher.shape[-1]), ("teacher", student.shape[-1]), key=lambda wider: wider[1]
+            )
+            part = f"[..., :{fewer}]" if dim == -1 else f".narrow({dim}, 0, {fewer})"
+            padded = f". Where a head is padded, slice the wider one: {name}{part}"
+        raise ValueError(f"teacher: the student's shape {shape} wanted, got {teacher_shape}{padded}")
     if student.shape[-1] == 0:
-        raise ValueError(f"student: at least one class wanted, got shape {list(student.shape)}")
+        raise ValueError(f"student: at least one class wanted, got shape {list(student.movedim(-1, dim).shape)}")
     _same_device(student, teacher)
 
 
@@ -395,8 +415,8 @@ def layer_weights(value, layers):
 
 
 def feature_dim(value):
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-        raise TypeError(f"dim: a whole number wanted, got {type(value).__name__}")
+    if value is not None:
+        whole_number("dim", value)
 
 
 def feature_normalize(value):

@@ -68,6 +68,24 @@ def impossible_block(student, teacher):
     return student - 200, teacher - 200
 
 
+def side_by_side(student, teacher):
+    """Neighbouring rows lie next to each other, the classes of a row do not: maps whose classes are not last."""
+    return tuple(x.movedim(-1, 1).contiguous().movedim(1, -1) for x in (student, teacher))
+
+
+def holes_side_by_side(student, teacher):
+    return side_by_side(*holes(student, teacher))
+
+
+def nan_side_by_side(student, teacher):
+    student[0, 0, 0], teacher[0, 0, 0] = torch.nan, torch.inf
+    return side_by_side(student, teacher)
+
+
+def students_side_by_side(student, teacher):
+    return side_by_side(student, teacher)[0], teacher
+
+
 def nan_in_first_row(student, teacher):
     student[0], teacher[0] = torch.nan, torch.inf
     return student, teacher
@@ -75,7 +93,7 @@ def nan_in_first_row(student, teacher):
 
 def not_first_row(leading, generator):
     mask = torch.ones(leading, dtype=torch.bool)
-    mask[0] = False
+    mask[(0,) * len(leading)] = False
     return mask
 
 
@@ -109,6 +127,14 @@ FINITE = [
     Case("impossible_block_of_a_long_row", "the same in a row that threads share", (1, 33000), impossible_block),
     Case("nan_under_mask", "a masked row may hold anything", (6, 70), nan_in_first_row, {"mask": not_first_row}),
     Case("all_masked", "loss 0, gradient 0", (6, 70), options={"mask": no_rows}),
+    Case("maps", "[B, V, H, W]: rows lie side by side, 77 in a run", (2, 7, 11, 19), side_by_side, {"mask": some_rows, "temperature": positive, "teacher_temperature": positive}),
+    Case("one_map", "rows in one run, more classes than a warp", (1, 4, 10, 150), side_by_side, {"weight": positive}),
+    Case("maps_of_many_classes", "more than stay on chip", (2, 3, 4, 2500), side_by_side, {"temperature": 2.0}),
+    Case("small_maps", "runs shorter than a vector", (5, 3, 3, 40), side_by_side, {"temperature": 2.0}),
+    Case("tiny_maps", "too few rows side by side to gain anything", (3, 2, 2, 40), side_by_side),
+    Case("maps_with_impossible_classes", "-inf side by side", (2, 4, 9, 21), holes_side_by_side, {"t_squared": False}),
+    Case("maps_with_nan_under_mask", "a masked row beside others", (2, 4, 9, 21), nan_side_by_side, {"mask": not_first_row}),
+    Case("maps_beside_rows", "a teacher that lies otherwise", (2, 4, 9, 21), students_side_by_side, {"temperature": 2.0}),
     Case("no_rows", "N = 0", (0, 70)),
     Case("no_rows_in_the_middle", "N = 0 of three dimensions", (3, 0, 7)),
 ]  # fmt: skip

@@ -93,6 +93,11 @@ def logit_cases():
     yield Case(kl, "inplace", LOGITS | ROWS, SPLIT | {"mask": "0"}, {"inplace": True}, before=lambda x: 1.5 * x)
     options = {"inplace": True, "reduction": "none"}
     yield Case(kl, "inplace, row by row", LOGITS, SPLIT, options, before=lambda x: 1.5 * x)
+    maps, rows = {"student": (B, V, 2, L), "teacher": (B, V, 2, L)}, {"mask": (B, 2, L)}
+    yield Case(kl, "maps", maps | rows, SPLIT | {"mask": "0"}, {"dim": 1})
+    yield Case(
+        kl, "maps that are split by width", maps, {"student": "3", "teacher": "3"}, {"dim": 1, "reduction": "none"}
+    )
     even = {"student": (2, 4, V), "teacher": (8, V), "mask": (8,)}
     places = {"student": "1", "teacher": "R", "mask": "0"}
     yield Case(kl, "flattened dimensions", even, places, before=lambda x: x.flatten(0, 1))

@@ -249,6 +249,23 @@ def test_compile_dynamic_shapes():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["kl_div", "js_div"])
+def test_compile_dynamic_shapes_of_tokens(name):
+    """Numbers are no tensors of the rows' size in a graph: where N is B times L, inductor fails to make them."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    loss_function = getattr(functional, name)
+    compiled = torch.compile(
+        lambda s, t: loss_function(s, t, temperature=2.0), fullgraph=True, dynamic=True, backend=counter
+    )
+    for shape in ((2, 4, 20), (3, 5, 30)):
+        student, teacher = torch.randn(shape), torch.randn(shape)
+        loss, grad = both(lambda s, t: loss_function(s, t, temperature=2.0), student, teacher)
+        compiled_loss, compiled_grad = both(compiled, student, teacher)
+        assert error(compiled_loss, loss) < FLOOR[torch.float32]
+        assert error(compiled_grad, grad) < FLOOR[torch.float32]
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("reduction", ["batchmean", "mean"])
 @pytest.mark.parametrize("given", ["mask", "normalizer"])
 def test_compile_dynamic_shapes_of_what_the_device_divides_by(given, reduction):

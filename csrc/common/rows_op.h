@@ -34,8 +34,12 @@ struct RowsOps {
   template <class T, class Allowed>
   static Number<T> number(double of_all, const OptionalTensor& rows, const RowsCall& in, const char* name,
                           const char* wanted, Allowed&& allowed) {
-    const Number<T> x{per_row<T>(rows, in, kScalarType<T>, name), of_all};
-    const int64_t values = !x.rows ? 1 : Device::kValuesAtHand ? number_of_rows(in) : 0;
+    const bool one = rows && rows->dim() == 0;
+    FASTKD_CHECK(!one || lies_dense(*rows, in, 1, kScalarType<T>), name, ": a tensor ", Device::kName,
+                 " of the right dtype wanted");
+    const Number<T> x = one ? Number<T>{static_cast<const T*>(rows->const_data_ptr()), 0, of_all}
+                            : Number<T>{per_row<T>(rows, in, kScalarType<T>, name), 1, of_all};
+    const int64_t values = !x.memory ? 1 : !Device::kValuesAtHand ? 0 : one ? 1 : number_of_rows(in);
     for (int64_t row = 0; row < values; ++row)
       FASTKD_CHECK(allowed(x[row]), name, ": ", wanted, " wanted, got ", x[row]);
     return x;

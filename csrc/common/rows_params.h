@@ -5,12 +5,14 @@
 
 namespace fastkd {
 
-// A number that is one for all rows, or one per row.
+// A number that is one for all rows, which the host knows or which lies in memory; or one per row.
 template <class T>
 struct Number {
-  const T* rows;  // [N], or null
-  double of_all;
-  FASTKD_HD double operator[](int64_t row) const { return rows ? double(rows[row]) : of_all; }
+  const T* memory;  // [N] with stride 1, or [] with stride 0; or null
+  int64_t stride;
+  double of_all;  // where there is no memory
+  FASTKD_HD double operator[](int64_t row) const { return memory ? double(memory[row * stride]) : of_all; }
+  FASTKD_HD bool one() const { return !memory || stride == 0; }
 };
 
 // Of a row, or a part of one: the maximum logit and the sum of e^((z - max) / T); and of the row

@@ -4,7 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "common/rows_op.h"
 #include "cpu/isa.h"
@@ -27,14 +30,76 @@ int64_t second_level_cache() {
 // where the logits were just read: their lines are in cache (86 % of the copy bandwidth, against 72 %).
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
-// Whether rows fill their memory without gaps, in their order.
+// Whether the elements fill their memory without gaps, in whatever order.
 bool is_dense(const RowsTensor& x, int64_t V) {
-  return x.stride_v == 1 && (x.dims == 0 || (x.dims == 1 && x.stride[0] == V));
+  std::vector<std::pair<int64_t, int64_t>> steps{{x.stride_v, V}};
+  for (int d = 0; d < x.dims; ++d) steps.emplace_back(x.stride[d], x.size[d]);
+  std::sort(steps.begin(), steps.end());
+  int64_t next = 1;
+  for (const auto& [stride, size] : steps) {
+    if (size != 1 && stride != next) return false;
+    next *= size;
+  }
+  return true;
 }
 
 template <class T>
 const RowsKernel<T>& kernel(Divergence which) {
   return FASTKD_OF_ISA(rows_kernel<T>(which));
+}
+template <class T>
+const RowsLanes<T>& lanes(Divergence which) {
+  return FASTKD_OF_ISA(rows_lanes<T>(which));
+}
+
+// Groups of rows that are computed together, each in a lane of its own.
+struct Groups {
+  int64_t inner = 1;  // rows in a run, with one step between neighbours in every tensor
+  int64_t rows = 0;   // of a group; 0: a row is computed by itself
+  int64_t in_run = 0, count = 0;
+
+  // rows begin .. end of a group
+  std::pair<int64_t, int64_t> of(int64_t group) const {
+    const int64_t run = group / in_run * inner, begin = group % in_run * rows;
+    return {run + begin, run + std::min(begin + rows, inner)};
+  }
+};
+
+// Rows of so few classes are computed faster together, wherever they lie.
+constexpr int64_t kFewClasses = 64;
+constexpr int64_t kFewRows = 8;  // that leave most lanes without a row
+
+template <class T>
+Groups groups_of(const RowsParams<T>& P) {
+  Groups groups;
+  const RowsTensor* tensors[] = {&P.student, &P.teacher, &P.grad};
+  bool side_by_side = true;
+  groups.inner = P.N;
+  for (const RowsTensor* x : tensors) {
+    if (!x->data || x->dims == 0) continue;
+    groups.inner = std::min(groups.inner, x->size[x->dims - 1]);
+    side_by_side = side_by_side && x->stride[x->dims - 1] == 1 && x->stride_v != 1;
+  }
+  for (const RowsTensor* x : tensors) {
+    if (x->data && x->dims > 0 && x->size[x->dims - 1] % groups.inner != 0) return groups;
+  }
+  if (groups.inner < kFewRows || !(side_by_side || P.V <= kFewClasses)) return groups;
+  constexpr int64_t kLeast = 16;  // a vector of the widest
+  int64_t rows = kMostLanes;
+  while (rows > kLeast && RowsLanes<T>::bytes(P.V, rows) > second_level_cache() / 2) rows /= 2;
+  if (RowsLanes<T>::bytes(P.V, rows) > 2 * second_level_cache()) return groups;
+  groups.rows = rows;
+  groups.in_run = (groups.inner + rows - 1) / rows;
+  groups.count = P.N / groups.inner * groups.in_run;
+  return groups;
+}
+
+template <class T>
+bool one_parameter(const RowsParams<T>& P, int64_t begin, int64_t end) {
+  for (int64_t row = begin; !P.parameter.one() && row < end; ++row) {
+    if (!(P.parameter[row] == P.parameter[begin])) return false;
+  }
+  return true;
 }
 
 constexpr int64_t kGrain = 16384;  // classes that are worth a thread
@@ -47,10 +112,27 @@ bool share_rows(int64_t N, int64_t V) {
 }
 int64_t row_grain(int64_t V) { return (kGrain + V - 1) / V; }
 
+int64_t group_grain(int64_t V, const Groups& groups) { return row_grain(V * groups.rows); }
+
 template <class T>
 void forward(const RowsParams<T>& P) {
   using torch::stable::parallel_for;
   const RowsKernel<T>& k = kernel<T>(P.divergence);
+  if (const Groups groups = groups_of(P); groups.rows > 0) {
+    const RowsLanes<T>& together = lanes<T>(P.divergence);
+    parallel_for(0, groups.count, group_grain(P.V, groups), [&](int64_t first, int64_t last) {
+      void* memory = scratch(std::max(RowsLanes<T>::bytes(P.V, groups.rows), RowsWorkspace<T>::bytes(P.V)));
+      for (int64_t group = first; group < last; ++group) {
+        const auto [begin, end] = groups.of(group);
+        if (one_parameter(P, begin, end)) {
+          together.forward(P, memory, begin, end);
+        } else {
+          k.forward(P, RowsWorkspace<T>(memory, P.V), begin, end);
+        }
+      }
+    });
+    return;
+  }
   const int64_t blocks = rows_blocks(P.V);
   if (!share_rows(P.N, P.V)) {
     parallel_for(0, P.N, row_grain(P.V), [&](int64_t begin, int64_t end) {
@@ -80,6 +162,16 @@ template <class T>
 void backward(const RowsParams<T>& P) {
   using torch::stable::parallel_for;
   const RowsKernel<T>& k = kernel<T>(P.divergence);
+  if (const Groups groups = groups_of(P); groups.rows > 0) {
+    const RowsLanes<T>& together = lanes<T>(P.divergence);
+    parallel_for(0, groups.count, group_grain(P.V, groups), [&](int64_t first, int64_t last) {
+      for (int64_t group = first; group < last; ++group) {
+        const auto [begin, end] = groups.of(group);
+        one_parameter(P, begin, end) ? together.backward(P, begin, end) : k.backward(P, begin, end);
+      }
+    });
+    return;
+  }
   if (!share_rows(P.N, P.V)) {
     parallel_for(0, P.N, row_grain(P.V), [&](int64_t begin, int64_t end) { k.backward(P, begin, end); });
     return;

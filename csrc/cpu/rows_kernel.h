@@ -51,18 +51,37 @@ struct RowsKernel {
   void (*backward_part)(const Params&, int64_t row, int64_t begin, int64_t end);
 };
 
+// The same for many rows at once, each in a lane of its own: rows begin .. end, at most kMostLanes, with one step from
+// each to the next in every tensor, and one parameter.
+inline constexpr int64_t kMostLanes = 64;
+
+template <class T>
+struct RowsLanes {
+  void (*forward)(const RowsParams<T>&, void* memory, int64_t begin, int64_t end);
+  void (*backward)(const RowsParams<T>&, int64_t begin, int64_t end);
+
+  // of memory, for a group of so many rows
+  static FASTKD_HD constexpr int64_t bytes(int64_t V, int64_t rows) { return 3 * V * rows * int64_t(sizeof(T)); }
+};
+
 // One for each level of isa.h.
 namespace baseline {
 template <class T>
 const RowsKernel<T>& rows_kernel(Divergence);
-}
+template <class T>
+const RowsLanes<T>& rows_lanes(Divergence);
+}  // namespace baseline
 namespace avx2 {
 template <class T>
 const RowsKernel<T>& rows_kernel(Divergence);
-}
+template <class T>
+const RowsLanes<T>& rows_lanes(Divergence);
+}  // namespace avx2
 namespace avx512 {
 template <class T>
 const RowsKernel<T>& rows_kernel(Divergence);
-}
+template <class T>
+const RowsLanes<T>& rows_lanes(Divergence);
+}  // namespace avx512
 
 }  // namespace fastkd

@@ -1,5 +1,6 @@
 // Launches of the rows schedule, for one divergence: FASTKD_DIVERGENCE names it.
 #include "cuda/launch.cuh"
+#include "cuda/rows_lanes.cuh"
 #include "cuda/rows_plan.h"
 #include "cuda/rows_split.cuh"
 
@@ -50,6 +51,16 @@ cudaError_t on_chip(const RowsParams<T>& P, const RowsPlan& plan, const Device& 
   return launch(rows_kernel<T, S, S, Functor<T>>, P, plan.packs);
 }
 
+int64_t lanes_blocks(int64_t N, const RowsPlan& plan) { return N / plan.inner * plan.in_run; }
+
+template <class T, class S>
+cudaError_t side_by_side(const RowsParams<T>& P, const RowsPlan& plan, const Device& device, cudaStream_t stream) {
+  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 7 * sizeof(T) && kLanesPlanWarps == kLanesWarps);
+  const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), plan.shared_bytes, stream,
+                      device.shared_memory);
+  return launch(rows_lanes_kernel<T, S, S, Functor<T>>, P, plan.inner, plan.in_run, plan.kept);
+}
+
 template <class T, class S>
 cudaError_t split(const RowsParams<T>& P, const RowsPlan& plan, void* workspace, cudaStream_t stream) {
   using D = Functor<T>;
@@ -73,12 +84,20 @@ cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* wor
   const RowsPlan plan = rows_plan(P, device);
   return Storages<T>::dispatch(P, [&](auto storage) {
     using S = decltype(storage);
+    if (plan.inner > 0) return side_by_side<T, S>(P, plan, device, stream);
     return plan.on_chip ? on_chip<T, S>(P, plan, device, stream) : split<T, S>(P, plan, workspace, stream);
   });
 }
 
 template <Divergence kWhich, class T>
 cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStream_t stream) {
+  if (const RowsPlan plan = rows_plan(P, device); plan.inner > 0) {
+    return Storages<T>::dispatch(P, [&](auto storage) {
+      using S = decltype(storage);
+      const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), 0, stream);
+      return launch(rows_lanes_gradient_kernel<T, S, S, Functor<T>>, P, plan.inner, plan.in_run);
+    });
+  }
   const int64_t packs = P.V / kPack;
   RowsParts<T> parts{nullptr, nullptr, splits_for(P.N, packs, device)};
   const int threads = threads_for(packs / parts.splits);

@@ -21,6 +21,12 @@ struct RowsPlan {
   int64_t shared_bytes;
   int splits;         // of a row, where it is not on chip
   int64_t wave_rows;  // at a time
+
+  // Rows that lie side by side: 32 of them a block; see rows_lanes.cuh. Then only threads (warps * 32) and shared_bytes
+  // of the above count.
+  int64_t inner;   // rows of a run; 0: they do not lie so
+  int64_t in_run;  // blocks of a run
+  int64_t kept;    // classes that stay in shared memory
 };
 
 inline int threads_for(int64_t packs) {  // at least four packs a thread, in warps
@@ -36,9 +42,44 @@ inline int splits_for(int64_t rows, int64_t packs, const Device& device) {
   return int(std::clamp<int64_t>(std::min(wanted, useful), 1, 32));
 }
 
+inline constexpr int kLanesPlanWarps = 16;
+inline constexpr int64_t kLeastInner = 8;  // rows side by side, that fill what is read at a time
+// What the threads of a block exchange: Sums and LossSums of each.
+template <class T>
+int64_t lanes_room(int threads) {
+  return threads * 7 * int64_t(sizeof(T));
+}
+
+// How many rows lie side by side in every tensor: their elements of a class one after the other. 0: none do.
+template <class T>
+int64_t rows_side_by_side(const RowsParams<T>& P) {
+  const RowsTensor* tensors[] = {&P.student, &P.teacher, &P.grad};
+  int64_t inner = P.N;
+  for (const RowsTensor* x : tensors) {
+    if (!x->data) continue;
+    if (x->dims == 0 || x->stride[x->dims - 1] != 1 || x->stride_v == 1) return 0;
+    inner = std::min(inner, x->size[x->dims - 1]);
+  }
+  for (const RowsTensor* x : tensors) {
+    if (x->data && x->size[x->dims - 1] % inner != 0) return 0;
+  }
+  return inner < kLeastInner ? 0 : inner;
+}
+
 template <class T>
 RowsPlan rows_plan(const RowsParams<T>& P, const Device& device) {
   RowsPlan plan{};
+  plan.inner = rows_side_by_side(P);
+  if (plan.inner > 0) {
+    plan.on_chip = true;
+    plan.in_run = (plan.inner + 31) / 32;
+    const int64_t class_bytes = 32 * (P.student.element_size + P.teacher.element_size);
+    const bool many = P.V * class_bytes > kSharedAimed;  // few blocks fit: larger ones
+    plan.threads = 32 * int(std::clamp<int64_t>((P.V + 7) / 8, 1, many ? kLanesPlanWarps : 8));
+    plan.kept = std::min(P.V, (device.shared_memory - lanes_room<T>(plan.threads)) / class_bytes);
+    plan.shared_bytes = lanes_room<T>(plan.threads) + plan.kept * class_bytes;
+    return plan;
+  }
   const int64_t pack_bytes = kPlanPack * (P.student.element_size + P.teacher.element_size);
   const int64_t packs = P.V / kPlanPack;
   const int most = device.compute_major >= 9 ? kMaxCluster : 1;

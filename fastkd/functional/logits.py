@@ -7,6 +7,10 @@ logits has a loss. Its formula stands at each function; here stands what holds f
 strides. The dtype is float16, bfloat16, float32 or float64, and the teacher's may differ from the student's.
 Probabilities are passed as their logarithms, with ``teacher_temperature=1``.
 
+**Maps.** ``dim`` says where the classes are if they are not last: ``dim=1`` for ``[B, V, H, W]``, in which every pixel
+has a row. Nothing is copied, and pixels that lie side by side in memory are computed side by side. Without it a map's
+last dimension, W, is taken for the classes.
+
 **The teacher is a constant.** A teacher that requires a gradient, while gradients are recorded, is an error: detach it.
 
 **Logits of -inf** are allowed and never give NaN; each function says what they contribute. A row without any possible
@@ -62,12 +66,15 @@ def _of_parameter(divergence, value):
     return (ends[value], 0.0) if value in ends else (divergence, float(value))
 
 
-def _logits_loss(called, student, teacher, options):
+def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
     divergence, entry = called, _divergences.REGISTRY[called].parameter
+    _check.class_dim(dim, student, teacher)
+    if dim != -1:  # views: the backends take any strides
+        student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
     if _dtensor.given(student, teacher, *options):
         return _dtensor.logits_loss(_logits_loss, called, student, teacher, options)
-    _check.logits_loss(student, teacher, options)
+    _check.logits_loss(student, teacher, options, dim)
     if entry is not None:
         _check.parameter(entry, options.parameter, student)
         divergence, parameter = _of_parameter(called, options.parameter)
@@ -98,6 +105,7 @@ def kl_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -125,6 +133,8 @@ def kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
+            their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -160,7 +170,7 @@ def kl_div(
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
     )
-    return _logits_loss("kl_div", student, teacher, options)
+    return _logits_loss("kl_div", student, teacher, options, dim)
 
 
 def soft_cross_entropy(
@@ -170,6 +180,7 @@ def soft_cross_entropy(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -193,6 +204,8 @@ def soft_cross_entropy(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
+            their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -228,7 +241,7 @@ def soft_cross_entropy(
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
     )
-    return _logits_loss("soft_cross_entropy", student, teacher, options)
+    return _logits_loss("soft_cross_entropy", student, teacher, options, dim)
 
 
 def reverse_kl_div(
@@ -238,6 +251,7 @@ def reverse_kl_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -263,6 +277,8 @@ def reverse_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
+            their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -298,7 +314,7 @@ def reverse_kl_div(
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
     )
-    return _logits_loss("reverse_kl_div", student, teacher, options)
+    return _logits_loss("reverse_kl_div", student, teacher, options, dim)
 
 
 def js_div(
@@ -309,6 +325,7 @@ def js_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -336,6 +353,8 @@ def js_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
+            their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -371,4 +390,4 @@ def js_div(
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, beta
     )
-    return _logits_loss("js_div", student, teacher, options)
+    return _logits_loss("js_div", student, teacher, options, dim)

@@ -21,6 +21,7 @@ class KLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -38,7 +39,7 @@ class KLDivLoss(_Loss):
         0.1207
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -46,14 +47,16 @@ class KLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -85,6 +88,7 @@ class KLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            dim=self.dim,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -104,6 +108,7 @@ class SoftCrossEntropyLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -121,7 +126,7 @@ class SoftCrossEntropyLoss(_Loss):
         3.7445
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -129,14 +134,16 @@ class SoftCrossEntropyLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -168,6 +175,7 @@ class SoftCrossEntropyLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            dim=self.dim,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -187,6 +195,7 @@ class ReverseKLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -204,7 +213,7 @@ class ReverseKLDivLoss(_Loss):
         0.1234
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -212,14 +221,16 @@ class ReverseKLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -251,6 +262,7 @@ class ReverseKLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            dim=self.dim,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -272,6 +284,7 @@ class JSDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -289,7 +302,7 @@ class JSDivLoss(_Loss):
         0.0219
     """
 
-    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "reduction", "inplace")
+    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -298,16 +311,18 @@ class JSDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
         _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         self.beta = beta
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -340,6 +355,7 @@ class JSDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            dim=self.dim,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

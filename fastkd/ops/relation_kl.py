@@ -129,7 +129,8 @@ def _check_shapes(student, teacher, student_keys, teacher_keys, options):
 
 
 def _some(x, *at):
-    return None if x is None else x[at]
+    """Of some samples; what is one for all has no dimensions."""
+    return x if x is None or x.dim() == 0 else x[at]
 
 
 class _Strips:
@@ -224,7 +225,8 @@ class _Strips:
         """Of the rows schedule, for the logits of some rows."""
         names = ("parameter_rows", "temperature_rows", "teacher_temperature_rows", "mask", "weight")
         parameters, temperatures, teacher_temperatures, mask, weight = (
-            None if x is None else x[:, rows].reshape(-1) for x in (getattr(options, name) for name in names)
+            x if x is None or x.dim() == 0 else x[:, rows].reshape(-1)
+            for x in (getattr(options, name) for name in names)
         )
         return RowsCall(
             student, teacher, options.divergence, options.parameter, parameters, options.temperature, temperatures,
@@ -373,8 +375,8 @@ def relation_kl(
         return None if x is None else x.expand(shape).reshape(B, shape[-1]).contiguous()
 
     def by_row(x):
-        """[B N] to [B, N]"""
-        return None if x is None else x.reshape(B, leading[-1])
+        """[B N] to [B, N]; what is one for all rows stays so."""
+        return x if x is None or x.dim() == 0 else x.reshape(B, leading[-1])
 
     def flat(x):
         return None if x is None else x.reshape(B, *x.shape[-2:])

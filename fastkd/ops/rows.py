@@ -1,5 +1,6 @@
 """The rows schedule: divergences between the rows of student and teacher logits."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,8 @@ def new_loss(call: RowsCall, per_row: bool) -> torch.Tensor:
 
 
 def new_grad(student: torch.Tensor) -> torch.Tensor:
-    return student.new_empty(student.shape)
+    """Memory for the gradient, in the order in which the student's lies: rows side by side stay side by side."""
+    return torch.empty_like(student)
 
 
 def logits_loss(
@@ -148,10 +150,10 @@ def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.T
 
 
 def changeable(number: torch.Tensor | float, student: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """As a tensor, one per row: a graph has its numbers built in, and this one may change."""
+    """As a tensor: a graph has its numbers built in, and this one may change."""
     if isinstance(number, torch.Tensor):
         return number
-    return student.new_ones(student.shape[:-1], dtype=dtype) * number
+    return student.new_ones((), dtype=dtype) * number
 
 
 def positive(rows: torch.Tensor) -> torch.Tensor:
@@ -161,11 +163,14 @@ def positive(rows: torch.Tensor) -> torch.Tensor:
 
 
 def number_or_rows(
-    temperature: torch.Tensor | float, leading: torch.Size, dtype: torch.dtype
+    number: torch.Tensor | float, leading: torch.Size, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor | None]:
-    if isinstance(temperature, torch.Tensor):
-        return 1.0, temperature.to(dtype).expand(leading).reshape(-1).contiguous()
-    return float(temperature), None
+    """As an op takes it: a number; or a tensor, [N] or []."""
+    if not isinstance(number, torch.Tensor):
+        return float(number), None
+    if number.dim() == 0:
+        return 1.0, number.to(dtype)
+    return 1.0, number.to(dtype).expand(leading).reshape(-1).contiguous()
 
 
 def inverse_divisor(
@@ -177,8 +182,7 @@ def inverse_divisor(
     dtype: torch.dtype,
 ) -> tuple[float, torch.Tensor | None]:
     """1 / divisor of the sum over rows: a number, or a tensor where only the device knows it."""
-    V = student.shape[-1]
-    N = student.numel() // V
+    N, V = math.prod(student.shape[:-1]), student.shape[-1]
     each = V if reduction == "mean" else 1
     if reduction == "none":
         return 1.0, None

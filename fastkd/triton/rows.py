@@ -14,6 +14,7 @@ A row that is masked out is never read: it is taken for -inf alone.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,9 +38,32 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def _row_offsets(row, here, index, inner, outer_stride, stride):
-    """Where rows begin: see _Layout."""
-    if index is not None:
+def _rows_of_program(N, side_by_side, ROWS: tl.constexpr):
+    """The rows [ROWS] that a program takes, which of them there are, and, where so many lie side by side that they form
+    runs of that length, the number of the run and the rows' places in it."""
+    program, places = tl.program_id(0), tl.arange(0, ROWS)
+    if side_by_side is not None:
+        blocks = tl.cdiv(side_by_side, ROWS)
+        run = (program // blocks).to(tl.int64)
+        at = program % blocks * ROWS + places
+        row = run * side_by_side + at
+        live = at < side_by_side
+    else:
+        run = tl.full((), 0, tl.int64)
+        at = program * ROWS + places
+        row = at
+        live = row < N
+    return row, live, run, at
+
+
+@triton.jit
+def _row_offsets(row, here, run, at, side_by_side, index, inner, outer_stride, stride):
+    """Where rows begin: see Layout. Of rows in runs the compiler sees that they are neighbours in memory."""
+    if side_by_side is not None:
+        offsets = at.to(tl.int64) * stride
+        if outer_stride is not None:
+            offsets += run * outer_stride
+    elif index is not None:
         offsets = tl.load(index + row, mask=here, other=0) * stride
     elif inner is not None:
         offsets = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * stride
@@ -49,21 +73,26 @@ def _row_offsets(row, here, index, inner, outer_stride, stride):
 
 
 @triton.jit
-def _per_row(values, value_of_all, row, read, dtype: tl.constexpr):
-    return tl.full(row.shape, value_of_all, dtype) if values is None else tl.load(values + row, mask=read, other=1.0)
+def _per_row(values, stride, value_of_all, row, read, dtype: tl.constexpr):
+    if values is None:
+        return tl.full(row.shape, value_of_all, dtype)
+    return tl.load(values + row * stride, mask=read, other=1.0)
 
 
 @triton.jit
 def _temperatures(
-    temperature_rows, temperature, teacher_temperature_rows, teacher_temperature, row, read,
+    temperature_rows, temperature_stride, temperature,
+    teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read,
     dtype: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     """T, and of_row's a and b."""
-    T = _per_row(temperature_rows, temperature, row, read, dtype)
+    T = _per_row(temperature_rows, temperature_stride, temperature, row, read, dtype)
     a = 1.0 / T
     b = tl.zeros_like(a)
     if not SAME_TEMPERATURE:
-        b = a - 1.0 / _per_row(teacher_temperature_rows, teacher_temperature, row, read, dtype)
+        b = a - 1.0 / _per_row(
+            teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype
+        )
     return T, a, b
 
 
@@ -237,39 +266,43 @@ def rows_fwd_kernel(
     student, student_index, student_inner, student_outer, student_stride, student_step,  # [N, V]
     teacher, teacher_index, teacher_inner, teacher_outer, teacher_stride, teacher_step,  # [N, V]
     grad, grad_index, grad_inner, grad_outer, grad_stride, grad_step,  # [N, V], or None
-    temperature_rows, temperature: tl.float64,  # [N], or None: one for all rows
-    teacher_temperature_rows, teacher_temperature: tl.float64,
+    temperature_rows, temperature_stride, temperature: tl.float64,  # [N]; [] with stride 0; or None: the number
+    teacher_temperature_rows, teacher_temperature_stride, teacher_temperature: tl.float64,
     mask,  # [N], or None
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
-    parameter_rows, parameter: tl.float64,  # [N] float64, or None: one for all rows
+    parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
     stats,  # [N, 5], or None
-    N, V,
+    N, V, side_by_side,
     DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
     PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = loss.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < N
+    row, live, run, at = _rows_of_program(N, side_by_side, ROWS)
     read = _rows_to_read(mask, row, live)
     T, a, b = _temperatures(
-        temperature_rows, temperature, teacher_temperature_rows, teacher_temperature, row, read, dtype, SAME_TEMPERATURE
-    )
-    loss_scale = _per_row(weight, 1.0, row, read, dtype)
+        temperature_rows, temperature_stride, temperature,
+        teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype, SAME_TEMPERATURE,
+    )  # fmt: skip
+    loss_scale = _per_row(weight, 1, 1.0, row, read, dtype)
     if T_SQUARED:
         loss_scale *= T * T
-    grad_scale = loss_scale * a * _per_row(None, scale, row, read, dtype)
+    grad_scale = loss_scale * a * _per_row(None, 0, scale, row, read, dtype)
     if scale_tensor is not None:
         grad_scale *= tl.load(scale_tensor).to(dtype)
-    student += _row_offsets(row, read, student_index, student_inner, student_outer, student_stride)
-    teacher += _row_offsets(row, read, teacher_index, teacher_inner, teacher_outer, teacher_stride)
+    student += _row_offsets(
+        row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
+    )
+    teacher += _row_offsets(
+        row, read, run, at, side_by_side, teacher_index, teacher_inner, teacher_outer, teacher_stride
+    )
     if grad is not None:
-        grad += _row_offsets(row, live, grad_index, grad_inner, grad_outer, grad_stride)
+        grad += _row_offsets(row, live, run, at, side_by_side, grad_index, grad_inner, grad_outer, grad_stride)
     inputs = (student, student_step, teacher, teacher_step, read, V)
     OF_ROWS: tl.constexpr = parameter_rows is not None
-    parameter = _per_row(parameter_rows, parameter, row, read, tl.float64)[:, None]
+    parameter = _per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
 
     if ONE_TILE:
         columns = tl.arange(0, BLOCK)
@@ -308,33 +341,37 @@ def rows_bwd_kernel(
     student, student_index, student_inner, student_outer, student_stride, student_step,  # [N, V]
     teacher, teacher_index, teacher_inner, teacher_outer, teacher_stride, teacher_step,  # [N, V]
     grad, grad_index, grad_inner, grad_outer, grad_stride, grad_step,  # [N, V]
-    temperature_rows, temperature: tl.float64,  # [N], or None: one for all rows
-    teacher_temperature_rows, teacher_temperature: tl.float64,
+    temperature_rows, temperature_stride, temperature: tl.float64,  # [N]; [] with stride 0; or None: the number
+    teacher_temperature_rows, teacher_temperature_stride, teacher_temperature: tl.float64,
     mask,  # [N], or None
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
-    parameter_rows, parameter: tl.float64,  # [N] float64, or None: one for all rows
+    parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
     stats,  # [N, 5]
     upstream, upstream_stride,  # [N], or [1] with stride 0
-    N, V,
+    N, V, side_by_side,
     DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = upstream.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    live = row < N
+    row, live, run, at = _rows_of_program(N, side_by_side, ROWS)
     read = _rows_to_read(mask, row, live)
     T, a, b = _temperatures(
-        temperature_rows, temperature, teacher_temperature_rows, teacher_temperature, row, read, dtype, SAME_TEMPERATURE
-    )
-    grad_scale = _per_row(weight, 1.0, row, read, dtype) * (T if T_SQUARED else a)
+        temperature_rows, temperature_stride, temperature,
+        teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype, SAME_TEMPERATURE,
+    )  # fmt: skip
+    grad_scale = _per_row(weight, 1, 1.0, row, read, dtype) * (T if T_SQUARED else a)
     grad_scale *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
-    grad_scale *= _per_row(None, scale, row, read, dtype)
+    grad_scale *= _per_row(None, 0, scale, row, read, dtype)
     if scale_tensor is not None:
         grad_scale *= tl.load(scale_tensor).to(dtype)
-    student += _row_offsets(row, read, student_index, student_inner, student_outer, student_stride)
-    teacher += _row_offsets(row, read, teacher_index, teacher_inner, teacher_outer, teacher_stride)
-    grad += _row_offsets(row, live, grad_index, grad_inner, grad_outer, grad_stride)
+    student += _row_offsets(
+        row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
+    )
+    teacher += _row_offsets(
+        row, read, run, at, side_by_side, teacher_index, teacher_inner, teacher_outer, teacher_stride
+    )
+    grad += _row_offsets(row, live, run, at, side_by_side, grad_index, grad_inner, grad_outer, grad_stride)
     stats += row.to(tl.int64) * 5
     max_student = tl.load(stats, mask=read, other=0.0).to(dtype)
     sum_student = tl.load(stats + 1, mask=read, other=0.0).to(dtype)
@@ -346,7 +383,7 @@ def rows_bwd_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     s, t = _load((student, student_step, teacher, teacher_step, read, V), columns, dtype, "evict_first")
     OF_ROWS: tl.constexpr = parameter_rows is not None
-    parameter = _per_row(parameter_rows, parameter, row, read, tl.float64)[:, None]
+    parameter = _per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
     _loss, slopes, p = _visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
     _store(grad, grad_step, live, V, columns, _grad(slopes, p, sum_slope, of_row, grad_scale))
 
@@ -396,6 +433,7 @@ TILE = {2: 8192, 4: 8192, 8: 2048}  # of a longer row
 TILE_OF_BACKWARD = {2: 4096, 4: 4096, 8: 1024}  # of any row: tiles do not wait for each other
 PER_THREAD = {2: 16, 4: 16, 8: 8}  # elements: with fewer, too little is under way; with more, registers run out
 ELEMENTS = 2048  # of a program, as far as rows are shorter
+FEW_NEIGHBOURS = 16  # rows side by side, of a program: with fewer, lines are read in parts
 SUM_BLOCK = 4096
 
 
@@ -405,15 +443,19 @@ class Configuration(NamedTuple):
     warps: int
 
 
-def configuration(V: int, element_size: int) -> Configuration:
+def configuration(V: int, element_size: int, side_by_side: int | None = None) -> Configuration:
     """The schedule of the forward pass; all in one tile where block >= V."""
+    if side_by_side is not None:
+        return _neighbours(V, element_size, side_by_side)
     if ONE_TILE[element_size] >= V:
         return _whole_rows(V, element_size)
     block = TILE[element_size]
     return Configuration(1, block, _warps(block, element_size))
 
 
-def backward_configuration(V: int, element_size: int) -> Configuration:
+def backward_configuration(V: int, element_size: int, side_by_side: int | None = None) -> Configuration:
+    if side_by_side is not None:
+        return _neighbours(V, element_size, side_by_side)
     block = TILE_OF_BACKWARD[element_size]
     if block >= V:
         return _whole_rows(V, element_size)
@@ -423,6 +465,16 @@ def backward_configuration(V: int, element_size: int) -> Configuration:
 def _whole_rows(V, element_size):
     block = max(16, triton.next_power_of_2(V))
     rows = max(1, ELEMENTS // block)
+    return Configuration(rows, block, _warps(rows * block, element_size))
+
+
+def _neighbours(V, element_size, side_by_side):
+    """Of rows side by side as many as make whole lines, and no more classes than registers hold."""
+    most, block = ONE_TILE[element_size], max(16, triton.next_power_of_2(V))
+    rows = max(FEW_NEIGHBOURS, min(64, triton.next_power_of_2(side_by_side)))
+    while rows > FEW_NEIGHBOURS and rows * block > most:
+        rows //= 2
+    block = min(block, most // rows)
     return Configuration(rows, block, _warps(rows * block, element_size))
 
 
@@ -467,6 +519,15 @@ def layout_of(x: torch.Tensor) -> Layout:
 NO_LAYOUT = Layout(None)
 
 
+def side_by_side(N: int, layouts: Sequence[Layout]) -> int | None:
+    """How many rows lie side by side in every tensor, their elements of a class one after the other; or None."""
+    layouts = [x for x in layouts if x.data is not None]
+    if any(x.index is not None or x.stride != 1 or x.step == 1 for x in layouts):
+        return None
+    runs = {x.inner or N for x in layouts}
+    return runs.pop() if len(runs) == 1 else None
+
+
 def _same_temperature(call):
     if call.temperature_rows is None and call.teacher_temperature_rows is None:
         return call.temperature == call.teacher_temperature
@@ -479,23 +540,31 @@ def _sizes(call):
     return call.student.numel() // V, V, max(call.student.element_size(), call.teacher.element_size())
 
 
-def _arguments(call, grad):
+def _layouts(call, grad):
+    """Of student, teacher and gradient."""
+    return layout_of(call.student), layout_of(call.teacher), NO_LAYOUT if grad is None else layout_of(grad)
+
+
+def _number(rows, number):
+    return rows, int(rows is not None and rows.dim() > 0), number
+
+
+def _arguments(call, layouts):
     """Those that both kernels begin with."""
     return (
-        *layout_of(call.student),
-        *layout_of(call.teacher),
-        *(NO_LAYOUT if grad is None else layout_of(grad)),
-        call.temperature_rows,
-        call.temperature,
-        call.teacher_temperature_rows,
-        call.teacher_temperature,
+        *(value for layout in layouts for value in layout),
+        *_number(call.temperature_rows, call.temperature),
+        *_number(call.teacher_temperature_rows, call.teacher_temperature),
         call.mask,
         call.weight,
         call.scale_tensor,
         call.scale,
-        call.parameter_rows,
-        call.parameter,
+        *_number(call.parameter_rows, call.parameter),
     )
+
+
+def _programs(N, run, rows):
+    return triton.cdiv(N, rows) if run is None else N // run * triton.cdiv(run, rows)
 
 
 def rows_fwd(*arguments: Any) -> None:
@@ -506,15 +575,17 @@ def rows_fwd(*arguments: Any) -> None:
     if N == 0:
         out.loss.zero_()
         return
-    rows, block, warps = configuration(V, element_size)
+    layouts = _layouts(call, out.grad)
+    run = side_by_side(N, layouts)
+    rows, block, warps = configuration(V, element_size, run)
     limits = limited(dtype)
     if limits and entry.parameter is not None:  # js_div holds more of each class: half as many in a thread fit
         warps = min(16, 2 * warps)
-    programs = triton.cdiv(N, rows)
+    programs = _programs(N, run, rows)
     parts = out.loss if per_row else out.loss.new_empty(programs)
     with torch.cuda.device_of(call.student):
         rows_fwd_kernel[(programs,)](
-            *_arguments(call, out.grad), parts, out.stats, N, V,
+            *_arguments(call, layouts), parts, out.stats, N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred, ENTROPY=entry.teacher_entropy,
             SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
             ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limits,
@@ -530,10 +601,12 @@ def rows_bwd(*arguments: Any) -> None:
     N, V, element_size = _sizes(call)
     if N == 0:
         return
-    rows, block, warps = backward_configuration(V, element_size)
+    layouts = _layouts(call, rest.grad)
+    run = side_by_side(N, layouts)
+    rows, block, warps = backward_configuration(V, element_size, run)
     with torch.cuda.device_of(call.student):
-        rows_bwd_kernel[(triton.cdiv(N, rows), triton.cdiv(V, block))](
-            *_arguments(call, rest.grad), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V,
+        rows_bwd_kernel[(_programs(N, run, rows), triton.cdiv(V, block))](
+            *_arguments(call, layouts), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared,
             ROWS=rows, BLOCK=block, num_warps=warps, **limited(compute_dtype(call.student, call.teacher)),
         )  # fmt: skip

@@ -1,0 +1,286 @@
+// The rows schedule on the CPU for many rows at once: each lane of a vector has a row of its own. For rows of few
+// classes, which would fill a vector badly and pay for their constants one by one; and for rows that lie side by side,
+// as the pixels of maps [B, C, H, W] do whose classes are C. Compiled once per instruction set.
+//
+// The formulas are those of rows_kernel.cpp. A group of rows is read class by class into a workspace that stays in
+// cache; there its maxima are found, the exponentials and differences take the logits' place, and the rest is written
+// from them. No lane waits for another: a row's result does not depend on its neighbours.
+// Traffic: student + teacher + gradient, once each.
+#include "common/enum.h"
+#include "cpu/rows_kernel.h"
+#include "cpu/rows_math.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+// Classes that are added up in T; what they add up to in double.
+constexpr int64_t kAtOnce = 32;
+
+// A value of each row of a group.
+template <class T>
+struct alignas(64) Lanes {
+  T of[kMostLanes];
+  FASTKD_HD T& operator[](int64_t lane) { return of[lane]; }
+  FASTKD_HD const T& operator[](int64_t lane) const { return of[lane]; }
+};
+
+// The rows begin .. end of a tensor, one step apart.
+struct GroupOf {
+  RowsTensor classes;  // with the step from row to row in the place of that from class to class
+  char* first;
+  int64_t step;  // bytes from class to class
+
+  GroupOf(const RowsTensor& x, int64_t begin) : classes(x) {
+    first = x.data ? x.row(begin) : nullptr;
+    step = x.stride_v * x.element_size;
+    classes.stride_v = x.dims > 0 ? x.stride[x.dims - 1] : 1;
+  }
+  template <class T>
+  const T* load(int64_t v, int64_t n, T* buffer) const {
+    return load_block(classes, first + v * step, 0, n, buffer);
+  }
+  template <class T>
+  void store(int64_t v, int64_t n, const T* values) const {
+    store_block(classes, first + v * step, 0, n, values, false);
+  }
+};
+
+// What a lane needs on the way from logits to exponentials and difference.
+template <class T>
+struct FirstPass {
+  Lanes<T> max_student, max_teacher, centre_student, centre_teacher;
+  Lanes<T> scale_student, scale_teacher, lowest_student, lowest_teacher, a, b;
+
+  void set(int64_t i, const Row<T>& r, const RowsStats& stats) {
+    const Centre centre = centre_of(stats);
+    max_student[i] = T(stats.max_student);
+    max_teacher[i] = T(stats.max_teacher);
+    centre_student[i] = T(centre.student);
+    centre_teacher[i] = T(centre.teacher);
+    scale_student[i] = r.scale_student;
+    scale_teacher[i] = r.scale_teacher;
+    lowest_student[i] = r.lowest_student;
+    lowest_teacher[i] = r.lowest_teacher;
+    a[i] = r.a;
+    b[i] = r.b;
+  }
+  FASTKD_HD T exp_student(int64_t i, T s) const {
+    return exp2_scaled(s - max_student[i], scale_student[i], lowest_student[i]);
+  }
+  FASTKD_HD T exp_teacher(int64_t i, T t) const {
+    return exp2_scaled(t - max_teacher[i], scale_teacher[i], lowest_teacher[i]);
+  }
+  FASTKD_HD T difference(int64_t i, T s, T t) const {
+    return difference_of(s - centre_student[i], t - centre_teacher[i], a[i], b[i]);
+  }
+};
+
+// What it needs from there to p, q, w and the gradient. No gradient is written where one is not wanted.
+template <class T>
+struct SecondPass {
+  Lanes<T> p, q, offset, slope, grad;
+  Lanes<T> wanted;  // 1, or 0: the gradient is 0 whatever comes out
+
+  void set(int64_t i, const Row<T>& r, const RowsStats& stats, bool has_gradient) {
+    const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
+    p[i] = k.p;
+    q[i] = k.q;
+    offset[i] = k.offset;
+    slope[i] = k.slope;
+    grad[i] = k.grad;
+    wanted[i] = has_gradient ? T(1) : T(0);
+  }
+  FASTKD_HD Scale<T> at(int64_t i) const { return {p[i], q[i], offset[i], slope[i], grad[i]}; }
+  FASTKD_HD T gradient(int64_t i, T slope_of_class, T exp_student) const {
+    return wanted[i] == T(0) ? T(0) : (slope_of_class - exp_student * p[i] * slope[i]) * grad[i];
+  }
+};
+
+template <class T>
+bool counts(const RowsParams<T>& P, int64_t row) {
+  return !P.mask || P.mask[row];
+}
+
+template <class T>
+void add_to(Lanes<double>& sums, Lanes<T>& part, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    sums[i] += double(part[i]);
+    part[i] = 0;
+  }
+}
+
+// The logits of a group come to lie at student and teacher, [V, lanes]; their maxima in the constants.
+template <class T>
+void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher,
+          FirstPass<T>& first) {
+  const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin);
+  Lanes<T>&max_student = first.max_student, &max_teacher = first.max_teacher;
+  for (int64_t i = 0; i < lanes; ++i) max_student[i] = max_teacher[i] = -kInf<T>;
+  for (int64_t v = 0; v < P.V; ++v, student += lanes, teacher += lanes) {
+    const T *s = of_student.load(v, n, student), *t = of_teacher.load(v, n, teacher);
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      student[i] = s[i];
+      teacher[i] = t[i];
+      max_student[i] = s[i] > max_student[i] ? s[i] : max_student[i];
+      max_teacher[i] = t[i] > max_teacher[i] ? t[i] : max_teacher[i];
+    }
+  }
+}
+
+struct Sums {
+  Lanes<double> student, teacher, entropy, loss, slope;
+};
+
+// Exponentials take the place of the logits.
+template <class T, class D>
+void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T* teacher, T* difference, Sums& sums) {
+  Lanes<T> part_student{}, part_teacher{}, part_entropy{};
+  for (int64_t v = 0; v < V; ++v, student += lanes, teacher += lanes, difference += lanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const T s = student[i], t = teacher[i], exp_student = k.exp_student(i, s), exp_teacher = k.exp_teacher(i, t);
+      student[i] = exp_student;
+      teacher[i] = exp_teacher;
+      difference[i] = k.difference(i, s, t);
+      part_student[i] += exp_student;
+      part_teacher[i] += exp_teacher;
+      if constexpr (D::kTeacherEntropy) {
+        part_entropy[i] += exp_teacher == T(0) ? T(0) : exp_teacher * (k.max_teacher[i] - t);
+      }
+    }
+    if ((v + 1) % kAtOnce != 0 && v + 1 < V) continue;
+    add_to(sums.student, part_student, lanes);
+    add_to(sums.teacher, part_teacher, lanes);
+    if constexpr (D::kTeacherEntropy) add_to(sums.entropy, part_entropy, lanes);
+  }
+}
+
+// Sums the loss; writes the gradient where the slopes add up to 0, else leaves them in the place of the difference.
+template <class T, class D>
+void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student,
+            const T* teacher, T* difference, Sums& sums, const GroupOf& of_grad) {
+  Lanes<T> part_loss{}, part_slope{}, grad;
+  const bool write = D::kCentred && of_grad.first;
+  for (int64_t v = 0; v < V; ++v, student += lanes, teacher += lanes, difference += lanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      part_loss[i] += element_loss(divergence, student[i], teacher[i], difference[i], k.at(i));
+      const T slope = element_slope(divergence, student[i], teacher[i], difference[i], k.at(i));
+      if constexpr (D::kCentred) {
+        grad[i] = k.wanted[i] == T(0) ? T(0) : slope * k.grad[i];
+      } else {
+        part_slope[i] += slope;
+        difference[i] = slope;
+      }
+    }
+    if (write) of_grad.store(v, n, grad.of);
+    if ((v + 1) % kAtOnce != 0 && v + 1 < V) continue;
+    add_to(sums.loss, part_loss, lanes);
+    if constexpr (!D::kCentred) add_to(sums.slope, part_slope, lanes);
+  }
+}
+
+template <class T>
+void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student, const T* slope,
+              const GroupOf& of_grad) {
+  Lanes<T> grad;
+  for (int64_t v = 0; v < V; ++v, student += lanes, slope += lanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) grad[i] = k.gradient(i, slope[i], student[i]);
+    of_grad.store(v, n, grad.of);
+  }
+}
+
+template <class D>
+double loss_of(const Sums& sums, const RowsStats& stats, double inv_teacher_temperature, int64_t i) {
+  if (stats.sum_teacher == 0) return 0;
+  if (stats.sum_student == 0) return kInf<double>;
+  if constexpr (D::kTeacherEntropy) {
+    return sums.loss[i] + sums.entropy[i] * inv_teacher_temperature / stats.sum_teacher + std::log(stats.sum_teacher);
+  }
+  return sums.loss[i];
+}
+
+template <class T, class D>
+void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
+  const int64_t n = end - begin, lanes = padded(n), size = P.V * lanes;
+  T *student = static_cast<T*>(memory), *teacher = student + size, *difference = teacher + size;
+  Row<T> rows[kMostLanes];
+  RowsStats stats[kMostLanes];
+  FirstPass<T> first;
+  SecondPass<T> second;
+  Sums sums{};
+  read(P, begin, n, lanes, student, teacher, first);
+  for (int64_t i = 0; i < lanes; ++i) {  // what fills the last vector is computed as the last row is, and not kept
+    rows[i] = i < n ? row_constants(P, begin + i) : rows[n - 1];
+    stats[i] = {double(finite_max(first.max_student[i])), 0, double(finite_max(first.max_teacher[i])), 0, 0};
+    first.set(i, rows[i], stats[i]);
+  }
+  exponentials<T, D>(first, P.V, lanes, student, teacher, difference, sums);
+  for (int64_t i = 0; i < lanes; ++i) {
+    stats[i].sum_student = sums.student[i];
+    stats[i].sum_teacher = sums.teacher[i];
+    second.set(i, rows[i], stats[i], i < n && counts(P, begin + i) && !no_gradient(stats[i]));
+  }
+  const GroupOf of_grad(P.grad, begin);
+  with_functor<D>(P.parameter[begin], [&](auto divergence) {
+    reduce(divergence, second, P.V, n, lanes, student, teacher, difference, sums, of_grad);
+  });
+  for (int64_t i = 0; i < n; ++i) {
+    const bool kept = counts(P, begin + i);
+    if (!D::kCentred && stats[i].sum_teacher != 0) stats[i].slope = sums.slope[i];
+    if (!D::kCentred && no_gradient(stats[i])) second.wanted[i] = T(0);
+    second.slope[i] = T(stats[i].slope);
+    const double loss = loss_of<D>(sums, stats[i], rows[i].inv_teacher_temperature, i);
+    P.loss[begin + i] = kept ? T(loss * rows[i].loss_scale) : T(0);
+    if (P.stats) P.stats[begin + i] = kept ? stats[i] : RowsStats{};
+  }
+  if constexpr (!D::kCentred) {
+    if (P.grad.data) gradient(second, P.V, n, lanes, student, difference, of_grad);
+  }
+}
+
+// From the statistics, class by class: nothing is kept between classes.
+template <class T, class D>
+void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
+  const int64_t n = end - begin, lanes = padded(n);
+  const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin), of_grad(P.grad, begin);
+  Lanes<T> student_buffer, teacher_buffer, grad;
+  FirstPass<T> first;
+  SecondPass<T> second;
+  for (int64_t i = 0; i < lanes; ++i) {
+    const int64_t row = begin + (i < n ? i : n - 1);
+    const Row<T> r = row_constants(P, row);
+    first.set(i, r, P.stats[row]);
+    second.set(i, r, P.stats[row], counts(P, row) && !no_gradient(P.stats[row]));
+  }
+  with_functor<D>(P.parameter[begin], [&](auto divergence) {
+    for (int64_t v = 0; v < P.V; ++v) {
+      const T *s = of_student.load(v, n, student_buffer.of), *t = of_teacher.load(v, n, teacher_buffer.of);
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        const T exp_student = first.exp_student(i, s[i]), exp_teacher = first.exp_teacher(i, t[i]);
+        const T difference = first.difference(i, s[i], t[i]);
+        const T slope = element_slope(divergence, exp_student, exp_teacher, difference, second.at(i));
+        grad[i] = second.gradient(i, slope, exp_student);
+      }
+      of_grad.store(v, n, grad.of);
+    }
+  });
+}
+
+template <class T, class D>
+const RowsLanes<T> lanes = {forward<T, D>, backward<T, D>};
+
+}  // namespace
+
+template <class T>
+const RowsLanes<T>& rows_lanes(Divergence which) {
+  return with_constant(which, [](auto k) -> const RowsLanes<T>& { return lanes<T, FunctorOf<k.value, T>>; });
+}
+template const RowsLanes<float>& rows_lanes<float>(Divergence);
+template const RowsLanes<double>& rows_lanes<double>(Divergence);
+
+}  // namespace fastkd::FASTKD_ISA

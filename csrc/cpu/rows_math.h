@@ -1,0 +1,126 @@
+// What the kernels of the rows schedule share on the CPU: the constants of a row, and the way from its sums to p, q, w
+// and the gradient.
+#pragma once
+#include <cmath>
+
+#include "common/rows_params.h"
+#include "cpu/memory.h"
+#include "divergence_functors.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+// The constants of a row.
+template <class T>
+struct Row {
+  double inv_temperature, inv_teacher_temperature;
+  double loss_scale;                 // T^2 weight
+  double grad_scale;                 // T^2 weight upstream / divisor / T
+  T scale_student, scale_teacher;    // log2(e) / T
+  T lowest_student, lowest_teacher;  // below, the exponential is 0
+  T a, b;                            // difference = (student - teacher) a + teacher b
+};
+
+template <class T>
+Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
+  Row<T> r;
+  const double temperature = P.temperature[row];
+  r.inv_temperature = 1.0 / temperature;
+  r.inv_teacher_temperature = 1.0 / P.teacher_temperature[row];
+  r.loss_scale = (P.t_squared ? temperature * temperature : 1.0) * (P.weight ? double(P.weight[row]) : 1.0);
+  r.grad_scale = r.loss_scale * r.inv_temperature * P.grad_scale *
+                 (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
+  r.scale_student = T(kLog2e<double> * r.inv_temperature);
+  r.scale_teacher = T(kLog2e<double> * r.inv_teacher_temperature);
+  r.lowest_student = exp2_lowest(r.scale_student);
+  r.lowest_teacher = exp2_lowest(r.scale_teacher);
+  r.a = T(r.inv_temperature);
+  r.b = T(r.inv_temperature - r.inv_teacher_temperature);
+  return r;
+}
+
+template <class T>
+T finite_max(T m) {  // of -inf alone: anything finite will do, every exponential is 0
+  return m == -kInf<T> ? T(0) : m;
+}
+
+// Where student and teacher differ by a constant, which changes nothing, the difference would be
+// rounded at the size of that constant: there both are taken from their maxima. Where they do not,
+// s - t itself is the most exact, and near convergence it is what counts.
+struct Centre {
+  double student, teacher;
+};
+inline Centre centre_of(const RowsStats& stats) {
+  const double shift = stats.max_student - stats.max_teacher;
+  return shift > 4 || shift < -4 ? Centre{stats.max_student, stats.max_teacher} : Centre{0, 0};
+}
+
+// student / T - teacher / T_teacher, of logits that are taken from their centres. A teacher's -inf
+// makes s - t what it should be, and must not meet b = 0 or a b > 0.
+template <class T>
+FASTKD_HD T difference_of(T s, T t, T a, T b) {
+  const T lowest = T(-1e30);
+  return (s - t) * a + (t > lowest ? t : lowest) * b;
+}
+
+inline double rebase(double max, double max_row, double inv_temperature) {
+  return max == max_row ? 1.0 : std::exp((max - max_row) * inv_temperature);
+}
+
+// From exponentials and difference to p, q and w, and to the gradient.
+template <class T>
+struct Scale {
+  T p, q, offset, slope, grad;
+};
+
+template <class T>
+Scale<double> row_scale(const Row<T>& r, const RowsStats& stats) {
+  const bool possible = stats.sum_student != 0;  // else: -inf alone, p = 0, w = -inf, a loss of +inf
+  Scale<double> k;
+  k.p = possible ? 1 / stats.sum_student : 0;
+  k.q = 1 / stats.sum_teacher;
+  // log sum e^(student / T) - log sum e^(teacher / T_teacher), from differences that are exact
+  // where the two agree
+  k.offset = possible ? (stats.max_student - stats.max_teacher) * r.inv_temperature +
+                            stats.max_teacher * (r.inv_temperature - r.inv_teacher_temperature) +
+                            std::log(stats.sum_student / stats.sum_teacher)
+                      : 0;
+  k.slope = stats.slope;
+  k.grad = possible ? r.grad_scale : 0;  // no finite step makes such a row possible
+  return k;
+}
+
+// The row's scale for one of its blocks, which has maxima and centres of its own.
+template <class T>
+Scale<T> block_scale(const Row<T>& r, const Scale<double>& k, const RowsStats& row, const RowsStats& own) {
+  // a block of -inf alone has no maximum to rebase from
+  const double p = own.sum_student == 0 ? 0 : k.p * rebase(own.max_student, row.max_student, r.inv_temperature);
+  const double q = own.sum_teacher == 0 ? 0 : k.q * rebase(own.max_teacher, row.max_teacher, r.inv_teacher_temperature);
+  const Centre centre = centre_of(own);
+  const double moved = (centre.student - centre.teacher) * r.inv_temperature +
+                       centre.teacher * (r.inv_temperature - r.inv_teacher_temperature);
+  return {T(p), T(q), T(k.offset - moved), T(k.slope), T(k.grad)};
+}
+
+// Not inside the loops: a struct that is declared there, GCC keeps in memory, lane by lane.
+template <class T>
+FASTKD_HD Element<T> element(T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return {exp_student * k.p, exp_teacher * k.q, difference - k.offset};
+}
+template <class T, class D>
+FASTKD_HD T element_loss(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return divergence.loss(element(exp_student, exp_teacher, difference, k));
+}
+template <class T, class D>
+FASTKD_HD T element_slope(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  return divergence.slope(element(exp_student, exp_teacher, difference, k));
+}
+
+// A row that has no gradient: a side without a possible class, or an infinite loss whose slopes
+// have no finite sum.
+inline bool no_gradient(const RowsStats& stats) {
+  return stats.sum_teacher == 0 || stats.sum_student == 0 || stats.slope == kInf<double>;
+}
+
+}  // namespace
+}  // namespace fastkd::FASTKD_ISA
