@@ -128,7 +128,7 @@ FINITE = [
     Case("nan_under_mask", "a masked row may hold anything", (6, 70), nan_in_first_row, {"mask": not_first_row}),
     Case("all_masked", "loss 0, gradient 0", (6, 70), options={"mask": no_rows}),
     Case("maps", "[B, V, H, W]: rows lie side by side, 77 in a run", (2, 7, 11, 19), side_by_side, {"mask": some_rows, "temperature": positive, "teacher_temperature": positive}),
-    Case("one_map", "rows in one run, more classes than a warp", (1, 4, 10, 150), side_by_side, {"weight": positive}),
+    Case("one_map", "a run of more rows than are computed together, and more classes than a warp", (1, 5, 60, 150), side_by_side, {"weight": positive}),
     Case("maps_of_many_classes", "more than stay on chip", (2, 3, 4, 2500), side_by_side, {"temperature": 2.0}),
     Case("small_maps", "runs shorter than a vector", (5, 3, 3, 40), side_by_side, {"temperature": 2.0}),
     Case("tiny_maps", "too few rows side by side to gain anything", (3, 2, 2, 40), side_by_side),

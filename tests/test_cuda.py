@@ -38,13 +38,15 @@ from fastkd.ops import triplet
 DIVERGENCES = ["ForwardKL", "SoftCrossEntropy", "ReverseKL", "JensenShannon"]
 STORAGES = ["BFloat16", "Half", "Float", "Double"]  # of the pairs
 HALF, BFLOAT16, FLOAT, DOUBLE = "0", "1", "2", "3"
-# (dtype, N, V, clusters): each takes another way through the kernels
+# (dtype, N, V, rows side by side, clusters): each takes another way through the kernels
 SHAPES = {
-    "a warp a row, several rows a block": (FLOAT, 9, 10, 1),
-    "rows that begin at every alignment": (BFLOAT16, 9, 131, 1),
-    "a block a row": (HALF, 3, 4104, 1),
-    "a cluster a row, of parts that differ": (FLOAT, 2, 20003, 1),
-    "several kernels, several blocks a row": (BFLOAT16, 2, 20001, 0),
+    "a warp a row, several rows a block": (FLOAT, 9, 10, 1, 1),
+    "rows that begin at every alignment": (BFLOAT16, 9, 131, 1, 1),
+    "a block a row": (HALF, 3, 4104, 1, 1),
+    "a cluster a row, of parts that differ": (FLOAT, 2, 20003, 1, 1),
+    "several kernels, several blocks a row": (BFLOAT16, 2, 20001, 1, 0),
+    "maps, several warps a block": (HALF, 86, 21, 43, 1),
+    "maps, more classes than are kept": (FLOAT, 26, 301, 13, 0),
 }
 # (schedule, dtype, N, D, whether some rows are alike, rows of a block of triples, multiprocessors, how many
 # rows the device is told are there or -1, whether they have weights)
@@ -91,12 +93,20 @@ def relations_program(compiler, build):
 @pytest.mark.parametrize("build", BUILDS)
 def test_the_kernels_are_clean(compiler, build, shape, divergence):
     """No access out of bounds or misaligned, no undefined behaviour, no race; right in every order."""
-    dtype, N, V, clusters = SHAPES[shape]
+    dtype, N, V, inner, clusters = SHAPES[shape]
     if build == "thread":
         V = min(V, 6001)
     orders = ORDERS if build == "plain" else ("random",)
     for order in orders:
-        arguments = [str(DIVERGENCES.index(divergence)), dtype, str(N), str(V), str(clusters), *ORDERS[order]]
+        arguments = [
+            str(DIVERGENCES.index(divergence)),
+            dtype,
+            str(N),
+            str(V),
+            str(inner),
+            str(clusters),
+            *ORDERS[order],
+        ]
         assert run_program([program(compiler, build), *arguments]) == "right\n", order
 
 

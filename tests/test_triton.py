@@ -85,11 +85,29 @@ def other_launches(rows):
     stats, half = torch.empty(*x.shape[:-1], 5, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
     masked = rows_call(half, half, 2, mask=torch.ones(3, dtype=torch.bool), scale_tensor=number)
     double = rows_call(half.double(), half, 3)
+    maps = torch.empty(2, 19, 5, 13).movedim(1, -1)
+    many = torch.empty(1, 2000, 4, 16).movedim(1, -1)
+    side_by_side = rows_call(maps, maps, 3, parameter_rows=number, temperature_rows=number.float())
     calls = {
         "everything": (rows.rows_fwd, *everything, number, None, stats),
         "everything_bwd": (rows.rows_bwd, *everything, stats, row, x),
         "masked": (rows.rows_fwd, *masked, torch.empty(()), half, None),
         "double": (rows.rows_fwd, *double, torch.empty(3, dtype=torch.float64), None, None),
+        "maps": (rows.rows_fwd, *side_by_side, torch.empty(2, 5, 13), torch.empty_like(maps), None),
+        "maps_bwd": (
+            rows.rows_bwd,
+            *side_by_side,
+            torch.empty(2, 5, 13, 5).double(),
+            torch.empty(130),
+            torch.empty_like(maps),
+        ),
+        "maps_of_many_classes": (
+            rows.rows_fwd,
+            *rows_call(many, many, 0),
+            torch.empty(()),
+            torch.empty_like(many),
+            None,
+        ),
         "divisor_of_rows": (rows.inverse_divisor, mask, None, len(mask), 200, number),
         "divisor_given": (rows.inverse_divisor, None, torch.empty(()), len(mask), 1, number),
     }
@@ -302,6 +320,18 @@ def test_logits_move_in_128_bits(compiled_rows):
 
 
 @pytest.mark.gates
+def test_maps_are_read_across_their_pixels(compiled):
+    """64 pixels in a run: in 128 bits too."""
+    for name, kernel, numbers in compiled:
+        if name == "other/maps_of_many_classes" and kernel == "rows_fwd_kernel":
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] == 0, (name, kernel, numbers)
+            assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+            assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
+            assert numbers["narrow_loads"] == 0, (name, kernel, numbers)
+
+
+@pytest.mark.gates
 def test_registers_suffice_for_relations(compiled_relations):
     for name, kernel, numbers in compiled_relations:
         assert numbers["registers"] <= RELATION_REGISTERS[kernel], (name, kernel, numbers)
@@ -422,12 +452,13 @@ def test_scale_in_several_rounds(monkeypatch):
     assert torch.equal(x, expected)
 
 
+@pytest.mark.parametrize("side_by_side", [None, 9, 65536])
 @pytest.mark.parametrize("V", [1, 100, 8192, 8193, 128256])
 @pytest.mark.parametrize("element_size", [2, 4, 8])
-def test_configurations_fit_the_hardware(element_size, V):
+def test_configurations_fit_the_hardware(element_size, V, side_by_side):
     for rows_of_program, block, warps in (
-        rows.configuration(V, element_size),
-        rows.backward_configuration(V, element_size),
+        rows.configuration(V, element_size, side_by_side),
+        rows.backward_configuration(V, element_size, side_by_side),
     ):
         assert warps in (1, 2, 4, 8, 16)  # 16 warps of 64 are what a CDNA program may have
         assert block & (block - 1) == 0

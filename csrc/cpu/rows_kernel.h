@@ -53,7 +53,7 @@ struct RowsKernel {
 
 // The same for many rows at once, each in a lane of its own: rows begin .. end, at most kMostLanes, with one step from
 // each to the next in every tensor, and one parameter.
-inline constexpr int64_t kMostLanes = 64;
+inline constexpr int64_t kMostLanes = 256;
 
 template <class T>
 struct RowsLanes {

@@ -1,5 +1,6 @@
 // The launches of the rows schedule as a program without torch, for the sanitizers.
-//   rows_main DIVERGENCE DTYPE N V CLUSTERS MODE SEED  prints "right" or what is wrong
+//   rows_main DIVERGENCE DTYPE N V INNER CLUSTERS MODE SEED  prints "right" or what is wrong
+// INNER: how many rows lie side by side, in runs of that length; 1: none do.
 // DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; MODE and SEED: the order
 // of the threads. The truth is computed in double from the formulas, without any of the kernels' code.
 #include <cuda_bf16.h>
@@ -25,11 +26,11 @@ namespace {
 
 constexpr double kBeta = 0.3, kTemperature = 2.0;
 
-// Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen.
+// Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
 template <class S>
 struct Matrix {
-  Matrix(int64_t N, int64_t V)
-      : N(N), V(V), data(static_cast<S*>(aligned_alloc(16, (N * V * sizeof(S) + 15) / 16 * 16))) {}
+  Matrix(int64_t N, int64_t V, int64_t inner)
+      : N(N), V(V), inner(inner), data(static_cast<S*>(aligned_alloc(16, (N * V * sizeof(S) + 15) / 16 * 16))) {}
   ~Matrix() { free(data); }
   Matrix(const Matrix&) = delete;
   RowsTensor rows(DType type) const {
@@ -37,13 +38,16 @@ struct Matrix {
     r.data = reinterpret_cast<char*>(data);
     r.dtype = type;
     r.element_size = sizeof(S);
-    r.dims = 1;
-    r.size[0] = N;
-    r.stride[0] = V;
-    r.stride_v = 1;
+    r.dims = inner > 1 ? 2 : 1;
+    r.size[0] = N / inner;
+    r.stride[0] = V * inner;
+    r.size[1] = inner;
+    r.stride[1] = 1;
+    r.stride_v = inner;
     return r;
   }
-  int64_t N, V;
+  double at(int64_t n, int64_t v) const { return float(data[n / inner * V * inner + v * inner + n % inner]); }
+  int64_t N, V, inner;
   S* data;
 };
 
@@ -107,8 +111,8 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
 }
 
 template <class S, DType kType>
-int run(Divergence which, int64_t N, int64_t V) {
-  Matrix<S> student(N, V), teacher(N, V), grad(N, V), again(N, V);
+int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
+  Matrix<S> student(N, V, inner), teacher(N, V, inner), grad(N, V, inner), again(N, V, inner);
   Normal normal;
   for (int64_t i = 0; i < N * V; ++i) {
     student.data[i] = S(normal());
@@ -160,8 +164,8 @@ int run(Divergence which, int64_t N, int64_t V) {
   for (int64_t n = 0; n < N; ++n) {
     std::vector<double> s, t, exact;
     for (int64_t v = 0; v < V; ++v) {
-      s.push_back(float(student.data[n * V + v]));
-      t.push_back(float(teacher.data[n * V + v]));
+      s.push_back(student.at(n, v));
+      t.push_back(teacher.at(n, v));
     }
     const double row = mask[n] ? truth(which, s, t, exact) * kTemperature * kTemperature : 0;
     if (std::fabs(loss[n] - row) > 4e-6 * std::fmax(row, 1)) worst = INFINITY;
@@ -172,7 +176,7 @@ int run(Divergence which, int64_t N, int64_t V) {
     for (int64_t v = 0; v < V; ++v) {
       const double right = mask[n] ? exact[v] * kTemperature * scale : 0, unit = size * kTemperature * scale;
       for (const auto& [found, wanted] :
-           {std::pair{double(float(grad.data[n * V + v])), right}, {double(float(again.data[n * V + v])), right / 2}}) {
+           {std::pair{grad.at(n, v), right}, {again.at(n, v), right / 2}}) {
         const double off = std::fabs(found - wanted) / (mask[n] ? unit : 1e-30) / rounding;
         if (!(off <= worst)) worst = off;
       }
@@ -186,20 +190,20 @@ int run(Divergence which, int64_t N, int64_t V) {
 }  // namespace
 
 int main(int count, char** argument) {
-  if (count != 8) return std::puts("rows_main DIVERGENCE DTYPE N V CLUSTERS MODE SEED"), 2;
+  if (count != 9) return std::puts("rows_main DIVERGENCE DTYPE N V INNER CLUSTERS MODE SEED"), 2;
   const auto which = Divergence(atoi(argument[1]));
-  const int64_t N = atoi(argument[3]), V = atoi(argument[4]);
-  if (!atoi(argument[5])) {
+  const int64_t N = atoi(argument[3]), V = atoi(argument[4]), inner = atoi(argument[5]);
+  if (!atoi(argument[6])) {
     cusim_device(int(cudaDevAttrComputeCapabilityMajor), 8);
     cusim_device(int(cudaDevAttrMaxSharedMemoryPerBlockOptin), 48 << 10);
   }
-  cusim_order(atoi(argument[6]), unsigned(atoi(argument[7])));
+  cusim_order(atoi(argument[7]), unsigned(atoi(argument[8])));
   switch (atoi(argument[2])) {
     case 0:
-      return run<__half, DType::kHalf>(which, N, V);
+      return run<__half, DType::kHalf>(which, N, V, inner);
     case 1:
-      return run<__nv_bfloat16, DType::kBFloat16>(which, N, V);
+      return run<__nv_bfloat16, DType::kBFloat16>(which, N, V, inner);
     default:
-      return run<float, DType::kFloat>(which, N, V);
+      return run<float, DType::kFloat>(which, N, V, inner);
   }
 }

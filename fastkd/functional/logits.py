@@ -133,8 +133,8 @@ def kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
-            their order, ``[B, H, W]``. Default: the last.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
+            in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -204,8 +204,8 @@ def soft_cross_entropy(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
-            their order, ``[B, H, W]``. Default: the last.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
+            in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -277,8 +277,8 @@ def reverse_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
-            their order, ``[B, H, W]``. Default: the last.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
+            in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -353,8 +353,8 @@ def js_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
-        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then, in
-            their order, ``[B, H, W]``. Default: the last.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
+            in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for

@@ -75,8 +75,10 @@ def _row_offsets(row, here, run, at, side_by_side, index, inner, outer_stride, s
 @triton.jit
 def _per_row(values, stride, value_of_all, row, read, dtype: tl.constexpr):
     if values is None:
-        return tl.full(row.shape, value_of_all, dtype)
-    return tl.load(values + row * stride, mask=read, other=1.0)
+        found = tl.full(row.shape, value_of_all, dtype)
+    else:
+        found = tl.load(values + row * stride, mask=read, other=1.0)
+    return found
 
 
 @triton.jit
@@ -469,13 +471,14 @@ def _whole_rows(V, element_size):
 
 
 def _neighbours(V, element_size, side_by_side):
-    """Of rows side by side as many as make whole lines, and no more classes than registers hold."""
-    most, block = ONE_TILE[element_size], max(16, triton.next_power_of_2(V))
+    """Of rows side by side as many as make whole lines, and no more classes than registers hold: half as many elements
+    a thread as of other rows, as sums go over threads that a row's classes are dealt to."""
+    most, block = ONE_TILE[element_size] // 2, max(16, triton.next_power_of_2(V))
     rows = max(FEW_NEIGHBOURS, min(64, triton.next_power_of_2(side_by_side)))
     while rows > FEW_NEIGHBOURS and rows * block > most:
         rows //= 2
     block = min(block, most // rows)
-    return Configuration(rows, block, _warps(rows * block, element_size))
+    return Configuration(rows, block, _warps(2 * rows * block, element_size))
 
 
 def _warps(elements, element_size):
