@@ -4,6 +4,7 @@ The compiler and the interpreter exclude each other in one process: this file, r
 """
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -472,12 +473,20 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.9])
-@pytest.mark.parametrize("schedule", ["pairs", "angles", "triples"])
+# strips have 128 rows of pairs and 64 of triples, which take minutes at many samples
+@pytest.mark.parametrize(
+    ("schedule", "share"),
+    [
+        *itertools.product(["pairs"], [0.0, 0.02, 0.5, 0.9]),
+        *itertools.product(["angles"], [0.02, 0.5]),
+        ("triples", 0.0),
+        ("triples", 0.95),
+    ],
+)
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
 def test_rows_that_are_not_there(monkeypatch, schedule, share):
     """In several strips, of which the last may hold no row; nothing that such rows left unwritten is read."""
-    N = 270 if schedule == "pairs" else 80
+    N = 270 if schedule == "pairs" else 70
     count = int(share * N)
     monkeypatch.setattr(pairs, "STRIP", 1)
     monkeypatch.setattr(triples, "STRIP", 1)
