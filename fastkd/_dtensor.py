@@ -139,19 +139,22 @@ def _per_row(name, x, layout, rows):
     return _local(x, layout)
 
 
-def logits_loss(again, divergence, student, teacher, options):
+def logits_loss(again, divergence, student, teacher, options, dim):
     """again: the function that computes it of plain tensors; the other arguments are its own."""
+    for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, torch.Tensor) and x.dim():
+            rows = [d for d in range(x.dim()) if d != dim % x.dim()]
+            _refuse_split(name, x, rows, "all classes of a row", "classes", _CLASSES)
+    if dim != -1:
+        student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
     per_row = {name: getattr(options, name) for name in ("temperature", "teacher_temperature", "mask", "weight")}
     if entry := REGISTRY[divergence].parameter:
         per_row[entry.name] = options.parameter
     mesh = _mesh(student=student, teacher=teacher, **per_row, normalizer=options.normalizer)
     layout = _layout(mesh, student)
-    for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, torch.Tensor) and x.dim():
-            _refuse_split(name, x, range(x.dim() - 1), "all classes of a row", "classes", _CLASSES)
     options = options._replace(normalizer=_plain(options.normalizer))
     with _explained(student, teacher=teacher, **per_row):
-        _check.logits_loss(student, teacher, options._replace(inplace=False))
+        _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
         if entry:
             _check.parameter(entry, options.parameter, student)
     rows = student.shape[:-1]

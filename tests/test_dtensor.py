@@ -152,6 +152,10 @@ class Behaviours:
             function = getattr(functional, loss)
             self.raises(r"^student: .*classes that are split over ranks.*group=.*full_tensor", function, split, whole)
             self.raises(r"^teacher: .*classes that are split over ranks.*group=.*full_tensor", function, whole, split)
+            maps = self.of(self.student, [Shard(1)])
+            self.raises(
+                r"^student: .*classes that are split.*Shard\(dim=1\)", functools.partial(function, dim=1), maps, maps
+            )
 
     def features_that_are_split_are_an_error(self):
         from torch.distributed.tensor import Shard

@@ -266,6 +266,18 @@ def test_compile_dynamic_shapes_of_tokens(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "relation_kl"])
+def test_compile_with_one_number_that_is_a_tensor(name):
+    """Student's and teacher's temperature are one tensor then, which an autograd.Function takes once."""
+    loss_function = getattr(functional, name)
+    compiled = torch.compile(lambda s, t, T: loss_function(s, t, temperature=T), fullgraph=True, backend="aot_eager")
+    student, teacher, temperature = torch.randn(4, 20), torch.randn(4, 20), torch.tensor(2.0)
+    loss, grad = both(lambda s, t: loss_function(s, t, temperature=temperature), student, teacher)
+    compiled_loss, compiled_grad = both(lambda s, t: compiled(s, t, temperature), student, teacher)
+    assert error(compiled_loss, loss) < FLOOR[torch.float32]
+    assert error(compiled_grad, grad) < FLOOR[torch.float32]
+
+
 @pytest.mark.parametrize("reduction", ["batchmean", "mean"])
 @pytest.mark.parametrize("given", ["mask", "normalizer"])
 def test_compile_dynamic_shapes_of_what_the_device_divides_by(given, reduction):

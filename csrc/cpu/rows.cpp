@@ -80,10 +80,10 @@ Groups groups_of(const RowsParams<T>& P) {
     groups.inner = std::min(groups.inner, x->size[x->dims - 1]);
     side_by_side = side_by_side && x->stride[x->dims - 1] == 1 && x->stride_v != 1;
   }
+  if (groups.inner < kFewRows || !(side_by_side || P.V <= kFewClasses)) return groups;
   for (const RowsTensor* x : tensors) {
     if (x->data && x->dims > 0 && x->size[x->dims - 1] % groups.inner != 0) return groups;
   }
-  if (groups.inner < kFewRows || !(side_by_side || P.V <= kFewClasses)) return groups;
   constexpr int64_t kLeast = 16;  // a vector of the widest
   int64_t rows = kMostLanes;
   while (rows > kLeast && RowsLanes<T>::bytes(P.V, rows) > second_level_cache() / 2) rows /= 2;

@@ -4,7 +4,8 @@
 //
 // The formulas are those of rows_kernel.cpp. A group of rows is read class by class into a workspace that stays in
 // cache; there its maxima are found, the exponentials and differences take the logits' place, and the rest is written
-// from them. No lane waits for another: a row's result does not depend on its neighbours.
+// from them. No lane waits for another: a row's result does not depend on its neighbours'. Rows of a group that
+// differ in the divergence's parameter are computed row by row in its place.
 // Traffic: student + teacher + gradient, once each.
 #include <type_traits>
 

@@ -60,10 +60,11 @@ int64_t rows_side_by_side(const RowsParams<T>& P) {
     if (x->dims == 0 || x->stride[x->dims - 1] != 1 || x->stride_v == 1) return 0;
     inner = std::min(inner, x->size[x->dims - 1]);
   }
+  if (inner < kLeastInner) return 0;
   for (const RowsTensor* x : tensors) {
     if (x->data && x->size[x->dims - 1] % inner != 0) return 0;
   }
-  return inner < kLeastInner ? 0 : inner;
+  return inner;
 }
 
 template <class T>

@@ -70,10 +70,10 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
     divergence, entry = called, _divergences.REGISTRY[called].parameter
     _check.class_dim(dim, student, teacher)
+    if _dtensor.given(student, teacher, *options):
+        return _dtensor.logits_loss(_logits_loss, called, student, teacher, options, dim)
     if dim != -1:  # views: the backends take any strides
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
-    if _dtensor.given(student, teacher, *options):
-        return _dtensor.logits_loss(_logits_loss, called, student, teacher, options)
     _check.logits_loss(student, teacher, options, dim)
     if entry is not None:
         _check.parameter(entry, options.parameter, student)

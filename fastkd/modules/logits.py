@@ -26,7 +26,8 @@ class KLDivLoss(_Loss):
         inplace: whether the gradient is written over the student's logits. Default False.
 
     Shape:
-        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
 
     Example:
         >>> import torch, fastkd
@@ -74,8 +75,8 @@ class KLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``.
-            teacher: raw logits ``[*, V]``, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -113,7 +114,8 @@ class SoftCrossEntropyLoss(_Loss):
         inplace: whether the gradient is written over the student's logits. Default False.
 
     Shape:
-        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
 
     Example:
         >>> import torch, fastkd
@@ -161,8 +163,8 @@ class SoftCrossEntropyLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``.
-            teacher: raw logits ``[*, V]``, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -200,7 +202,8 @@ class ReverseKLDivLoss(_Loss):
         inplace: whether the gradient is written over the student's logits. Default False.
 
     Shape:
-        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
 
     Example:
         >>> import torch, fastkd
@@ -248,8 +251,8 @@ class ReverseKLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``.
-            teacher: raw logits ``[*, V]``, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -289,7 +292,8 @@ class JSDivLoss(_Loss):
         inplace: whether the gradient is written over the student's logits. Default False.
 
     Shape:
-        student and teacher ``[*, V]``; the loss has no dimensions, or ``[*]`` with ``reduction="none"``.
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
 
     Example:
         >>> import torch, fastkd
@@ -340,8 +344,8 @@ class JSDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``.
-            teacher: raw logits ``[*, V]``, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.

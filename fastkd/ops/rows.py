@@ -165,11 +165,12 @@ def positive(rows: torch.Tensor) -> torch.Tensor:
 def number_or_rows(
     number: torch.Tensor | float, leading: torch.Size, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor | None]:
-    """As an op takes it: a number; or a tensor, [N] or []."""
+    """As an op takes it: a number; or a tensor, [N] or [], which is no other's: what is saved for backward does not
+    change with it, and an autograd.Function that is compiled takes no tensor twice."""
     if not isinstance(number, torch.Tensor):
         return float(number), None
     if number.dim() == 0:
-        return 1.0, number.to(dtype)
+        return 1.0, number.to(dtype, copy=True)
     return 1.0, number.to(dtype).expand(leading).reshape(-1).contiguous()
 
 

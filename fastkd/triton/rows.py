@@ -528,7 +528,8 @@ def side_by_side(N: int, layouts: Sequence[Layout]) -> int | None:
     if any(x.index is not None or x.stride != 1 or x.step == 1 for x in layouts):
         return None
     runs = {x.inner or N for x in layouts}
-    return runs.pop() if len(runs) == 1 else None
+    run = runs.pop()
+    return run if not runs and run >= FEW_NEIGHBOURS // 2 else None
 
 
 def _same_temperature(call):
