@@ -175,8 +175,7 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
     for (double x : exact) size = std::fmax(size, std::fabs(x));
     for (int64_t v = 0; v < V; ++v) {
       const double right = mask[n] ? exact[v] * kTemperature * scale : 0, unit = size * kTemperature * scale;
-      for (const auto& [found, wanted] :
-           {std::pair{grad.at(n, v), right}, {again.at(n, v), right / 2}}) {
+      for (const auto& [found, wanted] : {std::pair{grad.at(n, v), right}, {again.at(n, v), right / 2}}) {
         const double off = std::fabs(found - wanted) / (mask[n] ? unit : 1e-30) / rounding;
         if (!(off <= worst)) worst = off;
       }
