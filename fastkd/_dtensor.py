@@ -205,7 +205,7 @@ class _Rows(NamedTuple):
         if normalizer is not None:
             _check.normalizer(normalizer, like[0], self.mask, reduction)
         mask, masks = self._per_layer("mask", like, layouts, dim, _check.is_mask)
-        _, weights = self._per_layer("weight", like, layouts, dim, _check._floating)
+        _, weights = self._per_layer("weight", like, layouts, dim, _check.floating)
         if normalizer is None and any(layouts[0].split) and reduction in ("batchmean", "mean"):
             # among a layer's weights its divisor is in the one call that there is for all layers
             dtype = compute_dtype(*tensors)

@@ -107,12 +107,12 @@ MUTATIONS = [
              "    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward\n        return [grad * upstream for grad in grads]\n",
              "", ROWS),
     # checks
-    Mutation("check: a temperature of 0", "fastkd/_check.py",
+    Mutation("check: a temperature of 0", "fastkd/_check/arguments.py",
              "if not 0 < value <= sys.float_info.max:  # false for NaN", "if not 0 <= value <= sys.float_info.max:  # false for NaN", "tests/test_errors.py"),
-    Mutation("check: a view of a leaf is overwritten", "fastkd/_check.py",
+    Mutation("check: a view of a leaf is overwritten", "fastkd/_check/logits.py",
              "if student.is_leaf or (student._base is not None and student._base.is_leaf and student._base.requires_grad):",
              "if student.is_leaf:", "tests/test_inplace.py tests/test_errors.py"),
-    Mutation("check: a mask of integers", "fastkd/_check.py",
+    Mutation("check: a mask of integers", "fastkd/_check/arguments.py",
              "if x.dtype is not torch.bool:", "if x.dtype is torch.float64:", "tests/test_errors.py"),
     # what is plain PyTorch
     Mutation("reference: the mean is over all rows", "fastkd/reference.py",

@@ -415,7 +415,7 @@ def test_whole_rows_where_both_orders_would_not_do(pairs_taken, factor, options)
 
 
 def test_a_nan_is_not_lost_in_pairs(pairs_taken, monkeypatch):
-    monkeypatch.setattr("fastkd._check._values_known", lambda _: False)
+    monkeypatch.setattr("fastkd._check.arguments.values_known", lambda _: False)
     student = torch.randn(90, 6)
     student[80, 2] = torch.nan
     loss, _ = run(functional.relation_kl, student, torch.randn(90, 4))

@@ -171,7 +171,7 @@ def test_fewer_rows_that_count_than_positives(backend):
 
 @pytest.mark.parametrize("positives", [1, 5])
 def test_a_nan_among_the_teachers_neighbours(backend, monkeypatch, positives):
-    monkeypatch.setattr("fastkd._check._values_known", lambda _: False)
+    monkeypatch.setattr("fastkd._check.arguments.values_known", lambda _: False)
     teacher = T.clone()
     teacher[3, 3] = torch.nan
     loss, grad = run(functional.relational_triplet, S, teacher, positives=positives)

@@ -64,7 +64,7 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer
         _check.constant_teacher(x, name, f"{name}({{}})")
     dims = [_check.dim_of(x, dim) % x.dim() for x in students]
     masks = [] if mask is None else _check.per_layer("mask", mask, students, dim, _check.is_mask)
-    weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check._floating)
+    weights = [] if weight is None else _check.per_layer("weight", weight, students, dim, _check.floating)
     _check.reduction(reduction)
     if normalizer is not None:
         for x in students:
@@ -336,7 +336,7 @@ def linear_feature_mse(
     if mask is not None:
         (mask,) = _check.per_layer("mask", mask, rows, dim, _check.is_mask)
     if weight is not None:
-        (weight,) = _check.per_layer("weight", weight, rows, dim, _check._floating)
+        (weight,) = _check.per_layer("weight", weight, rows, dim, _check.floating)
     _check.reduction(reduction)
     if normalizer is not None:
         _check.normalizer(normalizer, student, mask, reduction)

@@ -1,0 +1,166 @@
+"""Checks of what a loss of logits is given."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+
+from .._inplace import was_overwritten
+from .arguments import (
+    flag,
+    inputs,
+    mask,
+    normalizer,
+    number,
+    reduction,
+    rows_of_numbers,
+    same_device,
+    temperature,
+    tensor,
+    values_known,
+    weight,
+    whole_number,
+)
+
+
+class LogitsOptions(NamedTuple):
+    """What every logit loss takes beside its logits; see fastkd.functional."""
+
+    temperature: Any
+    teacher_temperature: Any
+    t_squared: bool
+    mask: Any
+    weight: Any
+    reduction: str
+    normalizer: Any
+    inplace: bool
+    parameter: Any  # the divergence's own; 0.0 where it has none
+
+
+def logits_loss(student, teacher, options, dim=-1):
+    """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end."""
+    logits(student, teacher, dim)
+    temperature("temperature", options.temperature, student)
+    if options.teacher_temperature is not options.temperature:
+        temperature("teacher_temperature", options.teacher_temperature, student)
+    if options.mask is not None:
+        mask(options.mask, student)
+    if options.weight is not None:
+        weight(options.weight, student)
+    flag("t_squared", options.t_squared)
+    flag("inplace", options.inplace)
+    reduction(options.reduction)
+    if options.normalizer is not None:
+        normalizer(options.normalizer, student, options.mask, options.reduction)
+    if options.inplace:
+        inplace(student, teacher)
+
+
+def logits_module(temperature, teacher_temperature, t_squared, dim, reduction_, inplace_):
+    """The options that the module of a logit loss is made with."""
+    whole_number("dim", dim)
+    number("temperature", temperature)
+    if teacher_temperature is not None:
+        number("teacher_temperature", teacher_temperature)
+    flag("t_squared", t_squared)
+    flag("inplace", inplace_)
+    reduction(reduction_)
+
+
+def class_dim(dim, student, teacher):
+    """The dimension of the classes is one of both tensors."""
+    whole_number("dim", dim)
+    if dim == -1:
+        return
+    for name, x in (("student", student), ("teacher", teacher)):
+        tensor(name, x)
+        if not -x.dim() <= dim < x.dim():
+            raise ValueError(f"dim: a dimension of the {name}'s shape {list(x.shape)} wanted, got {dim}")
+
+
+def logits(student, teacher, dim):
+    """Two tensors [*, V] of one shape, on one device, of floating dtypes; dim: where the user has the classes."""
+    inputs(student, teacher, "logits")
+    if student.dim() == 0:
+        raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
+    if student.shape != teacher.shape:
+        shape, teacher_shape = (list(x.movedim(-1, dim).shape) for x in (student, teacher))
+        padded = ""
+        if student.shape[:-1] == teacher.shape[:-1]:
+            name, fewer = min(
+                ("student", teacher.shape[-1]), ("teacher", student.shape[-1]), key=lambda wider: wider[1]
+            )
+            part = f"[..., :{fewer}]" if dim == -1 else f".narrow({dim}, 0, {fewer})"
+            padded = f". Where a head is padded, slice the wider one: {name}{part}"
+        raise ValueError(f"teacher: the student's shape {shape} wanted, got {teacher_shape}{padded}")
+    if student.shape[-1] == 0:
+        raise ValueError(f"student: at least one class wanted, got shape {list(student.movedim(-1, dim).shape)}")
+    same_device(student, teacher)
+
+
+def parameter(entry, value, student=None):
+    """A divergence's own number, within the range of its entry in _divergences; or, where there is a student, a tensor
+    of them, broadcastable to the leading dimensions."""
+    name = entry.name
+    if student is not None and isinstance(value, torch.Tensor):
+        rows_of_numbers(name, value, student)
+        if values_known(value) and not bool(((value >= entry.low) & (value <= entry.high)).all()):
+            raise ValueError(f"{name}: values {entry.range} wanted")
+        return
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: a number{' or a tensor' * (student is not None)} wanted, got {type(value).__name__}")
+    if student is not None and torch.compiler.is_compiling():
+        return  # the number may be a symbol; the op checks it when it runs
+    if not entry.low <= value <= entry.high:  # false for NaN
+        raise ValueError(f"{name}: a number {entry.range} wanted, got {value}")
+
+
+def will_be_overwritten(student):
+    """Whether the gradient will be written over the student's logits; an error where their history forbids it."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("inplace: not under torch.compile, which plans memory itself; leave it out")
+    if not (student.requires_grad and torch.is_grad_enabled()):
+        return False
+    if student.is_leaf or (student._base is not None and student._base.is_leaf and student._base.requires_grad):
+        raise ValueError(
+            "inplace: the student's logits are a leaf that requires a gradient, or a view of one; "
+            "they cannot be overwritten"
+        )
+    if was_overwritten(student):
+        raise ValueError(
+            "inplace: the student's logits, or others of the same tensor, have been overwritten by a loss with "
+            "inplace=True, and no gradient passes by that. Compute the logits of each chunk by themselves, or leave "
+            "inplace out"
+        )
+    return True
+
+
+def inplace(student, teacher):
+    """The gradient can be written over the student's logits."""
+    if not will_be_overwritten(student):
+        return
+    if _overlaps_itself(student):
+        raise ValueError("inplace: several of the student's logits share one place in memory (expand, unfold)")
+    same_storage = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
+    if same_storage and student.numel() and _first(student) <= _last(teacher) and _first(teacher) <= _last(student):
+        raise ValueError("inplace: student and teacher share their memory")
+
+
+def _overlaps_itself(x):
+    """Whether two elements may lie in one place: a dimension steps within what the smaller ones span."""
+    span = 0
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1):
+        if stride <= span:
+            return True
+        span += stride * (size - 1)
+    return False
+
+
+def _first(x):
+    return x.data_ptr()
+
+
+def _last(x):
+    """Where the last element begins."""
+    steps = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr() + steps * x.element_size()
