@@ -1,0 +1,241 @@
+"""What the kernels of the rows schedule do with a tile of classes: load it, sum over it, and write its gradient."""
+
+import triton
+import triton.language as tl
+
+from .divergences import log1p
+
+LOG2E = tl.constexpr(1.4426950408889634)
+INF = tl.constexpr(float("inf"))
+
+# In the kernels
+#   inputs  what load needs: pointers to the rows [ROWS] and the step between classes, for
+#           student and teacher; which rows to read [ROWS]; V
+#   of_row  constants of a row, [ROWS] each: a = 1 / T, b = 1 / T - 1 / T_teacher, the maxima and
+#           the sums of e^((z - max) / T) of student and teacher
+
+
+@triton.jit
+def rows_of_program(N, side_by_side, ROWS: tl.constexpr):
+    """The rows [ROWS] that a program takes, which of them there are, and, where so many lie side by side that they form
+    runs of that length, the number of the run and the rows' places in it."""
+    program, places = tl.program_id(0), tl.arange(0, ROWS)
+    if side_by_side is not None:
+        blocks = tl.cdiv(side_by_side, ROWS)
+        run = (program // blocks).to(tl.int64)
+        at = program % blocks * ROWS + places
+        row = run * side_by_side + at
+        live = at < side_by_side
+    else:
+        run = tl.full((), 0, tl.int64)
+        at = program * ROWS + places
+        row = at
+        live = row < N
+    return row, live, run, at
+
+
+@triton.jit
+def row_offsets(row, here, run, at, side_by_side, index, inner, outer_stride, stride):
+    """Where rows begin: see Layout. Of rows in runs the compiler sees that they are neighbours in memory."""
+    if side_by_side is not None:
+        offsets = at.to(tl.int64) * stride
+        if outer_stride is not None:
+            offsets += run * outer_stride
+    elif index is not None:
+        offsets = tl.load(index + row, mask=here, other=0) * stride
+    elif inner is not None:
+        offsets = (row // inner).to(tl.int64) * outer_stride + (row % inner).to(tl.int64) * stride
+    else:
+        offsets = row.to(tl.int64) * stride
+    return offsets
+
+
+@triton.jit
+def per_row(values, stride, value_of_all, row, read, dtype: tl.constexpr):
+    if values is None:
+        found = tl.full(row.shape, value_of_all, dtype)
+    else:
+        found = tl.load(values + row * stride, mask=read, other=1.0)
+    return found
+
+
+@triton.jit
+def temperatures(
+    temperature_rows, temperature_stride, temperature,
+    teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read,
+    dtype: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+):  # fmt: skip
+    """T, and of_row's a and b."""
+    T = per_row(temperature_rows, temperature_stride, temperature, row, read, dtype)
+    a = 1.0 / T
+    b = tl.zeros_like(a)
+    if not SAME_TEMPERATURE:
+        b = a - 1.0 / per_row(
+            teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype
+        )
+    return T, a, b
+
+
+@triton.jit
+def _load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
+    pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
+    mask = read[:, None] & (columns < V)[None, :]
+    return tl.load(pointers, mask=mask, other=-INF, eviction_policy=EVICT).to(dtype)
+
+
+@triton.jit
+def load(inputs, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
+    """[ROWS, BLOCK] logits of student and teacher; -inf where there are none."""
+    student, student_step, teacher, teacher_step, read, V = inputs
+    s = _load_side(student, student_step, read, V, columns, dtype, EVICT)
+    t = _load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
+    return s, t
+
+
+@triton.jit
+def store(grad, step, live, V, columns, values):
+    pointers = grad[:, None] + (columns.to(tl.int64) * step)[None, :]
+    mask = live[:, None] & (columns < V)[None, :]
+    tl.store(pointers, values.to(grad.dtype.element_ty), mask=mask, eviction_policy="evict_first")
+
+
+@triton.jit
+def finite(maximum):
+    """Of -inf alone anything finite will do: every exponential is 0."""
+    return tl.where(maximum == -INF, 0.0, maximum)
+
+
+@triton.jit
+def exp(z, maximum, inv_temperature):
+    """e^((z - maximum) / T)"""
+    return tl.exp2((z - maximum[:, None]) * (inv_temperature * LOG2E)[:, None])
+
+
+@triton.jit
+def _accumulate(z, maximum, total, inv_temperature):
+    """The running maximum, and the running sum of e^((z - maximum) / T)."""
+    larger = tl.maximum(maximum, tl.max(z, 1))
+    base = finite(larger)
+    total = total * tl.exp2((maximum - base) * (inv_temperature * LOG2E)) + tl.sum(exp(z, base, inv_temperature), 1)
+    return larger, total
+
+
+@triton.jit
+def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
+    """p, q and w of a tile. A class that is not there has p = q = 0."""
+    a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
+    p = exp(s, max_student, a) * tl.where(sum_student == 0.0, 0.0, 1.0 / sum_student)[:, None]
+    q = exp(t, max_teacher, a - b) * tl.where(sum_teacher == 0.0, 0.0, 1.0 / sum_teacher)[:, None]
+    # Where student and teacher differ by a constant, which changes nothing, the difference would be
+    # rounded at the size of that constant: there both are taken from their maxima. Where they do
+    # not, s - t itself is the most exact, and near convergence it is what counts.
+    shifted = tl.abs(max_student - max_teacher) > 4.0
+    offset = log1p((sum_student - sum_teacher) / sum_teacher)  # log(sum_student / sum_teacher)
+    offset += tl.where(shifted, 0.0, (max_student - max_teacher) * a + max_teacher * b)
+    from_centre = t - tl.where(shifted, max_teacher, 0.0)[:, None]
+    difference = (s - tl.where(shifted, max_student, 0.0)[:, None]) - from_centre
+    w = difference * a[:, None] - offset[:, None]
+    if not SAME_TEMPERATURE:
+        w += tl.where(t == -INF, 0.0, from_centre * b[:, None])
+    return p, q, w
+
+
+@triton.jit
+def visit(
+    s, t, of_row, parameter,
+    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, BLOCK] each: loss, slope and p of the classes of a tile."""
+    p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE)
+    loss, slope = DIVERGENCE(p, q, w, parameter, OF_ROWS)
+    if ENTROPY:  # the teacher's entropy is this and log sum_teacher
+        a, b, _max_student, _sum_student, max_teacher, _sum_teacher = of_row
+        loss += tl.where(q == 0.0, 0.0, q * ((max_teacher[:, None] - t) * (a - b)[:, None]))
+    return loss, slope, p
+
+
+@triton.jit
+def gradient_of(slope, p, sum_slope, of_row, scale):
+    """The gradient of a tile. None where a row has no possible class, nor out of an infinite loss:
+    no finite step changes that."""
+    _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
+    nothing = (sum_teacher == 0.0) | ((sum_student == 0.0) & (sum_teacher > 0.0)) | (sum_slope == INF)
+    scale += 0.0 * (sum_student + sum_teacher)  # a NaN anywhere in a row is one everywhere in it
+    return tl.where(nothing[:, None], 0.0, (slope - p * sum_slope[:, None]) * scale[:, None])
+
+
+@triton.jit
+def row_loss(total, of_row, scale, ENTROPY: tl.constexpr):
+    _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
+    if ENTROPY:
+        total += log1p(sum_teacher - 1.0)
+    total = tl.where(sum_student == 0.0, INF, total) + 0.0 * (sum_student + sum_teacher)  # NaN: as in grad
+    return tl.where(sum_teacher == 0.0, 0.0, total * scale)
+
+
+@triton.jit
+def rows_to_read(mask, row, live):
+    read = live
+    if mask is not None:
+        read = live & (tl.load(mask + row, mask=live, other=0) != 0)
+    return read
+
+
+@triton.jit
+def walk_for_statistics(inputs, a, b, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """of_row of rows longer than a tile."""
+    V = inputs[5]
+    max_student, sum_student = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
+    max_teacher, sum_teacher = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
+    for first in range(0, V, BLOCK):
+        s, t = load(inputs, first + tl.arange(0, BLOCK), dtype, "evict_last")
+        max_student, sum_student = _accumulate(s, max_student, sum_student, a)
+        max_teacher, sum_teacher = _accumulate(t, max_teacher, sum_teacher, a - b)
+    return a, b, finite(max_student), sum_student, finite(max_teacher), sum_teacher
+
+
+@triton.jit
+def walk_for_loss(
+    inputs, of_row, parameter, grad, grad_step, live, grad_scale,
+    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IS_CENTRED: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums of losses and slopes over rows longer than a tile; the gradient where it needs no sum of slopes."""
+    V = inputs[5]
+    total, sum_slope = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
+    last = (V - 1) // BLOCK * BLOCK
+    for first in range(0, V, BLOCK):
+        columns = last - first + tl.arange(0, BLOCK)
+        s, t = load(inputs, columns, dtype, "evict_first" if IS_CENTRED else "evict_last")
+        losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
+        total += tl.sum(losses, 1)
+        if not IS_CENTRED:
+            sum_slope += tl.sum(slopes, 1)
+        elif grad is not None:
+            store(grad, grad_step, live, V, columns, gradient_of(slopes, p, sum_slope, of_row, grad_scale))
+    return total, sum_slope
+
+
+@triton.jit
+def walk_for_grad(
+    inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope,
+    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    dtype: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    V = inputs[5]
+    for first in range(0, V, BLOCK):
+        columns = first + tl.arange(0, BLOCK)
+        s, t = load(inputs, columns, dtype, "evict_first")
+        _losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
+        store(grad, grad_step, live, V, columns, gradient_of(slopes, p, sum_slope, of_row, grad_scale))
+
+
+@triton.jit
+def store_statistics(stats, row, live, of_row, sum_slope):
+    _a, _b, max_student, sum_student, max_teacher, sum_teacher = of_row
+    stats += row.to(tl.int64) * 5
+    tl.store(stats, max_student.to(tl.float64), mask=live)
+    tl.store(stats + 1, sum_student.to(tl.float64), mask=live)
+    tl.store(stats + 2, max_teacher.to(tl.float64), mask=live)
+    tl.store(stats + 3, sum_teacher.to(tl.float64), mask=live)
+    tl.store(stats + 4, tl.where(sum_teacher == 0.0, 0.0, sum_slope).to(tl.float64), mask=live)
