@@ -51,6 +51,10 @@ BACKENDS = [*KERNELS, "torch"]
 def pytest_sessionstart(session):
     if _library.cpu_missing:
         raise pytest.UsageError(f"the tests need the compiled library: {_library.cpu_missing}")
+    if os.environ.get("FASTKD_ROUNDING"):
+        x = torch.rand(64, 64)
+        if torch.equal(torch.eye(64) @ x, x):
+            raise pytest.UsageError("FASTKD_ROUNDING is set, and products are those of the BLAS: preload _rounding.so")
 
 
 # Parts of the suite, each a target of the Makefile. What is marked with none of the others is in the first two: of each

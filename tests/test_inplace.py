@@ -144,6 +144,20 @@ def test_a_second_loss_of_one_tensor_is_refused_inside_the_call(backend, part):
     torch.testing.assert_close(grad, expected)
 
 
+def test_a_plain_loss_of_overwritten_logits_is_refused_inside_the_call(backend):
+    """Also of a part that is not what was overwritten: its gradient would have to pass by that."""
+    logits = torch.randn(6, 20, requires_grad=True) * 1.0
+    teacher = torch.randn(3, 20)
+    functional.kl_div(logits[:3], teacher, inplace=True)
+    for rows in (slice(0, 3), slice(3, 6)):
+        with pytest.raises(
+            ValueError, match=r"^student: these logits, or others of the same tensor, have been overwritten"
+        ):
+            functional.kl_div(logits[rows], teacher)
+        with torch.no_grad():  # what they hold may be looked at
+            functional.kl_div(logits[rows], teacher)
+
+
 @pytest.mark.parametrize("split", ["chunk", "split", "unbind"])
 def test_views_that_came_together_are_refused_inside_the_call(backend, split):
     _, logits, teacher = head(torch.float32)

@@ -84,26 +84,28 @@ cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* wor
   const RowsPlan plan = rows_plan(P, device);
   return Storages<T>::dispatch(P, [&](auto storage) {
     using S = decltype(storage);
-    if (plan.inner > 0) return side_by_side<T, S>(P, plan, device, stream);
+    if constexpr (!std::is_same_v<S, AnyType>) {
+      if (plan.inner > 0) return side_by_side<T, S>(P, plan, device, stream);
+    }
     return plan.on_chip ? on_chip<T, S>(P, plan, device, stream) : split<T, S>(P, plan, workspace, stream);
   });
 }
 
 template <Divergence kWhich, class T>
 cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStream_t stream) {
-  if (const RowsPlan plan = rows_plan(P, device); plan.inner > 0) {
-    return Storages<T>::dispatch(P, [&](auto storage) {
-      using S = decltype(storage);
-      const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), 0, stream);
-      return launch(rows_lanes_gradient_kernel<T, S, S, Functor<T>>, P, plan.inner, plan.in_run);
-    });
-  }
   const int64_t packs = P.V / kPack;
   RowsParts<T> parts{nullptr, nullptr, splits_for(P.N, packs, device)};
   const int threads = threads_for(packs / parts.splits);
   const int rows = parts.splits > 1 ? 1 : std::max(1, 128 / threads);
+  const RowsPlan plan = rows_plan(P, device);
   return Storages<T>::dispatch(P, [&](auto storage) {
     using S = decltype(storage);
+    if constexpr (!std::is_same_v<S, AnyType>) {
+      if (plan.inner > 0) {
+        const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), 0, stream);
+        return launch(rows_lanes_gradient_kernel<T, S, S, Functor<T>>, P, plan.inner, plan.in_run);
+      }
+    }
     const Launch launch((P.N + rows - 1) / rows * parts.splits, dim3(threads, rows), 0, stream);
     return launch(rows_gradient_kernel<T, S, S, Functor<T>>, P, parts, int64_t(0), P.N);
   });

@@ -50,9 +50,11 @@ int64_t lanes_room(int threads) {
   return threads * 7 * int64_t(sizeof(T));
 }
 
-// How many rows lie side by side in every tensor: their elements of a class one after the other. 0: none do.
+// How many rows lie side by side in every tensor: their elements of a class one after the other. 0: none do, or nobody
+// would gain by it: mixtures of types, and double, which have no kernels for it, are walked as rows.
 template <class T>
 int64_t rows_side_by_side(const RowsParams<T>& P) {
+  if (sizeof(T) == 8 || P.student.dtype != P.teacher.dtype) return 0;
   const RowsTensor* tensors[] = {&P.student, &P.teacher, &P.grad};
   int64_t inner = P.N;
   for (const RowsTensor* x : tensors) {
