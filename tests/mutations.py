@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation("triton: thresholds that are met count", "fastkd/triton/triplet.py",
              "negative[None, :] & ~(threshold[:, None] <= d[None, :])\n        above", "negative[None, :] & ~(threshold[:, None] < d[None, :])\n        above",
              "tests/test_triplet.py"),
-    Mutation("triton: rows that are not there are pairs' all the same", "fastkd/triton/pairs.py",
+    Mutation("triton: rows that are not there are pairs' all the same", "fastkd/triton/pairs_kernels.py",
              "pair = (i < n)[:, None] & (j < n)[None, :] & (i", "pair = (j < n)[None, :] & (i", RELATIONS),
     # bindings
     Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_op.h",
