@@ -157,6 +157,8 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
         if entry:
             _check.parameter(entry, options.parameter, student)
+    if not options.inplace:
+        _check.not_overwritten(student)
     rows = student.shape[:-1]
     local = {name: _per_row(name, x, layout, rows) for name, x in per_row.items()}
     if entry:

@@ -28,7 +28,15 @@ from .features import (
     per_layer,
     projector,
 )
-from .logits import LogitsOptions, class_dim, logits_loss, logits_module, parameter, will_be_overwritten
+from .logits import (
+    LogitsOptions,
+    class_dim,
+    logits_loss,
+    logits_module,
+    not_overwritten,
+    parameter,
+    will_be_overwritten,
+)
 from .relations import (
     SMALLEST_EPS,
     batches_of_embeddings,
@@ -71,6 +79,7 @@ __all__ = [
     "maps",
     "normalize",
     "normalizer",
+    "not_overwritten",
     "number",
     "parameter",
     "per_layer",

@@ -54,16 +54,18 @@ def logits_loss(student, teacher, options, dim=-1):
         normalizer(options.normalizer, student, options.mask, options.reduction)
     if options.inplace:
         inplace(student, teacher)
-    elif _wants_gradient(student) and was_overwritten(student):  # else backward would raise, of what came last
+
+
+def not_overwritten(student):
+    """For a loss that writes over nothing: else backward would raise, and speak of what came last. A call that is being
+    compiled keeps no such record."""
+    if torch.compiler.is_compiling() or not (student.requires_grad and torch.is_grad_enabled()):
+        return
+    if was_overwritten(student):
         raise ValueError(
             "student: these logits, or others of the same tensor, have been overwritten by a loss with "
             "inplace=True, and no gradient passes by that. Use them before, or leave inplace out"
         )
-
-
-def _wants_gradient(student):
-    """In a call that is not being compiled, where autograd keeps no such record."""
-    return not torch.compiler.is_compiling() and student.requires_grad and torch.is_grad_enabled()
 
 
 def logits_module(temperature, teacher_temperature, t_squared, dim, reduction_, inplace_):

@@ -75,6 +75,8 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     if dim != -1:  # views: the backends take any strides
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
     _check.logits_loss(student, teacher, options, dim)
+    if not options.inplace:
+        _check.not_overwritten(student)
     if entry is not None:
         _check.parameter(entry, options.parameter, student)
         divergence, parameter = _of_parameter(called, options.parameter)
