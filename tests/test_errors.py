@@ -295,6 +295,8 @@ def test_the_op_checks_its_own_contract():
             "divergence": 3,
             "parameter_rows": torch.full((4,), torch.nan).double(),
         },
+        "temperature: a tensor .* of the right dtype wanted": {"temperature_rows": torch.tensor(1.0).double()},
+        "temperature: a positive finite number wanted, got 0": {"temperature_rows": torch.tensor(0.0)},
         "float16, bfloat16": {"student": S.long(), "teacher": T.long()},
     }
     for match, wrong in wrong_calls.items():

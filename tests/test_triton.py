@@ -323,17 +323,15 @@ def test_logits_move_in_128_bits(compiled_rows):
 @pytest.mark.gates
 def test_maps_are_read_across_their_pixels(compiled):
     """64 pixels in a run: in 128 bits too."""
-    found = [
-        numbers for name, kernel, numbers in compiled if name.endswith("/maps_of_many_classes") and "rows" in kernel
-    ]
-    if not found:
-        pytest.skip("what no bound is asked of is compiled for other targets")
-    (numbers,) = found
-    assert numbers["registers"] <= REGISTERS
-    assert numbers["stack"] == 0
-    assert numbers["wide_loads"] >= 1
-    assert numbers["wide_stores"] >= 1
-    assert numbers["narrow_loads"] == 0
+    others = [(name, numbers) for name, kernel, numbers in compiled if name.startswith("other/") and "rows" in kernel]
+    found = [numbers for name, numbers in others if name == "other/maps_of_many_classes"]
+    assert bool(found) == bool(others)  # these are compiled for some of the targets
+    for numbers in found:
+        assert numbers["registers"] <= REGISTERS
+        assert numbers["stack"] == 0
+        assert numbers["wide_loads"] >= 1
+        assert numbers["wide_stores"] >= 1
+        assert numbers["narrow_loads"] == 0
 
 
 @pytest.mark.gates

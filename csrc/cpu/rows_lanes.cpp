@@ -134,7 +134,8 @@ using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
 template <class T>
 struct SecondPass {
   Lanes<T> p, q, offset, slope, grad;
-  Lanes<Bits<T>> kept;  // which bits of the gradient: all, or none where it is 0 whatever comes out
+  Lanes<Bits<T>> kept;  // which bits of the gradient: all, or none where it is 0 whatever comes out. Of a condition in
+                        // its place GCC makes masked stores, which the loads that follow wait for.
 
   void set(const Group& group, int64_t lanes) {
 #pragma omp simd
