@@ -125,8 +125,9 @@ def built(tmp_path_factory):
     compiler.flags = [f"-I{folder / 'csrc'}", f"-I{generated}", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
     compiler.flags += ["-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     compiler.flags += ["-DFASTKD_X86=0", "-isystem", TORCH / "include"]
-    names = ("isa", "rows", "rows_kernel", "scale")
-    objects = [compiler.build(f"{name}.o", "-c", folder / "csrc" / "cpu" / f"{name}.cpp") for name in names]
+    # every file of the rows schedule, and what they share
+    sources = [path for name in ("isa", "rows*", "scale") for path in (folder / "csrc" / "cpu").glob(f"{name}.cpp")]
+    objects = [compiler.build(f"{path.stem}.o", "-c", path) for path in sources]
     links = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
     library = compiler.build("rows.so", "-shared", *objects, *links)
     (folder / "fastkd" / "lib").mkdir()
