@@ -59,7 +59,12 @@ def test_every_block_is_of_a_kind_that_is_checked():
     assert opened == {page: sum(block.page == page for block in BLOCKS) for page in PAGES}
 
 
-@pytest.mark.parametrize("block", PYTHON, ids=str)
+def long_where_it_is_a_recipe(block):
+    """They start processes, train and compile."""
+    return pytest.param(block, marks=pytest.mark.long) if block.page.name == "recipes.md" else block
+
+
+@pytest.mark.parametrize("block", [long_where_it_is_a_recipe(block) for block in PYTHON], ids=str)
 def test_python_runs_without_a_warning(block, tmp_path):
     """As a script of its own: processes that it starts import it."""
     (tmp_path / "block.py").write_text(block.text)

@@ -16,6 +16,9 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
+// Of what is the same for every divergence: compiled once, not into each. A call of it has a whole group's work.
+#define FASTKD_ONCE __attribute__((noinline))
+
 // Classes that are added up in T; what they add up to in double.
 constexpr int64_t kAtOnce = 32;
 
@@ -44,11 +47,11 @@ struct GroupOf {
     classes.stride_v = x.dims > 0 ? x.stride[x.dims - 1] : 1;
   }
   template <class T>
-  const T* load(int64_t v, int64_t n, T* buffer) const {
+  FASTKD_ONCE const T* load(int64_t v, int64_t n, T* buffer) const {
     return load_block(classes, first + v * step, 0, n, buffer);
   }
   template <class T>
-  void store(int64_t v, int64_t n, const T* values) const {
+  FASTKD_ONCE void store(int64_t v, int64_t n, const T* values) const {
     store_block(classes, first + v * step, 0, n, values, false);
   }
 };
@@ -60,7 +63,7 @@ struct Group {
   Lanes<double> max_student, sum_student, max_teacher, sum_teacher, slope;
 
   template <class T>
-  void set_constants(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
+  FASTKD_ONCE void set_constants(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
     const bool t_squared = P.t_squared;
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t row = begin + (i < n ? i : n - 1);
@@ -100,7 +103,7 @@ struct FirstPass {
   Lanes<T> max_student, max_teacher, centre_student, centre_teacher;
   Lanes<T> scale_student, scale_teacher, lowest_student, lowest_teacher, a, b;
 
-  void set(const Group& group, int64_t lanes) {
+  FASTKD_ONCE void set(const Group& group, int64_t lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
       const double student = group.max_student[i], teacher = group.max_teacher[i];
@@ -137,7 +140,7 @@ struct SecondPass {
   Lanes<Bits<T>> kept;  // which bits of the gradient: all, or none where it is 0 whatever comes out. Of a condition in
                         // its place GCC makes masked stores, which the loads that follow wait for.
 
-  void set(const Group& group, int64_t lanes) {
+  FASTKD_ONCE void set(const Group& group, int64_t lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
       const double student = group.sum_student[i], teacher = group.sum_teacher[i];
@@ -177,7 +180,7 @@ void add_to(Lanes<double>& sums, Lanes<T>& part, int64_t n) {
 
 // The logits of a group come to lie at student and teacher, [V, lanes]; their maxima in the constants.
 template <class T>
-void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher, Group& group) {
+FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher, Group& group) {
   const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin);
   Lanes<T> max_student, max_teacher;
   for (int64_t i = 0; i < lanes; ++i) max_student[i] = max_teacher[i] = -kInf<T>;
@@ -203,8 +206,8 @@ struct LossSums {
 };
 
 // Exponentials take the place of the logits.
-template <class T, class D>
-void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T* teacher, T* difference, Group& group,
+template <class T, bool kTeacherEntropy>
+FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T* teacher, T* difference, Group& group,
                   LossSums& sums) {
   Lanes<T> part_student, part_teacher, part_entropy;
   clear(lanes, part_student, part_teacher, part_entropy);
@@ -217,14 +220,14 @@ void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T
       difference[i] = k.difference(i, s, t);
       part_student[i] += exp_student;
       part_teacher[i] += exp_teacher;
-      if constexpr (D::kTeacherEntropy) {
+      if constexpr (kTeacherEntropy) {
         part_entropy[i] += exp_teacher == T(0) ? T(0) : exp_teacher * (k.max_teacher[i] - t);
       }
     }
     if ((v + 1) % kAtOnce != 0 && v + 1 < V) continue;
     add_to(group.sum_student, part_student, lanes);
     add_to(group.sum_teacher, part_teacher, lanes);
-    if constexpr (D::kTeacherEntropy) add_to(sums.entropy, part_entropy, lanes);
+    if constexpr (kTeacherEntropy) add_to(sums.entropy, part_entropy, lanes);
   }
 }
 
@@ -255,7 +258,7 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
 }
 
 template <class T>
-void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student, const T* slope,
+FASTKD_ONCE void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student, const T* slope,
               const GroupOf& of_grad) {
   Lanes<T> grad;
   for (int64_t v = 0; v < V; ++v, student += lanes, slope += lanes) {
@@ -288,7 +291,7 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
   group.set_constants(P, begin, n, lanes);
   read(P, begin, n, lanes, student, teacher, group);
   first.set(group, lanes);
-  exponentials<T, D>(first, P.V, lanes, student, teacher, difference, group, sums);
+  exponentials<T, D::kTeacherEntropy>(first, P.V, lanes, student, teacher, difference, group, sums);
   second.set(group, lanes);
   for (int64_t i = 0; i < lanes; ++i) {
     second.keep(i, i < n && counts(P, begin + i) && !no_gradient(group.stats(i)));

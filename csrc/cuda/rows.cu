@@ -87,7 +87,10 @@ cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* wor
     if constexpr (!std::is_same_v<S, AnyType>) {
       if (plan.inner > 0) return side_by_side<T, S>(P, plan, device, stream);
     }
-    return plan.on_chip ? on_chip<T, S>(P, plan, device, stream) : split<T, S>(P, plan, workspace, stream);
+    if constexpr (sizeof(T) == 4) {
+      if (plan.on_chip) return on_chip<T, S>(P, plan, device, stream);
+    }
+    return split<T, S>(P, plan, workspace, stream);
   });
 }
 

@@ -27,9 +27,9 @@ struct LaneRow {
     const int64_t at = int64_t(blockIdx.x) % in_run * 32 + threadIdx.x;
     exists = at < inner;
     row = int64_t(blockIdx.x) / in_run * inner + (exists ? at : 0);
-    student = P.student.row(row);
-    teacher = P.teacher.row(row);
-    grad = P.grad.data ? P.grad.row(row) : nullptr;
+    student = row_of(P.student, row);
+    teacher = row_of(P.teacher, row);
+    grad = row_of(P.grad, row);
     step_student = P.student.stride_v * element_size<S>(P.student);
     step_teacher = P.teacher.stride_v * element_size<U>(P.teacher);
     step_grad = P.grad.stride_v * element_size<S>(P.grad);
@@ -58,7 +58,7 @@ struct KeptClasses {
  private:
   template <class Of, class T>
   __device__ __forceinline__ void take_side(const char* p, DType type, int64_t v, char* room, T& x) const {
-    with_type<Of>(type, [&](auto storage) {
+    with_type<Of, T>(type, [&](auto storage) {
       using From = decltype(storage);
       const From value = *reinterpret_cast<const From*>(p);
       if (v < kept) reinterpret_cast<From*>(room)[v * 32 + threadIdx.x] = value;
@@ -67,7 +67,7 @@ struct KeptClasses {
   }
   template <class Of, class T>
   __device__ __forceinline__ void again_side(const char* p, DType type, int64_t v, const char* room, T& x) const {
-    with_type<Of>(type, [&](auto storage) {
+    with_type<Of, T>(type, [&](auto storage) {
       using From = decltype(storage);
       const From* at =
           v < kept ? reinterpret_cast<const From*>(room) + v * 32 + threadIdx.x : reinterpret_cast<const From*>(p);

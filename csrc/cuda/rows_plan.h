@@ -92,7 +92,7 @@ RowsPlan rows_plan(const RowsParams<T>& P, const Device& device) {
   while (cluster < most && P.N * cluster < device.multiprocessors && part(2 * cluster) >= kPlanThreads) cluster *= 2;
   const bool fits = part(cluster) * pack_bytes + kRoomBytes <= device.shared_memory;
   const bool idle = cluster == most && most == 1 && 2 * P.N <= device.multiprocessors && packs >= 4 * kPlanThreads;
-  plan.on_chip = fits && !idle;
+  plan.on_chip = fits && !idle && sizeof(T) == 4;  // double has only the kernels of the passes: it is for checks
   if (plan.on_chip) {
     plan.cluster = cluster;
     plan.packs = int(part(cluster));

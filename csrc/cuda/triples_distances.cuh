@@ -90,7 +90,7 @@ __device__ __forceinline__ void stage_features(C* shared, const Embeddings& x, i
   const int feature = threadIdx.x % kDepth, row0 = threadIdx.x / kDepth;
   constexpr int kStep = kDistanceThreads / kDepth;
   const bool inside = depth + feature < x.D;
-  with_type<AnyType>(x.dtype, [&](auto storage) {
+  with_type<AnyType, C>(x.dtype, [&](auto storage) {
     using From = decltype(storage);
     const From* at = reinterpret_cast<const From*>(x.at(first + row0, depth + feature));
 #pragma unroll

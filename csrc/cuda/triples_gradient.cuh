@@ -98,7 +98,7 @@ __device__ __forceinline__ void stage_others(const GradientTask<T>& P, T* weight
     const int at = P.transposed ? (j0 + j) * P.pitch + i0 + i : (i0 + i) * P.pitch + j0 + j;
     weights[j * kGradientPitch + i] = P.weights[at];
   }
-  with_type<AnyType>(P.x.dtype, [&](auto storage) {
+  with_type<AnyType, T>(P.x.dtype, [&](auto storage) {
     using From = decltype(storage);
     const int d = threadIdx.x % kGradientFeatures, j = threadIdx.x / kGradientFeatures;
     constexpr int kStep = kGradientThreads / kGradientFeatures;

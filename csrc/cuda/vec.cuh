@@ -22,11 +22,15 @@ __device__ __forceinline__ int element_size(const RowsTensor& x) {
   }
 }
 
-// f(S()) for the dtype of x, where S does not say it.
-template <class S, class F>
+// f(S()) for the dtype of x, where S does not say it. T is what is computed in: only in double is there a double.
+template <class S, class T, class F>
 __device__ __forceinline__ void with_type(DType type, F&& f) {
   if constexpr (!std::is_same_v<S, AnyType>) {
     f(S());
+  } else if constexpr (std::is_same_v<T, float>) {
+    if (type == DType::kFloat) return f(float());
+    if (type == DType::kBFloat16) return f(__nv_bfloat16());
+    f(__half());
   } else {
     switch (type) {
       case DType::kHalf:
@@ -86,7 +90,7 @@ __device__ __forceinline__ uint4 load_16(const char* p) {
 // p is a multiple of 16.
 template <class S, Memory kMemory, class T>
 __device__ __forceinline__ void load_pack(const char* p, DType type, T (&v)[kPack]) {
-  with_type<S>(type, [&](auto storage) {
+  with_type<S, T>(type, [&](auto storage) {
     using From = decltype(storage);
     constexpr int kWords = kPack * int(sizeof(From)) / 16;
     union {
@@ -103,7 +107,7 @@ __device__ __forceinline__ void load_pack(const char* p, DType type, T (&v)[kPac
 // Past the caches as far as can be: nobody here reads it again.
 template <class S, class T>
 __device__ __forceinline__ void store_pack(char* p, DType type, const T (&v)[kPack]) {
-  with_type<S>(type, [&](auto storage) {
+  with_type<S, T>(type, [&](auto storage) {
     using To = decltype(storage);
     constexpr int kWords = kPack * int(sizeof(To)) / 16;
     union {
@@ -120,12 +124,12 @@ __device__ __forceinline__ void store_pack(char* p, DType type, const T (&v)[kPa
 template <class S, class T>
 __device__ __forceinline__ T load_one(const char* p, DType type) {
   T v = 0;
-  with_type<S>(type, [&](auto storage) { v = widen<T>(*reinterpret_cast<const decltype(storage)*>(p)); });
+  with_type<S, T>(type, [&](auto storage) { v = widen<T>(*reinterpret_cast<const decltype(storage)*>(p)); });
   return v;
 }
 template <class S, class T>
 __device__ __forceinline__ void store_one(char* p, DType type, T v) {
-  with_type<S>(type, [&](auto storage) {
+  with_type<S, T>(type, [&](auto storage) {
     using To = decltype(storage);
     *reinterpret_cast<To*>(p) = narrow<To>(v);
   });
