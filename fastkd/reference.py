@@ -138,11 +138,10 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         t = torch.where(mask[..., None], t, 0.0)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
     parameter = options.parameter
-    if REGISTRY[divergence].parameter is not None and torch.compiler.is_compiling():
-        parameter = log_p.new_ones(()) * parameter  # a graph has its numbers built in, and this one may change
-    if isinstance(
-        parameter, torch.Tensor
-    ):  # not rounded to what is computed in: of an x near 1, 1 - x keeps its digits
+    if REGISTRY[divergence].parameter is not None:
+        parameter = _number(parameter, log_p)
+    if isinstance(parameter, torch.Tensor):
+        # not rounded to what is computed in: of an x near 1, 1 - x keeps its digits
         parameter = ordinary(parameter).to(torch.promote_types(parameter.dtype, dtype))
         parameter = parameter.expand(student.shape[:-1])[..., None]
     rows = _divergence(divergence, log_p, log_q, parameter)
@@ -153,6 +152,11 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
     return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)
+
+
+def _number(number: Any, like: torch.Tensor) -> Any:
+    """Under torch.compile as a tensor: a graph has its numbers built in, and this one may change."""
+    return like.new_ones(()) * number if torch.compiler.is_compiling() else number
 
 
 def gradient_dtype(student: torch.Tensor) -> torch.dtype:
@@ -196,9 +200,13 @@ def rkd_distance(
     if len(s) < 2:
         return (s * 0).sum()
     d, e = _distances(s, normalize), _distances(t, normalize)
-    if weight is None:
-        return torch.nn.functional.huber_loss(d, e, delta=delta)
-    return (torch.nn.functional.huber_loss(d, e, delta=delta, reduction="none") * weight[:, None]).mean()
+    losses = _huber(d, e, delta)
+    return (losses if weight is None else losses * weight[:, None]).mean()
+
+
+def _huber(x, y, delta):
+    delta, distance = _number(delta, x), (x - y).abs()
+    return torch.where(distance < delta, distance * distance / 2, delta * (distance - delta / 2))
 
 
 def _cosines(x):
@@ -217,7 +225,7 @@ def rkd_angle(
     s, t, _ = _rows_there(*_embeddings(student, teacher), mask, None)
     if len(s) < 2:
         return (s * 0).sum()
-    return torch.nn.functional.huber_loss(_cosines(s), _cosines(t), delta=delta)
+    return _huber(_cosines(s), _cosines(t), delta).mean()
 
 
 def rkd_loss(
@@ -233,9 +241,9 @@ def rkd_loss(
     s, t, _ = _rows_there(*_embeddings(student, teacher), mask, None)
     loss = (s * 0).sum()
     if angle_weight:
-        loss = loss + angle_weight * rkd_angle(s, t, angle_delta)
+        loss = loss + _number(angle_weight, loss) * rkd_angle(s, t, angle_delta)
     if distance_weight:
-        loss = loss + distance_weight * rkd_distance(s, t, True, distance_delta)
+        loss = loss + _number(distance_weight, loss) * rkd_distance(s, t, True, distance_delta)
     return loss
 
 
@@ -459,11 +467,10 @@ def feature_loss(
         rows = _feature_layer(feature, student, teacher, dim, mask, weight, dtype)
         D = 1 if feature == "cosine" else student.shape[dim]
         losses.append(rows if reduction == "none" else _reduce(rows, D, mask, reduction, None))
+    weighted = [_number(weight, loss) * loss for weight, loss in zip(layer_weights, losses, strict=True)]
     if reduction == "none":
-        weighted = [weight * rows.reshape(-1) for weight, rows in zip(layer_weights, losses, strict=True)]
-        return torch.cat(weighted), torch.stack([rows.detach().sum() for rows in losses])
-    layers = torch.stack(losses)
-    return (layers * layers.new_tensor(layer_weights)).sum(), layers.detach()
+        return torch.cat([rows.reshape(-1) for rows in weighted]), torch.stack([rows.detach().sum() for rows in losses])
+    return torch.stack(weighted).sum(), torch.stack(losses).detach()
 
 
 def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, p: float) -> torch.Tensor:
@@ -471,6 +478,7 @@ def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, p: float) -
     s, t = (x.to(dtype) for x in (student, ordinary(teacher).detach()))
     if not s.shape[0] * s.shape[2] * s.shape[3]:
         return (s * 0).sum()
+    p = _number(p, s)
 
     def attention(x):
         largest = _largest(x, (1, 2, 3))

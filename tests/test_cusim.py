@@ -5,6 +5,8 @@ import re
 import pytest
 from cuda_tools import BUILDS, ORDERS, HostCompiler, execute, run_program
 
+pytestmark = pytest.mark.sanitizers
+
 KERNELS = "tests/cusim/kernels.cu"
 
 

@@ -9,6 +9,7 @@ import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
 from fastkd.ops import relations, rows
+from fastkd.ops.numbers import as_tensor
 
 S, T = torch.randn(4, 10), torch.randn(4, 10)
 
@@ -332,15 +333,17 @@ def relational_ops(backend_name):
     ops = relations.OPS[_backend.namespace(backend_name)]
     yield (
         "pairs_fwd",
-        lambda s=S, t=T, relation=0, delta=1.0: ops.pairs_fwd(s, t, None, None, relation, delta, True, True),
+        lambda s=S, t=T, relation=0, delta=1.0: ops.pairs_fwd(s, t, None, None, relation, as_tensor(delta), True, True),
     )
     yield (
         "triples_fwd",
-        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, None, weight, delta, weight, 1.0, True),
+        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(
+            s, t, None, as_tensor(weight, delta, weight, 1.0), True
+        ),
     )
     yield (
         "triples_fwd",
-        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, None, 1.0, 1.0, weight, delta, True),
+        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, None, as_tensor(1.0, 1.0, weight, delta), True),
     )
 
 

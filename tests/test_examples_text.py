@@ -29,6 +29,7 @@ def read_sentences(hash_seed):
     return json.loads(run.stdout)
 
 
+@pytest.mark.long  # reads the standard library twice
 def test_sentences_are_prose_without_repetition_and_always_the_same():
     sentences = read_sentences("1")
     assert sentences == read_sentences("2")

@@ -8,6 +8,7 @@ from cuda_tools import Compiler, HostCompiler
 from tolerances import error
 
 from fastkd import _library
+from fastkd.ops.numbers import as_tensor
 
 RELATION = """
 #include <cmath>
@@ -103,7 +104,7 @@ def test_log_distances(request, schedule, several_tiles, options, dtype):
     x = student[:there].double().requires_grad_()
     expected = naive(x, teacher[:there].double(), weight[:there].to(dtype).double())
     given = (None, None) if options == "plain" else (torch.tensor([there]), weight.to(dtype))
-    loss, grad = request.getfixturevalue(schedule)(student, teacher, *given, NUMBER, 1.0, False, True)
+    loss, grad = request.getfixturevalue(schedule)(student, teacher, *given, NUMBER, as_tensor(1.0), False, True)
     assert error(loss, expected.detach()) <= PROMISED[dtype]
     assert error(grad[:there], torch.autograd.grad(expected, x)[0]) <= PROMISED[dtype]
     assert not grad[there:].any()

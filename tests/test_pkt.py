@@ -13,6 +13,7 @@ from tolerances import FLOOR, error
 import fastkd
 from fastkd import functional
 from fastkd.ops import pkt
+from fastkd.ops.numbers import as_tensor
 
 pytestmark = pytest.mark.products
 
@@ -183,4 +184,4 @@ def test_the_strips_op_checks_its_own_contract():
             torch.ops.fastkd.pkt_strip_(*right[:at], wrong, *right[at + 1 :])
     for eps in (0.0, -1.0, math.nan):
         with pytest.raises(RuntimeError, match="eps: "):
-            torch.ops.fastkd.pkt_fwd(S, T, eps, None, None, "fastkd", True)
+            torch.ops.fastkd.pkt_fwd(S, T, as_tensor(eps), None, None, "fastkd", True)

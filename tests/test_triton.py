@@ -16,6 +16,7 @@ import tempfile
 import pytest
 import torch
 
+from fastkd.ops.numbers import as_tensor
 from fastkd.reference import compute_dtype
 
 TARGETS = {
@@ -23,6 +24,7 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }  # fmt: skip
 KL_DIV, JS_DIV = 0, 3
+ONE, BOTH = as_tensor(1.0), as_tensor(2.0, 1.0, 1.0, 1.0)
 ONE_TILE, TILED = 4096, 128256
 # Of 65536 registers 128 leave room for two programs of 256 threads, or one of 512: 8192 classes under way on each
 # side. On gfx942, with 512 registers per lane of a SIMD, for four waves.
@@ -122,18 +124,16 @@ def relation_launches(pairs, triples):
         for N in (64, 256, 1024, 2176):
             x, save = torch.empty(N, 512, dtype=dtype), dtype is not torch.float16
             name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
-            calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, 1.0, True, True)
-            calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, 2.0, 1.0, 1.0, 1.0, s)
+            calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, ONE, True, True)
+            calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, BOTH, s)
             count, weight = torch.empty((), dtype=torch.int64), torch.empty(N, dtype=compute_dtype(x, x))
-            calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, 1.0, True, True)
+            calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, ONE, True, True)
             if N in (64, 2176):  # the fewest blocks of rows, and the most
-                calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(
-                    x, x, c, 2.0, 1.0, 1.0, 1.0, s
-                )
+                calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(x, x, c, BOTH, s)
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
-    calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, 1.0, False, True)
-    calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, torch.empty(33), 0, 1.0, False, True)
-    calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, None, 2.0, 1.0, 0.0, 1.0, True)
+    calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, ONE, False, True)
+    calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, torch.empty(33), 0, ONE, False, True)
+    calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, None, as_tensor(2.0, 1.0, 0.0, 1.0), True)
     return calls
 
 
@@ -175,12 +175,12 @@ def feature_launches(elements, attention):
             for feature in (0,) if kind == "flat" else (1, 2):
                 reduction = 3 if kind == "flat" else 0
                 calls[f"feature/{str(dtype)[6:]}/{kind}/{feature}"] = lambda x=x, d=dim, f=feature, r=reduction: (
-                    elements.elements_fwd([x, x], [x, x], [d, d], f, [], [], r, [1.0, 0.5], True)
+                    elements.elements_fwd([x, x], [x, x], [d, d], f, [], [], r, as_tensor(1.0, 0.5), True)
                 )
         maps = torch.empty(16, 256, 56, 56, dtype=dtype, device="meta")
         for p in (2.0, 3.0, 2.5):
             calls[f"feature/{str(dtype)[6:]}/attention/{p}"] = lambda x=maps, p=p: attention.attention_fwd(
-                x, x, p, True
+                x, x, as_tensor(p), True
             )
     return calls
 
@@ -194,7 +194,9 @@ def other_feature_launches(elements, attention):
     )
     single = torch.empty(5, 1, device="meta")
     calls = {
-        f"other/everything/{f}": lambda f=f: elements.elements_bwd([x], [t], [1], f, [row > 0], [row], 0, [0.1], row)
+        f"other/everything/{f}": lambda f=f: elements.elements_bwd(
+            [x], [t], [1], f, [row > 0], [row], 0, as_tensor(0.1), row
+        )
         for f in range(4)
     }
     calls |= {
@@ -202,9 +204,9 @@ def other_feature_launches(elements, attention):
         for f in range(4)
     }
     calls["other/upstream"] = lambda: elements.elements_bwd(
-        [single], [single], [1], 0, [single[:, 0] > 0], [], 3, [0.1], single[:1, 0]
+        [single], [single], [1], 0, [single[:, 0] > 0], [], 3, as_tensor(0.1), single[:1, 0]
     )
-    calls["other/attention"] = lambda: attention.attention_bwd(x, t, 2.0, row[:1])
+    calls["other/attention"] = lambda: attention.attention_bwd(x, t, as_tensor(2.0), row[:1])
     return calls
 
 
@@ -498,8 +500,9 @@ def test_rows_that_are_not_there(monkeypatch, schedule, share):
 
     def run(student, teacher, count):
         if schedule == "pairs":
-            return pairs.pairs_fwd(student, teacher, count, None, 0, 0.5, True, True)
-        return triples.triples_fwd(student, teacher, count, 2.0, 0.5, float(schedule == "triples"), 0.5, True)
+            return pairs.pairs_fwd(student, teacher, count, None, 0, as_tensor(0.5), True, True)
+        numbers = as_tensor(2.0, 0.5, float(schedule == "triples"), 0.5)
+        return triples.triples_fwd(student, teacher, count, numbers, True)
 
     loss, grad = run(student, teacher, torch.tensor(count))
     expected, expected_grad = run(student[:count], teacher[:count], None)

@@ -1,12 +1,14 @@
 // What the attention ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
 #include "common/elements_params.h"
+#include "common/numbers.h"
 #include "common/rows_tensor.h"
 
 namespace fastkd {
 
 struct AttentionInputs {
-  explicit AttentionInputs(Arguments& a) : student(a.next<Tensor>()), teacher(a.next<Tensor>()), p(a.next<double>()) {}
+  explicit AttentionInputs(Arguments& a)
+      : student(a.next<Tensor>()), teacher(a.next<Tensor>()), p(number(a.next<Tensor>(), "p")) {}
 
   Tensor student, teacher;  // [B, C, H, W]; C may differ
   double p;

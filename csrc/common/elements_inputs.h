@@ -2,6 +2,7 @@
 #pragma once
 #include "common/elements_params.h"
 #include "common/layout.h"
+#include "common/numbers.h"
 #include "common/rows_tensor.h"
 
 namespace fastkd {
@@ -15,7 +16,7 @@ struct ElementsInputs {
         mask(a.next<std::vector<Tensor>>()),
         weight(a.next<std::vector<Tensor>>()),
         reduction(a.next<int64_t>()),
-        layer_weights(a.next<std::vector<double>>()) {}
+        layer_weights(numbers(a.next<Tensor>(), int64_t(student.size()), "layer_weights")) {}
 
   // Of elements_fwd_: one layer.
   struct OneLayer {};
@@ -78,7 +79,8 @@ inline void check(const ElementsInputs& in) {
     FASTKD_CHECK(in.D(l) > 0, "student: at least one feature wanted in layer ", l);
     to_dtype(s.scalar_type(), "student");
     to_dtype(t.scalar_type(), "teacher");
-    FASTKD_CHECK(std::isfinite(in.layer_weights[l]), "layer_weights: finite numbers wanted");
+    FASTKD_CHECK(in.layer_weights[l] >= 0 && std::isfinite(in.layer_weights[l]),
+                 "layer_weights: finite numbers of at least 0 wanted, got ", in.layer_weights[l]);
   }
 }
 

@@ -1,6 +1,7 @@
 // What the pairs and the triples ops are given, on every device: read off the dispatcher's stack,
 // and checked.
 #pragma once
+#include "common/numbers.h"
 #include "common/relations_params.h"
 #include "common/rows_tensor.h"
 
@@ -46,7 +47,7 @@ struct PairsInputs : RelationInputs {
       : RelationInputs(a),
         weight(a.next<OptionalTensor>()),
         relation(a.next<int64_t>()),
-        delta(a.next<double>()),
+        delta(number(a.next<Tensor>(), "delta")),
         normalize(a.next<bool>()),
         save(a.next<bool>()) {}
 
@@ -57,13 +58,12 @@ struct PairsInputs : RelationInputs {
 };
 
 struct TriplesInputs : RelationInputs {
-  explicit TriplesInputs(Arguments& a)
-      : RelationInputs(a),
-        angle_weight(a.next<double>()),
-        angle_delta(a.next<double>()),
-        distance_weight(a.next<double>()),
-        distance_delta(a.next<double>()),
-        save(a.next<bool>()) {}
+  explicit TriplesInputs(Arguments& a) : RelationInputs(a) {
+    const std::vector<double> of_both = numbers(a.next<Tensor>(), 4, "numbers");
+    angle_weight = of_both[0], angle_delta = of_both[1];
+    distance_weight = of_both[2], distance_delta = of_both[3];
+    save = a.next<bool>();
+  }
 
   double angle_weight, angle_delta, distance_weight, distance_delta;
   bool save;

@@ -180,7 +180,8 @@ void add_to(Lanes<double>& sums, Lanes<T>& part, int64_t n) {
 
 // The logits of a group come to lie at student and teacher, [V, lanes]; their maxima in the constants.
 template <class T>
-FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher, Group& group) {
+FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher,
+                      Group& group) {
   const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin);
   Lanes<T> max_student, max_teacher;
   for (int64_t i = 0; i < lanes; ++i) max_student[i] = max_teacher[i] = -kInf<T>;
@@ -207,8 +208,8 @@ struct LossSums {
 
 // Exponentials take the place of the logits.
 template <class T, bool kTeacherEntropy>
-FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T* teacher, T* difference, Group& group,
-                  LossSums& sums) {
+FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T* teacher, T* difference,
+                              Group& group, LossSums& sums) {
   Lanes<T> part_student, part_teacher, part_entropy;
   clear(lanes, part_student, part_teacher, part_entropy);
   for (int64_t v = 0; v < V; ++v, student += lanes, teacher += lanes, difference += lanes) {
@@ -259,7 +260,7 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
 
 template <class T>
 FASTKD_ONCE void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student, const T* slope,
-              const GroupOf& of_grad) {
+                          const GroupOf& of_grad) {
   Lanes<T> grad;
   for (int64_t v = 0; v < V; ++v, student += lanes, slope += lanes) {
 #pragma omp simd

@@ -46,7 +46,9 @@ __device__ RowConstants<T> row_constants(const RowsParams<T>& P, int64_t row) {
 }
 
 // Emitted once, not in every kernel three times: a division of 64 bits for each leading dimension.
-FASTKD_NOINLINE __device__ inline char* row_of(const RowsTensor& x, int64_t row) { return x.data ? x.row(row) : nullptr; }
+FASTKD_NOINLINE __device__ inline char* row_of(const RowsTensor& x, int64_t row) {
+  return x.data ? x.row(row) : nullptr;
+}
 
 // Where a row lies, and how it falls into packs that are 16-byte aligned on every side, and the
 // edges before and after them. Rows that cannot be aligned together are edges from end to end.

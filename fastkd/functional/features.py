@@ -44,6 +44,9 @@ from .._types import FeatureNormalize, Layers, LossOrMore, Reduction
 def _normalized(total, normalizer):
     """Sums over the normalizer; 0 / 0 is 0, of no row that counts."""
     if not isinstance(normalizer, torch.Tensor):
+        if torch.compiler.is_compiling():  # it may be a symbol, which nobody has checked
+            divisor = total.new_ones(()) * normalizer
+            return total / torch.where(divisor > 0, divisor, torch.nan)
         return total / float(normalizer)
     divisor = reference.ordinary(normalizer).to(total.dtype).reshape(())
     return total / torch.where((total == 0) & (divisor == 0), 1.0, divisor)

@@ -6,6 +6,7 @@ import torch
 
 from ..reference import compute_dtype
 from .gradient import once, times
+from .numbers import as_tensor
 from .saved import is_inference
 
 
@@ -46,7 +47,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, namespace, student, teacher, p):
-        ctx.ops, ctx.p = OPS[namespace], p
+        ctx.ops = OPS[namespace]
         ctx.recompute = student.dtype is torch.float16
         loss, grad = ctx.ops.fwd(student, teacher, p, not ctx.recompute)
         if not ctx.recompute:
@@ -54,7 +55,7 @@ class _Attention(torch.autograd.Function):
             return loss
         inference = is_inference(teacher)
         ctx.teacher = teacher if inference else None  # autograd refuses to watch over it
-        ctx.save_for_backward(student, None if inference else teacher)
+        ctx.save_for_backward(student, None if inference else teacher, p)
         return loss
 
     @staticmethod
@@ -65,13 +66,13 @@ class _Attention(torch.autograd.Function):
 def _gradient(ctx, upstream):
     if not ctx.recompute:
         return times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
-    student, teacher = ctx.saved_tensors
-    return ctx.ops.bwd(student, teacher if ctx.teacher is None else ctx.teacher, ctx.p, upstream)
+    student, teacher, p = ctx.saved_tensors
+    return ctx.ops.bwd(student, teacher if ctx.teacher is None else ctx.teacher, p, upstream)
 
 
 def attention_transfer(namespace: str, student: torch.Tensor, teacher: torch.Tensor, p: float) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     teacher = teacher.detach()
     if student.requires_grad and torch.is_grad_enabled():
-        return _Attention.apply(namespace, student, teacher, p)
-    return OPS[namespace].fwd(student, teacher, p, False)[0]
+        return _Attention.apply(namespace, student, teacher, as_tensor(p))
+    return OPS[namespace].fwd(student, teacher, as_tensor(p), False)[0]

@@ -7,6 +7,7 @@ import torch
 from .._check import REDUCTIONS
 from ..reference import compute_dtype
 from .gradient import all_times, once, times
+from .numbers import as_tensor
 from .saved import is_inference
 
 # The numbers are those of csrc/math/feature.h.
@@ -66,15 +67,15 @@ class _Elements(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, namespace, options, count, *tensors):
+    def forward(ctx, namespace, options, count, layer_weights, *tensors):
         students, teachers = list(tensors[:count]), list(tensors[count : 2 * count])
-        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :])
+        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :], layer_weights)
         ctx.ops, ctx.options, ctx.count = ops, options, count
         ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in students)
         loss, layers, grads = ops.fwd(students, teachers, *arguments, not ctx.recompute)
         ctx.inference = tuple(x if is_inference(x) else None for x in tensors)
         if ctx.recompute:
-            ctx.save_for_backward(*(None if is_inference(x) else x for x in tensors))
+            ctx.save_for_backward(layer_weights, *(None if is_inference(x) else x for x in tensors))
         else:
             ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(layers)
@@ -83,16 +84,17 @@ class _Elements(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         grads = [once(lambda x: x, grad) for grad in _gradients(ctx, upstream)]
-        return None, None, None, *grads, *(None for _ in ctx.needs_input_grad[3 + ctx.count :])
+        return None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[4 + ctx.count :])
 
 
 def _gradients(ctx, upstream):
     with torch.no_grad():
         if not ctx.recompute:
             return all_times(ctx.ops.scale_, list(ctx.saved_tensors), upstream)
-        tensors = [x if y is None else y for x, y in zip(ctx.saved_tensors, ctx.inference, strict=True)]
+        layer_weights, *saved = ctx.saved_tensors
+        tensors = [x if y is None else y for x, y in zip(saved, ctx.inference, strict=True)]
         count = ctx.count
-        arguments = _arguments(ctx.options, tensors[2 * count :])
+        arguments = _arguments(ctx.options, tensors[2 * count :], layer_weights)
         return ctx.ops.bwd(tensors[:count], tensors[count : 2 * count], *arguments, upstream.contiguous())
 
 
@@ -103,14 +105,11 @@ class Options(NamedTuple):
     feature: int
     masks: int  # how many of the tensors are masks; the others are weights
     reduction: int
-    layer_weights: tuple[float, ...]
 
 
-def _arguments(options, tensors):
+def _arguments(options, tensors, layer_weights):
     masks, weights = list(tensors[: options.masks]), list(tensors[options.masks :])
-    return (
-        list(options.feature_dims), options.feature, masks, weights, options.reduction, list(options.layer_weights)
-    )  # fmt: skip
+    return list(options.feature_dims), options.feature, masks, weights, options.reduction, layer_weights
 
 
 def _one_each(tensors):
@@ -136,10 +135,11 @@ def feature_loss(
     teachers = [x.detach() for x in teachers]
     masks = [x.reshape(-1).contiguous() for x in masks]
     weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]
-    options = Options(tuple(dims), FEATURES[feature], len(masks), REDUCTION_NUMBERS[reduction], tuple(layer_weights))
+    options = Options(tuple(dims), FEATURES[feature], len(masks), REDUCTION_NUMBERS[reduction])
+    of_layers = as_tensor(*layer_weights)
     if torch.is_grad_enabled() and any(x.requires_grad for x in students):
-        return _Elements.apply(namespace, options, len(students), *students, *teachers, *masks, *weights)
-    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights)), False)[:2]
+        return _Elements.apply(namespace, options, len(students), of_layers, *students, *teachers, *masks, *weights)
+    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights), of_layers), False)[:2]
 
 
 def _as_maps(x, dim):

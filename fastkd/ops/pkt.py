@@ -14,13 +14,12 @@ the weights out of a strip of cosines, in its memory.
 Saved for backward: the gradient. Beside it the rows x and two strips.
 """
 
-import math
-
 import torch
 
 from .. import _library
 from .._check import SMALLEST_EPS
 from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .numbers import read
 from .products import blocks_of, check_embeddings
 
 BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
@@ -55,8 +54,7 @@ def _through_length(grad, x, inverse, ratio):
 @torch.no_grad()
 def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
     check_embeddings(student, teacher, (2,))
-    if not SMALLEST_EPS <= eps < math.inf:
-        raise RuntimeError(f"eps: a finite number of at least {SMALLEST_EPS} wanted, got {eps}")
+    eps = read("eps", eps, SMALLEST_EPS)
     dtype = compute_dtype(student, teacher)
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))

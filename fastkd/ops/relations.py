@@ -9,6 +9,7 @@ from ..reference import compute_dtype, gradient_dtype, ordinary
 from . import gram, similarity
 from . import pkt as _pkt
 from .gradient import once, times
+from .numbers import as_tensor
 from .relation_kl import relation_kl as _relation_kl
 from .triplet import relational_triplet as _relational_triplet
 
@@ -117,23 +118,22 @@ def rkd_distance(
     mask: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> torch.Tensor:
+    options = (RKD_DISTANCE, as_tensor(delta), normalize)
     if weight is None:
-        return _loss_of_rows(
-            namespace, "pairs_fwd", mask, (student, teacher), None, RKD_DISTANCE, delta, normalize
-        )  # fmt: skip
+        return _loss_of_rows(namespace, "pairs_fwd", mask, (student, teacher), None, *options)
     weight = weight.to(compute_dtype(student, teacher))
-    return _loss_of_rows(namespace, "pairs_fwd", mask, (student, teacher, weight), RKD_DISTANCE, delta, normalize)
+    return _loss_of_rows(namespace, "pairs_fwd", mask, (student, teacher, weight), *options)
 
 
 def rkd_angle(
     namespace: str, student: torch.Tensor, teacher: torch.Tensor, delta: float, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), 1.0, delta, 0.0, 1.0)
+    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), as_tensor(1.0, delta, 0.0, 1.0))
 
 
 def rkd_loss(namespace: str, student: torch.Tensor, teacher: torch.Tensor, *options: Any) -> torch.Tensor:
-    *options, mask = options
-    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), *options)
+    *numbers, mask = options
+    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), as_tensor(*numbers))
 
 
 def similarity_preserving(
@@ -150,7 +150,7 @@ def pkt(
     mask: torch.Tensor | None,
     weight: torch.Tensor | None,
 ) -> torch.Tensor:
-    return _loss(namespace, "pkt_fwd", student, teacher, eps, mask, weight, namespace)
+    return _loss(namespace, "pkt_fwd", student, teacher, as_tensor(eps), mask, weight, namespace)
 
 
 def relational_triplet(namespace: str, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:

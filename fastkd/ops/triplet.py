@@ -24,6 +24,7 @@ import torch
 from .. import _library
 from ..reference import compute_dtype, gradient_dtype, positives_of, without_autocast
 from .gradient import once, times
+from .numbers import as_tensor, read
 from .products import blocks_of, check_embeddings
 
 BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
@@ -68,6 +69,7 @@ def _nearest(teacher, positives, here, count):
 @torch.no_grad()
 def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, strips, save):
     check_embeddings(student, student if teacher is None else teacher)
+    margin = read("margin", margin)
     dtype, device = compute_dtype(*(x for x in (student, teacher) if x is not None)), student.device
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
@@ -144,11 +146,18 @@ class _Triplet(torch.autograd.Function):
 
 
 def relational_triplet(
-    namespace: str, scale_: Any, student: torch.Tensor, teacher: torch.Tensor | None, *options: Any
+    namespace: str,
+    scale_: Any,
+    student: torch.Tensor,
+    teacher: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    positives: int,
+    margin: float,
+    *rows: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of :mod:`fastkd.functional`, and the share of active triplets; the arguments have been checked there."""
     teacher = teacher if teacher is None else teacher.detach()
-    arguments = (student, teacher, *options, namespace)
+    arguments = (student, teacher, labels, positives, as_tensor(margin), *rows, namespace)
     if student.requires_grad and torch.is_grad_enabled():
         return _Triplet.apply(scale_, *arguments)
     return FWD(*arguments, False)[:2]

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.numbers import read
 from ..reference import compute_dtype
 from .layout import UNFUSED, load_features, programs, row_pointers, rows_of_program, same_rows, store_features, tile_of
 
@@ -182,14 +183,16 @@ def _run(student, teacher, p, grad, upstream=None):
 
 
 def attention_fwd(
-    student: torch.Tensor, teacher: torch.Tensor, p: float, save: bool
+    student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, save: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     grad = torch.empty_like(student) if save else None
-    loss = _run(student, teacher, p, grad).to(compute_dtype(student, teacher))
+    loss = _run(student, teacher, read("p", p, 1.0), grad).to(compute_dtype(student, teacher))
     return loss, student.new_empty(0) if grad is None else grad
 
 
-def attention_bwd(student: torch.Tensor, teacher: torch.Tensor, p: float, upstream: torch.Tensor) -> torch.Tensor:
+def attention_bwd(
+    student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, upstream: torch.Tensor
+) -> torch.Tensor:
     grad = torch.empty_like(student)
-    _run(student, teacher, p, grad, upstream)
+    _run(student, teacher, read("p", p, 1.0), grad, upstream)
     return grad

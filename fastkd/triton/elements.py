@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..ops.elements import FEATURES
+from ..ops.numbers import read
 from ..reference import compute_dtype
 from .elements_kernels import count_kernel, elements_kernel, finish_kernel, flat_kernel
 from .layout import UNFUSED, is_dense, programs, same_rows, tile_of
@@ -145,6 +146,10 @@ class _Call:
         )  # fmt: skip
 
 
+def _values(layer_weights):
+    return [read("layer_weights", x, 0.0) for x in layer_weights]
+
+
 def _empty_grads(student):
     return [torch.empty_like(x) for x in student]
 
@@ -153,9 +158,9 @@ def elements_fwd(
     student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_save: Any
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Loss, the layers' losses and, where they are saved, the gradients."""
-    *options, save = options_and_save
+    *options, layer_weights, save = options_and_save
     grads = _empty_grads(student) if save else []
-    return *_Call(student, teacher, *options).run(grads), grads
+    return *_Call(student, teacher, *options, _values(layer_weights)).run(grads), grads
 
 
 def elements_fwd_(
@@ -176,7 +181,7 @@ def elements_fwd_(
 def elements_bwd(
     student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_upstream: Any
 ) -> list[torch.Tensor]:
-    *options, upstream = options_and_upstream
+    *options, layer_weights, upstream = options_and_upstream
     grads = _empty_grads(student)
-    _Call(student, teacher, *options).run(grads, upstream, reduce=False)
+    _Call(student, teacher, *options, _values(layer_weights)).run(grads, upstream, reduce=False)
     return grads

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import triton
 
+from ..ops.numbers import read
 from ..reference import compute_dtype, gradient_dtype
 from .embeddings import add_up, prepare
 from .pairs_kernels import distances_kernel, grad_kernel, loss_kernel
@@ -165,7 +166,7 @@ def pairs_fwd(
     count: torch.Tensor | None,
     weight: torch.Tensor | None,
     relation: int,
-    delta: float,
+    delta: torch.Tensor,
     normalize: bool,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,7 +177,7 @@ def pairs_fwd(
     if len(student) < 2:
         return loss, grad.zero_()
     with torch.cuda.device_of(student):
-        call = _Pairs(student, teacher, count, weight, RELATIONS[relation], delta, normalize)
+        call = _Pairs(student, teacher, count, weight, RELATIONS[relation], read("delta", delta), normalize)
         means, totals = call.forward(1.0, None, loss)
         if save:
             call.backward(means, totals, 1.0, None, grad)

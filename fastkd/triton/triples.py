@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.numbers import read
 from ..ops.relations import RKD_DISTANCE
 from ..reference import compute_dtype, gradient_dtype
 from .embeddings import add_up, clamp, row_pointer, rows_there, scale_there, squared_distances, total, width_there
@@ -307,13 +308,12 @@ def triples_fwd(
     student: torch.Tensor,
     teacher: torch.Tensor,
     count: torch.Tensor | None,
-    angle_weight: float,
-    angle_delta: float,
-    distance_weight: float,
-    distance_delta: float,
+    numbers: torch.Tensor,
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted losses, and the gradient for an upstream gradient of 1; empty where it is not saved."""
+    angle_weight, distance_weight = (read("weight", x, 0.0) for x in numbers[::2])
+    angle_delta, distance_delta = (read("delta", x) for x in numbers[1::2])
     student, teacher = student.contiguous(), teacher.contiguous()
     dtype, N = compute_dtype(student, teacher), len(student)
     loss = student.new_zeros((), dtype=dtype)

@@ -1,0 +1,25 @@
+"""The numbers of a call as the ops take them."""
+
+import math
+
+import torch
+
+
+def as_tensor(*numbers: float) -> torch.Tensor:
+    """Numbers in float64 on the CPU, where the host reads them and waits for nothing.
+
+    A tensor, as a graph of torch.compile has its numbers built in: one that changes would be compiled anew each time.
+    """
+    if torch.compiler.is_compiling():
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return torch.stack([one * number for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
+
+
+def read(name: str, number: torch.Tensor, least: float | None = None) -> float:
+    """Of a tensor of one number. It was not checked where torch.compile had made it a symbol."""
+    x = number.item()
+    if not (x > 0 if least is None else x >= least) or not math.isfinite(x):
+        wanted = "a positive finite number" if least is None else f"a finite number of at least {least:g}"
+        raise RuntimeError(f"{name}: {wanted} wanted, got {x}")
+    return x
