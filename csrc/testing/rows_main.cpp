@@ -13,7 +13,6 @@
 #include <memory>
 #include <vector>
 
-#include "common/enum.h"
 #include "cuda/rows_launch.h"
 #include "cuda/rows_plan.h"
 
@@ -89,10 +88,6 @@ double truth(Divergence which, const std::vector<double>& s, const std::vector<d
         loss -= q * log_p[v];
         slope.push_back(-q);
         break;
-      case Divergence::kReverseKL:
-        loss += p * (log_p[v] - log_q[v]);
-        slope.push_back(p * (log_p[v] - log_q[v]) + p);
-        break;
       default:
         loss += kBeta * q * (log_q[v] - std::log(m)) + (1 - kBeta) * p * (log_p[v] - std::log(m));
         slope.push_back((1 - kBeta) * p * (log_p[v] - std::log(m)));
@@ -108,6 +103,22 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
                              const RowsParams<float>& back) {
   if (const cudaError_t e = cuda::rows_forward<kWhich>(P, device, workspace, nullptr)) return e;
   return cuda::rows_backward<kWhich>(back, device, nullptr);
+}
+
+// One divergence of each kind: centred, with the teacher's entropy, not centred and with other functors at its ends.
+// The kernels of the others take the same ways.
+cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
+                             const RowsParams<float>& back) {
+  switch (P.divergence) {
+    case Divergence::kForwardKL:
+      return forward_backward<Divergence::kForwardKL>(P, device, workspace, back);
+    case Divergence::kSoftCrossEntropy:
+      return forward_backward<Divergence::kSoftCrossEntropy>(P, device, workspace, back);
+    case Divergence::kJensenShannon:
+      return forward_backward<Divergence::kJensenShannon>(P, device, workspace, back);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 template <class S, DType kType>
@@ -148,8 +159,7 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
   back.grad = again.rows(kType);
   const cuda::RowsPlan plan = cuda::rows_plan(P, device);
   std::vector<float> workspace(plan.on_chip ? 0 : 7 * N * plan.splits);
-  cudaError_t e =
-      with_constant(which, [&](auto k) { return forward_backward<k.value>(P, device, workspace.data(), back); });
+  cudaError_t e = forward_backward(P, device, workspace.data(), back);
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;
   cuda::Scale<float> scaled{};

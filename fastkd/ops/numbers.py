@@ -13,6 +13,8 @@ def as_tensor(*numbers: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
         one = torch.ones((), dtype=torch.float64, device="cpu")
         return torch.stack([one * number for number in numbers])
+    if len(numbers) == 1:  # in half the time
+        return torch.full((1,), numbers[0], dtype=torch.float64, device="cpu")
     return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
