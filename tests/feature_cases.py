@@ -104,6 +104,7 @@ CASES = [
     Case("long", "D beyond one tile", (3, 5003)),
     Case("maps", "[B, C, H, W], rows side by side", (2, 7, 5, 9)),
     Case("wide_maps", "more positions than a thread takes at once", (2, 40, 9, 9)),
+    Case("aligned_maps", "packs of positions, each of which has a mask and a weight of its own", (2, 7, 4, 8)),
     Case("one_channel", "C = 1", (2, 1, 3, 3), losses=("feature_mse",)),
     Case("channels_last", "the channels lie next to each other", (2, 7, 5, 9), layout=channels_last),
     Case("every_other", "strides of 2", (4, 6, 18), layout=every_other),

@@ -53,7 +53,7 @@ def test_matches_float64(backend, name, case, dtype):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.CASES[2:13], cases.DTYPES[::2]), ids=str)
+@pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.CASES[2:14], cases.DTYPES[::2]), ids=str)
 def test_masks_weights_and_reductions(backend, name, case, dtype, reduction):
     student, teacher = case.inputs(dtype)
     options = case.options()

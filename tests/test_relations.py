@@ -17,7 +17,13 @@ from fastkd.reference import compute_dtype
 
 pytestmark = pytest.mark.products
 
+# A BLAS may add up D products in any order: the sum is off by at most D u times their magnitudes, u = 2^-24 or 2^-53,
+# and by about sqrt(D) u, as roundings fall on both sides. The widths here are at most 130, so that this is 130 u and 11 u;
+# each step after it adds a few u. 5e-6 is 80 u: seven times what any order gives, and less than the worst that one could.
+# In float64 1e-12 is 9000 u, as d^2 of pairs that are just not near is off by up to 2^8 times more: 11 u 2^8 = 2800 u.
 PROMISED = {torch.float32: 5e-6, torch.float64: 1e-12}
+# The loss is a square of differences: of a loss of 1e-6 they are 1e-3 of the relations, whose own 11 u and more count
+# 1000 times: 7e-4 in float32, and 1e-12 (and 3e-10 of a pair that is just not near, as few are) in float64.
 NEAR_CONVERGENCE = {torch.float32: 1e-3, torch.float64: 1e-10}
 NOTHING = {torch.float32: 1e-6, torch.float64: 1e-14}
 # Of a loss: kernels for GPUs multiply what half precision holds of centred embeddings.
