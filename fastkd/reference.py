@@ -467,10 +467,13 @@ def feature_loss(
         rows = _feature_layer(feature, student, teacher, dim, mask, weight, dtype)
         D = 1 if feature == "cosine" else student.shape[dim]
         losses.append(rows if reduction == "none" else _reduce(rows, D, mask, reduction, None))
-    weighted = [_number(weight, loss) * loss for weight, loss in zip(layer_weights, losses, strict=True)]
+    # tensors: a number times a tensor without dimensions has a forward derivative in float64
+    numbers = [losses[0].new_ones(()) * weight for weight in layer_weights]
     if reduction == "none":
-        return torch.cat([rows.reshape(-1) for rows in weighted]), torch.stack([rows.detach().sum() for rows in losses])
-    return torch.stack(weighted).sum(), torch.stack(losses).detach()
+        weighted = [number * rows.reshape(-1) for number, rows in zip(numbers, losses, strict=True)]
+        return torch.cat(weighted), torch.stack([rows.detach().sum() for rows in losses])
+    layers = torch.stack(losses)
+    return (layers * torch.stack(numbers)).sum(), layers.detach()
 
 
 def attention_transfer(student: torch.Tensor, teacher: torch.Tensor, p: float) -> torch.Tensor:
