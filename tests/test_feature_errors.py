@@ -6,6 +6,7 @@ import torch
 import fastkd
 from fastkd import functional
 from fastkd.ops import attention, elements
+from fastkd.ops.numbers import as_tensor
 
 S, T = torch.randn(4, 10), torch.randn(4, 10)
 LAYERS = [torch.randn(4, 5), torch.randn(3, 6, 7)]
@@ -175,7 +176,8 @@ def test_modules_check_their_options_when_they_are_built(make, error, message):
 
 def test_the_ops_check_their_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
-    fwd, options = elements.OPS["fastkd"].fwd, (1, [], [], 3, [1.0], True)
+    one = as_tensor(1.0)
+    fwd, options = elements.OPS["fastkd"].fwd, (1, [], [], 3, one, True)
     fwd([S], [T], [1], *options)
     for students, teachers, dims in (
         ([S], [T[:3]], [1]),
@@ -184,22 +186,25 @@ def test_the_ops_check_their_own_contract():
         ([S], [T], []),
     ):
         with pytest.raises(RuntimeError, match="student and teacher: "):
-            fwd(students, teachers, dims, *options)
+            fwd(students, teachers, dims, *options[:-2], as_tensor(*(1.0 for _ in students)), True)
     with pytest.raises(RuntimeError, match="mask: "):
-        fwd([S], [T], [1], 1, [MASK[:3]], [], 3, [1.0], True)
+        fwd([S], [T], [1], 1, [MASK[:3]], [], 3, one, True)
     with pytest.raises(RuntimeError, match="weight: "):
-        fwd([S], [T], [1], 1, [], [torch.ones(4).double()], 3, [1.0], True)
+        fwd([S], [T], [1], 1, [], [torch.ones(4).double()], 3, one, True)
     with pytest.raises(RuntimeError, match="feature: unknown number"):
         fwd([S], [T], [1], 4, *options[1:])
     with pytest.raises(RuntimeError, match="reduction: unknown number"):
-        fwd([S], [T], [1], 1, [], [], 7, [1.0], True)
+        fwd([S], [T], [1], 1, [], [], 7, one, True)
+    for wrong in (as_tensor(1.0, 1.0), as_tensor(-0.5), as_tensor(float("nan")), one.float()):
+        with pytest.raises(RuntimeError, match="layer_weights: "):
+            fwd([S], [T], [1], 1, [], [], 3, wrong, True)
     with pytest.raises(RuntimeError, match="upstream: "):
-        elements.OPS["fastkd"].bwd([S], [T], [1], 1, [], [], 3, [1.0], torch.ones(3))
+        elements.OPS["fastkd"].bwd([S], [T], [1], 1, [], [], 3, one, torch.ones(3))
     with pytest.raises(RuntimeError, match="reduction: per row or the sum"):
         elements.OPS["fastkd"].fwd_(S.clone(), T, 1, 0, None, None, 3)
     ops = attention.OPS["fastkd"]
     for student, teacher in ((S, T), (MAPS, MAPS[:1]), (MAPS[:, :0], MAPS)):
         with pytest.raises(RuntimeError, match="student and teacher: "):
-            ops.fwd(student, teacher, 2.0, True)
+            ops.fwd(student, teacher, as_tensor(2.0), True)
     with pytest.raises(RuntimeError, match="p: a finite number"):
-        ops.fwd(MAPS, MAPS, 0.5, True)
+        ops.fwd(MAPS, MAPS, as_tensor(0.5), True)
