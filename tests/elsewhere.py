@@ -11,6 +11,7 @@ import unittest.mock
 import torch
 
 from fastkd import _backend, _library, ops
+from fastkd.ops import numbers
 
 CUSIM = _library.FOLDER / "_cusim.so"
 
@@ -47,9 +48,10 @@ def _back(x):
 
 
 def _on_gpu(op, *arguments):
-    there = [_there(x) for x in arguments]
+    given = zip(op._schema.arguments, arguments, strict=False)  # defaults may be left out
+    there = [x if of.name in numbers.NAMES else _there(x) for of, x in given]
     results = op(*there)
-    for of, here, changed in zip(op._schema.arguments, arguments, there, strict=False):  # defaults may be left out
+    for of, here, changed in zip(op._schema.arguments, arguments, there, strict=False):
         if of.alias_info is None or not of.alias_info.is_write or here is None:
             continue
         pairs = zip(here, changed, strict=True) if isinstance(here, list) else [(here, changed)]

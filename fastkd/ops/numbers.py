@@ -4,6 +4,9 @@ import math
 
 import torch
 
+# The arguments of ops that are such tensors. They stay on the CPU, wherever the others are.
+NAMES = ("delta", "numbers", "eps", "margin", "layer_weights", "p")
+
 
 def as_tensor(*numbers: float) -> torch.Tensor:
     """Numbers in float64 on the CPU, where the host reads them and waits for nothing.
