@@ -136,6 +136,13 @@ def test_masks_and_weights_broadcast_to_the_rows(backend, name):
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_position_of_maps_has_its_own_weight(backend, name):
+    """Also where neighbours are computed together."""
+    case = next(case for case in cases.CASES if case.name == "aligned_maps")
+    check(name, *case.inputs(torch.float32), reduction="sum", **case.options())
+
+
 @pytest.mark.parametrize("normalizer", [7, torch.tensor(7), torch.tensor([7.0], dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_normalizer_replaces_the_divisor(backend, name, normalizer):
