@@ -122,7 +122,7 @@ cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStre
   template cudaError_t rows_backward<FASTKD_ENUMERATOR_OF(FASTKD_DIVERGENCE), T>(const RowsParams<T>&, const Device&, \
                                                                                  cudaStream_t);
 FASTKD_INSTANTIATE(float)
-#if !defined(FASTKD_SINGLE)  // a program that never computes in double compiles in half the time
+#if !defined(FASTKD_SINGLE)  // a program that never computes in double is spared its kernels
 FASTKD_INSTANTIATE(double)
 #endif
 
