@@ -510,3 +510,20 @@ def test_rows_that_are_not_there(monkeypatch, schedule, share):
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(grad[:count], expected_grad)
     assert not grad[count:].any()
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_the_ops_refuse_a_bad_number(bad):
+    """One that torch.compile had made a symbol is seen first here."""
+    from fastkd.triton import attention, elements
+
+    x, maps = torch.randn(4, 3), torch.randn(2, 3, 2, 2)
+    calls = {
+        "delta": lambda: pairs.pairs_fwd(x, x, None, None, 0, as_tensor(bad), True, False),
+        "weight": lambda: triples.triples_fwd(x, x, None, as_tensor(bad, 1.0, 1.0, 1.0), False),
+        "layer_weights": lambda: elements.elements_fwd([x], [x], [1], 0, [], [], 3, as_tensor(bad), False),
+        "p": lambda: attention.attention_fwd(maps, maps, as_tensor(bad), False),
+    }
+    for name, call in calls.items():
+        with pytest.raises(RuntimeError, match=f"^{name}: a .*number.* wanted, got"):
+            call()
