@@ -49,7 +49,7 @@ HEADLINES = {
     ),
 }  # fmt: skip
 FAMILIES = {
-    "rows": "Logits", "heads": "A head and its logits", "elements": "Features", "relations": "Relations",
+    "rows": "Logits", "heads": "A head and its logits", "features": "Features", "relations": "Relations",
 }  # fmt: skip
 README_PLOT = {"cpu": "kl_div over V", "cuda": "kl_div over V"}
 PLAIN = ("eager", "eager log_target", "torch.compile")  # PyTorch itself; copy and mm are the machine

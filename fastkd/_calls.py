@@ -110,27 +110,27 @@ EVERYWHERE = (
     "bool normalize, bool save) -> (Tensor loss, Tensor grad)",
     # the weighted sum of both losses; numbers: angle_weight, angle_delta, distance_weight, distance_delta; a loss of
     # weight 0 is left out
-    "triples_fwd(Tensor student, Tensor teacher, Tensor? count, Tensor numbers, bool save) "
+    "angles_fwd(Tensor student, Tensor teacher, Tensor? count, Tensor numbers, bool save) "
     "-> (Tensor loss, Tensor grad)",
     # Rows row .. row + n of all pairs of samples, in strips that become weights of the gradient; what is said of
     # samples is [N]. pkt: cosines [n, N - row], from the diagonal on, which become weights of unit vectors;
     # slopes += in float64; see csrc/cpu/pkt_kernel.h
-    "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor here, Tensor student_inverse, "
+    "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor valid, Tensor student_inverse, "
     "Tensor teacher_inverse, Tensor weight, Tensor scale, float eps, int row) -> Tensor loss",
     # triplets: inner products [n, N] of centred rows, of which norms are the squared lengths; x: the rows as they were
-    # given, [N, D]; positives of sample i: positives[first[i] .. last[i]]; count: of those that are here; grad, where
+    # given, [N, D]; positives of sample i: positives[first[i] .. last[i]]; count: of those that are valid; grad, where
     # weights are wanted: += of near pairs, whose weights in the strip are 0; sums: of the loss, the active triplets
     # and all; see csrc/cpu/triplet_kernel.h
     "triplet_strip_(Tensor(a!) strip, Tensor x, Tensor norms, Tensor positives, Tensor first, Tensor last, "
-    "Tensor here, Tensor count, Tensor weight, float margin, int row, Tensor(b!)? grad) -> Tensor sums",
+    "Tensor valid, Tensor count, Tensor weight, float margin, int row, Tensor(b!)? grad) -> Tensor sums",
     # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
     # none at all; loss: of all layers, weighted, one per row where nothing is reduced; layers: each one's own
-    "elements_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
+    "features_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
     "int reduction, Tensor layer_weights, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
-    "elements_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
+    "features_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
     "int reduction, Tensor layer_weights, Tensor upstream) -> Tensor[] grad",
     # one layer; the gradient is written over the student; reduction: per row, or their sum
-    "elements_fwd_(Tensor(a!) student, Tensor teacher, int feature_dim, int feature, Tensor? mask, Tensor? weight, "
+    "features_fwd_(Tensor(a!) student, Tensor teacher, int feature_dim, int feature, Tensor? mask, Tensor? weight, "
     "int reduction) -> Tensor loss",
     # maps [B, C, H, W], whose channels may differ in number
     "attention_fwd(Tensor student, Tensor teacher, Tensor p, bool save) -> (Tensor loss, Tensor grad)",
@@ -140,7 +140,7 @@ EVERYWHERE = (
 )
 
 # The same on the CPU, of strips from the diagonal on, [n, N - row]: both orders of a pair at once.
-_RELATION_STRIP = "Tensor here, float student_scale, float teacher_scale, int row"
+_RELATION_KL_STRIP = "Tensor valid, float student_scale, float teacher_scale, int row"
 
 # The ops that there are once.
 ONCE = (
@@ -170,9 +170,9 @@ ONCE = (
     "Tensor? key_mask, Tensor? weight, "
     "bool save, bool save_keys) -> (Tensor loss, Tensor grad, Tensor keys_grad)",
     # sums [N, 2]: += of exponentials, of student and teacher; then products become weights; see
-    # csrc/cpu/relation_kernel.h
-    f"relation_sums(Tensor student, Tensor teacher, {_RELATION_STRIP}, Tensor(a!) sums) -> ()",
-    f"relation_weights_(Tensor(a!) student, Tensor teacher, {_RELATION_STRIP}, Tensor student_inverse, "
+    # csrc/cpu/relation_kl_kernel.h
+    f"relation_kl_sums(Tensor student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor(a!) sums) -> ()",
+    f"relation_kl_weights_(Tensor(a!) student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor student_inverse, "
     "Tensor teacher_inverse, Tensor difference, Tensor weight, Tensor scale) -> Tensor loss",
 )
 

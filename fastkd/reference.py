@@ -293,26 +293,26 @@ def pkt(
 ) -> torch.Tensor:
     """Holds matrices [N, N]."""
     s, t = _embeddings(student, teacher)
-    here = s.new_ones(len(s)) if mask is None else ordinary(mask).to(s.dtype)
+    valid = s.new_ones(len(s)) if mask is None else ordinary(mask).to(s.dtype)
     if mask is not None:  # a masked row may hold anything
-        s, t = (torch.where(here[:, None] > 0, x, 0.0) for x in (s, t))
+        s, t = (torch.where(valid[:, None] > 0, x, 0.0) for x in (s, t))
     if len(s) < 2:
         return (s * 0).sum()
 
     def probabilities(x):
         largest = _largest(x, -1)
         x = _divided(x / largest, lambda length: length + eps / largest)
-        k = (x @ x.T + here[:, None] * here) / 2
+        k = (x @ x.T + valid[:, None] * valid) / 2
         k = k + (k.clamp(min=0) - k).detach()  # of opposite directions rounding may leave less
-        return k / torch.where(here[:, None] > 0, k.sum(1, keepdim=True), 1.0)
+        return k / torch.where(valid[:, None] > 0, k.sum(1, keepdim=True), 1.0)
 
     s, t = probabilities(s), probabilities(t)
     # the first-order term adds up to 0; with it small differences of s and t keep their digits
     grown = (s - t) / (t + eps)
     near = torch.log1p(grown.clamp(min=-0.5))
     terms = (s - t) - t * torch.where(grown > -0.5, near, torch.log((s + eps) / (t + eps)))
-    rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(here > 0, ordinary(weight).to(s.dtype), 0.0)
-    return rows.sum() / here.sum().clamp(min=1) ** 2
+    rows = terms.sum(1) if weight is None else terms.sum(1) * torch.where(valid > 0, ordinary(weight).to(s.dtype), 0.0)
+    return rows.sum() / valid.sum().clamp(min=1) ** 2
 
 
 def positives_of(positives: int, N: int) -> int:
@@ -332,13 +332,13 @@ def relational_triplet(
     """Holds [N, N, N]."""
     s = student.to(compute_dtype(*(x for x in (student, teacher) if x is not None)))
     N, device = len(s), s.device
-    here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else ordinary(mask)
-    s = torch.where(here[:, None], s, 0.0)
-    others = here[:, None] & here & ~torch.eye(N, dtype=torch.bool, device=device)
+    valid = torch.ones(N, dtype=torch.bool, device=device) if mask is None else ordinary(mask)
+    s = torch.where(valid[:, None], s, 0.0)
+    others = valid[:, None] & valid & ~torch.eye(N, dtype=torch.bool, device=device)
     if labels is not None:
         similar = others & (ordinary(labels)[:, None] == ordinary(labels))
     else:
-        t = torch.where(here[:, None], ordinary(teacher).detach().to(compute_dtype(teacher)), 0.0)
+        t = torch.where(valid[:, None], ordinary(teacher).detach().to(compute_dtype(teacher)), 0.0)
         if N:  # a power of two brings squares into range and changes no digit
             t = t * torch.exp2(-_largest(t, (0, 1)).nan_to_num(1.0, 1.0).log2().floor().clamp(min=-126))
         between = torch.cdist(t, t, compute_mode="donot_use_mm_for_euclid_dist").masked_fill(~others, torch.inf)
@@ -351,9 +351,9 @@ def relational_triplet(
     e = torch.where(triplets, margin + d[:, :, None] - d[:, None, :], 0.0).relu()
     rows = e.sum((1, 2)) / different.sum(1).clamp(min=1)
     if weight is not None:
-        rows = rows * torch.where(here, ordinary(weight).to(s.dtype), 0.0)
+        rows = rows * torch.where(valid, ordinary(weight).to(s.dtype), 0.0)
     share = (e > 0).sum() / triplets.sum().clamp(min=1)
-    return rows.sum() / here.sum().clamp(min=1), share.float().detach()
+    return rows.sum() / valid.sum().clamp(min=1), share.float().detach()
 
 
 def relation_kl(

@@ -1,4 +1,4 @@
-"""The features that the elements schedule is tested on, each with the reason why."""
+"""The features that the features schedule is tested on, each with the reason why."""
 
 import functools
 import zlib

@@ -34,7 +34,7 @@ class Mutation(NamedTuple):
 
 ROWS = "tests/test_rows.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
-FEATURES = "tests/test_elements.py tests/test_attention.py"
+FEATURES = "tests/test_features.py tests/test_attention.py"
 MUTATIONS = [
     # functors, of the CPU and CUDA
     Mutation("functor: KL's far form without its first-order term", "csrc/math/divergences/kl_div.h",
@@ -75,11 +75,11 @@ MUTATIONS = [
              ": reinterpret_cast<const From*>(p);", ": reinterpret_cast<const From*>(room) + threadIdx.x;", ROWS),
     Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",
              "const bool counts = !P.mask || P.mask[row];", "const bool counts = true;", ROWS + " tests/test_cuda.py"),
-    Mutation("cuda triples: the bound of Huber is one-sided", "csrc/cuda/triples_kernel.cuh",
+    Mutation("cuda angles: the bound of Huber is one-sided", "csrc/cuda/angles_kernel.cuh",
              "return x < -bound ? -bound : x > bound ? bound : x; }", "return x > bound ? bound : x; }", RELATIONS),
     Mutation("cuda pairs: all rows are there", "csrc/cuda/pairs_tile.cuh",
              "N(rows_there(P.count, 0, P.options.N))", "N(P.options.N)", RELATIONS),
-    Mutation("cuda features: the last rows of a block have no weight", "csrc/cuda/elements_kernel.cuh",
+    Mutation("cuda features: the last rows of a block have no weight", "csrc/cuda/features_kernel.cuh",
              "double(sum[q]) * weight(place.row + q) : 0;", "double(sum[q]) * weight(place.row) : 0;", FEATURES),
     # schedules of Triton
     Mutation("triton: js_div's terms trade places", "fastkd/triton/divergences.py",
@@ -98,7 +98,7 @@ MUTATIONS = [
     Mutation("binding: a half-precision gradient is computed in forward", "fastkd/ops/rows.py",
              "ctx.recompute = per_row or student.dtype is torch.float16", "ctx.recompute = per_row",
              ROWS),
-    Mutation("binding: backward forgets the layers' weights", "fastkd/ops/elements.py",
+    Mutation("binding: backward forgets the layers' weights", "fastkd/ops/features.py",
              "options.reduction, list(options.layer_weights)\n", "options.reduction, [1.0] * len(options.layer_weights)\n", FEATURES),
     Mutation("binding: keys that are the rows have no gradient", "fastkd/ops/relation_kl.py",
              "s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)", "s.add_gradients(rows, S, grad, keys_grad)",

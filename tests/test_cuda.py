@@ -63,13 +63,13 @@ RELATIONS = {
     "pairs, fewer rows, in double": ("pairs", DOUBLE, 135, 17, 1, 0, 1, 64, 1),
     "pairs, one row": ("pairs", BFLOAT16, 70, 9, 0, 0, 4, 1, 1),
     "pairs, no row": ("pairs", FLOAT, 70, 9, 0, 0, 4, 0, 0),
-    "triples, one block of rows": ("triples", FLOAT, 70, 5, 0, 1024, 4, -1, 0),
-    "triples, a large spread of distances": ("triples", BFLOAT16, 40, 33, 1, 1024, 4, -1, 0),
-    "triples, two blocks of rows": ("triples", FLOAT, 70, 5, 1, 64, 2, -1, 0),
-    "triples, fewer rows": ("triples", FLOAT, 140, 5, 1, 1024, 4, 35, 0),
-    "triples, a block of no rows": ("triples", FLOAT, 140, 5, 0, 64, 2, 60, 0),
-    "triples, no row": ("triples", FLOAT, 70, 5, 0, 64, 2, 0, 0),
-    "triples, in double": ("triples", DOUBLE, 70, 5, 1, 64, 2, -1, 0),
+    "angles, one block of rows": ("angles", FLOAT, 70, 5, 0, 1024, 4, -1, 0),
+    "angles, a large spread of distances": ("angles", BFLOAT16, 40, 33, 1, 1024, 4, -1, 0),
+    "angles, two blocks of rows": ("angles", FLOAT, 70, 5, 1, 64, 2, -1, 0),
+    "angles, fewer rows": ("angles", FLOAT, 140, 5, 1, 1024, 4, 35, 0),
+    "angles, a block of no rows": ("angles", FLOAT, 140, 5, 0, 64, 2, 60, 0),
+    "angles, no row": ("angles", FLOAT, 70, 5, 0, 64, 2, 0, 0),
+    "angles, in double": ("angles", DOUBLE, 70, 5, 1, 64, 2, -1, 0),
 }
 
 
@@ -87,7 +87,7 @@ def program(compiler, build):
 
 def relations_program(compiler, build):
     return compiler.program(
-        "relations", build, "reduce", "triples", *(f"pairs -DFASTKD_PAIRS_STORAGE={name}" for name in STORAGES)
+        "relations", build, "reduce", "angles", *(f"pairs -DFASTKD_PAIRS_STORAGE={name}" for name in STORAGES)
     )
 
 
@@ -124,7 +124,7 @@ def test_the_kernels_of_relations_are_clean(compiler, build, relation):
 
 
 def features_program(compiler, build):
-    return compiler.program("features", build, "reduce", "elements", "attention")
+    return compiler.program("features", build, "reduce", "features", "attention")
 
 
 # (of csrc/testing/features_main.cpp, dtype, whether rows are masked)
@@ -187,14 +187,14 @@ def cusim():
     library = ctypes.CDLL(str(elsewhere.CUSIM))
     yield library
     library.cusim_order(0, 0)
-    triples_block(library).value = 0
+    angles_block(library).value = 0
     for attribute in (16, 75, 97):
         library.cusim_device(attribute, -1)
 
 
-def triples_block(cusim):
+def angles_block(cusim):
     """How many rows the triples take together: so many that a host is slow with several blocks."""
-    return ctypes.c_int.in_dll(cusim, "fastkd_cusim_triples_block")
+    return ctypes.c_int.in_dll(cusim, "fastkd_cusim_angles_block")
 
 
 @pytest.mark.parametrize("older", [False, True], ids=["clusters", "no clusters"])
@@ -255,7 +255,7 @@ def test_relations_in_every_order_of_threads(cusim, name, dtype, order):
     rows alike. cudaDevAttrMultiProcessorCount is 16."""
     student, teacher = relation_cases.Case("orders", "", 150, (9, 5), relation_cases.repeated).inputs(dtype)
     cusim.cusim_device(16, 1)
-    triples_block(cusim).value = 64
+    angles_block(cusim).value = 64
     with use("cuda-cusim"):
         plain = test_relations.run(relation_cases.LOSSES[name], student, teacher)
         cusim.cusim_order(*map(int, ORDERS[order]))
@@ -311,7 +311,7 @@ def test_blocks_of_triples_change_no_number(cusim, make, dtype):
     student, teacher = case.inputs(dtype)
     found = []
     for block in (0, 64, 128):
-        triples_block(cusim).value = block
+        angles_block(cusim).value = block
         with use("cuda-cusim"):
             found.append(test_relations.run(relation_cases.LOSSES["rkd_angle"], student, teacher, delta=0.3))
     for loss, grad in found[1:]:
@@ -364,9 +364,9 @@ def registers_of(function):
         return 80
     if "pkt_kernelIf" in function:
         return 96
-    if "pairs_sweep_kernel" in function or "triples_kernelIf" in function:
+    if "pairs_sweep_kernel" in function or "angles_kernelIf" in function:
         return 128
-    if re.search(r"elements_kernelIf|attention_\w+_kernelI[fd]", function):
+    if re.search(r"features_kernelIf|attention_\w+_kernelI[fd]", function):
         return 80 if "FeatureE0E" in function else 128
     if "rows_kernelIf" in function and "AnyType" not in function:
         return 80 if "ForwardKL" in function or "SoftCrossEntropy" in function else 128
@@ -393,14 +393,14 @@ INSTRUCTIONS = {
     r"pairs_sweep_kernelI6__half": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32 "),
     r"pairs_gradient_kernelI13__nv_bfloat16": (COPIES, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.16816\.F32\.BF16"),
     r"pairs_gradient_kernelIf": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.1688\.F32\.TF32"),
-    r"elements_kernelIfLNS_7FeatureE0E": (r"LDG\.E\.\S*128", STORES),
-    r"elements_kernelIfLNS_7FeatureE1E": (r"LDG\.E\.\S*128", STORES),
-    r"elements_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
+    r"features_kernelIfLNS_7FeatureE0E": (r"LDG\.E\.\S*128", STORES),
+    r"features_kernelIfLNS_7FeatureE1E": (r"LDG\.E\.\S*128", STORES),
+    r"features_kernelIfLNS_7FeatureE2E": (r"LDG\.E\.\S*128", STORES),
     r"attention_powers_kernelIfLb1E": (r"LDG\.E\.\S*128",),
     r"attention_slopes_kernelIfLb1E": (r"LDG\.E\.\S*128", STORES),
     r"pkt_kernelI[fd]Lb1E": (r"LDG\.E\.\S*128", STORES),
     r"triplet_kernelIf": (r"ATOMS\.POPC\.INC",),
-    r"triples_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
+    r"angles_kernelIf": (LOADS, r"LDG\.E\.\S*128", r"FMNMX\S*NAN"),
 }  # fmt: skip
 
 

@@ -336,14 +336,12 @@ def relational_ops(backend_name):
         lambda s=S, t=T, relation=0, delta=1.0: ops.pairs_fwd(s, t, None, None, relation, as_tensor(delta), True, True),
     )
     yield (
-        "triples_fwd",
-        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(
-            s, t, None, as_tensor(weight, delta, weight, 1.0), True
-        ),
+        "angles_fwd",
+        lambda s=S, t=T, delta=1.0, weight=1.0: ops.angles_fwd(s, t, None, as_tensor(weight, delta, weight, 1.0), True),
     )
     yield (
-        "triples_fwd",
-        lambda s=S, t=T, delta=1.0, weight=1.0: ops.triples_fwd(s, t, None, as_tensor(1.0, 1.0, weight, delta), True),
+        "angles_fwd",
+        lambda s=S, t=T, delta=1.0, weight=1.0: ops.angles_fwd(s, t, None, as_tensor(1.0, 1.0, weight, delta), True),
     )
 
 

@@ -5,7 +5,7 @@ import torch
 
 import fastkd
 from fastkd import functional
-from fastkd.ops import attention, elements
+from fastkd.ops import attention, features
 from fastkd.ops.numbers import as_tensor
 
 S, T = torch.randn(4, 10), torch.randn(4, 10)
@@ -177,7 +177,7 @@ def test_modules_check_their_options_when_they_are_built(make, error, message):
 def test_the_ops_check_their_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
     one = as_tensor(1.0)
-    fwd, options = elements.OPS["fastkd"].fwd, (1, [], [], 3, one, True)
+    fwd, options = features.OPS["fastkd"].fwd, (1, [], [], 3, one, True)
     fwd([S], [T], [1], *options)
     for students, teachers, dims in (
         ([S], [T[:3]], [1]),
@@ -199,9 +199,9 @@ def test_the_ops_check_their_own_contract():
         with pytest.raises(RuntimeError, match="layer_weights: "):
             fwd([S], [T], [1], 1, [], [], 3, wrong, True)
     with pytest.raises(RuntimeError, match="upstream: "):
-        elements.OPS["fastkd"].bwd([S], [T], [1], 1, [], [], 3, one, torch.ones(3))
+        features.OPS["fastkd"].bwd([S], [T], [1], 1, [], [], 3, one, torch.ones(3))
     with pytest.raises(RuntimeError, match="reduction: per row or the sum"):
-        elements.OPS["fastkd"].fwd_(S.clone(), T, 1, 0, None, None, 3)
+        features.OPS["fastkd"].fwd_(S.clone(), T, 1, 0, None, None, 3)
     ops = attention.OPS["fastkd"]
     for student, teacher in ((S, T), (MAPS, MAPS[:1]), (MAPS[:, :0], MAPS)):
         with pytest.raises(RuntimeError, match="student and teacher: "):

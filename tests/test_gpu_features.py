@@ -75,7 +75,7 @@ def test_one_launch_for_all_layers(backend, name, count):
         step()
         torch.cuda.synchronize()
     kernels = [event.name for event in profile.events()]
-    for expected in (r"\b(elements|flat)_kernel\b", r"\bscale_kernel\b"):
+    for expected in (r"\b(features|flat)_kernel\b", r"\bscale_kernel\b"):
         assert sum(bool(re.search(expected, kernel)) for kernel in kernels) == 1, kernels
 
 

@@ -426,18 +426,18 @@ def test_the_strips_ops_check_their_own_contract():
     here, row = torch.ones(9), torch.rand(9)
     right = [torch.randn(3, 7), torch.randn(3, 7), here, 1.0, 0.5, 2]
     sums = torch.zeros(9, 2, dtype=torch.float64)
-    torch.ops.fastkd.relation_sums(*right, sums)
+    torch.ops.fastkd.relation_kl_sums(*right, sums)
     assert (sums[2:] > 0).all()
     assert not sums[:2].any()
-    torch.ops.fastkd.relation_weights_(*(x.clone() if isinstance(x, torch.Tensor) else x for x in right), *[row] * 5)
+    torch.ops.fastkd.relation_kl_weights_(*(x.clone() if isinstance(x, torch.Tensor) else x for x in right), *[row] * 5)
     for at, wrong in ((0, torch.randn(3, 7).half()), (1, torch.randn(7, 3).T), (1, torch.randn(2, 7)), (2, here[:8]),
                       (3, 0.0), (4, float("inf")), (5, 3), (5, -1)):  # fmt: skip
         arguments = [*right[:at], wrong, *right[at + 1 :]]
         with pytest.raises(RuntimeError, match="wanted"):
-            torch.ops.fastkd.relation_sums(*arguments, sums)
+            torch.ops.fastkd.relation_kl_sums(*arguments, sums)
         with pytest.raises(RuntimeError, match="wanted"):
-            torch.ops.fastkd.relation_weights_(*arguments, *[row] * 5)
+            torch.ops.fastkd.relation_kl_weights_(*arguments, *[row] * 5)
     with pytest.raises(RuntimeError, match="sums: float64"):
-        torch.ops.fastkd.relation_sums(*right, sums.float())
+        torch.ops.fastkd.relation_kl_sums(*right, sums.float())
     with pytest.raises(RuntimeError, match="one per sample wanted"):
-        torch.ops.fastkd.relation_weights_(*right, *[row] * 4, row[:8])
+        torch.ops.fastkd.relation_kl_weights_(*right, *[row] * 4, row[:8])

@@ -14,7 +14,7 @@ from tolerances import FLOOR, error
 import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
-from fastkd.ops import attention, elements, relations, rows
+from fastkd.ops import attention, features, relations, rows
 from fastkd.ops.numbers import as_tensor
 from fastkd.reference import compute_dtype
 
@@ -74,8 +74,8 @@ def relational_calls(backend_name):
                 of_rows = count, torch.rand(len(pair[0]), dtype=compute_dtype(*pair))
             yield f"pairs_fwd-{name}-{save}", ops.pairs_fwd, (*pair, *of_rows, 0, as_tensor(0.5), True, save)
             yield (
-                f"triples_fwd-{name}-{save}",
-                ops.triples_fwd,
+                f"angles_fwd-{name}-{save}",
+                ops.angles_fwd,
                 (*pair, of_rows[0], as_tensor(2.0, 0.5, 1.0, 1.0), save),
             )
             if backend_name == "cpu":  # it is one for all
@@ -116,15 +116,15 @@ def relational_calls(backend_name):
         yield f"triplet_strip_-{grad is None}", strips.triplet_strip_, triplets
     if backend_name == "cpu":
         strip = torch.randn(3, 7), torch.randn(3, 7), torch.ones(9), 1.0, 0.5, 2
-        yield "relation_sums", torch.ops.fastkd.relation_sums, (*strip, torch.zeros(9, 2, dtype=torch.float64))
-        yield "relation_weights_", torch.ops.fastkd.relation_weights_, (*strip, *rows)
-    yield "triples_fwd-angle", ops.triples_fwd, (student, teacher, None, as_tensor(1.0, 1.0, 0.0, 1.0), True)
+        yield "relation_kl_sums", torch.ops.fastkd.relation_kl_sums, (*strip, torch.zeros(9, 2, dtype=torch.float64))
+        yield "relation_kl_weights_", torch.ops.fastkd.relation_kl_weights_, (*strip, *rows)
+    yield "angles_fwd-angle", ops.angles_fwd, (student, teacher, None, as_tensor(1.0, 1.0, 0.0, 1.0), True)
 
 
 def feature_calls(backend_name):
     """The same of the feature losses."""
     namespace = _backend.namespace(backend_name)
-    ops, attention_ops = elements.OPS[namespace], attention.OPS[namespace]
+    ops, attention_ops = features.OPS[namespace], attention.OPS[namespace]
     students = [torch.randn(3, 4, 6), torch.randn(2, 5, 3, 3).bfloat16().to(memory_format=torch.channels_last)]
     teachers = [torch.randn(3, 4, 6), torch.randn(2, 5, 3, 3)]
     masks, weights = [torch.rand(12) < 0.7, torch.rand(18) < 0.7], [torch.rand(12), torch.rand(18)]
@@ -133,12 +133,12 @@ def feature_calls(backend_name):
         for reduction in (0, 3):
             tail = (reduction, as_tensor(1.0, 0.5))
             for save in (False, True):
-                yield f"elements_fwd-{feature}-{reduction}-{save}", ops.fwd, (students, teachers, *options, *tail, save)
+                yield f"features_fwd-{feature}-{reduction}-{save}", ops.fwd, (students, teachers, *options, *tail, save)
             upstream = torch.rand(30) if reduction == 0 else torch.rand(())
-            yield f"elements_bwd-{feature}-{reduction}", ops.bwd, (students, teachers, *options, *tail, upstream)
+            yield f"features_bwd-{feature}-{reduction}", ops.bwd, (students, teachers, *options, *tail, upstream)
         for reduction in (0, 1):
             one = (students[0].clone(), teachers[0], 2, feature, masks[0], None, reduction)
-            yield f"elements_fwd_-{feature}-{reduction}", ops.fwd_, one
+            yield f"features_fwd_-{feature}-{reduction}", ops.fwd_, one
     maps = students[1], torch.randn(2, 7, 3, 3)
     for save in (False, True):
         yield f"attention_fwd-{save}", attention_ops.fwd, (*maps, as_tensor(2.0), save)

@@ -38,13 +38,13 @@ NARROW_STORES = {"rows_fwd_kernel": 1, "rows_bwd_kernel": 0, "scale_kernel": 0}
 # multiprocessor will do. Which addresses ptxas keeps in memory differs from version to version; a tile's values
 # there would be hundreds of bytes.
 RELATION_REGISTERS = {
-    "distances_kernel": 255, "grad_kernel": 255, "loss_kernel": 128, "triples_kernel": 128, "squares_kernel": 128,
+    "distances_kernel": 255, "grad_kernel": 255, "loss_kernel": 128, "angles_kernel": 128, "squares_kernel": 128,
     "differences_kernel": 128, "prepare_kernel": 128, "centre_kernel": 128, "totals_kernel": 128,
 }  # fmt: skip
 RELATION_STACK = 32
 FEATURE_STACK = 64  # of the sums of eight rows, in float64
 # What is not features: a row's first values; its map and slope.
-NARROW_FEATURES = {"flat_kernel": 0, "elements_kernel": 4, "powers_kernel": 0, "slopes_kernel": 8}
+NARROW_FEATURES = {"flat_kernel": 0, "features_kernel": 4, "powers_kernel": 0, "slopes_kernel": 8}
 MULTIPLYING = ("distances_kernel", "grad_kernel")
 
 
@@ -116,23 +116,23 @@ def other_launches(rows):
     return {f"other/{name}": functools.partial(*call) for name, call in calls.items()}
 
 
-def relation_launches(pairs, triples):
-    """Every kernel of the pairs and triples schedules: relation/dtype/N/save."""
+def relation_launches(pairs, angles):
+    """Every kernel of the pairs and angles schedules: relation/dtype/N/save."""
     calls = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for N in (64, 256, 1024, 2176):
             x, save = torch.empty(N, 512, dtype=dtype), dtype is not torch.float16
             name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
             calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, ONE, True, True)
-            calls[name + "/triples"] = lambda x=x, s=save: triples.triples_fwd(x, x, None, BOTH, s)
+            calls[name + "/angles"] = lambda x=x, s=save: angles.angles_fwd(x, x, None, BOTH, s)
             count, weight = torch.empty((), dtype=torch.int64), torch.empty(N, dtype=compute_dtype(x, x))
             calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, ONE, True, True)
             if N in (64, 2176):  # the fewest blocks of rows, and the most
-                calls[name + "/triples/counted"] = lambda x=x, c=count, s=save: triples.triples_fwd(x, x, c, BOTH, s)
+                calls[name + "/angles/counted"] = lambda x=x, c=count, s=save: angles.angles_fwd(x, x, c, BOTH, s)
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
     calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, ONE, False, True)
     calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, torch.empty(33), 0, ONE, False, True)
-    calls["other/triples"] = lambda: triples.triples_fwd(teacher, x, None, as_tensor(2.0, 1.0, 0.0, 1.0), True)
+    calls["other/angles"] = lambda: angles.angles_fwd(teacher, x, None, as_tensor(2.0, 1.0, 0.0, 1.0), True)
     return calls
 
 
@@ -163,7 +163,7 @@ def other_strip_launches(pkt, triplet):
     }
 
 
-def feature_launches(elements, attention):
+def feature_launches(features, attention):
     """Layers of every layout: feature/dtype/shape/loss."""
     calls = {}
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
@@ -174,7 +174,7 @@ def feature_launches(elements, attention):
             for feature in (0,) if kind == "flat" else (1, 2):
                 reduction = 3 if kind == "flat" else 0
                 calls[f"feature/{str(dtype)[6:]}/{kind}/{feature}"] = lambda x=x, d=dim, f=feature, r=reduction: (
-                    elements.elements_fwd([x, x], [x, x], [d, d], f, [], [], r, as_tensor(1.0, 0.5), True)
+                    features.features_fwd([x, x], [x, x], [d, d], f, [], [], r, as_tensor(1.0, 0.5), True)
                 )
         maps = torch.empty(16, 256, 56, 56, dtype=dtype, device="meta")
         for p in (2.0, 3.0, 2.5):
@@ -184,7 +184,7 @@ def feature_launches(elements, attention):
     return calls
 
 
-def other_feature_launches(elements, attention):
+def other_feature_launches(features, attention):
     """That they compile at all: masks, weights, upstream per row, strides of every kind, one feature, mixed dtypes."""
     x = torch.empty(2, 3, 2, 200, dtype=torch.bfloat16, device="meta")[:, 1:, :, :-1].movedim(-1, 1)
     t, row = (
@@ -193,16 +193,16 @@ def other_feature_launches(elements, attention):
     )
     single = torch.empty(5, 1, device="meta")
     calls = {
-        f"other/everything/{f}": lambda f=f: elements.elements_bwd(
+        f"other/everything/{f}": lambda f=f: features.features_bwd(
             [x], [t], [1], f, [row > 0], [row], 0, as_tensor(0.1), row
         )
         for f in range(4)
     }
     calls |= {
-        f"other/one_feature/{f}": lambda f=f: elements.elements_fwd_(single, single, 1, f, None, None, 1)
+        f"other/one_feature/{f}": lambda f=f: features.features_fwd_(single, single, 1, f, None, None, 1)
         for f in range(4)
     }
-    calls["other/upstream"] = lambda: elements.elements_bwd(
+    calls["other/upstream"] = lambda: features.features_bwd(
         [single], [single], [1], 0, [single[:, 0] > 0], [], 3, as_tensor(0.1), single[:1, 0]
     )
     calls["other/attention"] = lambda: attention.attention_bwd(x, t, as_tensor(2.0), row[:1])
@@ -214,7 +214,7 @@ def compile_for(target_name):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import attention, elements, pairs, pkt, rows, scale, triples, triplet
+    from fastkd.triton import angles, attention, features, pairs, pkt, rows, scale, triplet
 
     class Driver:
         def get_current_device(self):
@@ -234,15 +234,15 @@ def compile_for(target_name):
         found[name, self.fn.__name__] = report(kernel)
 
     triton.runtime.jit.JITFunction.run = compile_only
-    calls = launches(rows, scale) | relation_launches(pairs, triples) | feature_launches(elements, attention)
+    calls = launches(rows, scale) | relation_launches(pairs, angles) | feature_launches(features, attention)
     calls |= strip_launches(pkt, triplet)
     if target_name in WHOLE:
-        calls |= other_launches(rows) | other_feature_launches(elements, attention)
+        calls |= other_launches(rows) | other_feature_launches(features, attention)
         calls |= other_strip_launches(pkt, triplet)
     else:  # That the others compile at all is seen of the two above. float64 has no bounds, and float16 those of bfloat16;
         # the fewest samples and the most have the smallest tiles and the largest; counted and weighted, programs have
         # all that they have without, and more.
-        left_out = re.compile(r"/float64/|/float16/|^other/|^relation/\w+/(256|1024)/|/(pairs|triples)$")
+        left_out = re.compile(r"/float64/|/float16/|^other/|^relation/\w+/(256|1024)/|/(pairs|angles)$")
         calls = {name: call for name, call in calls.items() if not left_out.search(name)}
     for name, call in calls.items():  # noqa: B007 - compile_only reads it
         call()
@@ -384,7 +384,7 @@ import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 import triton_interpreter  # noqa: E402, F401 - before any kernel
 
-from fastkd.triton import pairs, rows, scale, triples  # noqa: E402
+from fastkd.triton import angles, pairs, rows, scale  # noqa: E402
 
 
 @triton.jit
@@ -484,8 +484,8 @@ def uninitialized_memory_is_nan():
     [
         *itertools.product(["pairs"], [0.0, 0.02, 0.5, 0.9]),
         *itertools.product(["angles"], [0.02, 0.5]),
-        ("triples", 0.0),
-        ("triples", 0.95),
+        ("angles", 0.0),
+        ("angles", 0.95),
     ],
 )
 @pytest.mark.usefixtures("uninitialized_memory_is_nan")
@@ -494,7 +494,7 @@ def test_rows_that_are_not_there(monkeypatch, schedule, share):
     N = 270 if schedule == "pairs" else 70
     count = int(share * N)
     monkeypatch.setattr(pairs, "STRIP", 1)
-    monkeypatch.setattr(triples, "STRIP", 1)
+    monkeypatch.setattr(angles, "STRIP", 1)
     generator = torch.Generator().manual_seed(count)
     student, teacher = (torch.randn(N, 3, generator=generator) for _ in range(2))
     student[count:], teacher[count:] = 1e4, -1e4
@@ -502,8 +502,8 @@ def test_rows_that_are_not_there(monkeypatch, schedule, share):
     def run(student, teacher, count):
         if schedule == "pairs":
             return pairs.pairs_fwd(student, teacher, count, None, 0, as_tensor(0.5), True, True)
-        numbers = as_tensor(2.0, 0.5, float(schedule == "triples"), 0.5)
-        return triples.triples_fwd(student, teacher, count, numbers, True)
+        numbers = as_tensor(2.0, 0.5, float(schedule == "angles"), 0.5)
+        return angles.angles_fwd(student, teacher, count, numbers, True)
 
     loss, grad = run(student, teacher, torch.tensor(count))
     expected, expected_grad = run(student[:count], teacher[:count], None)
@@ -515,13 +515,13 @@ def test_rows_that_are_not_there(monkeypatch, schedule, share):
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
 def test_the_ops_refuse_a_bad_number(bad):
     """One that torch.compile had made a symbol is seen first here."""
-    from fastkd.triton import attention, elements
+    from fastkd.triton import attention, features
 
     x, maps = torch.randn(4, 3), torch.randn(2, 3, 2, 2)
     calls = {
         "delta": lambda: pairs.pairs_fwd(x, x, None, None, 0, as_tensor(bad), True, False),
-        "weight": lambda: triples.triples_fwd(x, x, None, as_tensor(bad, 1.0, 1.0, 1.0), False),
-        "layer_weights": lambda: elements.elements_fwd([x], [x], [1], 0, [], [], 3, as_tensor(bad), False),
+        "weight": lambda: angles.angles_fwd(x, x, None, as_tensor(bad, 1.0, 1.0, 1.0), False),
+        "layer_weights": lambda: features.features_fwd([x], [x], [1], 0, [], [], 3, as_tensor(bad), False),
         "p": lambda: attention.attention_fwd(maps, maps, as_tensor(bad), False),
     }
     for name, call in calls.items():

@@ -1,6 +1,6 @@
 // What the attention ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
-#include "common/elements_params.h"
+#include "common/features_params.h"
 #include "common/numbers.h"
 #include "common/rows_tensor.h"
 

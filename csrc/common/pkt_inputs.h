@@ -9,7 +9,7 @@ struct PktInputs {
       : student(a.next<Tensor>()),
         teacher(a.next<Tensor>()),
         slopes(a.next<Tensor>()),
-        here(a.next<Tensor>()),
+        valid(a.next<Tensor>()),
         student_inverse(a.next<Tensor>()),
         teacher_inverse(a.next<Tensor>()),
         weight(a.next<Tensor>()),
@@ -17,9 +17,9 @@ struct PktInputs {
         eps(a.next<double>()),
         row(a.next<int64_t>()) {}
 
-  Tensor student, teacher;                                       // [rows, columns]
-  Tensor slopes;                                                 // float64 [N]
-  Tensor here, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
+  Tensor student, teacher;                                        // [rows, columns]
+  Tensor slopes;                                                  // float64 [N]
+  Tensor valid, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
   double eps;
   int64_t row;  // columns = N - row
 };
@@ -34,9 +34,9 @@ inline void check(const PktInputs& in) {
   const int64_t rows = in.student.size(0), columns = in.student.size(1), N = in.row + columns;
   FASTKD_CHECK(in.teacher.size(0) == rows && in.teacher.size(1) == columns && in.row >= 0 && rows <= columns,
                "student and teacher: strips of one shape wanted, from the diagonal on");
-  for (const Tensor* x : {&in.here, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
+  for (const Tensor* x : {&in.valid, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
     FASTKD_CHECK(x->numel() == N && x->is_contiguous() && x->scalar_type() == type,
-                 "here, inverses, weight and scale: one element per sample wanted, of the strip's dtype");
+                 "valid, inverses, weight and scale: one element per sample wanted, of the strip's dtype");
   }
   FASTKD_CHECK(in.slopes.numel() == N && in.slopes.is_contiguous() && in.slopes.scalar_type() == ScalarType::Double,
                "slopes: one float64 per sample wanted");

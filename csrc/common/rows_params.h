@@ -15,9 +15,9 @@ struct Number {
   FASTKD_HD bool one() const { return !memory || stride == 0; }
 };
 
-// Of a row, or a part of one: the maximum logit and the sum of e^((z - max) / T); and of the row
-// the sum of its slopes. Saved for backward, [N, 5]. In double whatever is computed in: the sums'
-// error is the whole row's.
+// Softmax statistics of a row or of a block of it: the maximum logit and the sum of e^((z - max) / T), and of a whole
+// row the sum of its slopes. They are saved for backward, [N, 5]. They are always double: an error of the sum scales
+// every class of the row.
 struct RowsStats {
   double max_student, sum_student, max_teacher, sum_teacher, slope;
 };

@@ -12,16 +12,16 @@ struct TripletInputs {
         positives(a.next<Tensor>()),
         first(a.next<Tensor>()),
         last(a.next<Tensor>()),
-        here(a.next<Tensor>()),
+        valid(a.next<Tensor>()),
         count(a.next<Tensor>()),
         weight(a.next<Tensor>()),
         margin(a.next<double>()),
         row(a.next<int64_t>()),
         grad(a.next<OptionalTensor>()) {}
 
-  Tensor strip, x, norms;               // [rows, N], [N, D], [N], of the compute dtype
-  Tensor positives, first, last, here;  // int64 [positives], [N], [N]; bool [N]
-  Tensor count, weight;                 // int64, one element: of those that are here; [N] of the compute dtype
+  Tensor strip, x, norms;                // [rows, N], [N, D], [N], of the compute dtype
+  Tensor positives, first, last, valid;  // int64 [positives], [N], [N]; bool [N]
+  Tensor count, weight;                  // int64, one element: of those that are valid; [N] of the compute dtype
   double margin;
   int64_t row;
   OptionalTensor grad;  // [N, D] of the compute dtype
@@ -41,8 +41,8 @@ inline void check(const TripletInputs& in) {
                "x, norms, weight and grad: contiguous, of the strip's dtype and its N samples wanted");
   FASTKD_CHECK(in.positives.dim() == 1 && is(in.positives, ScalarType::Long, in.positives.size(0)) &&
                    is(in.first, ScalarType::Long, N) && is(in.last, ScalarType::Long, N) &&
-                   is(in.count, ScalarType::Long, 1) && is(in.here, ScalarType::Bool, N),
-               "positives, first, last, count: int64, here: bool, and contiguous of the strip's N samples wanted");
+                   is(in.count, ScalarType::Long, 1) && is(in.valid, ScalarType::Bool, N),
+               "positives, first, last, count: int64, valid: bool, and contiguous of the strip's N samples wanted");
   FASTKD_CHECK(in.margin > 0 && std::isfinite(in.margin), "margin: a positive finite number wanted, got ", in.margin);
 }
 

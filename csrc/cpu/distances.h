@@ -3,11 +3,9 @@
 #pragma once
 #include <cstdint>
 
-namespace fastkd::FASTKD_ISA {
+#include "math/distance.h"
 
-// Below this share of |x|^2 + |y|^2 a squared distance from the Gram has lost too many digits: a pair is near.
-template <class T>
-inline constexpr T kNear = T(1) / 256;
+namespace fastkd::FASTKD_ISA {
 
 template <class T>
 T squared_distance(const T* x, const T* y, int64_t D) {

@@ -2,9 +2,9 @@
 // weights while they are in cache, and go back to it as W X.
 //
 // Sweep 1, all tiles with i <= j: measures; their sums, and those of s^2 and s t.
-// Sweep 2: measures once more, the loss, W and W X. The slopes' sum that this needs is known from sweep 1
-//   unless a pair was clamped; the true one is found on the way, and where it differs
-// Sweep 3 adds the rest.
+// Sweep 2: measures once more, the loss, W and W X. It needs the sum of the slopes, which sweep 1 predicts exactly
+//   unless a pair is clamped; it computes the true sum as well.
+// Sweep 3 runs only where the two sums differ enough to matter, and adds the correction.
 // With student and teacher of width D: 2 N^2 D flops in sweep 1, 4 in sweep 2, 3 in sweep 3.
 // Where all tiles fit into kKept bytes their measures stay, and only W X needs the BLAS again.
 //
@@ -21,7 +21,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common/relations_inputs.h"
+#include "common/embeddings_inputs.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/pairs_kernel.h"

@@ -1,6 +1,6 @@
 // The pairs schedule on the CPU, for its own op and for that of the triples, which shares its inputs.
 #pragma once
-#include "common/relations_params.h"
+#include "common/embeddings_params.h"
 #include "cpu/embeddings.h"
 #include "math/relation.h"
 

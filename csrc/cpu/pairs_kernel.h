@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "common/relations_params.h"
+#include "common/embeddings_params.h"
 #include "math/relation.h"
 
 namespace fastkd {

@@ -28,7 +28,7 @@ double strip(const PktInputs& in) {
                       rows,
                       columns,
                       in.row,
-                      data(in.here),
+                      data(in.valid),
                       data(in.student_inverse),
                       data(in.teacher_inverse),
                       data(in.weight),

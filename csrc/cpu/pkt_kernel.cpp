@@ -13,14 +13,14 @@ template <bool kBoth, class T>
 double columns_of_row(const PktStrip<T>& P, int64_t i, int64_t begin, int64_t end, T* row_slope, T* column_slopes) {
   T* s = P.student + i * P.stride;
   const T* t = P.teacher + i * P.stride;
-  const T *here = P.here + P.row, *inverse = P.student_inverse + P.row, *teacher_inverse = P.teacher_inverse + P.row;
+  const T *valid = P.valid + P.row, *inverse = P.student_inverse + P.row, *teacher_inverse = P.teacher_inverse + P.row;
   const T *weight = P.weight + P.row, *scale = P.scale + P.row;
-  const T here_i = here[i], inverse_i = inverse[i], teacher_inverse_i = teacher_inverse[i];
+  const T valid_i = valid[i], inverse_i = inverse[i], teacher_inverse_i = teacher_inverse[i];
   const T weight_i = weight[i], scale_i = scale[i], eps = P.eps;
   T loss = 0, slope = 0;
 #pragma omp simd reduction(+ : loss, slope)
   for (int64_t j = begin; j < end; ++j) {
-    const T both = here_i * here[j];
+    const T both = valid_i * valid[j];
     const T k = pkt_similarity(s[j], both), h = pkt_similarity(t[j], both);
     const T a = pkt_pair(k * inverse_i, h * teacher_inverse_i, eps, weight_i, loss, slope);
     T other_loss = 0, other_slope = 0;

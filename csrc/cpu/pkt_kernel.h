@@ -5,14 +5,14 @@
 namespace fastkd {
 
 // The rows row .. row + rows of all pairs, from the diagonal on: column j is sample row + j. What is said of
-// samples is [N]: here 1 or 0; the inverses of their sums of similarities, weights of their losses and factors of
+// samples is [N]: valid 1 or 0; the inverses of their sums of similarities, weights of their losses and factors of
 // their gradients are 0 where a sample is not there.
 template <class T>
 struct PktStrip {
   T* student;  // cosines [rows, stride]; become weights w_ij + w_ji of the gradient's sum over unit vectors
   const T* teacher;
   int64_t rows, stride, row;
-  const T *here, *student_inverse, *teacher_inverse, *weight, *scale;
+  const T *valid, *student_inverse, *teacher_inverse, *weight, *scale;
   T eps;
 };
 

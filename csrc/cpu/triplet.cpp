@@ -35,7 +35,7 @@ TripletStrip<T> strip(const TripletInputs& in) {
                           data(in.positives, int64_t()),
                           data(in.first, int64_t()),
                           data(in.last, int64_t()),
-                          data(in.here, bool()),
+                          data(in.valid, bool()),
                           *data(in.count, int64_t()),
                           data(in.weight, T()),
                           T(in.margin),

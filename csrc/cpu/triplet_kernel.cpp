@@ -18,9 +18,6 @@ namespace fastkd::FASTKD_ISA {
 namespace {
 
 template <class T>
-constexpr T kLeastDistance = T(1e-6);  // of samples that are equal: they have no gradient from each other
-
-template <class T>
 struct Positive {
   T threshold, distance;
   int64_t j;
@@ -33,7 +30,7 @@ void distances(const TripletStrip<T>& P, int64_t i, T* d) {
 #pragma omp simd
   for (int64_t j = 0; j < P.N; ++j) {
     const T squared = d[j];
-    d[j] = std::sqrt(squared < kLeastDistance<T> * kLeastDistance<T> ? kLeastDistance<T> * kLeastDistance<T> : squared);
+    d[j] = std::sqrt(squared < kMinSquaredDistance<T> ? kMinSquaredDistance<T> : squared);
   }
 }
 
@@ -47,13 +44,13 @@ bool take_positives(const TripletStrip<T>& P, int64_t self, T* d, std::vector<Po
   d[self] = kFar;
   for (int64_t p = P.first[self]; p < P.last[self]; ++p) {
     const int64_t j = P.positives[p];
-    if (j == self || !P.here[j]) continue;
+    if (j == self || !P.valid[j]) continue;
     found.push_back({P.margin + d[j], d[j], j});
     numbers &= !std::isnan(d[j]);
     d[j] = kFar;
   }
   if (P.count < P.N) {
-    for (int64_t j = 0; j < P.N; ++j) d[j] = P.here[j] ? d[j] : kFar;
+    for (int64_t j = 0; j < P.N; ++j) d[j] = P.valid[j] ? d[j] : kFar;
   }
   return numbers;
 }
@@ -122,7 +119,7 @@ void row(const TripletStrip<T>& P, int64_t i, TripletSums& sums, std::vector<Nea
   thread_local Room<T> room;
   const int64_t self = P.row + i, N = P.N;
   T* d = P.strip + i * N;
-  if (!P.here[self]) {
+  if (!P.valid[self]) {
     std::fill_n(d, N, T(0));
     return;
   }
@@ -180,19 +177,19 @@ void row(const TripletStrip<T>& P, int64_t i, TripletSums& sums, std::vector<Nea
   for (int64_t k = 0; k < N; ++k) ++room.of_rank[ranks[k]];
   for (int64_t k = 0; k < N && any_near; ++k) {
     if (!is_near(d[k], k) || ranks[k] == count) continue;
-    if (d[k] > kLeastDistance<T>) near.push_back({self, k, -factor * T(count - ranks[k]) / d[k]});
+    if (d[k] > kMinDistance<T>) near.push_back({self, k, -factor * T(count - ranks[k]) / d[k]});
     ranks[k] = count;  // its weight in the strip is 0
   }
 #pragma omp simd
   for (int64_t k = 0; k < N; ++k) {
     const T w = -factor * T(count - ranks[k]) / d[k];
-    d[k] = d[k] <= kLeastDistance<T> ? T(0) : w;
+    d[k] = d[k] <= kMinDistance<T> ? T(0) : w;
   }
   int32_t farther = 0;  // negatives that are nearer than the threshold
   for (int32_t p = 0; p < count; ++p) {
     farther += room.of_rank[p];
     const Positive<T>& positive = positives[p];
-    if (farther == 0 || positive.distance <= kLeastDistance<T>) {
+    if (farther == 0 || positive.distance <= kMinDistance<T>) {
       d[positive.j] = 0;
       continue;
     }

@@ -12,10 +12,10 @@ struct TripletStrip {
   int64_t rows, row, N, D;
   const T* x;      // [N, D], as they were given: for near pairs
   const T* norms;  // squared, of the centred rows
-  // of sample i: positives[first[i] .. last[i]]; itself, or one that is not here, is none
+  // of sample i: positives[first[i] .. last[i]]; itself, or one that is not valid, is none
   const int64_t *positives, *first, *last;
-  const bool* here;
-  int64_t count;    // of those that are here
+  const bool* valid;
+  int64_t count;    // of those that are valid
   const T* weight;  // of each sample's own sum
   T margin;
   bool save;  // whether weights are wanted

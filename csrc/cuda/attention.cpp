@@ -3,14 +3,14 @@
 #include "common/attention_inputs.h"
 #include "cuda/attention_launch.h"
 #include "cuda/context.h"
-#include "cuda/elements_plan.h"
-#include "cuda/elements_tensors.h"
+#include "cuda/features_plan.h"
+#include "cuda/features_tensors.h"
 
 namespace fastkd {
 namespace {
 
 using cuda::Context;
-using cuda::ElementsPart;
+using cuda::FeaturesPart;
 using cuda::lies_with;
 
 template <class T>
@@ -35,10 +35,10 @@ class Attention {
   }
 
  private:
-  ElementsPart<T> part(const Tensor& x, const Tensor* grad) const {
-    ElementsPart<T> part{};
-    part.student = cuda::elements_tensor(positions_tensor(x, const_cast<void*>(x.const_data_ptr()), "maps"));
-    if (grad) part.grad = cuda::elements_tensor(positions_tensor(*grad, grad->mutable_data_ptr(), "grad"));
+  FeaturesPart<T> part(const Tensor& x, const Tensor* grad) const {
+    FeaturesPart<T> part{};
+    part.student = cuda::features_tensor(positions_tensor(x, const_cast<void*>(x.const_data_ptr()), "maps"));
+    if (grad) part.grad = cuda::features_tensor(positions_tensor(*grad, grad->mutable_data_ptr(), "grad"));
     part.N = B_ * positions_;
     part.D = x.size(1);
     cuda::set_leading(part, {{&x, &part.student}, {grad, &part.grad}}, 1);
@@ -48,7 +48,7 @@ class Attention {
 
   void powers(double* const* maps) const {
     cuda::AttentionPowers<T> A{{part(in_.student, nullptr), part(in_.teacher, nullptr)}, {maps[0], maps[1]}, in_.p, 0};
-    const cuda::ElementsGrid grid = cuda::plan_blocks(A.sides, 2, context_.device);
+    const cuda::FeaturesGrid grid = cuda::plan_blocks(A.sides, 2, context_.device);
     A.room = grid.room;
     FASTKD_CUDA_CHECK(cuda::attention_powers(A, grid.blocks, context_.stream));
   }
@@ -67,13 +67,13 @@ class Attention {
 
   void slopes(const double* const* maps) const {
     cuda::AttentionSlopes<T> A{part(in_.student, grad_), maps[0], maps[1], in_.p};
-    const cuda::ElementsGrid grid = cuda::plan_blocks(&A.layer, 1, context_.device);
+    const cuda::FeaturesGrid grid = cuda::plan_blocks(&A.layer, 1, context_.device);
     FASTKD_CUDA_CHECK(cuda::attention_slopes(A, grid.blocks, context_.stream));
   }
 
   // The samples as the blocks of one layer.
   void finish(int64_t rows, const double* losses, double* total, T* loss) const {
-    cuda::ElementsLosses<T> L{};
+    cuda::FeaturesLosses<T> L{};
     L.count = 1;
     L.first_block[1] = int32_t(rows > 0 ? B_ : 0);
     L.scale[0] = rows > 0 ? 1 / double(rows) : 0;
@@ -82,7 +82,7 @@ class Attention {
     L.total = total;
     L.first = true;
     L.layers = loss;
-    FASTKD_CUDA_CHECK(cuda::elements_finish(L, context_.stream));
+    FASTKD_CUDA_CHECK(cuda::features_finish(L, context_.stream));
   }
 
   const AttentionInputs& in_;
@@ -96,8 +96,8 @@ void check_all(const AttentionInputs& in) {
   FASTKD_CHECK(lies_with(in.student, in.student) && lies_with(in.teacher, in.student),
                "student and teacher: tensors on one GPU wanted");
   for (const Tensor* x : {&in.student, &in.teacher}) {
-    FASTKD_CHECK(x->size(1) <= cuda::kElementsMostFeatures, "student and teacher: at most ",
-                 cuda::kElementsMostFeatures, " channels wanted, got ", x->size(1));
+    FASTKD_CHECK(x->size(1) <= cuda::kFeaturesMost, "student and teacher: at most ", cuda::kFeaturesMost,
+                 " channels wanted, got ", x->size(1));
   }
 }
 

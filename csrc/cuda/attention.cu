@@ -6,7 +6,7 @@ namespace fastkd::cuda {
 
 template <class T>
 cudaError_t attention_powers(const AttentionPowers<T>& A, int64_t blocks, cudaStream_t stream) {
-  const Launch launch(blocks, dim3(kElementsThreads), A.room * sizeof(double), stream);
+  const Launch launch(blocks, dim3(kFeaturesThreads), A.room * sizeof(double), stream);
   return A.p == 2 ? launch(attention_powers_kernel<T, true>, A) : launch(attention_powers_kernel<T, false>, A);
 }
 
@@ -17,7 +17,7 @@ cudaError_t attention_maps(const AttentionMaps<T>& M, int64_t samples, cudaStrea
 
 template <class T>
 cudaError_t attention_slopes(const AttentionSlopes<T>& A, int64_t blocks, cudaStream_t stream) {
-  const Launch launch(blocks, dim3(kElementsThreads), 0, stream);
+  const Launch launch(blocks, dim3(kFeaturesThreads), 0, stream);
   return A.p == 2 ? launch(attention_slopes_kernel<T, true>, A) : launch(attention_slopes_kernel<T, false>, A);
 }
 

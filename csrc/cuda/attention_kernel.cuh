@@ -5,12 +5,12 @@
 //
 // Three launches: positions are rows of channels, whose powers are added up; a block a sample compares
 // both maps; the student is read once more and its gradient written. Blocks walk over rows as those of
-// the elements schedule do.
+// the features schedule do.
 // Traffic: student twice, teacher and gradient once; 16 bytes a position between the launches.
 // Powers that leave the range of T are computed in double.
 #pragma once
 #include "cuda/attention_launch.h"
-#include "cuda/elements_rows.cuh"
+#include "cuda/features_rows.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 
@@ -34,11 +34,11 @@ struct AttentionWalk : BlockRows<T, K> {
   using Rows = BlockRows<T, K>;
   using Rows::by, Rows::counts, Rows::give, Rows::layer, Rows::part, Rows::take;
   using typename Rows::Place;
-  static constexpr int kRows = K::kRows, kPacks = K::template kKept<T>, kKept = kElementsKept<T>;
+  static constexpr int kRows = K::kRows, kPacks = K::template kKept<T>, kKept = kFeaturesKept<T>;
 
   const double p;
 
-  __device__ __forceinline__ AttentionWalk(const ElementsPart<T>& layer, double p)
+  __device__ __forceinline__ AttentionWalk(const FeaturesPart<T>& layer, double p)
       : Rows(layer, reinterpret_cast<double*>(ptx::dynamic_shared())), p(p) {}
 
   template <class F>
@@ -75,14 +75,14 @@ struct AttentionWalk : BlockRows<T, K> {
       const Place place(*this, first);
       give_powers<T>(place);
       bool again = false;
-      for (int r = threadIdx.x; r < by.rows && first + r < layer.N; r += kElementsThreads) {
+      for (int r = threadIdx.x; r < by.rows && first + r < layer.N; r += kFeaturesThreads) {
         const double sum = take(0, r);
         map[first + r] = sum / double(layer.D);
         again |= sizeof(T) == 4 && !in_float_range(sum);
       }
       if (!__syncthreads_or(again)) return;
       give_powers<double>(place);
-      for (int r = threadIdx.x; r < by.rows && first + r < layer.N; r += kElementsThreads) {
+      for (int r = threadIdx.x; r < by.rows && first + r < layer.N; r += kFeaturesThreads) {
         if (!in_float_range(map[first + r] * double(layer.D))) map[first + r] = take(0, r) / double(layer.D);
       }
       __syncthreads();
@@ -124,20 +124,20 @@ struct AttentionWalk : BlockRows<T, K> {
 
 // f(std::type_identity<Pack>) for that of a layer.
 template <class T, class F>
-__device__ __forceinline__ void with_pack(const ElementsPart<T>& layer, F&& f) {
+__device__ __forceinline__ void with_pack(const FeaturesPart<T>& layer, F&& f) {
   switch (layer.pack) {
-    case ElementsPack::kFeatures:
-      return f(Pack<ElementsPack::kFeatures>());
-    case ElementsPack::kRows:
-      return f(Pack<ElementsPack::kRows>());
-    case ElementsPack::kElement:
-      return f(Pack<ElementsPack::kElement>());
+    case FeaturesPack::kFeatures:
+      return f(Pack<FeaturesPack::kFeatures>());
+    case FeaturesPack::kRows:
+      return f(Pack<FeaturesPack::kRows>());
+    case FeaturesPack::kElement:
+      return f(Pack<FeaturesPack::kElement>());
   }
 }
 
 // grid: the blocks of the student, then those of the teacher.
 template <class T, bool kSquares>
-__global__ void __launch_bounds__(kElementsThreads, 2)
+__global__ void __launch_bounds__(kFeaturesThreads, 2)
     attention_powers_kernel(const __grid_constant__ AttentionPowers<T> A) {
   const int side = int(blockIdx.x) >= A.sides[1].first_block;
   with_pack(A.sides[side],
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kElementsThreads, 2)
 }
 
 template <class T, bool kSquares>
-__global__ void __launch_bounds__(kElementsThreads, 2)
+__global__ void __launch_bounds__(kFeaturesThreads, 2)
     attention_slopes_kernel(const __grid_constant__ AttentionSlopes<T> A) {
   with_pack(A.layer,
             [&](auto pack) { AttentionWalk<T, decltype(pack), kSquares>(A.layer, A.p).slopes(A.map, A.factors); });

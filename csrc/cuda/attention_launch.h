@@ -1,13 +1,13 @@
 // The kernels of attention transfer, as the binding sees them: no torch header, no kernel.
 #pragma once
-#include "cuda/elements_launch.h"
+#include "cuda/features_launch.h"
 
 namespace fastkd::cuda {
 
 // Rows of channels [B * positions, C]; of each the sum of |x|^p / C.
 template <class T>
 struct AttentionPowers {
-  ElementsPart<T> sides[2];  // student and teacher, each with the tensor `student` alone
+  FeaturesPart<T> sides[2];  // student and teacher, each with the tensor `student` alone
   double* maps[2];           // [B * positions], out
   double p;
   int32_t room;  // doubles, the more of both
@@ -31,7 +31,7 @@ cudaError_t attention_maps(const AttentionMaps<T>&, int64_t samples, cudaStream_
 
 template <class T>
 struct AttentionSlopes {
-  ElementsPart<T> layer;        // student and grad
+  FeaturesPart<T> layer;        // student and grad
   const double *map, *factors;  // [B * positions]
   double p;
 };

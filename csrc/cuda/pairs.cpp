@@ -2,8 +2,8 @@
 // device. FASTKD_CUSIM: the same over host memory, for the tests, in a namespace of its own.
 #include "cuda/pairs.h"
 
+#include "common/embeddings_inputs.h"
 #include "common/enum.h"
-#include "common/relations_inputs.h"
 #include "cuda/pairs_launch.h"
 
 namespace fastkd {

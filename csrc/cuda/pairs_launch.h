@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "common/relations_params.h"
+#include "common/embeddings_params.h"
 #include "cuda/rows_launch.h"
 #include "math/relation.h"
 

@@ -3,12 +3,13 @@
 // of bfloat16 and float16 as they are; of float, split into two tf32 (3xTF32), with sums in
 // registers that are rounded to nearest, which the tensor cores' own are not.
 //
-// Where this cancels, d^2 < kNear (|x|^2 + |y|^2), a warp sums the squares of the differences of the
+// Where this cancels, d^2 < kNearTensorCores (|x|^2 + |y|^2), a warp sums the squares of the differences of the
 // embeddings themselves, and the pair's distance is stored with a minus sign: it is near, and the
 // gradient takes it apart as well.
 #pragma once
 #include "cuda/embeddings.cuh"
 #include "cuda/mma.cuh"
+#include "math/distance.h"
 
 namespace fastkd::cuda {
 
@@ -18,10 +19,6 @@ inline constexpr int kTileStride = kTile + 4;  // no two of 8 rows x 4 columns i
 inline constexpr int kStages = 3;
 inline constexpr int kChunkBytes = 128, kChunkStride = kChunkBytes + 16;
 inline constexpr int kStageBytes = 2 * kTile * kChunkStride;
-// A Gram tile in 3xTF32 is wrong by up to 2^-22 of |x|^2 + |y|^2, and 5e-6 is promised: 1 / 256 reaches
-// 9e-6. Half precision is exact up to the sums, and was not centred: more of its pairs would be near.
-template <class S>
-inline constexpr float kNear = sizeof(S) == 4 ? 1.0f / 64 : 1.0f / 1024;
 
 // The rows that are there; none where they are too few for a pair.
 struct PairsRows {
@@ -214,7 +211,7 @@ __device__ __forceinline__ void squared_distances(const PairsSide& side, PairsPl
     const float norms = side.norms[place.i + r] + side.norms[place.j + c];
     const float squared = norms - 2 * gram[i / 8][i / 4 % 2][i % 4];
     // rows that are not there are 0, and near to none
-    const bool self = place.i + r == place.j + c, near = !self && squared < norms * kNear<S>;
+    const bool self = place.i + r == place.j + c, near = !self && squared < norms * kNearTensorCores<S>;
     tile[r * kTileStride + c] = near ? -1.0f : self ? 0.0f : squared;
     any_near |= near;
   }

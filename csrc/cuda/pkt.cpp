@@ -15,7 +15,7 @@ void run(const PktInputs& in, const Tensor& loss, const cuda::Context& context) 
   P.teacher = static_cast<const T*>(in.teacher.const_data_ptr());
   P.rows = in.student.size(0);
   P.columns = in.student.size(1);
-  P.here = data(in.here);
+  P.valid = data(in.valid);
   P.student_inverse = data(in.student_inverse);
   P.teacher_inverse = data(in.teacher_inverse);
   P.weight = data(in.weight);
@@ -32,7 +32,7 @@ void pkt_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const PktInputs in(arguments);
   for (const Tensor* x :
-       {&in.teacher, &in.slopes, &in.here, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
+       {&in.teacher, &in.slopes, &in.valid, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
     FASTKD_CHECK(cuda::lies_with(*x, in.student), "all of a strip: tensors on the student's device wanted");
   }
   check(in);

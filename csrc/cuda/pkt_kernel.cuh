@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kPktThreads) pkt_kernel(const __grid_constant_
 #pragma unroll
     for (int k = 0; k < kPktOwn; ++k) v[k] = lane.there(k) ? x[lane.column(k)] : T(0);
   };
-  T here[kPktOwn], inverse[kPktOwn], teacher_inverse[kPktOwn], weight[kPktOwn], scale[kPktOwn];
-  of_columns(P.here, here);
+  T valid[kPktOwn], inverse[kPktOwn], teacher_inverse[kPktOwn], weight[kPktOwn], scale[kPktOwn];
+  of_columns(P.valid, valid);
   of_columns(P.student_inverse, inverse);
   of_columns(P.teacher_inverse, teacher_inverse);
   of_columns(P.weight, weight);
@@ -96,12 +96,12 @@ __global__ void __launch_bounds__(kPktThreads) pkt_kernel(const __grid_constant_
     T s[kPktOwn], t[kPktOwn];
     lane.template load<Memory::kGlobal>(P.student + i * P.columns, s);
     lane.template load<Memory::kGlobalLast>(P.teacher + i * P.columns, t);
-    const T here_i = P.here[i], inverse_i = P.student_inverse[i], teacher_inverse_i = P.teacher_inverse[i];
+    const T valid_i = P.valid[i], inverse_i = P.student_inverse[i], teacher_inverse_i = P.teacher_inverse[i];
     const T weight_i = P.weight[i], scale_i = P.scale[i];
     T row_loss = 0, slope = 0;
 #pragma unroll
     for (int k = 0; k < kPktOwn; ++k) {
-      const T both = here_i * here[k];
+      const T both = valid_i * valid[k];
       const T x = baseline::pkt_similarity(s[k], both), y = baseline::pkt_similarity(t[k], both);
       const T a = baseline::pkt_pair(x * inverse_i, y * teacher_inverse_i, P.eps, weight_i, row_loss, slope);
       T other_loss = 0, other_slope = 0;

@@ -15,7 +15,7 @@ struct PktParams {
   T* student;        // [rows, columns]: cosines, which become weights of the gradient's sum over unit vectors
   const T* teacher;  // [rows, columns]
   int64_t rows, columns;
-  const T *here, *student_inverse, *teacher_inverse, *weight, *scale;
+  const T *valid, *student_inverse, *teacher_inverse, *weight, *scale;
   T eps;
   double* slopes;  // +=
   double* loss;    // [], out

@@ -23,7 +23,7 @@ void run(const TripletInputs& in, const Tensor& sums, const cuda::Context& conte
   P.first = data(in.first, int64_t());
   P.last = data(in.last, int64_t());
   P.length = in.positives.size(0);
-  P.here = data(in.here, bool());
+  P.valid = data(in.valid, bool());
   P.count = data(in.count, int64_t());
   P.weight = data(in.weight, T());
   P.margin = T(in.margin);
@@ -37,7 +37,7 @@ void run(const TripletInputs& in, const Tensor& sums, const cuda::Context& conte
 void triplet_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const TripletInputs in(arguments);
-  for (const Tensor* x : {&in.strip, &in.x, &in.norms, &in.positives, &in.first, &in.last, &in.here, &in.count,
+  for (const Tensor* x : {&in.strip, &in.x, &in.norms, &in.positives, &in.first, &in.last, &in.valid, &in.count,
                           &in.weight, in.grad ? &*in.grad : &in.strip}) {
     FASTKD_CHECK(cuda::lies_with(*x, in.strip), "all of a strip: tensors on one GPU wanted");
   }

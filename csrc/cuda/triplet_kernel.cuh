@@ -8,7 +8,7 @@
 // weights; 4 elements a pair, and a bit that says whether it is near. Thresholds are sorted in shared memory, as many
 // as it has room for at a time; ranks are searched, their counts and the sums of thresholds make both gradients:
 // O(N log P). Only where a row has more positives, a pair's triplets are counted in memory from one part to the next.
-// While ranks are sought, what is below 0 is the distance of a positive.
+// Until ranks are known, the distances of positives are stored negated: the sign marks a positive.
 //
 // Near pairs, whose differences would cancel in a product with the strip, are added to the gradient from the rows as
 // they were given: row i's in the row's own block, row j's by a warp a column in a second launch, which sets them to 0
@@ -19,16 +19,12 @@
 
 #include "cuda/reduce.cuh"
 #include "cuda/triplet_launch.h"
+#include "math/distance.h"
 #include "math/scalar.h"
 
 namespace fastkd::cuda {
 
 inline constexpr int kTripletThreads = 256, kTripletWarps = kTripletThreads / 32;
-
-template <class T>
-inline constexpr T kTripletNear = T(1) / 256;  // of |x|^2 + |y|^2: the share of a squared distance that is near
-template <class T>
-inline constexpr T kTripletLeast = T(1e-6);  // of distances: samples that are equal have no gradient from each other
 
 // In shared memory; [room] each, the sums one more.
 template <class T>
@@ -61,25 +57,24 @@ __device__ __forceinline__ T squared_distance(const T* x, const T* y, int D) {
 // near.
 template <class T>
 __device__ __forceinline__ bool triplet_distances(const TripletParams<T>& P, int i, T* d) {
-  constexpr T kLeast = kTripletLeast<T> * kTripletLeast<T>;
   const int self = P.row + i;
   const int lane = threadIdx.x % 32;
   const T norm = P.norms[self];
-  const bool here = P.here[self];
+  const bool valid = P.valid[self];
   bool any = false;
   for (int first = threadIdx.x - lane; first < P.N; first += kTripletThreads) {
     const int j = first + lane;
-    const bool pair = here && j < P.N && j != self && P.here[j];
+    const bool pair = valid && j < P.N && j != self && P.valid[j];
     const T both = pair ? norm + P.norms[j] : T(0);
     T squared = pair ? both - 2 * d[j] : baseline::kInf<T>;
-    const bool near = pair && squared < kTripletNear<T> * both;
+    const bool near = pair && squared < kNear<T> * both;
     const unsigned votes = __ballot_sync(0xffffffffu, near);
     for (unsigned rest = votes; rest; rest &= rest - 1) {
       const int from = __ffs(int(rest)) - 1;
       const T exact = squared_distance(P.x + P.sample_at(self), P.x + P.sample_at(first + from), P.D);
       if (lane == from) squared = exact;
     }
-    if (j < P.N) d[j] = std::sqrt(squared < kLeast ? kLeast : squared);
+    if (j < P.N) d[j] = std::sqrt(squared < kMinSquaredDistance<T> ? kMinSquaredDistance<T> : squared);
     if (P.near && lane == 0) P.near_at(first)[i] = votes;
     any |= near;
   }
@@ -93,7 +88,7 @@ __device__ __forceinline__ int64_t take_positives(const TripletParams<T>& P, int
   nans = false;
   for (int64_t p = P.first[self] + threadIdx.x; p < P.last[self]; p += kTripletThreads) {
     const int j = int(P.positives[p]);
-    if (j == self || !P.here[j]) continue;
+    if (j == self || !P.valid[j]) continue;
     ++found;
     nans |= d[j] != d[j];
     d[j] = -d[j];
@@ -110,7 +105,7 @@ __device__ __forceinline__ int sort_thresholds(const TripletParams<T>& P, int se
   int found = 0;
   for (int at = threadIdx.x; at < P.room; at += kTripletThreads) {
     const int j = at + 1 < P.room && p + at < P.last[self] ? int(P.positives[p + at]) : self;
-    const bool positive = j != self && P.here[j];
+    const bool positive = j != self && P.valid[j];
     room.thresholds[at] = positive ? P.margin - d[j] : baseline::kInf<T>;
     room.samples[at] = positive ? j : kNone;
     found += positive;
@@ -185,7 +180,7 @@ __device__ __forceinline__ int rank(const T* thresholds, int size, int count, T 
 // Of x_i - x_j, where n triplets are active; d: negative of a positive.
 template <class T>
 __device__ __forceinline__ T triplet_weight(T d, int n, T factor) {
-  if (d <= kTripletLeast<T> && d >= -kTripletLeast<T>) return T(0);
+  if (d <= kMinDistance<T> && d >= -kMinDistance<T>) return T(0);
   return -factor * T(n) / d;  // of a positive d has the other sign
 }
 
@@ -261,7 +256,7 @@ __global__ void __launch_bounds__(kTripletThreads, 3) triplet_kernel(const __gri
   const bool near = __syncthreads_or(triplet_distances(P, i, d));
   bool nans = false;
   const int64_t positives = take_positives(P, self, d, room, nans);
-  const int64_t negatives = P.here[self] ? *P.count - 1 - positives : 0;
+  const int64_t negatives = P.valid[self] ? *P.count - 1 - positives : 0;
   const bool some = positives > 0 && negatives > 0;
   double loss = 0, active = 0;
   if (some && !nans) {

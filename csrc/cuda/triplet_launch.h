@@ -20,11 +20,11 @@ struct TripletParams {
   int32_t rows, row, N, D;
   const T* x;      // [N, D], as they were given: for near pairs
   const T* norms;  // squared, of the centred rows
-  // of sample i: positives[first[i] .. last[i]]; itself, or one that is not here, is none
+  // of sample i: positives[first[i] .. last[i]]; itself, or one that is not valid, is none
   const int64_t *positives, *first, *last;
   int64_t length;  // of positives
-  const bool* here;
-  const int64_t* count;  // [], of those that are here
+  const bool* valid;
+  const int64_t* count;  // [], of those that are valid
   const T* weight;       // of each sample's own sum
   T margin;
   T* grad;       // [N, D], += of near pairs; or null: no weights are wanted

@@ -1,4 +1,4 @@
-// Distances between two rows of features, as what the elements schedule needs to know of them.
+// Distances between two rows of features, as what the features schedule needs to know of them.
 //
 //   x = (s - m_s) a_s, y = (t - m_t) a_t, e = x - y;  m and a from the row's statistics, or 0 and 1
 //   loss = share sum e^2
@@ -15,7 +15,7 @@
 
 namespace fastkd {
 
-// The numbers are those of fastkd/ops/elements.py.
+// The numbers are those of fastkd/ops/features.py.
 enum class Feature : int64_t { kSquares, kL2, kStandardized, kCosine, kCount };
 
 inline constexpr double kL2Epsilon = 1e-12, kVarianceEpsilon = 1e-6;

@@ -8,10 +8,10 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// 1/2 (cos + 1) of two samples; here: 1 where both are there, else 0, as is their cosine.
+// 1/2 (cos + 1) of two samples; valid: 1 where both are there, else 0, as is their cosine.
 template <class T>
-FASTKD_HD T pkt_similarity(T cosine, T here) {
-  const T k = T(0.5) * (cosine + here);
+FASTKD_HD T pkt_similarity(T cosine, T valid) {
+  const T k = T(0.5) * (cosine + valid);
   return k < 0 ? T(0) : k;  // of opposite directions rounding may leave less; in this order a NaN stays
 }
 

@@ -23,7 +23,7 @@
 // Without a slope they are 0, false and 0. There a sample meets itself, with s and t of 0: pair() and weight()
 // must give 0 for it. And s * s must be d^2 again, from which near pairs are told.
 //
-// Its name goes into FASTKD_FOR_EACH_RELATION (common/relations_params.h), its number into
+// Its name goes into FASTKD_FOR_EACH_RELATION (common/embeddings_params.h), its number into
 // fastkd/ops/relations.py. Or, without a change here, into FASTKD_MORE_RELATIONS(X) of a header that both the
 // schedule's sources are compiled with (-include), in a FASTKD_NAMESPACE of its own:
 // tests/test_extension_cpp.py does.
@@ -32,6 +32,7 @@
 #include <cstdint>
 
 #include "common/inline.h"
+#include "math/distance.h"
 
 namespace fastkd {
 
@@ -89,7 +90,9 @@ class RkdDistance {
   FASTKD_HD static double loss_scale(const RelationOptions& options) { return 1 / (double(options.N) * options.N); }
   FASTKD_HD static bool measures(const RelationOptions& options) { return options.normalize; }
 
-  FASTKD_HD static T measure(T squared) { return square_root(squared < kLeast ? kLeast : squared); }
+  FASTKD_HD static T measure(T squared) {
+    return square_root(squared < kMinSquaredDistance<T> ? kMinSquaredDistance<T> : squared);
+  }
 
   FASTKD_HD void pair(T s, T t, T w, T& loss, T& slope) const {
     const T u = s * inv_student_, e = u - t * inv_teacher_, r = clamp(e);
@@ -99,7 +102,7 @@ class RkdDistance {
 
   FASTKD_HD T weight(T s, T t, T w) const {
     const T of_pair = scale_ * (w * clamp(s * inv_student_ - t * inv_teacher_) - slope_mean_) / s;
-    return s <= square_root(kLeast) ? T(0) : of_pair;  // torch.clamp has no gradient below its floor
+    return s <= square_root(kMinSquaredDistance<T>) ? T(0) : of_pair;  // torch.clamp has no gradient below its floor
   }
 
   // The sum of w (u^2 - u v): what the slopes add up to unless a pair is clamped.
@@ -111,7 +114,7 @@ class RkdDistance {
   // What each 1 of the slopes' sum adds to weight().
   FASTKD_HD T slope_weight(T s, const RelationOptions& options) const {
     const T w = -scale_ / (T(options.pairs()) * s);
-    return s <= square_root(kLeast) ? T(0) : w;
+    return s <= square_root(kMinSquaredDistance<T>) ? T(0) : w;
   }
   // Whether a slopes' sum that is wrong by `error` changes the gradient by more than `tolerance` of it, at
   // the most: over j that grows like N, and the r of a pair, which have both signs, like the root of N.
@@ -122,8 +125,6 @@ class RkdDistance {
   }
 
  private:
-  static constexpr T kLeast = T(1e-12);
-
   FASTKD_HD T clamp(T e) const {
     const T below = e > delta_ ? delta_ : e;  // in this order a NaN stays
     return below < -delta_ ? -delta_ : below;

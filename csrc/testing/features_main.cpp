@@ -1,4 +1,4 @@
-// The launches of the elements schedule and of attention transfer as a program without torch, for the
+// The launches of the features schedule and of attention transfer as a program without torch, for the
 // sanitizers.
 //   features_main WHAT DTYPE MASKED MODE SEED  prints "right" or what is wrong
 // WHAT 0 squares, 1 l2, 2 standardized, 3 cosine, of layers of every layout in one launch; 4 attention;
@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "cuda/attention_launch.h"
-#include "cuda/elements_plan.h"
+#include "cuda/features_plan.h"
 #include "testing/memory.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
@@ -55,8 +55,8 @@ struct Features {
       values[i] = double(float(memory.as<S>()[i]));
     }
   }
-  cuda::ElementsTensor tensor() const {
-    cuda::ElementsTensor x{};
+  cuda::FeaturesTensor tensor() const {
+    cuda::FeaturesTensor x{};
     x.data = memory.as<char>();
     x.dtype = type;
     x.element_size = sizeof(S);
@@ -79,7 +79,7 @@ struct Features {
 };
 
 template <class T>
-void set_leading(cuda::ElementsPart<T>& part, const Shape& shape) {
+void set_leading(cuda::FeaturesPart<T>& part, const Shape& shape) {
   part.N = shape.N();
   part.D = shape.D;
   for (const int64_t size : {shape.B, shape.P}) {
@@ -137,11 +137,11 @@ int elements(Feature f, DType type, bool masked, double tolerance) {
                                   {2, 7, 12}, {1, 40, 15},  {2, 7, 9},  {1, 300, 4}};
   std::vector<std::unique_ptr<Features<S>>> students, teachers, grads;
   std::vector<std::unique_ptr<Memory>> masks, weights;
-  auto P = std::make_unique<cuda::ElementsParams<T>>();
+  auto P = std::make_unique<cuda::FeaturesParams<T>>();
   cuda::Device device;
   if (cuda::current_device(device)) return std::puts("no device"), 1;
-  cuda::ElementsCounts counts{};
-  cuda::ElementsLosses<T> losses{};
+  cuda::FeaturesCounts counts{};
+  cuda::FeaturesLosses<T> losses{};
   const int count = int(shapes.size());
   double right = 0;
   std::vector<std::vector<double>> exact;
@@ -152,7 +152,7 @@ int elements(Feature f, DType type, bool masked, double tolerance) {
     Features<S>&s = *students[l], &t = *teachers[l];
     s.fill();
     t.fill();
-    cuda::ElementsPart<T>& part = P->layers[l];
+    cuda::FeaturesPart<T>& part = P->layers[l];
     part.student = s.tensor();
     part.teacher = t.tensor();
     part.grad = grads[l]->tensor();
@@ -199,7 +199,7 @@ int elements(Feature f, DType type, bool masked, double tolerance) {
   }
   P->count = counts.count = losses.count = count;
   P->feature = f;
-  const cuda::ElementsGrid grid = cuda::plan_blocks(P->layers, count, device);
+  const cuda::FeaturesGrid grid = cuda::plan_blocks(P->layers, count, device);
   P->state_rows = grid.rows;
   P->room = grid.room;
   const Memory scales(count * 8), partials(grid.blocks * 8), row_loss(rows * int64_t(sizeof(T))), total(8);
@@ -215,9 +215,9 @@ int elements(Feature f, DType type, bool masked, double tolerance) {
   losses.first = true;
   losses.layers = layers.as<T>();
   losses.loss = loss.as<T>();
-  cudaError_t e = masked ? cuda::elements_count(counts, nullptr) : cudaSuccess;
-  if (!e) e = cuda::elements(*P, grid.blocks, nullptr);
-  if (!e) e = cuda::elements_finish(losses, nullptr);
+  cudaError_t e = masked ? cuda::features_count(counts, nullptr) : cudaSuccess;
+  if (!e) e = cuda::features(*P, grid.blocks, nullptr);
+  if (!e) e = cuda::features_finish(losses, nullptr);
   if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
   double worst = 0;
   for (int l = 0; l < count; ++l) {
@@ -244,7 +244,7 @@ int attention(DType type, double tolerance) {
     const int64_t rows = shape.N();
     const Memory maps(2 * rows * 8), losses(shape.B * 8);
     const auto part = [&](const Features<S>& x, const Features<S>* out) {
-      cuda::ElementsPart<T> p{};
+      cuda::FeaturesPart<T> p{};
       p.student = x.tensor();
       if (out) p.grad = out->tensor();
       set_leading(p, x.shape);
@@ -253,13 +253,13 @@ int attention(DType type, double tolerance) {
     };
     double* map = maps.as<double>();
     cuda::AttentionPowers<T> powers{{part(student, nullptr), part(teacher, nullptr)}, {map, map + rows}, kP, 0};
-    const cuda::ElementsGrid grid = cuda::plan_blocks(powers.sides, 2, device);
+    const cuda::FeaturesGrid grid = cuda::plan_blocks(powers.sides, 2, device);
     powers.room = grid.room;
     const double all = double(rows);
     const cuda::AttentionMaps<T> compare{
         shape.P, map, map + rows, true, kP / double(shape.D) / all, nullptr, losses.as<double>()};
     cuda::AttentionSlopes<T> slopes{part(student, &grad), map, map + rows, kP};
-    const cuda::ElementsGrid last = cuda::plan_blocks(&slopes.layer, 1, device);
+    const cuda::FeaturesGrid last = cuda::plan_blocks(&slopes.layer, 1, device);
     cudaError_t e = cuda::attention_powers(powers, grid.blocks, nullptr);
     if (!e) e = cuda::attention_maps(compare, shape.B, nullptr);
     if (!e) e = cuda::attention_slopes(slopes, last.blocks, nullptr);

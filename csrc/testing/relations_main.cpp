@@ -1,7 +1,7 @@
-// The launches of the pairs and the triples schedule as a program without torch, for the sanitizers.
+// The launches of the pairs and the angles schedule as a program without torch, for the sanitizers.
 //   relations_main SCHEDULE DTYPE N D ALIKE BLOCK MULTIPROCESSORS COUNT WEIGHTED MODE SEED
 // prints "right" or what is wrong.
-// SCHEDULE pairs or triples; DTYPE 0 half, 1 bfloat16, 2 float, 3 double; ALIKE 1: some rows are alike,
+// SCHEDULE pairs or angles; DTYPE 0 half, 1 bfloat16, 2 float, 3 double; ALIKE 1: some rows are alike,
 // and some nearly; BLOCK: rows of a block of triples; COUNT: rows that are there, as the device is told
 // it, or -1; WEIGHTED 1: the rows of pairs have weights; MODE and SEED: the order of the threads. The truth
 // is computed in double from the formulas, without any of the kernels' code.
@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
+#include "cuda/angles_launch.h"
 #include "cuda/pairs_launch.h"
-#include "cuda/triples_launch.h"
 #include "testing/memory.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
@@ -114,7 +114,7 @@ double dot(const double* a, const double* b, int64_t D) {
   return sum;
 }
 
-double triples_truth(const Side& x, const Side& y, int64_t N, std::vector<double>& grad) {
+double angles_truth(const Side& x, const Side& y, int64_t N, std::vector<double>& grad) {
   if (N < 2) return 0;
   std::vector<double> u(N * x.D), v(N * y.D), q(N), unused(N), slope(x.D);
   double loss = 0;
@@ -186,11 +186,11 @@ cudaError_t run_pairs(const Problem& p, const Side& x, const Side& y, const cuda
 }
 
 template <class T>
-cudaError_t run_triples(const Problem& p, const Side& x, const Side& y, const cuda::Device& device, T* loss, T* grad) {
+cudaError_t run_angles(const Problem& p, const Side& x, const Side& y, const cuda::Device& device, T* loss, T* grad) {
   const Told<T> told(p);
-  cuda::TriplesParams<T> P{x.source, y.source, p.N, told.count, kDelta, 1, p.block, loss, grad};
-  const Memory workspace(cuda::triples_workspace_bytes(P, device));
-  return cuda::triples_forward(P, device, workspace.data, nullptr);
+  cuda::AnglesParams<T> P{x.source, y.source, p.N, told.count, kDelta, 1, p.block, loss, grad};
+  const Memory workspace(cuda::angles_workspace_bytes(P, device));
+  return cuda::angles_forward(P, device, workspace.data, nullptr);
 }
 
 template <class S, class T, cuda::PairsStorage kStorage>
@@ -202,11 +202,10 @@ int run(const Problem& p, DType type, double tolerance) {
   cuda::Device device;
   if (cuda::current_device(device)) return std::puts("no device"), 1;
   const cudaError_t e = p.pairs ? run_pairs<T, kStorage>(p, x, y, device, found_loss, found)
-                                : run_triples<T>(p, x, y, device, found_loss, found);
+                                : run_angles<T>(p, x, y, device, found_loss, found);
   if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
   std::vector<double> exact(elements);
-  const double right =
-      p.pairs ? pairs_truth(x, y, p.there(), p.weighted, exact) : triples_truth(x, y, p.there(), exact);
+  const double right = p.pairs ? pairs_truth(x, y, p.there(), p.weighted, exact) : angles_truth(x, y, p.there(), exact);
   double off = 0, size = 0;
   for (int64_t i = 0; i < elements; ++i) {
     off += (double(found[i]) - exact[i]) * (double(found[i]) - exact[i]);

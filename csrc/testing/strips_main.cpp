@@ -38,7 +38,7 @@ struct Random {
   }
 };
 
-bool is_here(int n) { return n % 7 != 3; }
+bool is_valid(int n) { return n % 7 != 3; }
 
 template <class T>
 struct Array {
@@ -78,14 +78,15 @@ int run_pkt(const Problem& p, double tolerance) {
   const size_t pairs = size_t(p.rows) * size_t(columns);
   const auto uniform = [&](int) { return 0.9 * random(); };
   Array<T> student(pairs, uniform), teacher(pairs, uniform);
-  const auto of_sample = [&](int n) { return is_here(p.row + n) ? 1.5 + random() : 0; };
-  const Array<T> here(columns, [&](int n) { return is_here(p.row + n); });
+  const auto of_sample = [&](int n) { return is_valid(p.row + n) ? 1.5 + random() : 0; };
+  const Array<T> valid(columns, [&](int n) { return is_valid(p.row + n); });
   const Array<T> weight(columns, of_sample), scale(columns, of_sample);
   const auto inverse_of = [&](int n) { return of_sample(n) / p.N; };
   const Array<T> inverse(columns, inverse_of), teacher_inverse(columns, inverse_of);
   Array<double> slopes(columns, [](int n) { return 0.25 * n; }), loss(1);
   for (size_t at = 0; at < pairs; ++at) {
-    if (here.data[at / size_t(columns)] * here.data[at % size_t(columns)] == 0) student.data[at] = teacher.data[at] = 0;
+    if (valid.data[at / size_t(columns)] * valid.data[at % size_t(columns)] == 0)
+      student.data[at] = teacher.data[at] = 0;
   }
 
   std::vector<double> weights(pairs), sums(slopes.data, slopes.data + columns), total(1);
@@ -99,7 +100,7 @@ int run_pkt(const Problem& p, double tolerance) {
   };
   for (size_t at = 0; at < pairs; ++at) {
     const int i = int(at) / columns, j = int(at) % columns;
-    const double both = here.data[i] * here.data[j];
+    const double both = valid.data[i] * valid.data[j];
     const double k = (student.data[at] + both) / 2, h = (teacher.data[at] + both) / 2;
     const double a = one(k, h, i, true), b = one(k, h, j, j >= p.rows);
     weights[at] = scale.data[i] * a + scale.data[j] * b;
@@ -110,7 +111,7 @@ int run_pkt(const Problem& p, double tolerance) {
   P.teacher = teacher.data;
   P.rows = p.rows;
   P.columns = columns;
-  P.here = here.data;
+  P.valid = valid.data;
   P.student_inverse = inverse.data;
   P.teacher_inverse = teacher_inverse.data;
   P.weight = weight.data;
@@ -147,7 +148,7 @@ void row_truth(const Problem& p, int i, const Array<T>& x, double weight, std::v
   std::vector<double> d(size_t(p.N)), slope(size_t(p.N));
   int count = 0, negatives = 0;
   const auto similar = [&](int j) { return j % p.classes == i % p.classes; };
-  const auto other = [&](int j) { return is_here(j) && j != i; };
+  const auto other = [&](int j) { return is_valid(j) && j != i; };
   for (int j = 0; j < p.N; ++j) {
     double squared = 0;
     for (int k = 0; k < kFeatures; ++k) {
@@ -157,7 +158,7 @@ void row_truth(const Problem& p, int i, const Array<T>& x, double weight, std::v
     d[size_t(j)] = std::sqrt(std::max(squared, 1e-12));
     (similar(j) ? count : negatives) += other(j);
   }
-  if (!is_here(i) || count == 0 || negatives == 0) return;
+  if (!is_valid(i) || count == 0 || negatives == 0) return;
   sums[2] += double(count) * negatives;
   for (int j = 0; j < p.N; ++j) {
     for (int k = 0; k < p.N && other(j) && similar(j); ++k) {
@@ -209,10 +210,10 @@ int run_triplet(const Problem& p, double tolerance) {
   };
   Array<T> strip(size_t(p.rows) * size_t(p.N), [&](int at) { return product(p.row + at / p.N, at % p.N); });
   const Array<T> norms(size_t(p.N), [&](int n) { return product(n, n); });
-  const Array<T> weight(size_t(p.N), [&](int n) { return is_here(n) ? 1.5 + random() : 0; });
-  const Array<bool> here(size_t(p.N), is_here);
+  const Array<T> weight(size_t(p.N), [&](int n) { return is_valid(n) ? 1.5 + random() : 0; });
+  const Array<bool> valid(size_t(p.N), is_valid);
   const Similar similar(p.N, p.classes);
-  const Array<int64_t> count(1, [&](int) { return std::count(here.data, here.data + p.N, true); });
+  const Array<int64_t> count(1, [&](int) { return std::count(valid.data, valid.data + p.N, true); });
   Array<double> sums(3);
 
   cuda::TripletParams<T> P{};
@@ -227,7 +228,7 @@ int run_triplet(const Problem& p, double tolerance) {
   P.first = similar.first.data;
   P.last = similar.last.data;
   P.length = p.N;
-  P.here = here.data;
+  P.valid = valid.data;
   P.count = count.data;
   P.weight = weight.data;
   P.margin = T(kMargin);

@@ -83,9 +83,9 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer
     if backend == "torch":
         loss, layers = reference.feature_loss(feature, *arguments)
     else:
-        from ..ops import elements
+        from ..ops import features
 
-        loss, layers = elements.feature_loss(_backend.namespace(backend), feature, *arguments)
+        loss, layers = features.feature_loss(_backend.namespace(backend), feature, *arguments)
     if normalizer is not None:
         loss, layers = _normalized(loss, normalizer), _normalized(layers, normalizer)
     if reduction == "none":
@@ -350,9 +350,9 @@ def linear_feature_mse(
     if backend == "torch":
         loss = reference.linear_feature_loss(*arguments)
     else:
-        from ..ops import elements
+        from ..ops import features
 
-        loss = elements.linear_feature_loss(_backend.namespace(backend), *arguments)
+        loss = features.linear_feature_loss(_backend.namespace(backend), *arguments)
     if normalizer is not None:
         return _normalized(loss, normalizer)
     return loss.view([*student.shape[:dim], *student.shape[dim + 1 :]]) if reduction == "none" else loss

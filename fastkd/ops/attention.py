@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..reference import compute_dtype
-from .gradient import once, times
+from .gradient import forbid_double_backward, scaled
 from .numbers import as_tensor
 from .saved import is_inference
 
@@ -60,12 +60,12 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        return None, once(_gradient, ctx, upstream), None, None
+        return None, forbid_double_backward(_gradient, ctx, upstream), None, None
 
 
 def _gradient(ctx, upstream):
     if not ctx.recompute:
-        return times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
+        return scaled(ctx.ops.scale_, *ctx.saved_tensors, upstream)
     student, teacher, p = ctx.saved_tensors
     return ctx.ops.bwd(student, teacher if ctx.teacher is None else ctx.teacher, p, upstream)
 

@@ -8,7 +8,7 @@ import torch
 from .. import _transforms
 
 
-def all_times(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
+def all_scaled(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
     """Each of grads * upstream, in their memory where nothing else will need it. Whether upstream is 1
     is looked at where it lies: the host waits for no device."""
     if torch.compiler.is_compiling() or type(upstream) is not torch.Tensor:
@@ -19,12 +19,12 @@ def all_times(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) ->
     return grads
 
 
-def times(scale_: Any, grad: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+def scaled(scale_: Any, grad: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
     """The same of one."""
-    return all_times(scale_, [grad], upstream)[0]
+    return all_scaled(scale_, [grad], upstream)[0]
 
 
-def once(gradient: Callable[..., Any], *arguments: Any) -> Any:
+def forbid_double_backward(gradient: Callable[..., Any], *arguments: Any) -> Any:
     """gradient(*arguments), unless it is to be differentiated again. Autograd might find no path that leads by here,
     and count a second derivative as 0: so the gradient itself is refused."""
     _transforms.refuse("grad_outputs", arguments[-1])

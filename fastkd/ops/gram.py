@@ -25,10 +25,13 @@ import torch
 
 from .. import _library
 from ..reference import compute_dtype, gradient_dtype, without_autocast
-from .products import blocks_of, check_embeddings, through_unit, unit
+from .products import blocks_of, check_embeddings, unit, unit_backward
 
 BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block of rows: in cache; enough for a GPU
-TOGETHER = {"cpu": 2**20, "cuda": 2**23}  # of samples of a batch: products of two are faster than one after the other
+BATCH_BLOCK = {
+    "cpu": 2**20,
+    "cuda": 2**23,
+}  # of a batch's samples: together they are faster
 MIN_SHARE = 0.1  # of the terms, which |G - H|^2 must keep: then the result has lost one digit
 CLAMPS: dict[str | None, int] = {None: 0, "teacher": 1, "both": 2}
 
@@ -170,7 +173,7 @@ def _squares_and_gradient(x, y, normalize, clamp, half, scales, grad):
     if grad is not None:
         by = (4 * scales)[:, None, None].to(grad.dtype)
         if normalize:
-            through_unit(grad, x, factor * by, own)
+            unit_backward(grad, x, factor * by, own)
         else:
             grad *= by
     return squares
@@ -191,7 +194,7 @@ def _gram_fwd(student, teacher, normalize, clamp, mask, weight, save):
     scales = _scales(x, mask)
     with without_autocast(student.device):
         # a few samples at a time: what is made of them stays in the caches
-        for some in blocks_of(TOGETHER, len(x), x.shape[1] * max(x.shape[2], y.shape[2]), x.device):
+        for some in blocks_of(BATCH_BLOCK, len(x), x.shape[1] * max(x.shape[2], y.shape[2]), x.device):
             u, v = x[some].to(dtype), y[some].to(dtype)
             of_rows = half if half is None else half[some]
             if mask is not None:

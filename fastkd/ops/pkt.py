@@ -63,21 +63,21 @@ def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
         return loss.to(dtype), grad.zero_()
     with without_autocast(student.device):
         x, y = student.to(dtype), teacher.to(dtype)
-        here = x.new_ones(N)
+        valid = x.new_ones(N)
         if mask is not None:
             x, y = (torch.where(mask[:, None], z, 0.0) for z in (x, y))
-            here = mask.to(dtype)
+            valid = mask.to(dtype)
         (x, *through), (y, *_) = _shortened(x, eps), _shortened(y, eps)
-        count = here.sum()
-        rows = torch.where(count < 2, 0.0, here / (count * count))  # one alone has no pair
+        count = valid.sum()
+        rows = torch.where(count < 2, 0.0, valid / (count * count))  # one alone has no pair
         if weight is not None:
-            rows = rows * torch.where(here > 0, weight.to(dtype), 0.0)
+            rows = rows * torch.where(valid > 0, weight.to(dtype), 0.0)
         everyone, teachers = x.sum(0), y.sum(0)
         # an error of a sum is one of all a row's probabilities: what it does to the loss is of second order
-        inverses = [torch.where(here > 0, 2 / (z @ sums + count), 0.0) for z, sums in ((x, everyone), (y, teachers))]
+        inverses = [torch.where(valid > 0, 2 / (z @ sums + count), 0.0) for z, sums in ((x, everyone), (y, teachers))]
         scale = 0.5 * rows * inverses[0]
-        slopes = torch.zeros_like(here, dtype=torch.float64)
-        of_samples = here, *inverses, rows, scale
+        slopes = torch.zeros_like(valid, dtype=torch.float64)
+        of_samples = valid, *inverses, rows, scale
         direct = grad.dtype is dtype
         to = (grad.zero_() if direct else torch.zeros_like(x)) if save else None
         blocks = blocks_of(BLOCK, N, N, x.device)

@@ -49,7 +49,7 @@ def unit(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | No
     return scaled.mul_(factor), factor / one_or_largest, ~short
 
 
-def through_unit(grad: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+def unit_backward(grad: torch.Tensor, x: torch.Tensor, factor: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     """dL/dX from that of the rows of length 1, in its memory."""
     along = torch.linalg.vecdot(grad, x)[..., None]
     grad.addcmul_(x, along if own is None else torch.where(own, along, 0.0), value=-1)

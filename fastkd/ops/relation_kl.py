@@ -28,13 +28,13 @@ from .._calls import InverseDivisor, RowsCall
 from .._divergences import ENTRIES, NUMBERS, REGISTRY
 from ..reference import compute_dtype, gradient_dtype, without_autocast
 from . import rows as rows_schedule
-from .gradient import once, times
-from .products import blocks_of, through_unit, unit
+from .gradient import forbid_double_backward, scaled
+from .products import blocks_of, unit, unit_backward
 from .rows import changeable, number_or_rows, positive
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 HALF = (torch.float16, torch.bfloat16)
-MOST = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
+MAX_SIMILARITY = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
 
 
 class _Options(NamedTuple):
@@ -94,7 +94,7 @@ class _Side:
 
 
 def _prepared(x, mask, normalize):
-    """Rows as they are multiplied, and what through_unit wants where they are of length 1."""
+    """Rows as they are multiplied, and what unit_backward wants where they are of length 1."""
     if mask is not None:  # a row that does not count may hold anything
         x = torch.where(mask[..., None], x, 0.0)
     if not normalize:
@@ -182,13 +182,13 @@ class _Strips:
         if options.divergence != NUMBERS["kl_div"]:
             return False
         pairs = (s.x, options.temperature), (t.x, options.teacher_temperature)
-        return all(torch.linalg.vecdot(x, x).max() <= MOST * T for x, T in pairs)  # false of NaN
+        return all(torch.linalg.vecdot(x, x).max() <= MAX_SIMILARITY * T for x, T in pairs)  # false of NaN
 
     def _of_pairs(self, s, t, options, grad):
         """Of one sample: strips from the diagonal on."""
         x, y = s.x[0], t.x[0]
         N = len(x)
-        here = x.new_ones(N) if options.mask is None else options.mask[0].to(x.dtype)
+        valid = x.new_ones(N) if options.mask is None else options.mask[0].to(x.dtype)
         scales = 1 / options.temperature, 1 / options.teacher_temperature
         sums = torch.zeros(N, 2, dtype=torch.float64)
 
@@ -203,18 +203,18 @@ class _Strips:
                 yield rows, S, T
 
         for rows, S, T in strips():
-            torch.ops.fastkd.relation_sums.default(S, T, here, *scales, rows.start, sums)
-        inverses = torch.where((sums > 0) & (here[:, None] > 0), 1 / sums, 0.0)
+            torch.ops.fastkd.relation_kl_sums.default(S, T, valid, *scales, rows.start, sums)
+        inverses = torch.where((sums > 0) & (valid[:, None] > 0), 1 / sums, 0.0)
         logarithms = torch.where(sums > 0, sums, 1.0).log()
         number, tensor = self.scale
-        weight = here * (number if tensor is None else tensor)
+        weight = valid * (number if tensor is None else tensor)
         if options.weight is not None:
-            weight = torch.where(here > 0, weight * options.weight[0], 0.0)
+            weight = torch.where(valid > 0, weight * options.weight[0], 0.0)
         of_samples = [z.to(x.dtype) for z in (*inverses.T.contiguous(), logarithms[:, 0] - logarithms[:, 1], weight)]
         loss = torch.zeros((), dtype=torch.float64)
         for rows, S, T in strips():
-            loss += torch.ops.fastkd.relation_weights_.default(
-                S, T, here, *scales, rows.start, *of_samples, of_samples[-1] * scales[0]
+            loss += torch.ops.fastkd.relation_kl_weights_.default(
+                S, T, valid, *scales, rows.start, *of_samples, of_samples[-1] * scales[0]
             )  # fmt: skip
             if grad is not None:
                 grad[0, rows].addmm_(S, x[rows.start :])
@@ -290,7 +290,7 @@ def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
             for x, g, through in ((grad, to, s.through), (keys_grad, to_keys, s.keys_through)):
                 if g is not None:
                     if through is not None:
-                        through_unit(g, *through)
+                        unit_backward(g, *through)
                     if x.dtype is not dtype:
                         x[some] = g
     return loss.to(dtype), grad, keys_grad
@@ -311,9 +311,9 @@ def _fake_fwd(student, teacher, student_keys, teacher_keys, *options):
 
 _library.fastkd.impl("relation_kl_fwd", _relation_kl_fwd, "CompositeExplicitAutograd")
 torch.library.register_fake("fastkd::relation_kl_fwd", _fake_fwd)
-torch.library.register_fake("fastkd::relation_sums", lambda *_: None)
+torch.library.register_fake("fastkd::relation_kl_sums", lambda *_: None)
 torch.library.register_fake(
-    "fastkd::relation_weights_", lambda student, *_: student.new_empty((), dtype=torch.float64)
+    "fastkd::relation_kl_weights_", lambda student, *_: student.new_empty((), dtype=torch.float64)
 )  # fmt: skip
 FWD = torch.ops.fastkd.relation_kl_fwd.default
 
@@ -332,7 +332,7 @@ class _RelationKL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        grads = iter([once(times, ctx.scale_, grad, upstream) for grad in ctx.saved_tensors])
+        grads = iter([forbid_double_backward(scaled, ctx.scale_, grad, upstream) for grad in ctx.saved_tensors])
         both = zip(ctx.wanted, ctx.dtypes, strict=True)
         found = [next(grads).to(dtype) if wanted else None for wanted, dtype in both]
         return None, *found, *(None for _ in ctx.needs_input_grad[3:])

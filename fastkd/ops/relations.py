@@ -1,4 +1,4 @@
-"""Relations between the samples of a batch of embeddings: the pairs and the triples schedules, and
+"""Relations between the samples of a batch of embeddings: the pairs and the angles schedules, and
 those that need matrix products and, between them, little else."""
 
 from typing import Any, NamedTuple
@@ -8,26 +8,26 @@ import torch
 from ..reference import compute_dtype, gradient_dtype, ordinary
 from . import gram, similarity
 from . import pkt as _pkt
-from .gradient import once, times
+from .gradient import forbid_double_backward, scaled
 from .numbers import as_tensor
 from .relation_kl import relation_kl as _relation_kl
 from .triplet import relational_triplet as _relational_triplet
 
-RKD_DISTANCE = 0  # the relations of csrc/common/relations_params.h
+RKD_DISTANCE = 0  # the relations of csrc/common/embeddings_params.h
 
 
 class Ops(NamedTuple):
     """One implementation of the ops."""
 
     pairs_fwd: Any
-    triples_fwd: Any
+    angles_fwd: Any
     similarity_fwd: Any
     gram_fwd: Any
     pkt_fwd: Any
     scale_: Any
 
 
-NAMES = ("pairs_fwd", "triples_fwd", "pkt_strip_", "triplet_strip_")
+NAMES = ("pairs_fwd", "angles_fwd", "pkt_strip_", "triplet_strip_")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
@@ -50,8 +50,8 @@ def use_namespace(namespace: str) -> None:
     for name, fake in zip(NAMES, (_fake_fwd, _fake_fwd, _fake_pkt_strip_, _fake_triplet_strip_), strict=True):
         torch.library.register_fake(f"{namespace}::{name}", fake)
     ops = getattr(torch.ops, namespace)
-    pairs, triples, scale_ = (getattr(ops, name).default for name in ("pairs_fwd", "triples_fwd", "scale_"))
-    OPS[namespace] = Ops(pairs, triples, similarity.FWD, gram.FWD, _pkt.FWD, scale_)
+    pairs, angles, scale_ = (getattr(ops, name).default for name in ("pairs_fwd", "angles_fwd", "scale_"))
+    OPS[namespace] = Ops(pairs, angles, similarity.FWD, gram.FWD, _pkt.FWD, scale_)
 
 
 for _name in ("similarity_fwd", "gram_fwd", "pkt_fwd"):
@@ -72,12 +72,12 @@ class _Relation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        grad = once(_gradient, ctx, upstream)
+        grad = forbid_double_backward(_gradient, ctx, upstream)
         return None, None, grad, *(None for _ in ctx.needs_input_grad[3:])
 
 
 def _gradient(ctx, upstream):
-    return times(ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
+    return scaled(ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
 
 
 def _loss(namespace, name, student, teacher, *options):
@@ -128,12 +128,12 @@ def rkd_distance(
 def rkd_angle(
     namespace: str, student: torch.Tensor, teacher: torch.Tensor, delta: float, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), as_tensor(1.0, delta, 0.0, 1.0))
+    return _loss_of_rows(namespace, "angles_fwd", mask, (student, teacher), as_tensor(1.0, delta, 0.0, 1.0))
 
 
 def rkd_loss(namespace: str, student: torch.Tensor, teacher: torch.Tensor, *options: Any) -> torch.Tensor:
     *numbers, mask = options
-    return _loss_of_rows(namespace, "triples_fwd", mask, (student, teacher), as_tensor(*numbers))
+    return _loss_of_rows(namespace, "angles_fwd", mask, (student, teacher), as_tensor(*numbers))
 
 
 def similarity_preserving(

@@ -10,7 +10,7 @@ from .._check import LogitsOptions
 from .._divergences import NUMBERS, REGISTRY
 from .._inplace import overwritten
 from ..reference import compute_dtype
-from .gradient import once, times
+from .gradient import forbid_double_backward, scaled
 from .saved import restored, save
 
 STATS_SIZE = 5  # doubles a row
@@ -72,14 +72,14 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        grad = once(_gradient, ctx, upstream)
+        grad = forbid_double_backward(_gradient, ctx, upstream)
         student = 3 + RowsCall._fields.index("student")
         return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
 def _gradient(ctx, upstream):
     if not ctx.recompute:
-        return times(ctx.ops.scale_, *ctx.saved_tensors, upstream)
+        return scaled(ctx.ops.scale_, *ctx.saved_tensors, upstream)
     call, stats = restored(ctx, RowsCall)
     student = call.student
     grad = student if ctx.inplace else new_grad(student)

@@ -30,7 +30,7 @@ from ..reference import compute_dtype, gradient_dtype, without_autocast
 from .products import blocks_of, check_embeddings, row_factors
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
-FAR = 0.1  # the mean of 1 - cos from which on its own rounding does not count
+FAR_MEAN = 0.1  # the mean of 1 - cos from which on its own rounding does not count
 FEATURES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of a block [rows, D]
 
 
@@ -69,7 +69,7 @@ def _loss(x, y, rows, grad):
     if _by_features(len(x), x.shape[1], y.shape[1]):
         if x.device.type == "cpu":
             loss = _features_in(x.dtype, x, y, rows, grad)
-            if loss > 2 * FAR * rows.sum(dtype=torch.float64):  # false of NaN
+            if loss > 2 * FAR_MEAN * rows.sum(dtype=torch.float64):  # false of NaN
                 return loss
         if x.dtype is torch.float32:
             return _features_in(torch.float64, x, y, rows, grad)

@@ -23,7 +23,7 @@ import torch
 
 from .. import _library
 from ..reference import compute_dtype, gradient_dtype, positives_of, without_autocast
-from .gradient import once, times
+from .gradient import forbid_double_backward, scaled
 from .numbers import as_tensor, read
 from .products import blocks_of, check_embeddings
 
@@ -31,28 +31,29 @@ BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
 NEIGHBOURS = {"cpu": 2**19, "cuda": 2**22}  # the same of the teacher's distances, in float64, with what topk takes
 
 
-def _centred(x, here, count):
-    """Rows less the mean of those that are here, and their squared norms."""
-    mean = (x * here[:, None]).sum(0, dtype=torch.float64) / count.clamp(min=1)
+def _centred(x, valid, count):
+    """Rows less the mean of those that are valid, and their squared norms."""
+    mean = (x * valid[:, None]).sum(0, dtype=torch.float64) / count.clamp(min=1)
     x = x - mean.to(x.dtype)
     return x, (x * x).sum(1)
 
 
-def _of_labels(labels, here):
+def _of_labels(labels, valid):
     """The samples in the order of their labels, and where each row's class begins and ends."""
     last = torch.iinfo(torch.int64).max
-    labels = torch.where(here, labels.long(), last)  # behind all classes but this number's own, which asks who is here
+    # Masked rows sort last. A real label of this value shares their place: the kernels ask `valid` as well.
+    labels = torch.where(valid, labels.long(), last)
     ordered, samples = torch.sort(labels, stable=True)
     return samples, torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
 
 
-def _nearest(teacher, positives, here, count):
-    """Of each row its nearest others. What is not there is the row itself, which is none."""
+def _nearest(teacher, positives, valid, count):
+    """Indices of each row's `positives` nearest other rows. Missing ones are its own index, which kernels ignore."""
     # in float64: in tight clusters float32's distances from products have no order
-    y, norms = _centred(torch.where(here[:, None], teacher.double(), 0.0), here, count)
+    y, norms = _centred(torch.where(valid[:, None], teacher.double(), 0.0), valid, count)
     N = len(y)
     rows = torch.arange(N, device=y.device)
-    norms = torch.where(here, norms, torch.inf)  # infinitely far
+    norms = torch.where(valid, norms, torch.inf)  # infinitely far
     found = torch.empty(N, positives, dtype=torch.int64, device=y.device)
     blocks = blocks_of(NEIGHBOURS, N, N, y.device)
     memory = y.new_empty(blocks[0].stop * N)  # one strip's, for all: else the next is made beside the last
@@ -77,24 +78,24 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
     if N < 2:
         return sums[0].to(dtype), sums[1].float(), grad.zero_()
     with without_autocast(device):
-        here = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask.contiguous()
-        count = here.sum()
-        of_rows = here.to(dtype) / count.clamp(min=1)
+        valid = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask.contiguous()
+        count = valid.sum()
+        of_rows = valid.to(dtype) / count.clamp(min=1)
         if weight is not None:
-            of_rows = torch.where(here, of_rows * weight.to(dtype), 0.0)
+            of_rows = torch.where(valid, of_rows * weight.to(dtype), 0.0)
         x = student.to(dtype).contiguous()
         if mask is not None:  # a row that does not count may hold anything
             x = torch.where(mask[:, None], x, 0.0)
         weights = x.new_zeros(N)  # W 1 + W^T 1
         if labels is not None:
-            similar = _of_labels(labels, here)
+            similar = _of_labels(labels, valid)
         else:
-            similar = _nearest(teacher, positives_of(positives, N), here, count)
+            similar = _nearest(teacher, positives_of(positives, N), valid, count)
             # a NaN has no neighbours, and neither loss nor gradient must hide it
-            nothing = 0.0 * torch.where(here, teacher.sum(1, dtype=torch.float64), 0.0).sum()
+            nothing = 0.0 * torch.where(valid, teacher.sum(1, dtype=torch.float64), 0.0).sum()
             sums[0] += nothing
             weights += nothing.to(dtype)
-        centred, norms = _centred(x, here, count)
+        centred, norms = _centred(x, valid, count)
         to = torch.zeros_like(x) if save else None
         ones = x.new_ones(N)
         blocks = blocks_of(BLOCK, N, N, device)
@@ -103,7 +104,7 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
         for some in blocks:
             n = some.stop - some.start
             W = torch.mm(centred[some], centred.T, out=memory[: n * N].view(n, N))
-            sums += strip_(W, x, norms, *similar, here, count, of_rows, margin, some.start, to)
+            sums += strip_(W, x, norms, *similar, valid, count, of_rows, margin, some.start, to)
             if save:
                 weights[some] += W.mv(ones)
                 weights += W.T.mv(ones[some])
@@ -141,7 +142,7 @@ class _Triplet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, _):
-        grad = once(times, ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
+        grad = forbid_double_backward(scaled, ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
         return None, grad, *(None for _ in ctx.needs_input_grad[2:])
 
 

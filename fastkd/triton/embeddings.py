@@ -1,4 +1,4 @@
-"""What pairs and triples have in common: the embeddings, their squared distances, sums in a fixed order.
+"""What pairs and angles have in common: the embeddings, their squared distances, sums in a fixed order.
 
 Embeddings are contiguous [N, D]. Of N rows the first n may be all there are: how many, `count`, only the device
 knows. Sums over elements are short in float32, then in float64, and in the same order in every run.
@@ -11,6 +11,9 @@ import triton
 import triton.language as tl
 
 SUM_BLOCK = 4096
+# csrc/math/distance.h says why.
+MIN_DISTANCE = tl.constexpr(1e-6)  # samples that are equal have no gradient from each other
+NEAR_SHARE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products cancel: a pair is near
 SAMPLED_ROWS = 512  # of which the centre is the mean: any point among the embeddings will do
 
 

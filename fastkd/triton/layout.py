@@ -91,13 +91,13 @@ class Tile(NamedTuple):
 
 
 # Elements of a tile on each side, which stay in registers: 16 to 32 a thread.
-MOST = {4: 8192, 8: 4096}
+MAX_BLOCK = {4: 8192, 8: 4096}
 FEW_ROWS = 16  # side by side, that fill what is read at a time
 
 
 def tile_of(rows: Rows, compute_size: int, kept: bool = True) -> Tile:
     """kept: the features of a row should all be there at once."""
-    most, features = MOST[compute_size], triton.next_power_of_2(rows.D)
+    most, features = MAX_BLOCK[compute_size], triton.next_power_of_2(rows.D)
     if rows.side_by_side:
         across = min(64, triton.next_power_of_2(rows.inner))
         while kept and across > FEW_ROWS and across * features > most:

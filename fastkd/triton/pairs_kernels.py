@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 
 from .embeddings import (
+    MIN_DISTANCE,
+    NEAR_SHARE,
     any_of,
     row_pointer,
     rows_there,
@@ -29,9 +31,6 @@ from .embeddings import (
     total,
     width_there,
 )
-
-FLOOR = tl.constexpr(1e-6)  # of distances: those of equal rows
-CLOSE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products cancel
 
 # In the kernels
 #   strip   pointers to the distances of student and teacher, [rows of the strip, pitch]: 0 on the
@@ -74,11 +73,11 @@ def _distances(
         i_norms, j_norms = tl.load(norms + i, mask=i < N, other=0.0), tl.load(norms + j, mask=j < N, other=0.0)
         of_rows = i_norms[:, None] + j_norms[None, :]
         squares = of_rows - 2.0 * _gram(x, first_i, first_j, N, D, PRECISION, ROWS, COLUMNS, BLOCK_D)
-        close = pair & (squares < of_rows * CLOSE)
+        close = pair & (squares < of_rows * NEAR_SHARE)
         if any_of(close):
             exact = squared_distances(given, first_i, first_j, N, D, dtype, ROWS, COLUMNS)
             squares = tl.where(close, exact, squares)
-    distances = tl.where(squares < FLOOR * FLOOR, tl.full((), FLOOR, dtype), tl.sqrt(squares))
+    distances = tl.where(squares < MIN_DISTANCE * MIN_DISTANCE, tl.full((), MIN_DISTANCE, dtype), tl.sqrt(squares))
     return tl.where(pair, distances, 0.0)
 
 
@@ -188,7 +187,7 @@ def _weights(s, teacher_at, there, w, constants, WEIGHT: tl.constexpr):
     """0 where there is no pair, and of equal rows, whose distance does not depend on them."""
     t = tl.load(teacher_at, mask=there, other=0.0)
     by_mu, by_tau, slope, delta = constants
-    return tl.where(s <= FLOOR, 0.0, WEIGHT(s, t, w, by_mu, by_tau, slope, delta))
+    return tl.where(s <= MIN_DISTANCE, 0.0, WEIGHT(s, t, w, by_mu, by_tau, slope, delta))
 
 
 @triton.jit
@@ -205,7 +204,7 @@ def _add_differences(
         w = half_weights + 0.5 * tl.load(weight + j) if weight is not None else tl.full((), 1.0, dtype)
         w = _weights(s, teacher_rows + j, row_there, w, constants, WEIGHT)
         if not EXACT:
-            w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * CLOSE, w, 0.0)
+            w = tl.where(s * s < (norms_of_rows + tl.load(norms + j)) * NEAR_SHARE, w, 0.0)
         row = row_pointer(given, j, D)
         acc -= w[:, None] * (mine - tl.load(row + columns, mask=columns < D, other=0.0).to(dtype)[None, :])
     return acc
@@ -255,7 +254,7 @@ def grad_kernel(
             w = _weights(s, teacher_strip + at, here, w, constants, WEIGHT)
             if CLOSE_APART:
                 of_pair = norms_of_rows[:, None] + tl.load(norms + j, mask=j < n, other=0.0)[None, :]
-                close = (s > FLOOR) & (s * s < of_pair * CLOSE)
+                close = (s > MIN_DISTANCE) & (s * s < of_pair * NEAR_SHARE)
                 if any_of(close):
                     acc = _add_differences(
                         acc, given, norms_of_rows, norms, student_strip + of_row, teacher_strip + of_row,

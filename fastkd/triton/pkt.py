@@ -24,8 +24,8 @@ SUM_COLUMNS, SUM_PARTS = 64, 16
 
 
 @triton.jit
-def _similarity(cosine, here):
-    k = 0.5 * (cosine + here)
+def _similarity(cosine, valid):
+    k = 0.5 * (cosine + valid)
     return tl.where(k < 0.0, 0.0, k)  # of opposite directions rounding may leave less; a NaN stays
 
 
@@ -42,7 +42,7 @@ def _pair(s, t, eps):
 @triton.jit
 def pkt_kernel(
     student, teacher,  # [rows, columns]
-    here, student_inverse, teacher_inverse, weight, scale,  # [columns]
+    valid, student_inverse, teacher_inverse, weight, scale,  # [columns]
     row_parts, column_parts, losses,  # [column tiles, rows], [row tiles, columns], [row tiles, column tiles]: sums
     rows, columns,
     eps: tl.float64,
@@ -50,7 +50,7 @@ def pkt_kernel(
 ):  # fmt: skip
     j = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     j_there = j < columns
-    here_j = tl.load(here + j, mask=j_there, other=0.0)[None, :]
+    valid_j = tl.load(valid + j, mask=j_there, other=0.0)[None, :]
     inverse_j = tl.load(student_inverse + j, mask=j_there, other=0.0)[None, :]
     teacher_inverse_j = tl.load(teacher_inverse + j, mask=j_there, other=0.0)[None, :]
     weight_j = tl.load(weight + j, mask=j_there, other=0.0)[None, :]
@@ -71,7 +71,7 @@ def pkt_kernel(
             row_pointer(teacher, first, columns) + at, mask=mask, other=0.0, eviction_policy="evict_first"
         )
         i = first + of_tile
-        both = tl.load(here + i, mask=i_there, other=0.0)[:, None] * here_j
+        both = tl.load(valid + i, mask=i_there, other=0.0)[:, None] * valid_j
         k, h = _similarity(cosines, both), _similarity(teacher_cosines, both)
         inverse_i = tl.load(student_inverse + i, mask=i_there, other=0.0)[:, None]
         teacher_inverse_i = tl.load(teacher_inverse + i, mask=i_there, other=0.0)[:, None]
@@ -115,7 +115,7 @@ def pkt_strip_(
     student: torch.Tensor,
     teacher: torch.Tensor,
     slopes: torch.Tensor,
-    here: torch.Tensor,
+    valid: torch.Tensor,
     student_inverse: torch.Tensor,
     teacher_inverse: torch.Tensor,
     weight: torch.Tensor,
@@ -131,7 +131,7 @@ def pkt_strip_(
         return slopes.new_zeros(())
     losses = slopes.new_empty(1, row_tiles * column_tiles)
     row_parts, column_parts = slopes.new_empty(column_tiles, rows), slopes.new_empty(row_tiles, columns)
-    of_samples = (x[row:] for x in (here, student_inverse, teacher_inverse, weight, scale))
+    of_samples = (x[row:] for x in (valid, student_inverse, teacher_inverse, weight, scale))
     with torch.cuda.device_of(student):
         pkt_kernel[(row_tiles, column_tiles)](
             student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns, eps,

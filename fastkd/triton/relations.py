@@ -49,5 +49,5 @@ def _rkd_distance_weight(s, t, w, by_mu, by_tau, slope, delta):
     return by_mu * (w * r - slope) / s
 
 
-# The numbers are those of csrc/common/relations_params.h.
+# The numbers are those of csrc/common/embeddings_params.h.
 RELATIONS = {RKD_DISTANCE: Relation(_rkd_distance, _rkd_distance_weight)}

@@ -17,10 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .embeddings import any_of, row_pointer, sum_up
+from .embeddings import MIN_DISTANCE, NEAR_SHARE, any_of, row_pointer, sum_up
 
-CLOSE = tl.constexpr(2.0**-8)  # d^2 / (|x|^2 + |y|^2), below which products cancel: a pair is near
-LEAST = tl.constexpr(1e-6)  # of distances: samples that are equal have no gradient from each other
 BLOCK = 512  # of a row at a time
 POSITIVES = 8  # of a row at a time
 SPLITS = 8  # programs for a row's positives
@@ -32,7 +30,7 @@ ROW_FEATURES, COLUMN_FEATURES = 128, 64  # of a program that adds them
 def distances_kernel(
     strip, distances,  # [rows, N]: inner products, distances; infinity of what is no pair
     close_blocks,  # [rows, blocks]: whether any pair is near
-    x, norms, here,  # [N, D], [N], [N]
+    x, norms, valid,  # [N, D], [N], [N]
     row, N, D,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -40,11 +38,11 @@ def distances_kernel(
     i, self = tl.program_id(0), row + tl.program_id(0)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = j < N
-    both_here = tl.load(here + j, mask=there, other=0).to(tl.int32) * tl.load(here + self).to(tl.int32)
-    pair = there & (j != self) & (both_here > 0)
+    both_valid = tl.load(valid + j, mask=there, other=0).to(tl.int32) * tl.load(valid + self).to(tl.int32)
+    pair = there & (j != self) & (both_valid > 0)
     both = tl.load(norms + self) + tl.load(norms + j, mask=there, other=0.0)
     squares = both - 2.0 * tl.load(row_pointer(strip, i, N) + j, mask=there, other=0.0)
-    close = pair & (squares < both * CLOSE)
+    close = pair & (squares < both * NEAR_SHARE)
     found = any_of(close)
     if found:
         exact = tl.zeros((BLOCK,), dtype)
@@ -53,24 +51,24 @@ def distances_kernel(
             difference = tl.load(row_pointer(x, self, D) + k) - others
             exact += difference * difference
         squares = tl.where(close, exact, squares)
-    d = tl.where(squares < LEAST * LEAST, tl.full((), LEAST, dtype), tl.sqrt(squares))
+    d = tl.where(squares < MIN_DISTANCE * MIN_DISTANCE, tl.full((), MIN_DISTANCE, dtype), tl.sqrt(squares))
     tl.store(row_pointer(distances, i, N) + j, tl.where(pair, d, float("inf")), mask=there)
     tl.store(close_blocks + i * tl.num_programs(1) + tl.program_id(1), found.to(tl.int32))
 
 
 @triton.jit
-def _positives(positives, here, p, last, self):
+def _positives(positives, valid, p, last, self):
     """Those of a row from p on, and which of them are some."""
     there = p < last
     j = tl.load(positives + p, mask=there, other=0)
-    return j, there & (j != self) & tl.load(here + j, mask=there, other=0).to(tl.int1)
+    return j, there & (j != self) & tl.load(valid + j, mask=there, other=0).to(tl.int1)
 
 
 @triton.jit(do_not_specialize=["row"])
 def take_positives_kernel(
     distances,  # [rows, N]: those of positives become negative
     factors, triplets, ends,  # [rows]: f, how many triplets there are, where those of a row end that has some
-    positives, firsts, lasts, here, count, weight,  # [length], then [N], but for count
+    positives, firsts, lasts, valid, count, weight,  # [length], then [N], but for count
     row, N,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -79,14 +77,14 @@ def take_positives_kernel(
     of_row = row_pointer(distances, i, N)
     found, nans = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), tl.int32)
     for begin in range(first, last, BLOCK):
-        j, positive = _positives(positives, here, begin + tl.arange(0, BLOCK), last, self)
+        j, positive = _positives(positives, valid, begin + tl.arange(0, BLOCK), last, self)
         d = tl.load(of_row + j, mask=positive, other=0.0)
         tl.store(of_row + j, -d, mask=positive)
         found += positive.to(tl.int32)
         nans += (positive & ~(d > 0.0)).to(tl.int32)
     n = tl.sum(found, 0).to(tl.int64)
     negatives = tl.load(count) - 1 - n
-    some = (n > 0) & (negatives > 0) & tl.load(here + self).to(tl.int1)
+    some = (n > 0) & (negatives > 0) & tl.load(valid + self).to(tl.int1)
     factor = tl.load(weight + self) / tl.where(some, negatives, 1).to(weight.dtype.element_ty)
     nan = tl.sum(nans, 0) > 0
     tl.store(factors + i, tl.where(some, tl.where(nan, float("nan"), factor), 0.0))
@@ -98,7 +96,7 @@ def take_positives_kernel(
 def _weights(d, n, factor):
     """Of x_i - x_j, where n triplets are active; d: negative of a positive."""
     w = tl.where(n == 0, 0.0 * factor, -factor * n.to(d.dtype) / d)
-    return tl.where(tl.abs(d) <= LEAST, 0.0, w)
+    return tl.where(tl.abs(d) <= MIN_DISTANCE, 0.0, w)
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -106,7 +104,7 @@ def negatives_kernel(
     strip, distances,  # [rows, N]
     factors, triplets, ends,  # [rows]
     parts,  # [3, rows, blocks]: sums of the loss, the active triplets and all
-    positives, firsts, here,
+    positives, firsts, valid,
     margin: tl.float64, row, rows, N,
     SAVE: tl.constexpr, BLOCK: tl.constexpr, POSITIVES: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +117,7 @@ def negatives_kernel(
     negative = tl.where(d < 0.0, 0, 1) > 0  # as is a NaN
     above, loss = tl.zeros((BLOCK,), tl.int32), tl.zeros((BLOCK,), dtype)
     for begin in range(first, end, POSITIVES):
-        j, positive = _positives(positives, here, begin + tl.arange(0, POSITIVES), end, self)
+        j, positive = _positives(positives, valid, begin + tl.arange(0, POSITIVES), end, self)
         threshold = tl.full((), margin, dtype) - tl.load(of_row + j, mask=positive, other=0.0)
         active = positive[:, None] & negative[None, :] & ~(threshold[:, None] <= d[None, :])
         above += tl.sum(active.to(tl.int32), 0)
@@ -138,7 +136,7 @@ def negatives_kernel(
 def positives_kernel(
     strip, distances,  # [rows, N]
     factors, ends,  # [rows]
-    positives, firsts, here,
+    positives, firsts, valid,
     margin: tl.float64, row, N,
     BLOCK: tl.constexpr, POSITIVES: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +145,7 @@ def positives_kernel(
     factor, first, end = tl.load(factors + i), tl.load(firsts + self), tl.load(ends + i)
     of_row = row_pointer(distances, i, N)
     for begin in range(first + tl.program_id(1) * POSITIVES, end, tl.num_programs(1) * POSITIVES):
-        j, positive = _positives(positives, here, begin + tl.arange(0, POSITIVES), end, self)
+        j, positive = _positives(positives, valid, begin + tl.arange(0, POSITIVES), end, self)
         mine = tl.load(of_row + j, mask=positive, other=0.0)
         threshold = tl.full((), margin, dtype) - mine
         nearer = tl.zeros((POSITIVES,), tl.int32)
@@ -161,7 +159,7 @@ def positives_kernel(
 
 @triton.jit
 def _near(d, norm, norms):
-    return d * d < (norm + norms) * CLOSE
+    return d * d < (norm + norms) * NEAR_SHARE
 
 
 @triton.jit(do_not_specialize=["row"])
@@ -260,7 +258,7 @@ def triplet_strip_(
     positives: torch.Tensor,
     first: torch.Tensor,
     last: torch.Tensor,
-    here: torch.Tensor,
+    valid: torch.Tensor,
     count: torch.Tensor | None,
     weight: torch.Tensor,
     margin: float,
@@ -278,18 +276,18 @@ def triplet_strip_(
     options = {"BLOCK": BLOCK, "num_warps": 4}
     with torch.cuda.device_of(strip):
         distances_kernel[(rows, blocks)](
-            strip, distances, close_blocks, x, norms, here, row, N, D, BLOCK=BLOCK, num_warps=2
+            strip, distances, close_blocks, x, norms, valid, row, N, D, BLOCK=BLOCK, num_warps=2
         )
         take_positives_kernel[(rows,)](
-            distances, factors, triplets, ends, positives, first, last, here, count, weight, row, N, **options
+            distances, factors, triplets, ends, positives, first, last, valid, count, weight, row, N, **options
         )
         negatives_kernel[(rows, blocks)](
-            strip, distances, factors, triplets, ends, parts, positives, first, here, margin, row, rows, N,
+            strip, distances, factors, triplets, ends, parts, positives, first, valid, margin, row, rows, N,
             SAVE=grad is not None, POSITIVES=POSITIVES, **options,
         )  # fmt: skip
         if grad is not None:
             positives_kernel[(rows, SPLITS)](
-                strip, distances, factors, ends, positives, first, here, margin, row, N, POSITIVES=POSITIVES, **options
+                strip, distances, factors, ends, positives, first, valid, margin, row, N, POSITIVES=POSITIVES, **options
             )
             _add_near(strip, distances, close_blocks, x, norms, grad, row)
         return sum_up(parts)

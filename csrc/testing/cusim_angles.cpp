@@ -1,0 +1,2 @@
+// The launches of the angles schedule as host code.
+#include "cuda/angles.cu"

@@ -1,2 +1,0 @@
-// The launches of the elements schedule as host code.
-#include "cuda/elements.cu"
