@@ -17,6 +17,11 @@ LOSSES = {
     "js_div-0.1": functools.partial(functional.js_div, beta=0.1),
 }
 
+# One of each kind, as the kernels see divergences: one that asks for the teacher's entropy, one whose slopes do not add
+# up to 0, one with a parameter. Every case meets them on every backend; the others meet cases that cover all pairs, as
+# a divergence is one functor in kernels that are the same for all.
+KINDS = ("kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div-0.1")
+
 
 @dataclass
 class Case:

@@ -15,6 +15,7 @@ if TRITON and not GPU:  # before any kernel is defined
     import triton_interpreter  # noqa: F401  mends it
 
 import elsewhere  # noqa: E402
+from cases import KINDS  # noqa: E402
 
 import fastkd  # noqa: E402
 from fastkd import _library  # noqa: E402
@@ -79,6 +80,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     for name in ("gates", "sanitizers", "products"):
         config.addinivalue_line("markers", f"{name}: {PARTS[name]}")
+    config.addinivalue_line("markers", "of_each_kind: beyond the covering cases, one divergence of each kind is swept")
     config.addinivalue_line("markers", "long: a test that takes a minute, and runs in the sweep")
 
 
@@ -122,6 +124,8 @@ def is_in(part, item, covers):
         parameters = item.callspec.params
         long = parameters.get("name") in getattr(parameters.get("case"), "long", ())
         return covers and long == (part == "sweep")
+    if part == "sweep" and not covers and item.get_closest_marker("of_each_kind"):
+        return item.callspec.params["name"] in KINDS
     return part == "all" or (covers and item.get_closest_marker("long") is None) == (part == "test")
 
 

@@ -14,7 +14,12 @@ from fastkd import _divergences
 
 ROOT = Path(__file__).parents[1]
 CUSIM = Path("csrc/testing/cusim")
-BUILDS = {"plain": [], "address": ["-fsanitize=address,undefined"], "thread": ["-fsanitize=thread"]}
+# Of the undefined: the address sanitizer finds what null and object-size do, which take a quarter of the compilation.
+BUILDS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize=null,object-size"],
+    "thread": ["-fsanitize=thread"],
+}
 ORDERS = {"forward": ("0", "0"), "reverse": ("1", "0"), "random": ("2", "1"), "random again": ("2", "2")}
 
 

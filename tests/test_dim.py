@@ -30,6 +30,7 @@ def run(loss_function, student, teacher, upstream=None, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.of_each_kind
 def test_maps_are_their_pixels(backend, name, reduction, dtype, dim):
     """The classes brought to the end by the user, in memory of their own, have the same loss and gradient."""
     student, teacher = maps(dtype=dtype)

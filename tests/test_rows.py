@@ -89,6 +89,7 @@ def test_kl_div_matches_float64(backend, case, dtype, reduction):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases.FINITE, ids=str)
 @pytest.mark.parametrize("name", list(cases.LOSSES)[1:])
+@pytest.mark.of_each_kind
 def test_others_match_float64(backend, name, case, dtype):
     for reduction in ("none", "batchmean"):
         check(name, case, dtype, reduction, backend == "torch")
@@ -119,6 +120,7 @@ def storage_error(grad, ref):
 @pytest.mark.parametrize("shift", [(100.0, -100.0), (1000.0, 0.0), (-1e4, 1e4)], ids=str)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("name", cases.LOSSES)
+@pytest.mark.of_each_kind
 def test_no_worse_than_eager_when_shifted(kernel, name, shift, temperature):
     """A constant between student and teacher must not be what the difference is rounded by."""
     generator = torch.Generator().manual_seed(7)
@@ -234,6 +236,7 @@ def test_a_normalizer_of_zero_is_for_batches_where_no_row_counts(backend, dtype,
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 5.0])
 @pytest.mark.parametrize("shape", [(64, 10), (32, 1000), (4, 32000)], ids=str)
 @pytest.mark.parametrize("name", cases.LOSSES)
+@pytest.mark.of_each_kind
 def test_no_worse_than_eager(backend, name, shape, temperature, dtype):
     generator = torch.Generator().manual_seed(7)
     student, teacher = (3 * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))

@@ -343,7 +343,7 @@ CHANGING = {
 
 
 @pytest.mark.parametrize("name", CHANGING)
-@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
+@pytest.mark.parametrize("backend_name", ["cpu", pytest.param("torch", marks=pytest.mark.long)])
 def test_compile_with_a_number_that_changes(name, backend_name):
     with fastkd.backend(backend_name):
         compiles_twice(CHANGING[name], (0.5, 0.25, 0.75, 0.1, 0.9, 0.3, 1.0, 0.2, 0.6, 0.05), backend_name, name)

@@ -80,7 +80,7 @@ cudaError_t launch(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stre
 }  // namespace
 
 template <class T>
-cudaError_t elements(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stream) {
+cudaError_t features(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stream) {
   switch (P.feature) {
     case Feature::kSquares:
       return launch<T, Feature::kSquares>(P, blocks, stream);
@@ -101,7 +101,7 @@ cudaError_t features_finish(const FeaturesLosses<T>& L, cudaStream_t stream) {
 }
 
 #define FASTKD_INSTANTIATE(T)                                                        \
-  template cudaError_t elements<T>(const FeaturesParams<T>&, int64_t, cudaStream_t); \
+  template cudaError_t features<T>(const FeaturesParams<T>&, int64_t, cudaStream_t); \
   template cudaError_t features_finish<T>(const FeaturesLosses<T>&, cudaStream_t);
 FASTKD_INSTANTIATE(float)
 FASTKD_INSTANTIATE(double)

@@ -65,7 +65,7 @@ struct FeaturesParams {
   double* partials;         // [blocks], the blocks' sums of row losses; or null
 };
 template <class T>
-cudaError_t elements(const FeaturesParams<T>&, int64_t blocks, cudaStream_t);
+cudaError_t features(const FeaturesParams<T>&, int64_t blocks, cudaStream_t);
 
 // scales[l] = 1 / (divisor * rows of the layer that count), 0 where none does.
 struct FeaturesCounts {
