@@ -23,7 +23,11 @@ from .modules import (
     RKDDistanceLoss,
     RKDLoss,
     SimilarityPreservingLoss,
+    SkewKLDivLoss,
+    SkewReverseKLDivLoss,
     SoftCrossEntropyLoss,
+    SymmetricKLDivLoss,
+    TotalVariationLoss,
 )
 
 __all__ = [
@@ -42,7 +46,11 @@ __all__ = [
     "RelationalTripletLoss",
     "ReverseKLDivLoss",
     "SimilarityPreservingLoss",
+    "SkewKLDivLoss",
+    "SkewReverseKLDivLoss",
     "SoftCrossEntropyLoss",
+    "SymmetricKLDivLoss",
+    "TotalVariationLoss",
     "backend",
     "functional",
 ]

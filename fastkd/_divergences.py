@@ -49,8 +49,29 @@ REGISTRY = {
             centred=False,
             parameter=Parameter("beta", 0.5, 0.0, 1.0, {0.0: "kl_div", 1.0: "reverse_kl_div"}),
         ),
+        Divergence(
+            "symmetric_kl_div",
+            "SymmetricKL",
+            centred=False,
+            parameter=Parameter("student_weight", 0.5, 0.0, 1.0, {0.0: "kl_div", 1.0: "reverse_kl_div"}),
+        ),
+        Divergence(
+            "skew_kl_div",
+            "SkewKL",
+            centred=False,
+            parameter=Parameter("alpha", 0.1, 0.0, 1.0, {0.0: "kl_div"}),
+        ),
+        Divergence(
+            "skew_reverse_kl_div",
+            "SkewReverseKL",
+            centred=False,
+            parameter=Parameter("alpha", 0.1, 0.0, 1.0, {0.0: "reverse_kl_div"}),
+        ),
+        Divergence("total_variation", "TotalVariation", centred=False),
     )
 }
+# Those of relation_kl, which has beta and no other parameter.
+OF_RELATIONS = [name for name, entry in REGISTRY.items() if entry.parameter is None or entry.parameter.name == "beta"]
 NUMBERS = {name: number for number, name in enumerate(REGISTRY)}
 ENTRIES = list(REGISTRY.values())  # by number
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 Reduction: TypeAlias = Literal["none", "sum", "batchmean", "mean"]
-Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div"]
+Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "total_variation"]
 FeatureNormalize: TypeAlias = Literal["l2", "standardize"] | None
 # One layer, or one tensor for each of several layers.
 Layers: TypeAlias = Tensor | list[Tensor] | tuple[Tensor, ...]

@@ -78,12 +78,63 @@ def _js_div(log_p, log_q, beta):
     near_u, near_v = u.clamp(-1, 1), v.clamp(-1, 1)
     near = teacher * q * (torch.expm1(near_u) - near_u) + student * p * (torch.expm1(near_v) - near_v)
     rows = torch.where(w.abs() < 1, near, -(teacher * q * u + student * p * v)).sum(-1)
-    if isinstance(beta, torch.Tensor):  # by convention the ends are others
-        beta = beta.squeeze(-1)
-        rows = torch.where((beta >= 0) & (beta <= 1), rows, torch.nan)
-        rows = torch.where(beta == 0, _kl_div(log_p, log_q), rows)
-        rows = torch.where(beta == 1, _reverse_kl_div(log_p, log_q), rows)
-    return rows
+    return _between(log_p, log_q, beta, rows, _kl_div, _reverse_kl_div)
+
+
+def _between(log_p, log_q, share, rows, first, second=None):
+    """Rows of a divergence whose parameter is one per row; at the ends of its range they are others, by convention."""
+    if not isinstance(share, torch.Tensor):
+        return rows
+    share = share.squeeze(-1)
+    rows = torch.where((share >= 0) & (share <= 1), rows, torch.nan)
+    rows = torch.where(share == 0, first(log_p, log_q), rows)
+    return rows if second is None else torch.where(share == 1, second(log_p, log_q), rows)
+
+
+def _symmetric_kl_div(log_p, log_q, student_weight):
+    """(1 - s) KL(q || p) + s KL(p || q)"""
+    s = student_weight
+    if isinstance(s, torch.Tensor):  # 0 times +inf is not wanted, nor looked at
+        s = torch.where((s == 0) | (s == 1), 0.5, s).squeeze(-1).to(log_p.dtype)
+    rows = (1 - s) * _kl_div(log_p, log_q) + s * _reverse_kl_div(log_p, log_q)
+    return _between(log_p, log_q, student_weight, rows, _kl_div, _reverse_kl_div)
+
+
+def _skewed(log_own, log_other, share):
+    """KL(own || m), m = (1 - share) other + share own; u = log(m / own) from w = log other - log own: for w < 1
+    log(1 + (1 - share) (e^w - 1)), else w + log((1 - share) + share e^-w). Then sum own (e^u - 1 - u): all classes'
+    own (e^u - 1) = m - own add up to 0. Where own = 0 it is m."""
+    own, other = log_own.exp(), log_other.exp()
+    none = own == 0
+    w = torch.where(none, 0.0, log_other - log_own)
+    if isinstance(share, torch.Tensor):  # one of 0 is another divergence, which has no gradient here
+        share, rest = (torch.where(share == 0, 0.5, x).to(w.dtype) for x in (share, 1 - share))
+    else:
+        rest = 1 - share
+    lower = torch.log1p(rest * torch.expm1(w.clamp(max=1)))
+    upper = w + torch.log(rest + share * torch.exp(-w.clamp(min=1)))
+    u = torch.where(w < 1, lower, upper)
+    near = u.clamp(-1, 1)
+    terms = torch.where(u.abs() < 1, own * (torch.expm1(near) - near), rest * (other - own) - own * u)
+    return torch.where(none, rest * other, terms).sum(-1)
+
+
+def _skew_kl_div(log_p, log_q, alpha):
+    """KL(q || alpha q + (1 - alpha) p)"""
+    return _between(log_p, log_q, alpha, _skewed(log_q, log_p, alpha), _kl_div)
+
+
+def _skew_reverse_kl_div(log_p, log_q, alpha):
+    """KL(p || alpha p + (1 - alpha) q)"""
+    return _between(log_p, log_q, alpha, _skewed(log_p, log_q, alpha), _reverse_kl_div)
+
+
+def _total_variation(log_p, log_q, _=None):
+    """1/2 sum |p - q| = 1/2 sum q |e^w - 1|"""
+    p, q = log_p.exp(), log_q.exp()
+    w = torch.where((p == 0) | (q == 0), torch.inf, log_p - log_q)
+    difference = torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
+    return difference.abs().sum(-1) / 2
 
 
 # Each takes log p and log q [*, V] and its parameter, where it has one: a number, or a tensor [*, 1].

@@ -15,6 +15,10 @@ LOSSES = {
     "reverse_kl_div": functional.reverse_kl_div,
     "js_div": functional.js_div,
     "js_div-0.1": functools.partial(functional.js_div, beta=0.1),
+    "symmetric_kl_div": functional.symmetric_kl_div,
+    "skew_kl_div": functional.skew_kl_div,
+    "skew_reverse_kl_div": functional.skew_reverse_kl_div,
+    "total_variation": functional.total_variation,
 }
 
 # One of each kind, as the kernels see divergences: one that asks for the teacher's entropy, one whose slopes do not add

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd import functional
-from fastkd.reference import DIVERGENCES
+from fastkd._divergences import OF_RELATIONS
 
 
 class WithoutFloat64(TorchDispatchMode):
@@ -67,7 +67,7 @@ def calls():
     for options in ({"normalize": False}, {"clamp": "both"}, {"clamp": "teacher"}):
         yield f"gram_mse-{options}", lambda s, _, t, options=options: functional.gram_mse(s, t, **options)
     yield "gram_mse-batch", lambda s, _, t: functional.gram_mse(s.view(2, 4, D), t.view(2, 4, 9), mask=MASK.view(2, 4))
-    for divergence in DIVERGENCES:
+    for divergence in OF_RELATIONS:
         for normalize in (False, True):
             options = {"divergence": divergence, "normalize": normalize, **ROWS}
             yield (

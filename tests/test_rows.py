@@ -16,6 +16,7 @@ from truth import upstream_like
 
 import fastkd
 from fastkd import functional, reference
+from fastkd._divergences import REGISTRY
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["none", "sum", "batchmean", "mean"]
@@ -43,6 +44,13 @@ def eager(name, student, teacher, temperature=1.0):
         rows = kl(log_q, log_p)
     elif name == "soft_cross_entropy":
         rows = -(log_q.exp() * log_p).sum(-1)
+    elif name == "symmetric_kl_div":
+        rows = (kl(log_p, log_q) + kl(log_q, log_p)) / 2
+    elif name == "total_variation":
+        rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    elif name.startswith("skew"):
+        own, other = (log_q, log_p) if name == "skew_kl_div" else (log_p, log_q)
+        rows = kl(torch.logaddexp(own + math.log(0.1), other + math.log(0.9)), own)
     else:
         log_m = torch.logaddexp(log_p + math.log(1 - beta), log_q + math.log(beta))
         rows = beta * kl(log_m, log_q) + (1 - beta) * kl(log_m, log_p)
@@ -73,7 +81,7 @@ def check(name, case, dtype, reduction, plain_pytorch):
     if name == "js_div-0.1":
         tolerance *= SKEWED
     assert error(loss, loss_ref) <= tolerance * (cancellation(name, student, teacher, options) if plain_pytorch else 1)
-    if name.startswith(("reverse", "js")):  # where p is all on one class the two terms of the gradient cancel
+    if not REGISTRY[name.partition("-")[0]].centred:  # where p is all on one class the two terms of the gradient cancel
         terms = right(name, student, teacher, reduction=reduction, terms_of_gradient=True, **options)[1]
         tolerance *= max(1.0, (terms.norm() / grad_ref.norm()).nan_to_num(1.0, posinf=1e300).item())
     assert error(grad, grad_ref) <= tolerance + 2 * storage_error(grad, grad_ref)
@@ -252,9 +260,10 @@ def test_no_worse_than_eager(backend, name, shape, temperature, dtype):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("shift", [0.0, 5.0])
 @pytest.mark.parametrize("V", [100, 5000])
+# The loss of the one does not go to 0, and that of the other goes there with the difference and not with its square.
 @pytest.mark.parametrize(
-    "name", [name for name in cases.LOSSES if name != "soft_cross_entropy"]
-)  # its loss does not go to 0
+    "name", [name for name in cases.LOSSES if name not in ("soft_cross_entropy", "total_variation")]
+)
 def test_near_convergence(backend, name, V, shift, temperature):
     """A loss of 5e-7: F.kl_div in float32 has lost it, the fused form has not."""
     generator = torch.Generator().manual_seed(3)
@@ -269,6 +278,50 @@ def test_near_convergence(backend, name, V, shift, temperature):
     eager_loss, eager_grad = run(lambda s, t: eager(name, s, t, temperature).mean(), student, teacher)
     assert error(eager_loss, loss_ref) > 5 * NEAR_CONVERGENCE  # or this test is too easy
     assert error(grad, grad_ref) <= TIMES_EAGER * error(eager_grad, grad_ref)
+
+
+@pytest.mark.parametrize("V", [100, 5000])
+def test_total_variation_near_convergence(backend, V):
+    """Every class is on its side of p = q by far more than a rounding: so is the gradient's sign."""
+    generator = torch.Generator().manual_seed(3)
+    teacher = 2 * torch.randn(64, V, generator=generator)
+    signs = torch.where(torch.arange(V) % 2 == 0, 1.0, -1.0)
+    student = teacher + 1e-3 * signs * (1 + torch.rand(64, V, generator=generator))
+    loss, grad = run(functional.total_variation, student, teacher)
+    loss_ref, grad_ref = right("total_variation", student, teacher)
+    assert error(loss, loss_ref) <= NEAR_CONVERGENCE
+    assert error(grad, grad_ref) <= 8 * FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["symmetric_kl_div", "skew_kl_div", "skew_reverse_kl_div"])
+def test_parameters_of_rows_and_their_ends(backend, name):
+    """Each row as a call of its own has it; an end is another divergence, for single rows as well."""
+    entry = REGISTRY[name].parameter
+    student, teacher, _ = cases.Case("parameters of rows", "", (5, 70)).inputs(torch.float32)
+    numbers = torch.tensor([0.0, 0.3, 1e-3, 0.97, 1.0], dtype=torch.float64)
+    function = getattr(functional, name)
+    loss, grad = run(functools.partial(function, **{entry.name: numbers}), student, teacher, reduction="none")
+    for row, number in enumerate(numbers.tolist()):
+        one = student[row : row + 1], teacher[row : row + 1]
+        alone = run(functools.partial(function, **{entry.name: number}), *one, reduction="none")
+        factor = upstream_like(loss)[row] / upstream_like(alone[0])
+        assert error(loss[row], alone[0][0]) <= 8 * FLOOR[torch.float32]
+        assert error(grad[row], alone[1][0] * factor) <= 8 * FLOOR[torch.float32]
+        if number in entry.ends:
+            assert error(loss[row], run(getattr(functional, entry.ends[number]), *one)[0]) <= 8 * FLOOR[torch.float32]
+        elif number == 1:
+            assert loss[row] == 0
+            assert not grad[row].any()
+
+
+@pytest.mark.parametrize("name", ["skew_kl_div", "skew_reverse_kl_div", "total_variation"])
+def test_classes_that_one_side_cannot_give_are_like_any_other(backend, name):
+    student, teacher, _ = cases.Case("one-sided", "", (4, 50)).inputs(torch.float32)
+    student[:, ::3], teacher[:, 1::3] = -torch.inf, -torch.inf
+    loss, grad = run(getattr(functional, name), student, teacher)
+    loss_ref, grad_ref = right(name, student, teacher)
+    assert error(loss, loss_ref) <= 8 * FLOOR[torch.float32]
+    assert error(grad, grad_ref) <= 16 * FLOOR[torch.float32]
 
 
 @pytest.mark.parametrize("teacher_dtype", DTYPES, ids=str)

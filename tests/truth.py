@@ -48,12 +48,45 @@ def _jensen_shannon(p, q, log_p, log_q, beta=0.5):
     return beta * _x_log(q, q / m) + (1 - beta) * student, (1 - beta) * student
 
 
+def _symmetric(p, q, log_p, log_q, student_weight=0.5):
+    s = np.longdouble(student_weight)
+    if s in (0, 1):
+        return (_reverse if s else _forward)(p, q, log_p, log_q)
+    (a, x), (b, y) = _forward(p, q, log_p, log_q), _reverse(p, q, log_p, log_q)
+    return (1 - s) * a + s * b, (1 - s) * x + s * y
+
+
+def _skew(p, q, log_p, log_q, alpha=0.1):
+    if alpha == 0:
+        return _forward(p, q, log_p, log_q)
+    alpha = np.longdouble(alpha)
+    m = alpha * q + (1 - alpha) * p
+    return _x_log(q, q / m), np.where(m == 0, 0, -(1 - alpha) * p * q / m)
+
+
+def _skew_reverse(p, q, log_p, log_q, alpha=0.1):
+    if alpha == 0:
+        return _reverse(p, q, log_p, log_q)
+    alpha = np.longdouble(alpha)
+    m = alpha * p + (1 - alpha) * q
+    terms = _x_log(p, p / m)
+    return terms, np.where(m == 0, 0, terms + p - alpha * p * p / m)
+
+
+def _total_variation(p, q, log_p, log_q):
+    return np.abs(p - q) / 2, np.where((p == 0) & (q == 0), 0, p * np.sign(log_p - log_q) / 2)
+
+
 # Each class's share of the divergence, and the derivative of the whole with respect to log p.
 DIVERGENCES = {
     "kl_div": _forward,
     "soft_cross_entropy": _cross_entropy,
     "reverse_kl_div": _reverse,
     "js_div": _jensen_shannon,
+    "symmetric_kl_div": _symmetric,
+    "skew_kl_div": _skew,
+    "skew_reverse_kl_div": _skew_reverse,
+    "total_variation": _total_variation,
 }
 
 

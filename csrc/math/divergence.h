@@ -31,6 +31,12 @@ FASTKD_HD bool is_near(T w) {
   return w * w < T(0.09);
 }
 
+// A share of a mixture m of p and q. Not 0, so that m is not 0 where p or q is not. Outside of [0, 1], and NaN: NaN.
+template <class T>
+FASTKD_HD T share_of_mixture(T share) {
+  return share > kLeast<T> ? share : share >= T(0) ? kLeast<T> : kInf<T> - kInf<T>;
+}
+
 // f(functor) with the functor of a row. Outside of the loops over classes, which a branch would slow down.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable

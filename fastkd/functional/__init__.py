@@ -1,7 +1,16 @@
 """The losses as functions. The student comes first, the teacher second, and options are keywords."""
 
 from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
-from .logits import js_div, kl_div, reverse_kl_div, soft_cross_entropy
+from .logits import (
+    js_div,
+    kl_div,
+    reverse_kl_div,
+    skew_kl_div,
+    skew_reverse_kl_div,
+    soft_cross_entropy,
+    symmetric_kl_div,
+    total_variation,
+)
 from .relations import (
     gram_mse,
     pkt,
@@ -29,5 +38,9 @@ __all__ = [
     "rkd_distance",
     "rkd_loss",
     "similarity_preserving",
+    "skew_kl_div",
+    "skew_reverse_kl_div",
     "soft_cross_entropy",
+    "symmetric_kl_div",
+    "total_variation",
 ]

@@ -440,7 +440,12 @@ def relational_triplet(
 
 
 def _constant_relation_teacher(divergence, teacher, teacher_keys, same_temperature):
-    exchanged = {"kl_div": '"reverse_kl_div"', "reverse_kl_div": '"kl_div"', "js_div": '"js_div", beta=1 - beta'}
+    exchanged = {
+        "kl_div": '"reverse_kl_div"',
+        "reverse_kl_div": '"kl_div"',
+        "js_div": '"js_div", beta=1 - beta',
+        "total_variation": '"total_variation"',
+    }
     if teacher_keys is not None:
         _check.constant_teacher(teacher_keys, name="teacher_keys")
     if teacher_keys is not None or divergence not in exchanged:
@@ -487,8 +492,8 @@ def relation_kl(
         temperature: T, a positive number, or a tensor that broadcasts to ``[*, N]``. The loss is not multiplied by
             T**2. Default 1.
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
-        divergence: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"`` or ``"soft_cross_entropy"``, as the losses of
-            logits of these names. Default: ``"kl_div"``.
+        divergence: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"``, ``"total_variation"`` or
+            ``"soft_cross_entropy"``, as the losses of logits of these names. Default: ``"kl_div"``.
         beta: of ``"js_div"``, a number from 0 to 1, or a tensor that broadcasts to ``[*, N]``. Default 0.5.
         normalize: whether similarities are cosines over T: rows and keys are divided by their length (of at least
             1e-12; a row of zeros has no gradient), and nothing by sqrt(D). Default False.
@@ -522,7 +527,7 @@ def relation_kl(
     Source: Wang et al., "MiniLM", 2020, and "MiniLMv2", 2021; with keys and cosines: Fang et al., "SEED", 2021.
     """
     _check.relation(student, teacher, student_keys, teacher_keys, mask, key_mask, weight)
-    _check.divergence(divergence, _divergences.REGISTRY)
+    _check.divergence(divergence, _divergences.OF_RELATIONS)
     _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta, student)
     _check.flag("normalize", normalize)
     _check.temperature("temperature", temperature, student)

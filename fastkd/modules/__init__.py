@@ -1,7 +1,16 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
 from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
-from .logits import JSDivLoss, KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss
+from .logits import (
+    JSDivLoss,
+    KLDivLoss,
+    ReverseKLDivLoss,
+    SkewKLDivLoss,
+    SkewReverseKLDivLoss,
+    SoftCrossEntropyLoss,
+    SymmetricKLDivLoss,
+    TotalVariationLoss,
+)
 from .relations import (
     GramMSELoss,
     PKTLoss,
@@ -29,5 +38,9 @@ __all__ = [
     "RelationalTripletLoss",
     "ReverseKLDivLoss",
     "SimilarityPreservingLoss",
+    "SkewKLDivLoss",
+    "SkewReverseKLDivLoss",
     "SoftCrossEntropyLoss",
+    "SymmetricKLDivLoss",
+    "TotalVariationLoss",
 ]

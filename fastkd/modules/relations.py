@@ -4,7 +4,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _check, _divergences, functional, reference
+from .. import _check, _divergences, functional
 from .._types import Divergence, LossOrMore
 from ._loss import _Loss
 
@@ -357,7 +357,8 @@ class RelationKLLoss(_Loss):
     Args:
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
-        divergence: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"`` or ``"soft_cross_entropy"``. Default: ``"kl_div"``.
+        divergence: ``"kl_div"``, ``"reverse_kl_div"``, ``"js_div"``, ``"total_variation"`` or
+            ``"soft_cross_entropy"``. Default: ``"kl_div"``.
         beta: of ``"js_div"``, a number from 0 to 1. Default 0.5.
         normalize: whether similarities are cosines over T. Default False.
 
@@ -389,7 +390,7 @@ class RelationKLLoss(_Loss):
         _check.number("temperature", temperature)
         if teacher_temperature is not None:
             _check.number("teacher_temperature", teacher_temperature)
-        _check.divergence(divergence, reference.DIVERGENCES)
+        _check.divergence(divergence, _divergences.OF_RELATIONS)
         _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         _check.flag("normalize", normalize)
         self.temperature = temperature

@@ -134,6 +134,70 @@ def js_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
     return loss, slope
 
 
+@triton.jit
+def symmetric_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    forward_loss, forward_slope = kl_div(p, q, w, parameter, False)
+    reverse_loss, reverse_slope = reverse_kl_div(p, q, w, parameter, False)
+    student, rest = parameter.to(p.dtype), (1.0 - parameter).to(p.dtype)
+    loss, slope = rest * forward_loss + student * reverse_loss, rest * forward_slope + student * reverse_slope
+    if OF_ROWS:  # 0 times +inf is not wanted at the ends
+        loss = tl.where(parameter == 0.0, forward_loss, tl.where(parameter == 1.0, reverse_loss, loss))
+        slope = tl.where(parameter == 0.0, forward_slope, tl.where(parameter == 1.0, reverse_slope, slope))
+    return loss, slope
+
+
+@triton.jit
+def skewed(own, other, w, share, rest):
+    """Of KL(own || m), m = share other + rest own: m, m - own, log(m / own), and what a class adds. w: log other - log
+    own."""
+    x = share * tl.where(is_near(w), own * (w + w * w * bregman_series(w)), other - own)
+    m = share * other + rest * own
+    close = (3.0 * x < own) & (-3.0 * x < own)
+    by_other = (w > 0.0) & (close == 0)
+    log, r, tail = log_ratio(m, tl.where(by_other, other, own), tl.where(by_other, rest * (own - other), x), close)
+    # finite, so that 0 times it is 0; of NaN, where p = q = 0, anything
+    finite = tl.where(w < 1e30, tl.where(w > -1e30, w, -1e30), 1e30)
+    u = tl.where(by_other, log + finite, log)
+    loss = tl.where(close, r * (x - 2.0 * own * (r * r) * tail), x - own * u)
+    return m, x, u, loss
+
+
+@triton.jit
+def _over(x, m):
+    """x / m, 0 where both are."""
+    least = 2.2250738585072014e-308 if m.dtype == tl.float64 else 1.1754943508222875e-38
+    return x / (m + least)
+
+
+@triton.jit
+def skew_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    teacher, student = _inside(parameter, p.dtype), _inside(1.0 - parameter, p.dtype)
+    m, x, _u, loss = skewed(q, p, w, student, teacher)
+    slope = student * p * _over(x, m)
+    if OF_ROWS:  # by convention the end is another
+        end_loss, end_slope = kl_div(p, q, w, parameter, False)
+        loss, slope = tl.where(parameter == 0.0, end_loss, loss), tl.where(parameter == 0.0, end_slope, slope)
+    return loss, slope
+
+
+@triton.jit
+def skew_reverse_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    student, teacher = _inside(parameter, p.dtype), _inside(1.0 - parameter, p.dtype)
+    m, x, v, loss = skewed(p, q, -w, teacher, student)
+    slope = student * p * _over(x, m) - p * v
+    if OF_ROWS:  # by convention the end is another
+        end_loss, end_slope = reverse_kl_div(p, q, w, parameter, False)
+        loss, slope = tl.where(parameter == 0.0, end_loss, loss), tl.where(parameter == 0.0, end_slope, slope)
+    return loss, slope
+
+
+@triton.jit
+def total_variation(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    difference = tl.where(is_near(w), q * (w + w * w * bregman_series(w)), p - q)
+    slope = tl.where(w > 0.0, 0.5 * p, tl.where(w < 0.0, -0.5 * p, 0.0))
+    return 0.5 * tl.abs(difference), slope
+
+
 # By number: each takes p, q, w [ROWS, BLOCK] and the rows' parameter [ROWS or 1, 1] in float64, which may be an end of
 # its range where it is one OF_ROWS. What a class adds to its row's loss, and d loss / d log p up to a multiple of p. w
 # is +-inf where one of p and q is 0, NaN where both are; what p = q = 0 adds is 0.

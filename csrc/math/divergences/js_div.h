@@ -20,7 +20,7 @@ template <class T>
 struct JensenShannon {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
   T beta, rest;
-  FASTKD_HD explicit JensenShannon(double parameter) : beta(inside(T(parameter))), rest(inside(T(1 - parameter))) {}
+  FASTKD_HD explicit JensenShannon(double parameter) : beta(share_of_mixture(T(parameter))), rest(share_of_mixture(T(1 - parameter))) {}
 
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
@@ -28,7 +28,7 @@ struct JensenShannon {
   template <class F>
   FASTKD_HD static void with_ends(double parameter, F&& f) {
     if (parameter == 0) {
-      f(ForwardEnd());
+      f(ForwardKLEnd<T>());
     } else if (parameter == 1) {
       f(ReverseKL<T>());
     } else {
@@ -46,17 +46,10 @@ struct JensenShannon {
   FASTKD_HD T slope(Element<T> e) const { return -rest * e.p * mixture(e).v; }
 
  private:
-  struct ForwardEnd : ForwardKL<T> {
-    static constexpr bool kCentred = false;  // its sums are made as those of the other rows
-  };
   struct Mixture {
     T u, v, x;        // x: how far m lies above what log is relative to
     LogRatio<T> log;  // near: of m / p; far: of m / larger
   };
-  // Not 0, so that m is not where p or q is not. Outside of [0, 1], and NaN: NaN.
-  static FASTKD_HD T inside(T share) {
-    return share > kLeast<T> ? share : share >= T(0) ? kLeast<T> : kInf<T> - kInf<T>;
-  }
   FASTKD_HD Mixture mixture(Element<T> e) const {
     const bool student_larger = e.w > T(0), near = is_near(e.w);
     Mixture m;

@@ -19,4 +19,10 @@ struct ForwardKL {
   FASTKD_HD T slope(Element<T> e) const { return is_near(e.w) ? e.q * expm1_series(e.w) : e.p - e.q; }
 };
 
+// As the end of a range of divergences that are not centred: its sums are made as those of the other rows.
+template <class T>
+struct ForwardKLEnd : ForwardKL<T> {
+  static constexpr bool kCentred = false;
+};
+
 }  // namespace fastkd::FASTKD_ISA

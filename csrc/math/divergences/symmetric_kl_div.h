@@ -1,0 +1,32 @@
+#pragma once
+#include "math/divergences/kl_div.h"
+#include "math/divergences/reverse_kl_div.h"
+
+namespace fastkd::FASTKD_ISA {
+
+// (1 - s) KL(q || p) + s KL(p || q), class by class.
+template <class T>
+struct SymmetricKL {
+  static constexpr bool kCentred = false, kTeacherEntropy = false;
+  T student, rest;  // the weight of KL(p || q), and that of KL(q || p)
+  FASTKD_HD explicit SymmetricKL(double parameter) : student(T(parameter)), rest(T(1 - parameter)) {}
+
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+  template <class F>
+  FASTKD_HD static void with_ends(double parameter, F&& f) {
+    if (parameter == 0) {
+      f(ForwardKLEnd<T>());
+    } else if (parameter == 1) {
+      f(ReverseKL<T>());
+    } else {
+      f(SymmetricKL(parameter));
+    }
+  }
+
+  FASTKD_HD T loss(Element<T> e) const { return rest * ForwardKL<T>().loss(e) + student * ReverseKL<T>().loss(e); }
+  FASTKD_HD T slope(Element<T> e) const { return rest * ForwardKL<T>().slope(e) + student * ReverseKL<T>().slope(e); }
+};
+
+}  // namespace fastkd::FASTKD_ISA
