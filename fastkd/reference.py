@@ -92,11 +92,13 @@ def _between(log_p, log_q, share, rows, first, second=None):
 
 
 def _symmetric_kl_div(log_p, log_q, student_weight):
-    """(1 - s) KL(q || p) + s KL(p || q)"""
+    """(1 - s) KL(q || p) + s KL(p || q). Where the second is +inf there is no gradient, as there is none of it alone."""
+    impossible = ((log_q == -torch.inf) & (log_p > -torch.inf)).any(-1, keepdim=True)
     s = student_weight
     if isinstance(s, torch.Tensor):  # 0 times +inf is not wanted, nor looked at
         s = torch.where((s == 0) | (s == 1), 0.5, s).squeeze(-1).to(log_p.dtype)
-    rows = (1 - s) * _kl_div(log_p, log_q) + s * _reverse_kl_div(log_p, log_q)
+    forward = _kl_div(torch.where(impossible, log_p.detach(), log_p), log_q)
+    rows = (1 - s) * forward + s * _reverse_kl_div(log_p, log_q)
     return _between(log_p, log_q, student_weight, rows, _kl_div, _reverse_kl_div)
 
 
