@@ -92,7 +92,7 @@ def _between(log_p, log_q, share, rows, first, second=None):
 
 
 def _symmetric_kl_div(log_p, log_q, student_weight):
-    """(1 - s) KL(q || p) + s KL(p || q). Where the second is +inf there is no gradient, as there is none of it alone."""
+    """(1 - s) KL(q || p) + s KL(p || q). Where the second is +inf, it has no gradient, nor has the sum."""
     impossible = ((log_q == -torch.inf) & (log_p > -torch.inf)).any(-1, keepdim=True)
     s = student_weight
     if isinstance(s, torch.Tensor):  # 0 times +inf is not wanted, nor looked at

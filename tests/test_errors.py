@@ -8,6 +8,7 @@ import torch
 import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
+from fastkd._divergences import REGISTRY
 from fastkd.ops import relations, rows
 from fastkd.ops.numbers import as_tensor
 
@@ -111,13 +112,19 @@ def test_error_names_the_argument(name, backend_name):
     [(-0.1, ValueError), (1.1, ValueError), (float("nan"), ValueError), ("half", TypeError), (True, TypeError)],
 )
 @pytest.mark.parametrize(
-    "make",
-    [lambda beta: functional.js_div(S, T, beta=beta), lambda beta: fastkd.JSDivLoss(beta=beta)],
-    ids=["function", "module"],
-)
-def test_js_div_refuses_a_beta(make, beta, error):
-    with pytest.raises(error, match=r"^beta: a number .*wanted"):
-        make(beta)
+    ("function", "module", "parameter"),
+    [("js_div", "JSDivLoss", "beta"), ("symmetric_kl_div", "SymmetricKLDivLoss", "student_weight"),
+     ("skew_kl_div", "SkewKLDivLoss", "alpha"), ("skew_reverse_kl_div", "SkewReverseKLDivLoss", "alpha")],
+)  # fmt: skip
+def test_a_parameter_out_of_its_range_is_refused(function, module, parameter, beta, error):
+    for make in (functools.partial(getattr(functional, function), S, T), getattr(fastkd, module)):
+        with pytest.raises(error, match=rf"^{parameter}: a number .*wanted"):
+            make(**{parameter: beta})
+
+
+def test_relation_kl_refuses_a_divergence_whose_parameter_it_has_not():
+    with pytest.raises(ValueError, match=r"^divergence: one of .*js_div.* wanted, got 'skew_kl_div'"):
+        functional.relation_kl(S, T, divergence="skew_kl_div")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +140,7 @@ def test_js_div_refuses_a_tensor_of_betas(loss, beta, error, match):
         loss(S, T, beta=beta)
 
 
-LOGIT_LOSSES = [functional.kl_div, functional.soft_cross_entropy, functional.reverse_kl_div, functional.js_div]
+LOGIT_LOSSES = [getattr(functional, name) for name in REGISTRY]
 
 
 @pytest.mark.parametrize(("widths", "slice_"), [((10, 16), "teacher"), ((16, 10), "student")])

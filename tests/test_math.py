@@ -84,7 +84,7 @@ def test_log_ratio_is_right_to_its_last_digits(kind, ulp):
         assert np.max(np.abs((out - exact) / exact) / rounding) <= ulp
 
 
-FORWARD, _, REVERSE, JENSEN_SHANNON = range(4)
+FORWARD, _, REVERSE, JENSEN_SHANNON, SYMMETRIC, SKEW, SKEW_REVERSE, TOTAL_VARIATION = range(8)
 
 
 def classes(dtype):
@@ -130,9 +130,42 @@ def test_divergences_of_a_class(divergence, beta, kind, ulp):
     assert np.max(np.abs(slope - exact_slope) / np.abs(exact_slope)) <= 8 * ulp / (1 if beta in (0, 0.5) else beta)
 
 
+@pytest.mark.parametrize(("kind", "ulp"), [("float", 2.0**-23), ("double", 2.0**-52)])
+@pytest.mark.parametrize(
+    ("divergence", "parameter"),
+    [
+        (SYMMETRIC, 0.3),
+        *((skew, alpha) for skew in (SKEW, SKEW_REVERSE) for alpha in (0.1, 0.5, 0.999)),
+        (TOTAL_VARIATION, 0),
+    ],
+)
+def test_other_divergences_of_a_class(divergence, parameter, kind, ulp):
+    """Near and far, against extended precision; the mixture's too, whatever its shares are."""
+    p, q, w = classes({"float": np.float32, "double": np.float64}[kind])
+    loss = getattr(_testing, f"loss_{kind}")(divergence, parameter, p, q, w)
+    slope = getattr(_testing, f"slope_{kind}")(divergence, parameter, p, q, w)
+    w, q, a = w.astype(np.longdouble), q.astype(np.longdouble), np.longdouble(parameter)
+    p = q * np.exp(w)
+    if divergence == SYMMETRIC:
+        exact_loss = (1 - a) * q * bregman(w) + a * p * bregman(-w)
+        exact_slope = (1 - a) * q * np.expm1(w) + a * p * w
+    elif divergence == SKEW:
+        u = np.log1p((1 - a) * np.expm1(w))
+        exact_loss, exact_slope = q * bregman(u), -(1 - a) * p * np.expm1(-u)
+    elif divergence == SKEW_REVERSE:
+        v = np.log1p((1 - a) * np.expm1(-w))
+        exact_loss, exact_slope = p * bregman(v), -p * v - a * p * np.expm1(-v)
+    else:
+        exact_loss, exact_slope = q * np.abs(np.expm1(w)) / 2, np.sign(w) * p / 2
+    # a share of 0.001 is known to 1000 ulp of itself in the type that is computed in
+    share = 1 / (1 - parameter) if divergence in (SKEW, SKEW_REVERSE) else 1
+    assert np.max(np.abs(loss - exact_loss) / exact_loss) <= 40 * ulp * share
+    assert np.max(np.abs(slope - exact_slope) / np.abs(exact_slope)) <= 16 * ulp * share
+
+
 def test_impossible_classes():
     loss, slope = _testing.loss_float, _testing.slope_float
-    for divergence in (FORWARD, REVERSE, JENSEN_SHANNON):
+    for divergence in (FORWARD, REVERSE, JENSEN_SHANNON, SYMMETRIC, SKEW, SKEW_REVERSE, TOTAL_VARIATION):
         assert loss(divergence, 0.5, 0.0, 0.0, np.nan) == 0
         assert slope(divergence, 0.5, 0.0, 0.0, np.nan) == 0
     assert loss(FORWARD, 0, 0.25, 0.0, np.inf) == 0.25  # the p of a class without q completes the sum to 1
@@ -143,6 +176,14 @@ def test_impossible_classes():
     assert slope(REVERSE, 0, 0.0, 0.25, -np.inf) == 0
     assert loss(REVERSE, 0, 0.25, 0.0, np.inf) == np.inf
     assert loss(REVERSE, 0, 0.0, 0.0, np.inf) == np.inf  # a p that is too small for a number
+    assert loss(SYMMETRIC, 0.5, 0.25, 0.0, np.inf) == slope(SYMMETRIC, 0.5, 0.25, 0.0, np.inf) == np.inf
+    assert loss(SYMMETRIC, 0.5, 0.0, 0.25, -np.inf) == np.inf
+    assert loss(SKEW, 0.5, 0.25, 0.0, np.inf) == slope(SKEW, 0.5, 0.25, 0.0, np.inf) == 0.125  # m - q
+    assert loss(SKEW, 0.5, 0.0, 0.25, -np.inf) == pytest.approx(-0.125 + 0.25 * np.log(2), rel=1e-6)
+    assert slope(SKEW, 0.5, 0.0, 0.25, -np.inf) == 0
+    assert loss(SKEW_REVERSE, 0.5, 0.0, 0.25, -np.inf) == 0.125
+    assert slope(SKEW_REVERSE, 0.5, 0.0, 0.25, -np.inf) == 0
+    assert loss(TOTAL_VARIATION, 0, 0.25, 0.0, np.inf) == loss(TOTAL_VARIATION, 0, 0.0, 0.25, -np.inf) == 0.125
     assert loss(JENSEN_SHANNON, 0.5, 0.25, 0.0, np.inf) == pytest.approx(0.125 * np.log(2), rel=1e-6)
     assert loss(JENSEN_SHANNON, 0.5, 0.0, 0.25, -np.inf) == pytest.approx(0.125 * np.log(2), rel=1e-6)
     assert slope(JENSEN_SHANNON, 0.5, 0.25, 0.0, np.inf) == pytest.approx(0.125 * np.log(2), rel=1e-6)
