@@ -136,7 +136,9 @@ def _total_variation(log_p, log_q, _=None):
     p, q = log_p.exp(), log_q.exp()
     w = torch.where((p == 0) | (q == 0), torch.inf, log_p - log_q)
     difference = torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
-    return difference.abs().sum(-1) / 2
+    # not abs(), whose gradient is 0 of NaN
+    sign = torch.where(difference.isnan(), difference, difference.sign()).detach()
+    return (difference * sign).sum(-1) / 2
 
 
 # Each takes log p and log q [*, V] and its parameter, where it has one: a number, or a tensor [*, 1].

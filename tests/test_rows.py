@@ -81,10 +81,16 @@ def check(name, case, dtype, reduction, plain_pytorch):
     if name == "js_div-0.1":
         tolerance *= SKEWED
     assert error(loss, loss_ref) <= tolerance * (cancellation(name, student, teacher, options) if plain_pytorch else 1)
-    if not REGISTRY[name.partition("-")[0]].centred:  # where p is all on one class the two terms of the gradient cancel
-        terms = right(name, student, teacher, reduction=reduction, terms_of_gradient=True, **options)[1]
-        tolerance *= max(1.0, (terms.norm() / grad_ref.norm()).nan_to_num(1.0, posinf=1e300).item())
+    tolerance *= what_cancels(name, student, teacher, reduction=reduction, **options)
     assert error(grad, grad_ref) <= tolerance + 2 * storage_error(grad, grad_ref)
+
+
+def what_cancels(name, student, teacher, **options):
+    """How large the two terms of the gradient are beside itself: they cancel where p is all on one class."""
+    if REGISTRY[name.partition("-")[0]].centred:
+        return 1.0
+    terms, grad = (right(name, student, teacher, terms_of_gradient=x, **options)[1] for x in (True, False))
+    return max(1.0, (terms.norm() / grad.norm()).nan_to_num(1.0, posinf=1e300).item())
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -136,8 +142,11 @@ def test_no_worse_than_eager_when_shifted(kernel, name, shift, temperature):
     ours = run(cases.LOSSES[name], student, teacher, temperature=temperature, reduction="none")
     ref = right(name, student, teacher, temperature=temperature, reduction="none")
     theirs = run(lambda s, t: eager(name, s, t, temperature), student, teacher)
+    floor = FLOOR[torch.float32]
+    if name == "skew_kl_div":  # which eager code sums up without a multiple of p, far better here and worse near q = p
+        floor *= what_cancels(name, student, teacher, temperature=temperature, reduction="none")
     for out, eager_out, exact in zip(ours, theirs, ref, strict=True):
-        assert error(out, exact) <= max(TIMES_EAGER * error(eager_out, exact), FLOOR[torch.float32])
+        assert error(out, exact) <= max(TIMES_EAGER * error(eager_out, exact), floor)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -151,7 +160,7 @@ def test_a_block_of_impossible_classes_on_one_side(backend, name, temperatures, 
     options = {"reduction": reduction, "temperature": temperatures[0], "teacher_temperature": temperatures[1]}
     loss, grad = run(cases.LOSSES[name], student, teacher, **options)
     endless = {"student": ("kl_div", "soft_cross_entropy"), "teacher": ("reverse_kl_div",)}[side]
-    assert bool(loss.isinf().all()) == (name in endless)
+    assert bool(loss.isinf().all()) == (name in (*endless, "symmetric_kl_div"))
     loss_ref, grad_ref = right(name, student, teacher, **options)
     tolerance = 2 * FLOOR[torch.float32] * logit_size(student)
     assert error(loss, loss_ref) < tolerance
@@ -276,7 +285,8 @@ def test_near_convergence(backend, name, V, shift, temperature):
     assert loss_ref < 6e-7
     assert error(loss, loss_ref) <= NEAR_CONVERGENCE
     eager_loss, eager_grad = run(lambda s, t: eager(name, s, t, temperature).mean(), student, teacher)
-    assert error(eager_loss, loss_ref) > 5 * NEAR_CONVERGENCE  # or this test is too easy
+    if name != "symmetric_kl_div":  # the first-order terms of its two halves cancel, in eager code too
+        assert error(eager_loss, loss_ref) > 5 * NEAR_CONVERGENCE  # or this test is too easy
     assert error(grad, grad_ref) <= TIMES_EAGER * error(eager_grad, grad_ref)
 
 
@@ -579,8 +589,9 @@ def test_js_div_of_a_beta_that_rounds_to_an_end(backend, beta):
 
 def test_second_derivatives_of_the_reference():
     student = torch.randn(2, 4, dtype=torch.float64)
-    for loss in cases.LOSSES.values():
-        for teacher in (torch.randn(2, 4, dtype=torch.float64), student.clone()):
+    for name, loss in cases.LOSSES.items():
+        equal = [] if name == "total_variation" else [student.clone()]  # where that one has a kink
+        for teacher in (torch.randn(2, 4, dtype=torch.float64), *equal):
             with fastkd.backend("torch"):
                 hessian = torch.autograd.functional.hessian(lambda s, f=loss, t=teacher: f(s, t), student).reshape(8, 8)
                 step = 1e-5 * torch.eye(8, dtype=torch.float64).reshape(8, 2, 4)

@@ -61,7 +61,7 @@ def _skew(p, q, log_p, log_q, alpha=0.1):
         return _forward(p, q, log_p, log_q)
     alpha = np.longdouble(alpha)
     m = alpha * q + (1 - alpha) * p
-    return _x_log(q, q / m), np.where(m == 0, 0, -(1 - alpha) * p * q / m)
+    return _x_log(q, q / m), np.where(m == 0, 0, (1 - alpha) * p * (m - q) / m)  # with a multiple of p
 
 
 def _skew_reverse(p, q, log_p, log_q, alpha=0.1):

@@ -20,7 +20,8 @@ template <class T>
 struct JensenShannon {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
   T beta, rest;
-  FASTKD_HD explicit JensenShannon(double parameter) : beta(share_of_mixture(T(parameter))), rest(share_of_mixture(T(1 - parameter))) {}
+  FASTKD_HD explicit JensenShannon(double parameter)
+      : beta(share_of_mixture(T(parameter))), rest(share_of_mixture(T(1 - parameter))) {}
 
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable

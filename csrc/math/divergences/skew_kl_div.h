@@ -8,8 +8,8 @@ namespace fastkd::FASTKD_ISA {
 // With u = log(m / own) and x = m - own = share (other - own) it is x - own u: as the x of all classes add up to 0, the
 // term may have its own, and is >= 0. Where m is near own, u = 2 atanh(r) with r = x / (m + own), and
 //   x - own u = r (x - 2 own r^2 tail)
-// cancels nothing. Where it is not, u comes of the logarithm of m over the larger of own and other, which exists wherever
-// one of them is not 0.
+// cancels nothing. Where it is not, u comes of the logarithm of m over the larger of own and other, which exists
+// wherever one of them is not 0.
 template <class T>
 struct Skewed {
   T m, x, u, loss;
