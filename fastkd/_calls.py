@@ -158,6 +158,9 @@ ONCE = (
     # embeddings [N, D]; mask, weight: one per row; strips: the namespace whose op computes each strip
     "pkt_fwd(Tensor student, Tensor teacher, Tensor eps, Tensor? mask, Tensor? weight, str strips, bool save) "
     "-> (Tensor loss, Tensor grad)",
+    # few samples on the CPU: one of the three above, whole; relation: which, see ops/samples.py; the rest as there
+    "samples_fwd(Tensor student, Tensor teacher, int relation, bool normalize, int clamp, Tensor eps, Tensor? mask, "
+    "Tensor? weight, bool save) -> (Tensor loss, Tensor grad)",
     # who is similar to whom: labels, or the positives (0: the default) nearest to each row of the teacher; strips: the
     # namespace whose op computes each strip; active: the share of triplets that have a loss
     "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, Tensor margin, Tensor? mask, "

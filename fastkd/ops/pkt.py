@@ -21,6 +21,7 @@ from .._check import SMALLEST_EPS
 from ..reference import compute_dtype, gradient_dtype, without_autocast
 from .numbers import read
 from .products import blocks_of, check_embeddings
+from .samples import PKT, are_few, few_samples
 
 BLOCK = {"cpu": 2**21, "cuda": 2**23}  # elements of a strip [rows, N]
 
@@ -54,7 +55,9 @@ def _through_length(grad, x, inverse, ratio):
 @torch.no_grad()
 def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
     check_embeddings(student, teacher, (2,))
-    eps = read("eps", eps, SMALLEST_EPS)
+    given, eps = eps, read("eps", eps, SMALLEST_EPS)
+    if len(student) > 1 and strips == "fastkd" and are_few(student, BLOCK):
+        return few_samples(student, teacher, PKT, mask, weight, save, eps=given)
     dtype = compute_dtype(student, teacher)
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))

@@ -54,7 +54,7 @@ def use_namespace(namespace: str) -> None:
     OPS[namespace] = Ops(pairs, angles, similarity.FWD, gram.FWD, _pkt.FWD, scale_)
 
 
-for _name in ("similarity_fwd", "gram_fwd", "pkt_fwd"):
+for _name in ("similarity_fwd", "gram_fwd", "pkt_fwd", "samples_fwd"):
     torch.library.register_fake(f"fastkd::{_name}", _fake_fwd)
 use_namespace("fastkd")
 

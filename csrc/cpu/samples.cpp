@@ -1,0 +1,282 @@
+// similarity_preserving, gram_mse and pkt of few samples on the CPU: both matrices of inner products whole, a kernel
+// over their rows, and one product for the gradient, in one op. Many samples are walked in strips, by fastkd/ops.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "common/dispatch.h"
+#include "common/numbers.h"
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/pkt_kernel.h"
+#include "cpu/samples_kernel.h"
+
+namespace fastkd {
+namespace {
+
+// The numbers are those of fastkd/ops/samples.py.
+enum class Relation : int64_t { kSimilarity, kGram, kPkt, kCount };
+
+constexpr int64_t kWork = 16384;  // elements that are worth a thread
+
+struct SamplesInputs {
+  explicit SamplesInputs(Arguments& a)
+      : student(a.next<Tensor>()),
+        teacher(a.next<Tensor>()),
+        relation(static_cast<Relation>(a.next<int64_t>())),
+        normalize(a.next<bool>()),
+        clamp(a.next<int64_t>()),
+        eps(number(a.next<Tensor>(), "eps")),
+        mask(a.next<OptionalTensor>()),
+        weight(a.next<OptionalTensor>()),
+        save(a.next<bool>()) {}
+
+  Tensor student, teacher;  // [N, D_s], [N, D_t]
+  Relation relation;
+  bool normalize;  // gram: rows of length 1
+  int64_t clamp;   // gram: negative similarities of none, the teacher, both
+  double eps;      // pkt
+  OptionalTensor mask, weight;
+  bool save;
+
+  int64_t N() const { return student.size(0); }
+  ScalarType compute() const { return compute_type(student.scalar_type(), teacher.scalar_type()); }
+};
+
+void check(const SamplesInputs& in) {
+  FASTKD_CHECK(in.student.is_cpu() && in.teacher.is_cpu(), "student and teacher: tensors on the CPU wanted");
+  FASTKD_CHECK(in.student.dim() == 2 && in.teacher.dim() == 2 && in.teacher.size(0) == in.N(),
+               "student and teacher: embeddings [N, D] of as many rows wanted");
+  to_dtype(in.student.scalar_type(), "student");
+  to_dtype(in.teacher.scalar_type(), "teacher");
+  FASTKD_CHECK(in.relation >= Relation::kSimilarity && in.relation < Relation::kCount,
+               "relation: there is none with this number");
+  FASTKD_CHECK(in.clamp >= 0 && in.clamp <= 2, "clamp: from 0 to 2 wanted, got ", in.clamp);
+  FASTKD_CHECK(!in.mask || (in.mask->is_cpu() && in.mask->scalar_type() == ScalarType::Bool &&
+                            in.mask->is_contiguous() && in.mask->numel() == in.N()),
+               "mask: one bool per row wanted, contiguous");
+  FASTKD_CHECK(!in.weight || (in.weight->is_cpu() && in.weight->numel() == in.N()), "weight: one per row wanted");
+  FASTKD_CHECK(in.relation != Relation::kPkt || (in.eps > 0 && std::isfinite(in.eps)),
+               "eps: a positive finite number wanted, got ", in.eps);
+}
+
+// f(row) of all rows, of so many elements each.
+template <class F>
+void for_rows(int64_t rows, int64_t width, F&& f) {
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWork / std::max<int64_t>(1, width)),
+                              [&](int64_t begin, int64_t end) {
+                                for (int64_t row = begin; row < end; ++row) f(row);
+                              });
+}
+
+template <class T>
+class Samples {
+ public:
+  explicit Samples(const SamplesInputs& in) : in_(in), kernel_(FASTKD_OF_ISA(samples_kernel<T>())), N_(in.N()) {
+    if (in.mask) mask_ = static_cast<const bool*>(in.mask->const_data_ptr());
+    count_ = mask_ ? std::count(mask_, mask_ + N_, true) : N_;
+    if (in.weight) {
+      weight_ = torch::stable::new_empty(*in.weight, {N_}, kType);
+      torch::stable::copy_(*weight_, *in.weight);
+    }
+  }
+
+  // grad: [N, D_s], contiguous, or none
+  double operator()(std::optional<Tensor> grad) {
+    // one sample alone has nothing to learn, but its length
+    const bool length = in_.relation == Relation::kGram && !in_.normalize;
+    if (count_ < (length ? 1 : 2)) {
+      if (grad) torch::stable::zero_(*grad);
+      return 0;
+    }
+    const Side student(*this, in_.student), teacher(*this, in_.teacher);
+    const Tensor memory = torch::stable::new_empty(student.tensor, {2, N_, N_}, kType);
+    T* G = static_cast<T*>(memory.mutable_data_ptr());
+    T* H = G + N_ * N_;
+    gemm(square(G), student.matrix, student.matrix.transposed());
+    gemm(square(H), teacher.matrix, teacher.matrix.transposed());
+    const double loss = weights(G, H);
+    if (grad) {
+      T* g = static_cast<T*>(grad->mutable_data_ptr());
+      const int64_t D = student.matrix.columns;
+      gemm(Matrix<T>{g, N_, D, D}, square(G), student.matrix);
+      if (!student.rows.empty()) {
+        for_rows(N_, D,
+                 [&](int64_t i) { kernel_.unit_backward(g + i * D, student.matrix.data + i * D, D, student.rows[i]); });
+      }
+    }
+    return loss;
+  }
+
+ private:
+  static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+
+  // Embeddings as they are multiplied.
+  struct Side {
+    Side(const Samples& call, const Tensor& given) : tensor(given) {
+      const int64_t N = call.N_, D = given.size(1);
+      const bool unit = call.in_.relation == Relation::kPkt || call.in_.normalize;
+      if (tensor.scalar_type() != kType || tensor.stride(1) != 1 || (call.mask_ && !unit)) {
+        tensor = torch::stable::new_empty(given, {N, D}, kType);
+        torch::stable::copy_(tensor, given);
+      }
+      if (unit) {
+        const Tensor source = tensor;
+        tensor = torch::stable::new_empty(source, {N, D}, kType);
+        rows.resize(N);
+        const T* x = static_cast<const T*>(source.const_data_ptr());
+        T* u = static_cast<T*>(tensor.mutable_data_ptr());
+        const bool more = call.in_.relation == Relation::kPkt;
+        for_rows(N, D, [&](int64_t i) {
+          if (call.counts(i)) {
+            rows[i] = call.kernel_.unit(x + i * source.stride(0), D, more ? call.in_.eps : 1e-12,
+                                        more ? Length::kMore : Length::kAtLeast, u + i * D);
+          } else {
+            std::fill_n(u + i * D, D, T(0));
+          }
+        });
+      } else if (call.mask_) {  // a row that does not count may hold anything
+        T* x = static_cast<T*>(tensor.mutable_data_ptr());
+        for (int64_t i = 0; i < N; ++i) {
+          if (!call.counts(i)) std::fill_n(x + i * D, D, T(0));
+        }
+      }
+      matrix = {static_cast<const T*>(tensor.const_data_ptr()), N, D, tensor.stride(0)};
+    }
+
+    Tensor tensor;
+    std::vector<UnitRow> rows;  // of unit length: how each came to it
+    Matrix<T> matrix;
+  };
+
+  bool counts(int64_t i) const { return !mask_ || mask_[i]; }
+  double weight(int64_t i) const {
+    if (!counts(i)) return 0;
+    return weight_ ? double(static_cast<const T*>(weight_->const_data_ptr())[i]) : 1;
+  }
+  Matrix<T> square(const T* x) const { return {x, N_, N_, N_}; }
+
+  // The loss. G becomes W of dL/dX = W X, where a gradient is wanted.
+  double weights(T* G, T* H) {
+    switch (in_.relation) {
+      case Relation::kSimilarity:
+        return similarity(G, H);
+      case Relation::kGram:
+        return gram(G, H);
+      default:
+        return pkt(G, H);
+    }
+  }
+
+  double similarity(T* G, const T* H) {
+    const double pairs = double(count_) * double(count_);
+    std::vector<double> losses(N_);
+    for_rows(N_, N_, [&](int64_t i) {
+      const double by = weight(i) / pairs, of_row = kernel_.similarity(G + i * N_, H + i * N_, N_, by);
+      losses[i] = counts(i) ? by * of_row : 0;
+    });
+    if (in_.save) symmetrize(G);
+    return sum(losses);
+  }
+
+  double gram(T* G, const T* H) {
+    const double by = 1 / (double(count_) * double(count_));
+    std::vector<T> half;
+    for (int64_t i = 0; in_.weight && i < N_; ++i) half.push_back(T(weight(i) / 2));
+    std::vector<double> squares(N_);
+    for_rows(N_, N_, [&](int64_t i) {
+      squares[i] = kernel_.gram(G + i * N_, H + i * N_, N_, int(in_.clamp), half.empty() ? T(0) : half[i],
+                                half.empty() ? nullptr : half.data(), T(4 * by));
+    });
+    return sum(squares) * by;
+  }
+
+  // In the kernel of strips, of which this is one; see pkt_kernel.h. What the sums of similarities add to the gradient
+  // is of rank 1, and goes into W.
+  double pkt(T* G, const T* H) {
+    std::vector<T> of_samples(5 * N_);
+    T *valid = of_samples.data(), *inverse = valid + N_, *teacher_inverse = inverse + N_;
+    T *loss_weight = teacher_inverse + N_, *scale = loss_weight + N_;
+    const double pairs = double(count_) * double(count_);
+    for_rows(N_, N_, [&](int64_t i) {
+      if (!counts(i)) return;
+      const double r = (kernel_.sum(G + i * N_, N_) + double(count_)) / 2;
+      const double of_teacher = (kernel_.sum(H + i * N_, N_) + double(count_)) / 2;
+      valid[i] = 1;
+      inverse[i] = T(1 / r);
+      teacher_inverse[i] = T(1 / of_teacher);
+      loss_weight[i] = T(weight(i) / pairs);
+      scale[i] = T(0.5 * (weight(i) / pairs) / r);
+    });
+    const PktStrip<T> strip{G, H, N_, N_, 0, valid, inverse, teacher_inverse, loss_weight, scale, T(in_.eps)};
+    const PktKernel<T>& kernel = FASTKD_OF_ISA(pkt_kernel<T>());
+    constexpr int64_t kColumns = 64;
+    const int64_t chunks = (N_ + kColumns - 1) / kColumns;
+    std::vector<double> losses(chunks);
+    std::vector<T> slopes(chunks * N_), q(N_), unused(N_);  // every pair is in the strip in both orders
+    for_rows(chunks, kColumns * N_, [&](int64_t c) {
+      losses[c] = kernel.columns(strip, c * kColumns, std::min((c + 1) * kColumns, N_), slopes.data() + c * N_,
+                                 unused.data() + c * kColumns);
+    });
+    if (in_.save) {
+      for (int64_t i = 0; i < N_; ++i) {
+        double slope = 0;
+        for (int64_t c = 0; c < chunks; ++c) slope += double(slopes[c * N_ + i]);
+        q[i] = T(slope) * scale[i];
+      }
+      for_rows(N_, N_, [&](int64_t i) { kernel_.subtract(G + i * N_, N_, q[i], q.data()); });
+    }
+    return sum(losses);
+  }
+
+  void symmetrize(T* G) {
+    constexpr int64_t kRows = 16;
+    for_rows((N_ + kRows - 1) / kRows, kRows * N_,
+             [&](int64_t block) { kernel_.symmetrize(G, N_, block * kRows, std::min((block + 1) * kRows, N_)); });
+  }
+
+  static double sum(const std::vector<double>& x) {
+    double total = 0;
+    for (double one : x) total += one;
+    return total;
+  }
+
+  const SamplesInputs& in_;
+  const SamplesKernel<T>& kernel_;
+  const int64_t N_;
+  const bool* mask_ = nullptr;
+  int64_t count_;
+  OptionalTensor weight_;
+};
+
+void samples_fwd(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const SamplesInputs in(arguments);
+  check(in);
+  const ScalarType type = in.student.scalar_type(), compute = in.compute();
+  const int64_t N = in.N(), D = in.student.size(1);
+  // float16's range would be left before a loss scaler multiplies the gradient
+  const ScalarType saved = type == ScalarType::Half ? ScalarType::Float : type;
+  Tensor loss = torch::stable::new_empty(in.student, {}, compute);
+  Tensor grad =
+      in.save ? torch::stable::new_empty(in.student, {N, D}, saved) : torch::stable::new_empty(in.student, {0}, saved);
+  Tensor computed = in.save && saved != compute ? torch::stable::new_empty(in.student, {N, D}, compute) : grad;
+  dispatch_compute(compute, [&](auto zero) {
+    using T = decltype(zero);
+    *static_cast<T*>(loss.mutable_data_ptr()) =
+        T(Samples<T>(in)(in.save ? std::optional<Tensor>(computed) : std::nullopt));
+  });
+  if (in.save && saved != compute) torch::stable::copy_(grad, computed);
+  stack[0] = torch::stable::detail::from(loss);
+  stack[1] = torch::stable::detail::from(grad);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) { m.impl("samples_fwd", &samples_fwd); }
+
+}  // namespace fastkd

@@ -1,0 +1,36 @@
+"""Few samples on the CPU: similarity_preserving, gram_mse and pkt in one op, csrc/cpu/samples.cpp.
+
+Each is two matrices of inner products, a kernel over their rows and a product for the gradient. In calls of torch's own
+ops there are 20 to 30, which take longer than the arithmetic of a batch of 32 to 512.
+"""
+
+import torch
+
+from .. import _library
+from .numbers import as_tensor
+
+SIMILARITY, GRAM, PKT = range(3)  # the numbers of csrc/cpu/samples.cpp
+
+
+def are_few(x: torch.Tensor, block: dict[str, int]) -> bool:
+    """Whether all pairs of rows of x are one block, and the op is there."""
+    return x.device.type == "cpu" and len(x) * len(x) <= block["cpu"] and not _library.cpu_missing
+
+
+def few_samples(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    relation: int,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    save: bool,
+    normalize: bool = False,
+    clamp: int = 0,
+    eps: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the gradient where it is saved."""
+    mask = mask if mask is None else mask.contiguous()
+    eps = as_tensor(0.0) if eps is None else eps
+    return torch.ops.fastkd.samples_fwd.default(
+        student, teacher, relation, normalize, clamp, eps, mask, weight, save
+    )  # fmt: skip
