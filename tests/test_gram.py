@@ -18,9 +18,12 @@ pytestmark = pytest.mark.products
 CLAMPS = (None, "teacher", "both")
 
 
-@pytest.fixture(params=["features", "samples"])
+@pytest.fixture(params=["features", "samples", "few"])
 def way(request, monkeypatch):
+    """By products of features, or of samples; the latter in one op, where all pairs are one block."""
     monkeypatch.setattr(gram, "_by_features", lambda *_: request.param == "features")
+    if request.param != "few":
+        monkeypatch.setattr(gram, "are_few", lambda *_: False)
     return request.param
 
 

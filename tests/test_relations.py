@@ -159,12 +159,15 @@ def test_a_student_that_is_its_teacher(backend, name, dtype):
     assert grad.double().norm() <= 1e-6
 
 
-# similarity_preserving's two ways
+# similarity_preserving's ways
 
 
-@pytest.fixture(params=["features", "samples"])
+@pytest.fixture(params=["features", "samples", "few"])
 def way(request, monkeypatch):
+    """By products of features, or of samples; the latter in one op, where all pairs are one block."""
     monkeypatch.setattr(similarity, "_by_features", lambda *_: request.param == "features")
+    if request.param != "few":
+        monkeypatch.setattr(similarity, "are_few", lambda *_: False)
     return request.param
 
 

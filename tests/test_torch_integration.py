@@ -85,6 +85,9 @@ def relational_calls(backend_name):
                 rows = (mask, torch.rand(len(mask))) if save else (None, None)
                 yield f"similarity_fwd-rows-{name}-{save}", ops.similarity_fwd, (*pair, *rows, save)
                 yield f"gram_fwd-rows-{name}-{save}", ops.gram_fwd, (*pair, save, 0, *rows, save)
+                for relation in range(3):
+                    options = (relation, True, 0, as_tensor(1e-3), *rows, save)
+                    yield f"samples_fwd-{relation}-{name}-{save}", torch.ops.fastkd.samples_fwd, (*pair, *options)
                 yield f"pkt-{name}-{save}", ops.pkt_fwd, (*pair, as_tensor(1e-3), *rows, "fastkd", save)
                 labels = torch.arange(len(mask)) % 3
                 for how, similar in (

@@ -87,9 +87,8 @@ class Samples {
 
   // grad: [N, D_s], contiguous, or none
   double operator()(std::optional<Tensor> grad) {
-    // one sample alone has nothing to learn, but its length
-    const bool length = in_.relation == Relation::kGram && !in_.normalize;
-    if (count_ < (length ? 1 : 2)) {
+    // one sample alone has no pair, but in a Gram matrix it is similar to itself
+    if (count_ < (in_.relation == Relation::kGram ? 1 : 2)) {
       if (grad) torch::stable::zero_(*grad);
       return 0;
     }
