@@ -103,9 +103,9 @@ def _symmetric_kl_div(log_p, log_q, student_weight):
 
 
 def _skewed(log_own, log_other, share):
-    """KL(own || m), m = (1 - share) other + share own; u = log(m / own) from w = log other - log own: for w < 1
-    log(1 + (1 - share) (e^w - 1)), else w + log((1 - share) + share e^-w). Then sum own (e^u - 1 - u): all classes'
-    own (e^u - 1) = m - own add up to 0. Where own = 0 it is m."""
+    """KL(own || m), m = (1 - share) other + share own; u = log(m / own) from w = log other - log own: near w = 0
+    log(1 + (1 - share) (e^w - 1)), below it log(share + (1 - share) e^w), above it w + log((1 - share) + share e^-w).
+    Then sum own (e^u - 1 - u): all classes' own (e^u - 1) = m - own add up to 0. Where own = 0 it is m."""
     own, other = log_own.exp(), log_other.exp()
     none = own == 0
     w = torch.where(none, 0.0, log_other - log_own)
@@ -113,9 +113,10 @@ def _skewed(log_own, log_other, share):
         share, rest = (torch.where(share == 0, 0.5, x).to(w.dtype) for x in (share, 1 - share))
     else:
         rest = 1 - share
-    lower = torch.log1p(rest * torch.expm1(w.clamp(max=1)))
+    middle = torch.log1p(rest * torch.expm1(w.clamp(-1, 1)))
+    lower = torch.log(share + rest * torch.exp(w.clamp(max=-1)))
     upper = w + torch.log(rest + share * torch.exp(-w.clamp(min=1)))
-    u = torch.where(w < 1, lower, upper)
+    u = torch.where(w < -1, lower, torch.where(w < 1, middle, upper))
     near = u.clamp(-1, 1)
     terms = torch.where(u.abs() < 1, own * (torch.expm1(near) - near), rest * (other - own) - own * u)
     return torch.where(none, rest * other, terms).sum(-1)

@@ -20,7 +20,19 @@ def divergence(name, s, t, beta=0.5):
     """Of rows of logits."""
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
     m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
-    a, b = {"kl_div": (log_q, log_p), "reverse_kl_div": (log_p, log_q), "js_div": (log_q, m)}[name]
+    if name == "total_variation":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    if name == "symmetric_kl_div":
+        return (1 - beta) * divergence("kl_div", s, t) + beta * divergence("reverse_kl_div", s, t)
+    if name == "skew_reverse_kl_div":
+        return divergence("skew_kl_div", t, s, beta)
+    pairs = {
+        "kl_div": (log_q, log_p),
+        "reverse_kl_div": (log_p, log_q),
+        "js_div": (log_q, m),
+        "skew_kl_div": (log_q, m),
+    }
+    a, b = pairs[name]
     rows = (a.exp() * (a - b)).sum(-1)
     return rows if name != "js_div" else beta * rows + (1 - beta) * (log_p.exp() * (log_p - m)).sum(-1)
 
@@ -84,6 +96,15 @@ CASES = {
     **{
         name: (name, {"temperature": 2.0, **WEIGHTED}, functools.partial(logits, name, temperature=2.0, weighted=True))
         for name in ("kl_div", "reverse_kl_div", "js_div")
+    },
+    "total_variation": ("total_variation", {}, functools.partial(logits, "total_variation")),
+    **{
+        name: (name, {option: 0.2}, functools.partial(logits, name, beta=0.2))
+        for name, option in (
+            ("symmetric_kl_div", "student_weight"),
+            ("skew_kl_div", "alpha"),
+            ("skew_reverse_kl_div", "alpha"),
+        )
     },
     "js_div-0.2": ("js_div", {"beta": 0.2}, functools.partial(logits, "js_div", beta=0.2)),
     "js_div-0": ("js_div", {"beta": 0.0}, functools.partial(logits, "kl_div")),

@@ -303,6 +303,19 @@ def test_total_variation_near_convergence(backend, V):
     assert error(grad, grad_ref) <= 8 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("alpha", [1e-3, 1e-6, 1e-8])
+@pytest.mark.parametrize("name", ["skew_kl_div", "skew_reverse_kl_div"])
+def test_a_small_alpha_still_bounds_the_loss(backend, name, alpha):
+    """An impossible class of one side costs -log alpha times the other's probability, and no more."""
+    impossible, possible = torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([[0.0, 1.0, 0.5]])
+    pair = (impossible, possible) if name == "skew_kl_div" else (possible, impossible)
+    for number in (alpha, torch.tensor([alpha], dtype=torch.float64)):
+        loss, grad = run(functools.partial(getattr(functional, name), alpha=number), *pair)
+        loss_ref, grad_ref = truth_of(name, *pair, alpha=alpha)
+        assert error(loss, loss_ref) <= 8 * FLOOR[torch.float32]
+        assert error(grad, grad_ref) <= 8 * FLOOR[torch.float32]
+
+
 @pytest.mark.parametrize("name", ["symmetric_kl_div", "skew_kl_div", "skew_reverse_kl_div"])
 def test_parameters_of_rows_and_their_ends(backend, name):
     """Each row as a call of its own has it; an end is another divergence, for single rows as well."""

@@ -59,8 +59,9 @@ void check(const SamplesInputs& in) {
   FASTKD_CHECK(!in.mask || (in.mask->is_cpu() && in.mask->scalar_type() == ScalarType::Bool &&
                             in.mask->is_contiguous() && in.mask->numel() == in.N()),
                "mask: one bool per row wanted, contiguous");
-  FASTKD_CHECK(!in.weight || (in.weight->is_cpu() && in.weight->numel() == in.N()), "weight: one per row wanted");
-  FASTKD_CHECK(in.relation != Relation::kPkt || (in.eps > 0 && std::isfinite(in.eps)),
+  FASTKD_CHECK(!in.weight || (in.weight->is_cpu() && in.weight->dim() == 1 && in.weight->numel() == in.N()),
+               "weight: one per row wanted");
+  FASTKD_CHECK(in.relation != Relation::kPkt || (float(in.eps) > 0 && std::isfinite(in.eps)),
                "eps: a positive finite number wanted, got ", in.eps);
 }
 

@@ -47,6 +47,7 @@ UnitRow unit(const T* x, int64_t D, double eps, Length how, T* u) {
     row = {0, 0};
   } else if (how == Length::kMore) {
     row = {1 / (length + eps), (length + eps) / length};
+    if (std::isinf(row.ratio)) row = {0, 0};  // so short that it is a row of zeros
   } else {
     row = length < eps ? UnitRow{1 / eps, 0} : UnitRow{1 / length, 1};
   }

@@ -105,7 +105,7 @@ def reverse_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
 
 @triton.jit
 def _inside(share, dtype: tl.constexpr):
-    """Not 0, so that m is not where p or q is not. Outside of [0, 1], and of NaN: NaN."""
+    """A share of a mixture. Not 0, so that m is not where p or q is not. Outside of [0, 1], and of NaN: NaN."""
     least = 2.2250738585072014e-308 if dtype == tl.float64 else 1.1754943508222875e-38
     share = share.to(dtype)
     return tl.where(share > least, share, tl.where(share >= 0.0, tl.full((1, 1), least, dtype), float("nan")))
@@ -138,7 +138,7 @@ def js_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
 def symmetric_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
     forward_loss, forward_slope = kl_div(p, q, w, parameter, False)
     reverse_loss, reverse_slope = reverse_kl_div(p, q, w, parameter, False)
-    student, rest = parameter.to(p.dtype), (1.0 - parameter).to(p.dtype)
+    student, rest = _inside(parameter, p.dtype), _inside(1.0 - parameter, p.dtype)
     loss, slope = rest * forward_loss + student * reverse_loss, rest * forward_slope + student * reverse_slope
     if OF_ROWS:  # 0 times +inf is not wanted at the ends
         loss = tl.where(parameter == 0.0, forward_loss, tl.where(parameter == 1.0, reverse_loss, loss))
@@ -195,6 +195,7 @@ def skew_reverse_kl_div(p, q, w, parameter, OF_ROWS: tl.constexpr):
 def total_variation(p, q, w, parameter, OF_ROWS: tl.constexpr):
     difference = tl.where(is_near(w), q * (w + w * w * bregman_series(w)), p - q)
     slope = tl.where(w > 0.0, 0.5 * p, tl.where(w < 0.0, -0.5 * p, 0.0))
+    slope = tl.where((w > 0.0) | (w <= 0.0), slope, p - q)  # NaN where one of them is, 0 where both are 0
     return 0.5 * tl.abs(difference), slope
 
 

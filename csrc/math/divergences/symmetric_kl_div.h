@@ -9,7 +9,8 @@ template <class T>
 struct SymmetricKL {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
   T student, rest;  // the weight of KL(p || q), and that of KL(q || p)
-  FASTKD_HD explicit SymmetricKL(double parameter) : student(T(parameter)), rest(T(1 - parameter)) {}
+  FASTKD_HD explicit SymmetricKL(double parameter)
+      : student(share_of_mixture(T(parameter))), rest(share_of_mixture(T(1 - parameter))) {}
 
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
