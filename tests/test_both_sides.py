@@ -177,7 +177,7 @@ def test_the_two_calls_have_both_gradients(case):
         def loss(a, b, f=loss_function, given=given, **other):
             return f(a, b, **{**given, **other})
 
-        names = {"student": student, "teacher": teacher, "beta": options.get("beta", 0.5)}
+        names = {"beta": 0.5, **options, "student": student, "teacher": teacher}
         found = eval(call, {loss_function.__name__: loss}, names)
         (grad,) = torch.autograd.grad(found, (student, teacher)[of])
         torch.testing.assert_close(found.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
