@@ -169,6 +169,7 @@ def test_benchmarks_run(case, providers, tmp_path):
         assert name in tables.MACHINE or result["gradient_error"] < 1e-3
 
 
+@pytest.mark.long  # three processes
 def test_a_bad_flag_is_one_sentence(tmp_path):
     for arguments, message in (
         (("--rounds", "0"), "--rounds: at least 1 wanted"),

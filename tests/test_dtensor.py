@@ -375,7 +375,12 @@ def results(tmp_path_factory):
 NAMES = [(ranks, str(case)) for ranks, cases in dtensor_cases.CASES.items() for case in cases]
 
 
-@pytest.mark.parametrize(("ranks", "name"), NAMES, ids=[f"{name} ({ranks} ranks)" for ranks, name in NAMES])
+def long_where_they_are_many(ranks, name):
+    """Four processes take half a minute to start."""
+    return pytest.param(ranks, name, id=f"{name} ({ranks} ranks)", marks=[pytest.mark.long] if ranks > 2 else [])
+
+
+@pytest.mark.parametrize(("ranks", "name"), [long_where_they_are_many(*case) for case in NAMES])
 def test_loss_and_gradient_are_those_of_whole_tensors(ranks, name, results):
     for rank, found in enumerate(results(ranks)):
         assert not found[name], f"rank {rank}: {found[name]}"

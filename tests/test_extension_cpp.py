@@ -92,13 +92,8 @@ def cusim(tmp_path_factory):
 @pytest.mark.parametrize("dtype", PROMISED, ids=str)
 @pytest.mark.parametrize("options", ["plain", "count and weight"])
 @pytest.mark.parametrize("several_tiles", [False, True])
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        pytest.param("cpu", marks=pytest.mark.xdist_group("cpu")),
-        pytest.param("cusim", marks=[pytest.mark.xdist_group("cusim"), pytest.mark.long]),
-    ],
-)
+@pytest.mark.parametrize("schedule", [pytest.param(x, marks=pytest.mark.xdist_group(x)) for x in ("cpu", "cusim")])
+@pytest.mark.long  # compiles a schedule
 def test_log_distances(request, schedule, several_tiles, options, dtype):
     N = {"cpu": (40, 1400), "cusim": (40, 150)}[schedule][several_tiles]
     generator = torch.Generator().manual_seed(9)

@@ -85,7 +85,7 @@ def relational_calls(backend_name):
                 rows = (mask, torch.rand(len(mask))) if save else (None, None)
                 yield f"similarity_fwd-rows-{name}-{save}", ops.similarity_fwd, (*pair, *rows, save)
                 yield f"gram_fwd-rows-{name}-{save}", ops.gram_fwd, (*pair, save, 0, *rows, save)
-                for relation in range(3):
+                for relation in range(3 if name in ("float16", "one_sample") else 0):
                     options = (relation, True, 0, as_tensor(1e-3), *rows, save)
                     yield f"samples_fwd-{relation}-{name}-{save}", torch.ops.fastkd.samples_fwd, (*pair, *options)
                 yield f"pkt-{name}-{save}", ops.pkt_fwd, (*pair, as_tensor(1e-3), *rows, "fastkd", save)
@@ -197,7 +197,8 @@ def fresh_dynamo():
 
 # Each dtype with the backend whose graph is quickest to compile, each backend with one dtype.
 COMPILED = [
-    *(("cpu", dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+    *(("cpu", dtype) for dtype in (torch.float32, torch.float16)),
+    pytest.param("cpu", torch.bfloat16, marks=pytest.mark.long),
     ("torch", torch.float32),
     pytest.param("triton", torch.bfloat16, marks=without_triton),
 ]
