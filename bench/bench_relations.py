@@ -31,6 +31,7 @@ CASES = {  # loss, N x D or B x N x D, dtype
         *(("relation_kl", shape, "float32") for shape in ("256x512", "4096x256", "96x512x64")),
         *(("pkt", shape, "float32") for shape in ("256x512", "4096x256")),
         *(("relational_triplet", shape, "float32") for shape in ("512x256", "4096x256")),
+        *((name, "32x128", "float32") for name in ("similarity_preserving", "gram_mse", "relation_kl", "pkt")),
     ],
     "cuda": [
         *(("rkd_distance", shape, "bfloat16") for shape in ("1024x512", "16384x512", "65536x512")),

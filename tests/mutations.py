@@ -45,7 +45,7 @@ MUTATIONS = [
              "student_larger ? beta * (e.q - e.p) : rest * (e.p - e.q)", "student_larger ? rest * (e.q - e.p) : beta * (e.p - e.q)",
              ROWS),
     Mutation("functor: a row's beta of 1 is one of 0", "csrc/math/divergences/js_div.h",
-             "} else if (parameter == 1) {\n      f(ReverseKL<T>());", "} else if (parameter == 1) {\n      f(ForwardKLEnd<T>());", ROWS),
+             "using AtOne = ReverseKL<T>;", "using AtOne = ForwardKLEnd<T>;", ROWS),
     Mutation("functor: rkd_distance forgets that the mean has a gradient", "csrc/math/relation.h",
              "slope_mean_ = T(sums.slope / options.pairs());", "slope_mean_ = T(0);", RELATIONS),
     Mutation("functor: the variance's epsilon", "csrc/math/feature.h",

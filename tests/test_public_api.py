@@ -12,7 +12,7 @@ import pytest
 import fastkd
 from fastkd import _divergences, _types, functional, modules
 
-FAMILIES = ("logits", "features", "relations")
+FAMILIES = {"logits": "logits", "mixtures": "logits", "features": "features", "relations": "relations"}  # of a file
 MODULES = {  # by function
     "kl_div": "KLDivLoss",
     "soft_cross_entropy": "SoftCrossEntropyLoss",
@@ -53,6 +53,11 @@ def documented(docstring):
     """The names of the section Args."""
     section = re.search(r"^( *)Args:\n((?:\1 +.*\n|\n)*)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
     return re.findall(r"^    (\w+): ", section[2], re.MULTILINE) if section else []
+
+
+def shared_by(function):
+    """The module whose docstring says what holds for all losses of a family."""
+    return f"fastkd.functional.{FAMILIES[function.__module__.rpartition('.')[2]]}"
 
 
 def of(function, module):
@@ -119,9 +124,9 @@ def test_signatures_are_literal_and_typed(function, module):
 @losses
 def test_docstrings_have_formula_shape_source_and_example(function, module):
     function, module = of(function, module)
-    for wanted in (".. math::", "Args:", "Returns:", "Raises:", "Example:", ">>> ", "Source: ", function.__module__):
+    for wanted in (".. math::", "Args:", "Returns:", "Raises:", "Example:", ">>> ", "Source: ", shared_by(function)):
         assert wanted in function.__doc__, wanted
-    shared = importlib.import_module(function.__module__).__doc__
+    shared = importlib.import_module(shared_by(function)).__doc__
     for wanted in ("**The teacher is a constant.**", "**The loss**", "**The gradient**", "**Memory.**", "**Errors**"):
         assert wanted in shared, wanted
     for wanted in (f":func:`fastkd.functional.{function.__name__}`", "Shape:", "Example:", ">>> "):

@@ -8,9 +8,7 @@
 //   kCentred         the slopes add up to 0, so their sum need not be known
 //   kTeacherEntropy  the teacher's entropy -sum q log q is added to the loss
 // It is made for each row from the row's parameter, which is 0 where it has none. Where by convention it is another
-// divergence at the ends of the parameter's range, it says so by
-//   template <class F> static void with_ends(double parameter, F&& f)
-// which calls f with that other functor there, and else with its own.
+// divergence at a parameter of 0 or of 1, that one is its type AtZero or AtOne.
 // With w = log p - log q all are written so that nothing cancels when student and teacher
 // agree: near convergence w is small and known to full precision, p - q is not.
 #pragma once
@@ -43,11 +41,13 @@ FASTKD_HD T share_of_mixture(T share) {
 #endif
 template <class D, class F>
 FASTKD_HD void with_functor(double parameter, F&& f) {
-  if constexpr (requires { D::with_ends(parameter, f); }) {
-    D::with_ends(parameter, f);
-  } else {
-    f(D(parameter));
+  if constexpr (requires { typename D::AtZero; }) {
+    if (parameter == 0) return f(typename D::AtZero());
   }
+  if constexpr (requires { typename D::AtOne; }) {
+    if (parameter == 1) return f(typename D::AtOne());
+  }
+  f(D(parameter));
 }
 
 }  // namespace fastkd::FASTKD_ISA

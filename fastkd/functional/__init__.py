@@ -1,16 +1,8 @@
 """The losses as functions. The student comes first, the teacher second, and options are keywords."""
 
 from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
-from .logits import (
-    js_div,
-    kl_div,
-    reverse_kl_div,
-    skew_kl_div,
-    skew_reverse_kl_div,
-    soft_cross_entropy,
-    symmetric_kl_div,
-    total_variation,
-)
+from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
+from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
 from .relations import (
     gram_mse,
     pkt,

@@ -1,16 +1,8 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
 from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
-from .logits import (
-    JSDivLoss,
-    KLDivLoss,
-    ReverseKLDivLoss,
-    SkewKLDivLoss,
-    SkewReverseKLDivLoss,
-    SoftCrossEntropyLoss,
-    SymmetricKLDivLoss,
-    TotalVariationLoss,
-)
+from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
+from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
 from .relations import (
     GramMSELoss,
     PKTLoss,

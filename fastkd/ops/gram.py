@@ -33,7 +33,6 @@ BATCH_BLOCK = {
     "cpu": 2**20,
     "cuda": 2**23,
 }  # of a batch's samples: together they are faster
-FEW = 128  # samples, whose products take less time than calls of a few ops
 MIN_SHARE = 0.1  # of the terms, which |G - H|^2 must keep: then the result has lost one digit
 CLAMPS: dict[str | None, int] = {None: 0, "teacher": 1, "both": 2}
 
@@ -122,14 +121,6 @@ def _ways_by_features(x):
         yield torch.float64, 2, True
 
 
-def _one_op_is_best(x, y, clamp, weight):
-    """Of embeddings [N, D]: few, and not so that the products of features are much cheaper."""
-    if not are_few(x, BLOCK):
-        return False
-    by_features = not clamp and weight is None and _by_features(*x.shape, y.shape[1])
-    return len(x) <= FEW or not by_features
-
-
 def _features(dtype, x, y, grad):
     """The squares [B], and the terms that they are the difference of."""
     B, N, Ds, Dt = *x.shape, y.shape[2]
@@ -192,7 +183,8 @@ def _squares_and_gradient(x, y, normalize, clamp, half, scales, grad):
 @torch.no_grad()
 def _gram_fwd(student, teacher, normalize, clamp, mask, weight, save):
     check_embeddings(student, teacher, (2, 3))
-    if student.dim() == 2 and _one_op_is_best(student, teacher, clamp, weight):
+    by_features = not clamp and weight is None and _by_features(*student.shape[-2:], teacher.shape[-1])
+    if student.dim() == 2 and are_few(student, BLOCK, by_features):
         return few_samples(student, teacher, GRAM, mask, weight, save, normalize, clamp)
     dtype = compute_dtype(student, teacher)
     grad_dtype = gradient_dtype(student)

@@ -10,11 +10,14 @@ from .. import _library
 from .numbers import as_tensor
 
 SIMILARITY, GRAM, PKT = range(3)  # the numbers of csrc/cpu/samples.cpp
+FEW = 128  # samples, whose products take less time than calls of a few ops
 
 
-def are_few(x: torch.Tensor, block: dict[str, int]) -> bool:
-    """Whether all pairs of rows of x are one block, and the op is there."""
-    return x.device.type == "cpu" and len(x) * len(x) <= block["cpu"] and not _library.cpu_missing
+def are_few(x: torch.Tensor, block: dict[str, int], by_features: bool = False) -> bool:
+    """Whether all pairs of rows of x are one block, and the op is there. by_features: products of features are cheaper
+    than those of samples, which then serve for FEW alone."""
+    one_block = x.device.type == "cpu" and len(x) * len(x) <= block["cpu"] and not _library.cpu_missing
+    return one_block and (len(x) <= FEW or not by_features)
 
 
 def few_samples(

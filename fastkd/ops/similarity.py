@@ -32,7 +32,6 @@ from .samples import SIMILARITY, are_few, few_samples
 
 SAMPLES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # elements of a block [rows, N]: in cache; enough for a GPU
 FAR_MEAN = 0.1  # the mean of 1 - cos from which on its own rounding does not count
-FEW = 128  # samples, whose products take less time than calls of a few ops
 FEATURES_BLOCK = {"cpu": 2**19, "cuda": 2**23}  # of a block [rows, D]
 
 
@@ -114,10 +113,8 @@ def _features_in(dtype, x, y, rows, grad):
 @torch.no_grad()
 def _similarity_fwd(student, teacher, mask, weight, save):
     check_embeddings(student, teacher)
-    if are_few(student, SAMPLES_BLOCK):
-        N, Ds, Dt = *student.shape, teacher.shape[1]
-        if N <= FEW or not _by_features(N, Ds, Dt):
-            return few_samples(student, teacher, SIMILARITY, mask, weight, save)
+    if are_few(student, SAMPLES_BLOCK, _by_features(*student.shape, teacher.shape[1])):
+        return few_samples(student, teacher, SIMILARITY, mask, weight, save)
     with without_autocast(student.device):
         return _loss_and_gradient(student, teacher, mask, weight, save)
 

@@ -19,23 +19,11 @@ namespace fastkd::FASTKD_ISA {
 template <class T>
 struct JensenShannon {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
+  using AtZero = ForwardKLEnd<T>;
+  using AtOne = ReverseKL<T>;
   T beta, rest;
   FASTKD_HD explicit JensenShannon(double parameter)
       : beta(share_of_mixture(T(parameter))), rest(share_of_mixture(T(1 - parameter))) {}
-
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-  template <class F>
-  FASTKD_HD static void with_ends(double parameter, F&& f) {
-    if (parameter == 0) {
-      f(ForwardKLEnd<T>());
-    } else if (parameter == 1) {
-      f(ReverseKL<T>());
-    } else {
-      f(JensenShannon(parameter));
-    }
-  }
 
   FASTKD_HD T loss(Element<T> e) const {
     const Mixture m = mixture(e);

@@ -33,21 +33,10 @@ struct Skewed {
 template <class T>
 struct SkewKL {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
+  using AtZero = ForwardKLEnd<T>;
   T teacher, student;  // shares of the mixture
   FASTKD_HD explicit SkewKL(double parameter)
       : teacher(share_of_mixture(T(parameter))), student(share_of_mixture(T(1 - parameter))) {}
-
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-  template <class F>
-  FASTKD_HD static void with_ends(double parameter, F&& f) {
-    if (parameter == 0) {
-      f(ForwardKLEnd<T>());
-    } else {
-      f(SkewKL(parameter));
-    }
-  }
 
   FASTKD_HD T loss(Element<T> e) const { return skewed(e).loss; }
   FASTKD_HD T slope(Element<T> e) const {

@@ -10,21 +10,10 @@ namespace fastkd::FASTKD_ISA {
 template <class T>
 struct SkewReverseKL {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
+  using AtZero = ReverseKL<T>;
   T student, teacher;  // shares of the mixture
   FASTKD_HD explicit SkewReverseKL(double parameter)
       : student(share_of_mixture(T(parameter))), teacher(share_of_mixture(T(1 - parameter))) {}
-
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-  template <class F>
-  FASTKD_HD static void with_ends(double parameter, F&& f) {
-    if (parameter == 0) {
-      f(ReverseKL<T>());
-    } else {
-      f(SkewReverseKL(parameter));
-    }
-  }
 
   FASTKD_HD T loss(Element<T> e) const { return skewed(e).loss; }
   FASTKD_HD T slope(Element<T> e) const {

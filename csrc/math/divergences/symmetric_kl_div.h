@@ -8,23 +8,11 @@ namespace fastkd::FASTKD_ISA {
 template <class T>
 struct SymmetricKL {
   static constexpr bool kCentred = false, kTeacherEntropy = false;
+  using AtZero = ForwardKLEnd<T>;
+  using AtOne = ReverseKL<T>;
   T student, rest;  // the weight of KL(p || q), and that of KL(q || p)
   FASTKD_HD explicit SymmetricKL(double parameter)
       : student(share_of_mixture(T(parameter))), rest(share_of_mixture(T(1 - parameter))) {}
-
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable
-#endif
-  template <class F>
-  FASTKD_HD static void with_ends(double parameter, F&& f) {
-    if (parameter == 0) {
-      f(ForwardKLEnd<T>());
-    } else if (parameter == 1) {
-      f(ReverseKL<T>());
-    } else {
-      f(SymmetricKL(parameter));
-    }
-  }
 
   FASTKD_HD T loss(Element<T> e) const { return rest * ForwardKL<T>().loss(e) + student * ReverseKL<T>().loss(e); }
   FASTKD_HD T slope(Element<T> e) const { return rest * ForwardKL<T>().slope(e) + student * ReverseKL<T>().slope(e); }

@@ -1,0 +1,380 @@
+"""Losses of logits that mix, as modules: see :mod:`fastkd.functional.mixtures`."""
+
+from torch import Tensor
+
+from .. import _check, _divergences, functional
+from .._types import Reduction
+from ._loss import _Loss
+
+
+class JSDivLoss(_Loss):
+    r"""Generalised Jensen-Shannon divergence between student and teacher.
+
+    .. math:: T^2 \left(\beta\, \mathrm{KL}(q \,\|\, m) + (1 - \beta)\, \mathrm{KL}(p \,\|\, m)\right),\quad
+        m = \beta q + (1 - \beta) p
+
+    The options and what the loss does are those of :func:`fastkd.functional.js_div`.
+
+    Args:
+        beta: the teacher's share of the mixture, from 0 to 1. Default 0.5.
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.JSDivLoss(beta=0.5)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0219
+    """
+
+    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
+        self.beta = beta
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.js_div(
+            student,
+            teacher,
+            beta=self.beta,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class SymmetricKLDivLoss(_Loss):
+    r"""Both Kullback-Leibler divergences between student and teacher, weighted.
+
+    .. math:: T^2 \left((1 - w)\, \mathrm{KL}(q \,\|\, p) + w\, \mathrm{KL}(p \,\|\, q)\right)
+
+    The options and what the loss does are those of :func:`fastkd.functional.symmetric_kl_div`.
+
+    Args:
+        student_weight: w, from 0 to 1. Default 0.5.
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.SymmetricKLDivLoss(student_weight=0.5)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0893
+    """
+
+    _options = ("student_weight", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        student_weight: float = 0.5,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.parameter(_divergences.REGISTRY["symmetric_kl_div"].parameter, student_weight)
+        self.student_weight = student_weight
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.symmetric_kl_div(
+            student,
+            teacher,
+            student_weight=self.student_weight,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class SkewKLDivLoss(_Loss):
+    r"""Kullback-Leibler divergence of a mixture of both sides from the teacher.
+
+    .. math:: T^2\, \mathrm{KL}(q \,\|\, \alpha q + (1 - \alpha) p)
+
+    The options and what the loss does are those of :func:`fastkd.functional.skew_kl_div`.
+
+    Args:
+        alpha: the teacher's share of the mixture, from 0 to 1. Default 0.1.
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.SkewKLDivLoss(alpha=0.1)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0678
+    """
+
+    _options = ("alpha", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.parameter(_divergences.REGISTRY["skew_kl_div"].parameter, alpha)
+        self.alpha = alpha
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.skew_kl_div(
+            student,
+            teacher,
+            alpha=self.alpha,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class SkewReverseKLDivLoss(_Loss):
+    r"""Kullback-Leibler divergence of a mixture of both sides from the student.
+
+    .. math:: T^2\, \mathrm{KL}(p \,\|\, \alpha p + (1 - \alpha) q)
+
+    The options and what the loss does are those of :func:`fastkd.functional.skew_reverse_kl_div`.
+
+    Args:
+        alpha: the student's share of the mixture, from 0 to 1. Default 0.1.
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.SkewReverseKLDivLoss(alpha=0.1)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.075
+    """
+
+    _options = ("alpha", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.parameter(_divergences.REGISTRY["skew_reverse_kl_div"].parameter, alpha)
+        self.alpha = alpha
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.skew_reverse_kl_div(
+            student,
+            teacher,
+            alpha=self.alpha,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
