@@ -33,7 +33,7 @@ def test_is_one_op(name, N):
         run(LOSSES[name], torch.randn(N, 400), torch.randn(N, 300))
     calls = [event.name for event in profiled.events()]
     assert calls.count("fastkd::samples_fwd") == 1
-    assert sum(name.startswith("aten::addmm") for name in calls) <= 3
+    assert not {"aten::mm", "aten::bmm", "aten::matmul"} & set(calls)
 
 
 @pytest.mark.parametrize("kernel", [name for name in KERNELS if name.startswith("cpu")], indirect=True)
