@@ -10,9 +10,9 @@
 
 namespace fastkd {
 
-// In float a single rounding has an e of 2^-24, which leaves d right to 2^-17 = 8e-6 at the worst pair. A product has one
-// rounding for each feature, which mostly cancel, as do those of the pairs in a loss: tests/test_relations.py holds all
-// relations to the 5e-6 that is promised, on several code paths of the BLAS. Double has digits to spare.
+// In float a single rounding has an e of 2^-24, which leaves d right to 2^-17 = 8e-6 at the worst pair. A product has
+// one rounding for each feature, which mostly cancel, as do those of the pairs in a loss: tests/test_relations.py holds
+// all relations to the 5e-6 that is promised, on several code paths of the BLAS. Double has digits to spare.
 template <class T>
 inline constexpr T kNear = T(1) / 256;
 
