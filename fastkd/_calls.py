@@ -35,6 +35,8 @@ class RowsCall(NamedTuple):
     weight: Tensor | None  # [N]
     scale: float  # 1 / divisor of the reduction, where there is no scale_tensor
     scale_tensor: Tensor | None  # [] float64, as inverse_divisor makes it
+    target: Tensor | None = None  # [N] int64, the class of each row that counts, where a hard loss stands beside the soft
+    target_numbers: Tensor | None = None  # [3] float64 on the CPU: hard_weight, soft_weight, label_smoothing
 
 
 class RowsForward(NamedTuple):
@@ -42,13 +44,13 @@ class RowsForward(NamedTuple):
 
     loss: Out  # [*], one per row; or [], the sum over rows times scale
     grad: OptionalOut  # [*, V], the student's dtype, any strides
-    stats: OptionalOut  # [*, 5] float64, what rows_bwd needs
+    stats: OptionalOut  # [*, 6] float64, what rows_bwd needs
 
 
 class RowsBackward(NamedTuple):
     """What ``rows_bwd`` is told besides the call: it computes the gradient from the statistics of ``rows_fwd``."""
 
-    stats: Tensor  # [*, 5] float64
+    stats: Tensor  # [*, 6] float64
     upstream: Tensor  # [N], or one element
     grad: Out  # [*, V], the student's dtype; may be the student itself
 

@@ -147,7 +147,8 @@ def logits_loss(again, divergence, student, teacher, options, dim):
             _refuse_split(name, x, rows, "all classes of a row", "classes", _CLASSES)
     if dim != -1:
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
-    per_row = {name: getattr(options, name) for name in ("temperature", "teacher_temperature", "mask", "weight")}
+    names = ("temperature", "teacher_temperature", "mask", "weight", "target")
+    per_row = {name: getattr(options, name) for name in names}
     if entry := REGISTRY[divergence].parameter:
         per_row[entry.name] = options.parameter
     mesh = _mesh(student=student, teacher=teacher, **per_row, normalizer=options.normalizer)
@@ -157,6 +158,10 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
         if entry:
             _check.parameter(entry, options.parameter, student)
+    if options.target is not None:  # what is divided by is the number of rows that count on all ranks
+        valid = _whole(mesh, options.target) != options.ignore_index
+        options = options._replace(mask=valid if options.mask is None else valid & _whole(mesh, options.mask))
+        per_row["mask"] = options.mask
     if not options.inplace:
         _check.not_overwritten(student)
     rows = student.shape[:-1]

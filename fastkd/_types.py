@@ -6,6 +6,18 @@ from torch import Tensor
 
 Reduction: TypeAlias = Literal["none", "sum", "batchmean", "mean"]
 Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "total_variation"]
+SoftDivergence: TypeAlias = Literal[
+    "kl_div",
+    "soft_cross_entropy",
+    "reverse_kl_div",
+    "js_div",
+    "symmetric_kl_div",
+    "skew_kl_div",
+    "skew_reverse_kl_div",
+    "total_variation",
+]
+# Of losses with a target: they have no "mean", which libraries read in three ways.
+TargetReduction: TypeAlias = Literal["none", "sum", "batchmean"]
 FeatureNormalize: TypeAlias = Literal["l2", "standardize"] | None
 # One layer, or one tensor for each of several layers.
 Layers: TypeAlias = Tensor | list[Tensor] | tuple[Tensor, ...]

@@ -154,6 +154,28 @@ def _divergence(name, log_p, log_q, parameter):
     return torch.where(no_q.squeeze(-1), 0.0, torch.where(no_p.squeeze(-1), torch.inf, rows))
 
 
+def _weighted(weight, rows):
+    """A weight of 0 leaves out what may be infinite."""
+    weight = _number(weight, rows)
+    if isinstance(weight, torch.Tensor):
+        return torch.where(weight == 0, 0.0, weight * torch.where(weight == 0, 0.0, rows))
+    return torch.zeros_like(rows) if weight == 0 else weight * rows
+
+
+def _cross_entropy(logits, options):
+    """That of the student's softmax at temperature 1 with the target, smoothed. Of a row without any possible class it
+    is +inf, and has no gradient. Classes of rows that do not count may be anything."""
+    target = options.target.to(torch.int64)
+    if options.mask is not None:
+        target = torch.where(options.mask, target, 0)
+    nothing = (logits == -torch.inf).all(-1, keepdim=True)
+    log_p = torch.log_softmax(torch.where(nothing, 0.0, logits), -1)
+    of_target = -log_p.gather(-1, target[..., None]).squeeze(-1)
+    smoothing = _number(options.label_smoothing, logits)
+    rows = _weighted(1 - smoothing, of_target) + _weighted(smoothing, -log_p.mean(-1))
+    return torch.where(nothing.squeeze(-1), torch.inf, rows)
+
+
 def _reduce(rows, classes, mask, reduction, normalizer):
     if reduction == "none":
         return rows
@@ -203,6 +225,10 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
     rows = _divergence(divergence, log_p, log_q, parameter)
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
+    if options.target is not None:
+        rows = _weighted(options.soft_weight, rows) + _weighted(options.hard_weight, _cross_entropy(s, options))
+        if not rows.requires_grad:  # both weights are 0: a gradient of 0 is one
+            rows = rows + 0.0 * torch.where(s.isfinite(), s, 0.0).sum(-1)
     if options.weight is not None:
         rows = rows * options.weight.to(dtype)
     if mask is not None:

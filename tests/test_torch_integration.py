@@ -38,7 +38,7 @@ def op_calls(backend_name):
         scale_tensor=torch.tensor(0.2, dtype=torch.float64),
     )  # fmt: skip
     for name, call, shape in (("plain", plain, ()), ("full", full, (3, 4)), ("divided", divided, ())):
-        stats = torch.empty(3, 4, 5, dtype=torch.float64)
+        stats = torch.empty(3, 4, 6, dtype=torch.float64)
         saved = {"nothing": (None, None), "gradient": (torch.empty_like(student), None), "statistics": (None, stats)}
         for what, outputs in saved.items():
             yield f"rows_fwd-{name}-{what}", ops.fwd, (*call, torch.empty(shape), *outputs)

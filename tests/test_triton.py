@@ -66,7 +66,7 @@ def launches(rows, scale):
             for divergence in (KL_DIV, JS_DIV):
                 arguments = *rows_call(x, x, divergence), loss, torch.empty_like(x), None
                 calls[f"{str(dtype)[6:]}/{V}/{divergence}/fwd"] = functools.partial(rows.rows_fwd, *arguments)
-        stats, upstream = torch.empty(1, 5, dtype=torch.float64), torch.empty(1)
+        stats, upstream = torch.empty(1, 6, dtype=torch.float64), torch.empty(1)
         y = torch.empty(1, ONE_TILE, dtype=dtype)
         arguments = *rows_call(y, y, KL_DIV), stats, upstream, torch.empty_like(y)
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = functools.partial(rows.rows_bwd, *arguments)
@@ -84,7 +84,7 @@ def other_launches(rows):
         x, teacher, 1, temperature_rows=row, teacher_temperature_rows=row.clone(), weight=row, mask=mask,
         scale_tensor=number, t_squared=False,
     )  # fmt: skip
-    stats, half = torch.empty(*x.shape[:-1], 5, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
+    stats, half = torch.empty(*x.shape[:-1], 6, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
     masked = rows_call(half, half, 2, mask=torch.ones(3, dtype=torch.bool), scale_tensor=number)
     double = rows_call(half.double(), half, 3)
     maps = torch.empty(2, 19, 5, 13).movedim(1, -1)
@@ -99,7 +99,7 @@ def other_launches(rows):
         "maps_bwd": (
             rows.rows_bwd,
             *side_by_side,
-            torch.empty(2, 5, 13, 5).double(),
+            torch.empty(2, 5, 13, 6).double(),
             torch.empty(130),
             torch.empty_like(maps),
         ),

@@ -90,9 +90,24 @@ DIVERGENCES = {
 }
 
 
+def _hard(logits, target, smoothing):
+    """Cross-entropy with a class of each row, and its gradient. Of -inf alone: +inf, and none."""
+    p, log_p = _softmax(logits, np.longdouble(1))
+    rows, nothing = np.arange(len(target)), ~p.any(-1)
+    loss = np.zeros(len(target), np.longdouble)
+    if smoothing < 1:
+        loss = loss - (1 - smoothing) * log_p[rows, target]
+    if smoothing > 0:
+        loss = loss - smoothing * log_p.mean(-1)
+    grad = p - smoothing / p.shape[-1]
+    grad[rows, target] -= 1 - smoothing
+    return np.where(nothing, np.inf, loss), np.where(nothing[:, None], 0, grad)
+
+
 def truth(
     name, student, teacher, temperature=1.0, teacher_temperature=None, t_squared=True, mask=None, weight=None,
-    reduction="batchmean", normalizer=None, terms_of_gradient=False, **parameter,
+    reduction="batchmean", normalizer=None, terms_of_gradient=False, target=None, hard_weight=0.5, soft_weight=0.5,
+    label_smoothing=0.0, ignore_index=-100, **parameter,
 ):  # fmt: skip
     """Loss, and its gradient for the upstream gradient of ``upstream_like``, as float64 tensors.
 
@@ -106,6 +121,8 @@ def truth(
     T = rows(temperature)
     teacher_T = T if teacher_temperature is None else rows(teacher_temperature)
     counts = np.ones(student.numel() // V, bool) if mask is None else mask.reshape(-1).numpy()
+    if target is not None:
+        counts = counts & (target.reshape(-1).numpy() != ignore_index)
     s, t = (np.where(counts[:, None], _extended(x.reshape(-1, V)), 0) for x in (student, teacher))
     with np.errstate(all="ignore"):
         p, log_p = _softmax(s, np.reshape(T, (-1, 1)))
@@ -121,6 +138,13 @@ def truth(
     scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
     loss = np.where(counts, loss * scale, 0)
     grad = grad * (scale / T)[:, None]
+    if target is not None:
+        hard, hard_grad = _hard(s, np.where(counts, target.reshape(-1).numpy(), 0), np.longdouble(label_smoothing))
+        scale = counts * (1 if weight is None else rows(weight)) * np.longdouble(hard_weight)
+        of_both = [(soft_weight, loss, 1), (hard_weight, hard, scale)]
+        loss = sum(np.where(counts, x * (scale if x is hard else soft_weight), 0) for w, x, scale in of_both if w)
+        size = np.abs if terms_of_gradient else lambda x: x
+        grad = soft_weight * grad + size(hard_grad) * scale[:, None]
     if reduction == "none":
         loss, upstream = loss.reshape(shape[:-1]), _extended(upstream_like(torch.empty(shape[:-1])))
         grad = grad * upstream.reshape(-1, 1)

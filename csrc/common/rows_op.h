@@ -50,6 +50,28 @@ struct RowsOps {
                      [](double x) { return x > 0 && std::isfinite(x); });
   }
 
+  // Targets out of range are an error where the host can look, and NaN where it cannot.
+  static HardTargets hard_targets(const RowsCall& in, const bool* mask) {
+    if (!in.target) return {};
+    const OptionalTensor& numbers = in.target_numbers;
+    FASTKD_CHECK(numbers && numbers->is_cpu() && numbers->scalar_type() == ScalarType::Double && numbers->numel() == 3 &&
+                     numbers->is_contiguous(),
+                 "target_numbers: three numbers in float64 on the CPU wanted");
+    const double* number = static_cast<const double*>(numbers->const_data_ptr());
+    const auto weight = [](const char* name, double x) {
+      FASTKD_CHECK(x >= 0 && std::isfinite(x), name, ": a finite number of at least 0 wanted, got ", x);
+    };
+    weight("hard_weight", number[0]);
+    weight("soft_weight", number[1]);
+    FASTKD_CHECK(number[2] >= 0 && number[2] <= 1, "label_smoothing: a number from 0 to 1 wanted, got ", number[2]);
+    const int64_t* target = per_row<int64_t>(in.target, in, ScalarType::Long, "target");
+    for (int64_t row = 0; Device::kValuesAtHand && row < number_of_rows(in); ++row) {
+      FASTKD_CHECK((mask && !mask[row]) || (target[row] >= 0 && target[row] < classes(in)),
+                   "target: classes from 0 to ", classes(in) - 1, " wanted, got ", target[row]);
+    }
+    return {target, number[0], number[1], number[2]};
+  }
+
   static void check_grad(const Tensor& grad, const RowsCall& in) {
     const Tensor& s = in.student;
     bool same = Device::lies_with(grad, s) && grad.scalar_type() == s.scalar_type() && grad.dim() == s.dim();
@@ -83,6 +105,7 @@ struct RowsOps {
     P.t_squared = in.t_squared;
     P.mask = per_row<bool>(in.mask, in, ScalarType::Bool, "mask");
     P.weight = per_row<T>(in.weight, in, kType, "weight");
+    P.hard = hard_targets(in, P.mask);
     P.grad_scale = in.scale;
     if (in.scale_tensor) {
       FASTKD_CHECK(lies_dense(*in.scale_tensor, in, 1, ScalarType::Double), "scale_tensor: one float64 element ",

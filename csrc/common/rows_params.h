@@ -16,10 +16,17 @@ struct Number {
 };
 
 // Softmax statistics of a row or of a block of it: the maximum logit and the sum of e^((z - max) / T), and of a whole
-// row the sum of its slopes. They are saved for backward, [N, 5]. They are always double: an error of the sum scales
-// every class of the row.
+// row the sum of its slopes; where there are targets also the student's sum at temperature 1. They are saved for
+// backward, [N, 6]. They are always double: an error of the sum scales every class of the row.
 struct RowsStats {
-  double max_student, sum_student, max_teacher, sum_teacher, slope;
+  double max_student, sum_student, max_teacher, sum_teacher, slope, sum_hard;
+};
+
+// The classes that rows belong to. A row's loss is then soft_weight T^2 D(q, p) + hard_weight CE, where CE is the
+// cross-entropy of the student's softmax at temperature 1 with 1 - smoothing at the target and smoothing / V everywhere.
+struct HardTargets {
+  const int64_t* target = nullptr;  // [N]; null: the divergence alone
+  double hard_weight = 0, soft_weight = 1, smoothing = 0;
 };
 
 // T is the type that is computed in: float, or double where an input is double.
@@ -34,6 +41,7 @@ struct RowsParams {
   bool t_squared;
   const bool* mask;         // [N], or null: every row counts
   const T* weight;          // [N], or null: 1
+  HardTargets hard;
   const T* upstream;        // [N], or null: 1
   int64_t upstream_stride;  // 0: one upstream for all rows
   double grad_scale;        // 1 / divisor of the reduction

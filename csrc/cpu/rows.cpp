@@ -72,6 +72,7 @@ constexpr int64_t kFewRows = 8;  // that leave most lanes without a row
 template <class T>
 Groups groups_of(const RowsParams<T>& P) {
   Groups groups;
+  if (P.hard.target) return groups;
   const RowsTensor* tensors[] = {&P.student, &P.teacher, &P.grad};
   bool side_by_side = true;
   groups.inner = P.N;
@@ -121,26 +122,28 @@ void forward(const RowsParams<T>& P) {
   if (const Groups groups = groups_of(P); groups.rows > 0) {
     const RowsLanes<T>& together = lanes<T>(P.divergence);
     parallel_for(0, groups.count, group_grain(P.V, groups), [&](int64_t first, int64_t last) {
-      void* memory = scratch(std::max(RowsLanes<T>::bytes(P.V, groups.rows), RowsWorkspace<T>::bytes(P.V)));
+      void* memory = scratch(std::max(RowsLanes<T>::bytes(P.V, groups.rows), RowsWorkspace<T>::bytes(P.V, false)));
       for (int64_t group = first; group < last; ++group) {
         const auto [begin, end] = groups.of(group);
         if (one_parameter(P, begin, end)) {
           together.forward(P, memory, begin, end);
         } else {
-          k.forward(P, RowsWorkspace<T>(memory, P.V), begin, end);
+          k.forward(P, RowsWorkspace<T>(memory, P.V, false), begin, end);
         }
       }
     });
     return;
   }
   const int64_t blocks = rows_blocks(P.V);
+  const auto workspace = [V = P.V, targets = P.hard.target != nullptr] {
+    return RowsWorkspace<T>(scratch(RowsWorkspace<T>::bytes(V, targets)), V, targets);
+  };
   if (!share_rows(P.N, P.V)) {
-    parallel_for(0, P.N, row_grain(P.V), [&](int64_t begin, int64_t end) {
-      k.forward(P, RowsWorkspace<T>(scratch(RowsWorkspace<T>::bytes(P.V)), P.V), begin, end);
-    });
+    parallel_for(0, P.N, row_grain(P.V),
+                 [&](int64_t begin, int64_t end) { k.forward(P, workspace(), begin, end); });
     return;
   }
-  const RowsWorkspace<T> W(scratch(RowsWorkspace<T>::bytes(P.V)), P.V);
+  const RowsWorkspace<T> W = workspace();
   for (int64_t row = 0; row < P.N; ++row) {
     if (P.mask && !P.mask[row]) {
       k.forward(P, W, row, row + 1);

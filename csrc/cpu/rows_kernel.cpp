@@ -5,6 +5,8 @@
 //   loss[n]    = T^2 weight[n] sum_v loss(p, q, w)                      (+ the teacher's entropy)
 //   grad[n, v] = T^2 weight[n] upstream[n] / divisor / T * (slope(p, q, w) - p sum_v slope)
 //
+// and, where rows have targets, the cross-entropy of softmax(student) and its gradient beside them, each with a weight.
+//
 // Two passes over blocks of kRowsBlock classes. The first reads student and teacher from memory
 // and leaves e^(z - max) of both, each computed once, and their difference in a workspace that
 // stays in L2, beside the sums. The second turns them into p, q and w, sums the loss and writes
@@ -69,6 +71,38 @@ double entropy_chunk(const T* t, const T* exp_teacher, int64_t n, T max_teacher)
   return double(sum);
 }
 
+// e^(z - max) of the student, whose sum is returned.
+template <class T>
+double hard_chunk(const T* s, int64_t n, double max, T* exp_hard) {
+  const T from = T(max), scale = kLog2e<T>, lowest = exp2_lowest(scale);
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    exp_hard[i] = exp2_scaled(s[i] - from, scale, lowest);
+    sum += exp_hard[i];
+  }
+  return double(sum);
+}
+
+template <class T>
+double sum_of(const T* x, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return double(sum);
+}
+
+// Adds what the hard loss has for the classes first .. first + n.
+template <class T>
+void add_hard(const RowsParams<T>& P, int64_t row, const HardScale<T>& k, const T* exp_hard, int64_t first, int64_t n,
+              T* grad) {
+  const HardScale<T> by = k;  // by value: the stores below could otherwise change it
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) grad[i] += exp_hard[i] * by.p - by.everywhere;
+  const int64_t target = P.hard.target[row] - first;
+  if (target >= 0 && target < n) grad[target] -= by.target;
+}
+
 inline int64_t part(int64_t begin, int64_t end, int64_t most) { return end - begin < most ? end - begin : most; }
 
 // First pass.
@@ -79,20 +113,34 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
   constexpr bool kEntropy = D::kTeacherEntropy;
   const Row<T> r = row_constants(P, row);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
+  const int64_t target = P.hard.target ? P.hard.target[row] : -1;
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
-    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0};
-    double entropy = 0;
+    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0, 0};
+    double entropy = 0, logits = 0;
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t at = first + i, m = part(i, padded(n), kChunk);
       first_pass_chunk(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
       if constexpr (kEntropy) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
+      if (P.hard.target && r.inv_temperature != 1) {
+        sums.sum_hard += hard_chunk(s + i, m, sums.max_student, W.exp_hard + at);
+      }
+      if (P.hard.smoothing != 0) logits += sum_of(s + i, part(i, n, kChunk));
       ahead.some();
     }
-    W.blocks[block] = {sums, 0, 0, entropy};
+    if (r.inv_temperature == 1) sums.sum_hard = sums.sum_student;
+    // now: the gradient may be written over the student
+    const bool has_target = target >= first && target < first + n;
+    W.blocks[block] = {sums, 0, 0, entropy, has_target ? double(s[target - first]) : 0, logits};
   }
+}
+
+// e^(z - max) of the student at temperature 1.
+template <class T>
+const T* exp_hard(const RowsWorkspace<T>& W, const Row<T>& r) {
+  return r.inv_temperature == 1 ? W.exp_student : W.exp_hard;
 }
 
 // The blocks' maxima and sums, on one side, as those of the row.
@@ -119,6 +167,11 @@ RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row
   S out{};
   combine_side(W.blocks, n, &S::max_student, &S::sum_student, r.inv_temperature, out);
   combine_side(W.blocks, n, &S::max_teacher, &S::sum_teacher, r.inv_teacher_temperature, out);
+  if (!P.hard.target) return out;
+  for (int64_t b = 0; b < n; ++b) {
+    const RowsStats& k = W.blocks[b].stats;
+    if (k.sum_hard != 0) out.sum_hard += k.sum_hard * rebase(k.max_student, out.max_student, 1.0);
+  }
   return out;
 }
 
@@ -183,6 +236,7 @@ void slopes_chunk(const T* exp_student, const T* slope, int64_t n, Scale<T> k, T
   for (int64_t i = 0; i < n; ++i) grad[i] = (slope[i] - exp_student[i] * k.p * k.slope) * k.grad;
 }
 
+// The gradient of a row that is masked out.
 template <class T>
 void zero_grad(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) {
   if (!P.grad.data) return;
@@ -193,12 +247,31 @@ void zero_grad(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) 
   }
 }
 
+// The gradient of a row whose divergence has none: that of its hard loss, if it has one.
+template <class T>
+void hard_grad(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
+               int64_t end) {
+  if (!P.grad.data) return;
+  if (!P.hard.target) return zero_grad(P, row, begin, end);
+  alignas(64) T grad[kChunk];
+  const Row<T> r = row_constants(P, row);
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
+    const HardScale<T> k = hard_scale(P, r, stats, W.blocks[block].stats);
+    for (int64_t i = 0; i < padded(n); i += kChunk) {
+      std::memset(grad, 0, sizeof(grad));
+      add_hard(P, row, k, exp_hard(W, r) + first + i, first + i, part(i, padded(n), kChunk), grad);
+      store_block(P.grad, P.grad.row(row), first + i, part(i, n, kChunk), grad, P.stream);
+    }
+  }
+}
+
 // Second pass. Backwards: the blocks that the first pass touched last are the likeliest to be in cache.
 template <class T, class D>
 void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
             int64_t end, Prefetch& ahead) {
   if (stats.sum_teacher == 0) {  // a teacher of -inf alone: q = 0, which contributes nothing
-    if (D::kCentred) zero_grad(P, row, begin, end);
+    if (D::kCentred) hard_grad(P, W, row, stats, begin, end);
     return;
   }
   alignas(64) T grad[kChunk];
@@ -210,6 +283,7 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     RowsBlock& sums = W.blocks[block];
     const Scale<T> k = block_scale(r, of_row, stats, sums.stats);
+    const HardScale<T> hard = hard_scale(P, r, stats, sums.stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t m = part(i, padded(n), kChunk), at = first + i;
       with_functor<D>(P.parameter[row], [&](auto divergence) {
@@ -219,6 +293,7 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
           reduce_chunk(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums);
         }
       });
+      if (to_grad && P.hard.target) add_hard(P, row, hard, exp_hard(W, r) + at, at, m, grad);
       if (to_grad) store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
     }
@@ -236,7 +311,7 @@ template <class T>
 void gradient(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
               int64_t end, Prefetch& ahead) {
   if (!P.grad.data) return;
-  if (no_gradient(stats)) return zero_grad(P, row, begin, end);
+  if (no_gradient(stats)) return hard_grad(P, W, row, stats, begin, end);
   alignas(64) T grad[kChunk];
   const Row<T> r = row_constants(P, row);
   const Scale<double> of_row = row_scale(r, stats);
@@ -244,9 +319,12 @@ void gradient(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, co
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     const Scale<T> k = block_scale(r, of_row, stats, W.blocks[block].stats);
+    const HardScale<T> hard = hard_scale(P, r, stats, W.blocks[block].stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t at = first + i;
-      slopes_chunk(W.exp_student + at, W.difference + at, part(i, padded(n), kChunk), k, grad);
+      const int64_t m = part(i, padded(n), kChunk);
+      slopes_chunk(W.exp_student + at, W.difference + at, m, k, grad);
+      if (P.hard.target) add_hard(P, row, hard, exp_hard(W, r) + at, at, m, grad);
       store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
     }
@@ -263,7 +341,18 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     if constexpr (D::kTeacherEntropy) loss += teacher_entropy(W.blocks, blocks, r.inv_teacher_temperature, stats);
     if (stats.sum_student == 0) loss = kInf<double>;
   }
-  P.loss[row] = T(loss * r.loss_scale);
+  loss *= r.loss_scale;
+  if (P.hard.target) {
+    double logit = 0, logits = 0;
+    for (int64_t block = 0; block < blocks; ++block) {
+      logit += W.blocks[block].logit;
+      logits += W.blocks[block].logits;
+    }
+    // a weight of 0 leaves out what may be infinite
+    loss = P.hard.soft_weight == 0 ? 0 : loss;
+    loss += P.hard.hard_weight == 0 ? 0 : hard_loss(P, stats, logit, logits) * r.hard_loss_scale;
+  }
+  P.loss[row] = T(loss);
   if (P.stats) P.stats[row] = stats;
 }
 
@@ -295,9 +384,11 @@ template <class T, class D>
 void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats, int64_t begin, int64_t end,
                      Prefetch& ahead) {
   alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk], exp_student[kChunk], exp_teacher[kChunk];
-  alignas(64) T difference[kChunk], grad[kChunk];
+  alignas(64) T difference[kChunk], grad[kChunk], exp_hard[kChunk];
   const Row<T> r = row_constants(P, row);
   const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
+  const HardScale<T> hard = hard_scale(P, r, stats, stats);
+  const bool soft = !no_gradient(stats);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   char* grad_row = P.grad.row(row);
   RowsStats sums = stats;  // the maxima are the row's own; the sums are known
@@ -310,6 +401,11 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
     with_functor<D>(P.parameter[row], [&](auto divergence) {
       gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);
     });
+    if (P.hard.target) {
+      if (!soft) std::memset(grad, 0, sizeof(grad));
+      hard_chunk(s, m, stats.max_student, exp_hard);
+      add_hard(P, row, hard, exp_hard, first, m, grad);
+    }
     store_block(P.grad, grad_row, first, n, grad, P.stream);
     ahead.some();
   }
@@ -318,7 +414,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
 template <class T, class D>
 void backward_of(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end, Prefetch& ahead) {
   const RowsStats& stats = P.stats[row];
-  if ((P.mask && !P.mask[row]) || no_gradient(stats)) {
+  if ((P.mask && !P.mask[row]) || (no_gradient(stats) && !P.hard.target)) {
     zero_grad(P, row, begin, end);
   } else {
     backward_blocks<T, D>(P, row, stats, begin, end, ahead);

@@ -12,6 +12,7 @@ FASTKD_HD constexpr int64_t rows_blocks(int64_t V) { return (V + kRowsBlock - 1)
 struct RowsBlock {
   RowsStats stats;
   double loss, slope, entropy;
+  double logit, logits;  // of the target, where it is in the block; the sum of all, where labels are smoothed
 };
 
 // What the first pass leaves for the second: [blocks * kRowsBlock] each, and [blocks].
@@ -20,16 +21,18 @@ struct RowsWorkspace {
   T* exp_student;
   T* exp_teacher;
   T* difference;  // student / T - teacher / T_teacher; then the slopes
+  T* exp_hard;    // the student at temperature 1, where there are targets
   RowsBlock* blocks;
 
-  static FASTKD_HD constexpr int64_t bytes(int64_t V) {
-    return rows_blocks(V) * (3 * kRowsBlock * int64_t(sizeof(T)) + int64_t(sizeof(RowsBlock)));
+  static FASTKD_HD constexpr int64_t bytes(int64_t V, bool targets) {
+    return rows_blocks(V) * ((targets ? 4 : 3) * kRowsBlock * int64_t(sizeof(T)) + int64_t(sizeof(RowsBlock)));
   }
-  FASTKD_HD RowsWorkspace(void* memory, int64_t V) {
+  FASTKD_HD RowsWorkspace(void* memory, int64_t V, bool targets) {
     exp_student = static_cast<T*>(memory);
     exp_teacher = exp_student + rows_blocks(V) * kRowsBlock;
     difference = exp_teacher + rows_blocks(V) * kRowsBlock;
-    blocks = reinterpret_cast<RowsBlock*>(difference + rows_blocks(V) * kRowsBlock);
+    exp_hard = difference + rows_blocks(V) * kRowsBlock;
+    blocks = reinterpret_cast<RowsBlock*>(exp_hard + (targets ? rows_blocks(V) * kRowsBlock : 0));
   }
 };
 

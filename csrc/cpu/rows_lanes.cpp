@@ -83,7 +83,7 @@ struct Group {
     }
   }
   RowsStats stats(int64_t i) const {
-    return {max_student[i], sum_student[i], max_teacher[i], sum_teacher[i], slope[i]};
+    return {max_student[i], sum_student[i], max_teacher[i], sum_teacher[i], slope[i], 0};
   }
   void set_stats(int64_t i, const RowsStats& k) {
     max_student[i] = k.max_student;

@@ -14,8 +14,10 @@ namespace {
 template <class T>
 struct Row {
   double inv_temperature, inv_teacher_temperature;
-  double loss_scale;                 // T^2 weight
-  double grad_scale;                 // T^2 weight upstream / divisor / T
+  double loss_scale;                 // T^2 weight soft_weight
+  double grad_scale;                 // T^2 weight soft_weight upstream / divisor / T
+  double hard_loss_scale;            // weight hard_weight
+  double hard_grad_scale;            // weight hard_weight upstream / divisor
   T scale_student, scale_teacher;    // log2(e) / T
   T lowest_student, lowest_teacher;  // below, the exponential is 0
   T a, b;                            // difference = (student - teacher) a + teacher b
@@ -27,9 +29,12 @@ Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
   const double temperature = P.temperature[row];
   r.inv_temperature = 1.0 / temperature;
   r.inv_teacher_temperature = 1.0 / P.teacher_temperature[row];
-  r.loss_scale = (P.t_squared ? temperature * temperature : 1.0) * (P.weight ? double(P.weight[row]) : 1.0);
-  r.grad_scale = r.loss_scale * r.inv_temperature * P.grad_scale *
-                 (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
+  const double weight = P.weight ? double(P.weight[row]) : 1.0;
+  const double upstream = P.grad_scale * (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
+  r.loss_scale = (P.t_squared ? temperature * temperature : 1.0) * weight * P.hard.soft_weight;
+  r.grad_scale = r.loss_scale * r.inv_temperature * upstream;
+  r.hard_loss_scale = weight * P.hard.hard_weight;
+  r.hard_grad_scale = r.hard_loss_scale * upstream;
   r.scale_student = T(kLog2e<double> * r.inv_temperature);
   r.scale_teacher = T(kLog2e<double> * r.inv_teacher_temperature);
   r.lowest_student = exp2_lowest(r.scale_student);
@@ -100,6 +105,32 @@ Scale<T> block_scale(const Row<T>& r, const Scale<double>& k, const RowsStats& r
   const double moved = (centre.student - centre.teacher) * r.inv_temperature +
                        centre.teacher * (r.inv_temperature - r.inv_teacher_temperature);
   return {T(p), T(q), T(k.offset - moved), T(k.slope), T(k.grad)};
+}
+
+// From e^(z - max) of a block to what the hard loss adds to the gradient: p - smoothing / V of every class, and of the
+// target less 1 - smoothing.
+template <class T>
+struct HardScale {
+  T p, everywhere, target;
+};
+
+template <class T>
+HardScale<T> hard_scale(const RowsParams<T>& P, const Row<T>& r, const RowsStats& row, const RowsStats& own) {
+  if (row.sum_hard == 0) return {};  // of -inf alone: no finite step makes a class possible
+  const double scale = r.hard_grad_scale, smoothing = P.hard.smoothing;
+  const double p = own.sum_hard == 0 ? 0 : scale / row.sum_hard * rebase(own.max_student, row.max_student, 1.0);
+  return {T(p), T(scale * smoothing / double(P.V)), T(scale * (1 - smoothing))};
+}
+
+// The cross-entropy of a row, from its sum and maximum, the target's logit and the sum of all logits.
+template <class T>
+double hard_loss(const RowsParams<T>& P, const RowsStats& row, double logit, double logits) {
+  if (row.sum_hard == 0) return kInf<double>;
+  const double smoothing = P.hard.smoothing;
+  double loss = std::log(row.sum_hard);
+  if (smoothing < 1) loss += (1 - smoothing) * (row.max_student - logit);
+  if (smoothing > 0) loss += smoothing * (row.max_student - logits / double(P.V));
+  return loss;
 }
 
 // Not inside the loops: a struct that is declared there, GCC keeps in memory, lane by lane.

@@ -39,6 +39,7 @@ RowsParts<T> parts_in(void* workspace, int64_t N, int splits) {
   parts.splits = splits;
   parts.sums = static_cast<Sums<T>*>(workspace);
   parts.losses = reinterpret_cast<LossSums<T>*>(parts.sums + N * splits);
+  parts.hard = reinterpret_cast<HardSums<T>*>(parts.losses + N * splits);
   return parts;
 }
 
@@ -55,7 +56,8 @@ int64_t lanes_blocks(int64_t N, const RowsPlan& plan) { return N / plan.inner * 
 
 template <class T, class S>
 cudaError_t side_by_side(const RowsParams<T>& P, const RowsPlan& plan, const Device& device, cudaStream_t stream) {
-  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 7 * sizeof(T) && kLanesPlanWarps == kLanesWarps);
+  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 7 * sizeof(T) && sizeof(HardSums<T>) == 3 * sizeof(T));
+  static_assert(kLanesPlanWarps == kLanesWarps);
   const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), plan.shared_bytes, stream,
                       device.shared_memory);
   return launch(rows_lanes_kernel<T, S, S, Functor<T>>, P, plan.inner, plan.in_run, plan.kept);
@@ -97,7 +99,7 @@ cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* wor
 template <Divergence kWhich, class T>
 cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStream_t stream) {
   const int64_t packs = P.V / kPack;
-  RowsParts<T> parts{nullptr, nullptr, splits_for(P.N, packs, device)};
+  RowsParts<T> parts{nullptr, nullptr, nullptr, splits_for(P.N, packs, device)};
   const int threads = threads_for(packs / parts.splits);
   const int rows = parts.splits > 1 ? 1 : std::max(1, 128 / threads);
   const RowsPlan plan = rows_plan(P, device);

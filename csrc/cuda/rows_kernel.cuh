@@ -41,10 +41,11 @@ __device__ __forceinline__ void store_class(const RowLayout<S, U>& L, const Rows
   store_one<S>(L.grad + v * P.grad.stride_v * element_size<S>(P.grad), P.grad.dtype, grad);
 }
 
-// The second pass over some classes: adds to the sums, and leaves the gradient where it is final.
+// The second pass over the classes v, v + step, ...: adds to the sums, and leaves the gradient where it is final.
 template <class T, class D, int kCount>
 __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
-                                       const D& divergence, T grad_scale, LossSums<T>& sums, T (&grad)[kCount]) {
+                                       const D& divergence, T grad_scale, const HardRow<T>& hard, int64_t v,
+                                       int64_t step, LossSums<T>& sums, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const Element<T> e = softmax(s[i], t[i]);
@@ -56,18 +57,21 @@ __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount
       sums.slope += slope;
     }
   }
+  if constexpr (D::kCentred) hard.add(s, v, step, grad);
 }
 
 // The gradient once the sum of the slopes is known.
 template <class T, class D, int kCount>
 __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
-                                         const D& divergence, T grad_scale, T slopes, T (&grad)[kCount]) {
+                                         const D& divergence, T grad_scale, T slopes, const HardRow<T>& hard,
+                                         int64_t v, int64_t step, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const Element<T> e = softmax(s[i], t[i]);
     const T slope = divergence.slope(e);
     grad[i] = (D::kCentred ? slope : slope - e.p * slopes) * grad_scale;
   }
+  hard.add(s, v, step, grad);
 }
 
 // A row without a gradient: a side without a possible class, or slopes without a finite sum.
@@ -77,7 +81,7 @@ __device__ __forceinline__ bool no_gradient(T sum_student, T sum_teacher, T slop
 }
 
 template <class T, class D>
-__device__ __forceinline__ T row_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r) {
+__device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r) {
   if (k.sum_teacher == T(0)) return T(0);
   if (k.sum_student == T(0)) return kInf<T> * r.loss_scale;
   T loss = sums.loss;
@@ -87,20 +91,42 @@ __device__ __forceinline__ T row_loss(const Sums<T>& k, const LossSums<T>& sums,
   return loss * r.loss_scale;
 }
 
-template <class T>
-__device__ void save(const RowsParams<T>& P, int64_t row, const Sums<T>& k, T slopes, T loss) {
+// Leaves the loss, and what backward needs, of a row that counts.
+template <class T, class D>
+__device__ __forceinline__ void save(const RowsParams<T>& P, int64_t row, const Sums<T>& k, const LossSums<T>& sums,
+                                     const HardSums<T>& hard, const RowConstants<T>& r) {
+  T loss = P.hard.soft_weight == 0 ? T(0) : soft_loss<T, D>(k, sums, r);  // leaves out what may be infinite
+  if (P.hard.target) loss += hard_loss(P, row, r, hard, k.max_student);
   P.loss[row] = loss;
-  if (P.stats) P.stats[row] = {k.max_student, k.sum_student, k.max_teacher, k.sum_teacher, slopes};
+  if (P.stats) P.stats[row] = {k.max_student, k.sum_student, k.max_teacher, k.sum_teacher, sums.slope, hard.sum};
+}
+// The same of a row that is masked out.
+template <class T>
+__device__ __forceinline__ void save_nothing(const RowsParams<T>& P, int64_t row) {
+  P.loss[row] = T(0);
+  if (P.stats) P.stats[row] = {};
 }
 
+// The gradient of a row whose divergence has none: that of its hard loss, if it has one.
 template <class S, class U, class T>
-__device__ void zero_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t begin, int64_t end, bool edges,
-                          int rank, int threads) {
-  const T zeros[kPack] = {};
+__device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t begin, int64_t end, bool edges,
+                          int rank, int threads, const HardRow<T>& hard) {
   for (int64_t i = begin + rank; i < end; i += threads) {
-    store_pack<S>(L.grad + L.pack(i) * element_size<S>(P.grad), P.grad.dtype, zeros);
+    T grad[kPack] = {}, s[kPack];
+    if (hard.target >= 0) {
+      load_pack<S, Memory::kGlobal>(L.student + L.pack(i) * element_size<S>(P.student), P.student.dtype, s);
+      hard.add(s, L.pack(i), 1, grad);
+    }
+    store_pack<S>(L.grad + L.pack(i) * element_size<S>(P.grad), P.grad.dtype, grad);
   }
-  for (int64_t i = rank; edges && i < L.edges; i += threads) store_class(L, P, L.edge(i), T(0));
+  for (int64_t i = rank; edges && i < L.edges; i += threads) {
+    T grad[1] = {}, s[1], t[1];
+    if (hard.target >= 0) {
+      load_class(L, P, L.edge(i), s, t);
+      hard.add(s, L.edge(i), 1, grad);
+    }
+    store_class(L, P, L.edge(i), grad[0]);
+  }
 }
 
 // ---- a row on chip
@@ -110,6 +136,7 @@ template <class T, bool kEntropy>
 struct RowsRoom {
   SharedSums<T, kEntropy> sums[kMaxThreads / 32 + 1];
   LossSums<T> losses[kMaxThreads / 32 + 1];
+  HardSums<T> hard[kMaxThreads / 32 + 1];
 };
 
 // grid (ceil(N / rows of a block) * blocks of a cluster), block (threads of a row, rows).
@@ -149,17 +176,26 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   }
   const RowConstants<T> r = row_constants(P, exists ? row : 0);
   Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
+  HardSums<T> hard_sums = HardSums<T>::empty();
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
   for (int64_t i = rank; counts && edges && i < L.edges; i += threads) {
     load_class(L, P, L.edge(i), s1, t1);
-    add<T, 1, D::kTeacherEntropy>(own.sums, s1, t1, r);
+    add<T, 1, D::kTeacherEntropy>(own.sums, hard_sums, s1, t1, r, P.hard);
   }
   ptx::copy_async_wait();
   for (int i = rank; counts && i < mine; i += threads) {
     load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-    add<T, kPack, D::kTeacherEntropy>(own.sums, s, t, r);
+    add<T, kPack, D::kTeacherEntropy>(own.sums, hard_sums, s, t, r, P.hard);
   }
   const Sums<T> k = combine_over_row(own, room.sums, first_warp, warps, block_warps).sums;
+  HardRow<T> hard;
+  if (P.hard.target) {
+    if (counts && edges && rank == 0) hard_sums.logit = target_logit<S>(P, row, L.student);
+    hard_sums = rebased(hard_sums, own.sums.max_student, k.max_student);
+    hard_sums = combine_over_row(hard_sums, room.hard, first_warp, warps, block_warps);
+    if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
+    if (counts) hard = HardRow<T>(P, row, r, k.max_student, hard_sums.sum);
+  }
 
   const bool write = P.grad.data != nullptr, possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0);
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -168,35 +204,35 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   with_functor<D>(parameter, [&](const auto& divergence) {
     for (int64_t i = rank; possible && edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
-      reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
+      reduce(s1, t1, softmax, divergence, r.grad_scale, hard, L.edge(i), 1, sums, grad1);
       if (D::kCentred && write) store_class(L, P, L.edge(i), grad1[0]);
     }
     for (int i = rank; possible && i < mine; i += threads) {
       load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-      reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+      reduce(s, t, softmax, divergence, r.grad_scale, hard, L.pack(first + i), 1, sums, grad);
       if (D::kCentred && write) store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
     }
   });
   sums = combine_over_row(sums, room.losses, first_warp, warps, block_warps);
   if (edges && rank == 0) {
     if (counts) {
-      save(P, row, k, sums.slope, row_loss<T, D>(k, sums, r));
+      save<T, D>(P, row, k, sums, hard_sums, r);
     } else {
-      save(P, row, Sums<T>{}, T(0), T(0));
+      save_nothing(P, row);
     }
   }
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
-    zero_grad(P, L, first, first + mine, edges, rank, threads);
+    hard_grad(P, L, first, first + mine, edges, rank, threads, hard);
   } else if (write && !D::kCentred) {
     with_functor<D>(parameter, [&](const auto& divergence) {
       for (int64_t i = rank; edges && i < L.edges; i += threads) {
         load_class(L, P, L.edge(i), s1, t1);
-        gradient(s1, t1, softmax, divergence, r.grad_scale, sums.slope, grad1);
+        gradient(s1, t1, softmax, divergence, r.grad_scale, sums.slope, hard, L.edge(i), 1, grad1);
         store_class(L, P, L.edge(i), grad1[0]);
       }
       for (int i = rank; i < mine; i += threads) {
         load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, grad);
+        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, hard, L.pack(first + i), 1, grad);
         store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
       }
     });

@@ -123,13 +123,27 @@ __device__ __forceinline__ void merge(Sums<T>& k, Sums<T> other, const RowConsta
   k.entropy += other.entropy;
 }
 
+// The gradient of a row whose divergence has none: that of its hard loss, if it has one.
+template <class T, class S, class U>
+__device__ void hard_grad(const RowsParams<T>& P, const LaneRow<S, U>& L, const HardRow<T>& hard) {
+  for (int64_t v = threadIdx.y; v < P.V; v += blockDim.y) {
+    T grad[1] = {};
+    if (hard.target >= 0) {
+      const T s[1] = {load_one<S, T>(L.student + v * L.step_student, P.student.dtype)};
+      hard.add(s, v, 1, grad);
+    }
+    store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad[0]);
+  }
+}
+
 // grid (runs * in_run), block (32, warps). Shared memory: what the warps exchange, and the classes that are kept.
 template <class T, class S, class U, class D>
 __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     rows_lanes_kernel(const __grid_constant__ RowsParams<T> P, int64_t inner, int64_t in_run, int64_t kept) {
   Sums<T>* const room = reinterpret_cast<Sums<T>*>(ptx::dynamic_shared());
   LossSums<T>* const room_of_losses = reinterpret_cast<LossSums<T>*>(room + 32 * blockDim.y);
-  char* const memory = reinterpret_cast<char*>(room_of_losses + 32 * blockDim.y);
+  HardSums<T>* const room_of_hard = reinterpret_cast<HardSums<T>*>(room_of_losses + 32 * blockDim.y);
+  char* const memory = reinterpret_cast<char*>(room_of_hard + (P.hard.target ? 32 * blockDim.y : 0));
   const KeptClasses<S, U> K{memory, memory + kept * 32 * element_size<S>(P.student), kept};
   const LaneRow<S, U> L(P, inner, in_run);
   const bool counts = L.exists && (!P.mask || P.mask[L.row]);
@@ -137,13 +151,26 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const RowConstants<T> r = row_constants(P, L.row);
 
   Sums<T> own = Sums<T>::empty();
+  HardSums<T> hard_sums = HardSums<T>::empty();
+  if (counts && P.hard.target && threadIdx.y == 0) hard_sums.logit = target_logit<S>(P, L.row, L.student);
   walk<T>(
       V, [&](int64_t v, T& s, T& t) { K.take(L, P, v, s, t); },
-      [&](int64_t, int, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
-        add<T, kAtOnce, D::kTeacherEntropy>(own, s, t, r);
+      [&](int64_t, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
+        add<T, kAtOnce, D::kTeacherEntropy>(own, hard_sums, s, t, r, P.hard, count);
       });
   const Sums<T> k =
       over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); });
+  HardRow<T> hard;
+  if (P.hard.target) {
+    hard_sums = rebased(hard_sums, own.max_student, k.max_student);
+    hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) {
+      all.sum += other.sum;
+      all.logits += other.logits;
+      all.logit += other.logit;
+    });
+    if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
+    if (counts) hard = HardRow<T>(P, L.row, r, k.max_student, hard_sums.sum);
+  }
 
   const bool possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0);
   const bool write = L.exists && L.grad;
@@ -160,7 +187,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   with_functor<D>(parameter, [&](const auto& divergence) {
     walk<T>(possible ? V : 0, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
       T grad[kAtOnce];
-      reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+      reduce(s, t, softmax, divergence, r.grad_scale, hard, v, blockDim.y, sums, grad);
       if (D::kCentred && write) store(v, count, grad);
     });
   });
@@ -170,18 +197,18 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   });
   if (L.exists && threadIdx.y == 0) {
     if (counts) {
-      save(P, L.row, k, sums.slope, row_loss<T, D>(k, sums, r));
+      save<T, D>(P, L.row, k, sums, hard_sums, r);
     } else {
-      save(P, L.row, Sums<T>{}, T(0), T(0));
+      save_nothing(P, L.row);
     }
   }
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
-    for (int64_t v = threadIdx.y; v < P.V; v += blockDim.y) store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, T(0));
+    hard_grad(P, L, hard);
   } else if (write && !D::kCentred) {
     with_functor<D>(parameter, [&](const auto& divergence) {
       walk<T>(V, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
         T grad[kAtOnce];
-        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, grad);
+        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, hard, v, blockDim.y, grad);
         store(v, count, grad);
       });
     });
@@ -195,13 +222,14 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const LaneRow<S, U> L(P, inner, in_run);
   if (!L.exists) return;
   RowsStats k{};
-  if (!P.mask || P.mask[L.row]) k = P.stats[L.row];
-  const auto store = [&](int64_t v, T grad) { store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad); };
-  if (no_gradient(T(k.sum_student), T(k.sum_teacher), T(k.slope))) {
-    for (int64_t v = threadIdx.y; v < P.V; v += blockDim.y) store(v, T(0));
-    return;
-  }
+  HardRow<T> hard;
   const RowConstants<T> r = row_constants(P, L.row);
+  if (!P.mask || P.mask[L.row]) {
+    k = P.stats[L.row];
+    if (P.hard.target) hard = HardRow<T>(P, L.row, r, T(k.max_student), T(k.sum_hard));
+  }
+  const auto store = [&](int64_t v, T grad) { store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad); };
+  if (no_gradient(T(k.sum_student), T(k.sum_teacher), T(k.slope))) return hard_grad(P, L, hard);
   const RowSoftmax<T> softmax(r, T(k.max_student), T(k.sum_student), T(k.max_teacher), T(k.sum_teacher));
   const auto load = [&](int64_t v, T& s, T& t) {
     s = load_one<S, T>(L.student + v * L.step_student, P.student.dtype);
@@ -210,7 +238,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   with_functor<D>(P.parameter[L.row], [&](const auto& divergence) {
     walk<T>(P.V, load, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
       T grad[kAtOnce];
-      gradient(s, t, softmax, divergence, r.grad_scale, T(k.slope), grad);
+      gradient(s, t, softmax, divergence, r.grad_scale, T(k.slope), hard, v, blockDim.y, grad);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (i < count) store(v + i * int(blockDim.y), grad[i]);

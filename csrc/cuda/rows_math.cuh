@@ -26,8 +26,10 @@ struct RowConstants {
   T inv_temperature, inv_teacher_temperature;
   T exp2_student, exp2_teacher;  // log2(e) / T
   T b;                           // 1 / T - 1 / T_teacher
-  T loss_scale;                  // T^2 weight
-  T grad_scale;                  // T^2 weight upstream / divisor / T
+  T loss_scale;                  // T^2 weight soft_weight
+  T grad_scale;                  // T^2 weight soft_weight upstream / divisor / T
+  T hard_loss_scale;             // weight hard_weight
+  T hard_grad_scale;             // weight hard_weight upstream / divisor
 };
 
 template <class T>
@@ -39,9 +41,12 @@ __device__ RowConstants<T> row_constants(const RowsParams<T>& P, int64_t row) {
   r.exp2_student = kLog2e<T> * r.inv_temperature;
   r.exp2_teacher = kLog2e<T> * r.inv_teacher_temperature;
   r.b = temperature == teacher_temperature ? T(0) : r.inv_temperature - r.inv_teacher_temperature;
-  r.loss_scale = (P.t_squared ? temperature * temperature : T(1)) * (P.weight ? P.weight[row] : T(1));
-  r.grad_scale = r.loss_scale * r.inv_temperature * T(P.scale ? *P.scale : P.grad_scale) *
-                 (P.upstream ? P.upstream[row * P.upstream_stride] : T(1));
+  const T weight = P.weight ? P.weight[row] : T(1);
+  const T upstream = T(P.scale ? *P.scale : P.grad_scale) * (P.upstream ? P.upstream[row * P.upstream_stride] : T(1));
+  r.loss_scale = (P.t_squared ? temperature * temperature : T(1)) * weight * T(P.hard.soft_weight);
+  r.grad_scale = r.loss_scale * r.inv_temperature * upstream;
+  r.hard_loss_scale = weight * T(P.hard.hard_weight);
+  r.hard_grad_scale = r.hard_loss_scale * upstream;
   return r;
 }
 
@@ -121,6 +126,96 @@ __device__ __forceinline__ void add(Sums<T>& sums, const T (&s)[kCount], const T
     sums.sum_teacher += e;
     if constexpr (kEntropy) sums.entropy += e == T(0) ? T(0) : e * (sums.max_teacher - t[i]);
   }
+}
+
+// What the cross-entropy with a row's target adds up, beside its Sums.
+template <class T>
+struct HardSums {
+  T sum;     // e^(z - max) of the student, with the maximum of the Sums
+  T logits;  // z, where labels are smoothed
+  T logit;   // the target's z, of the one thread that reads it
+
+  static __device__ HardSums empty() { return {T(0), T(0), T(0)}; }
+  static __device__ HardSums combine(HardSums x) { return {warp_sum(x.sum), warp_sum(x.logits), warp_sum(x.logit)}; }
+};
+
+// The same classes, for both; count of them are there, and the others are -inf.
+template <class T, int kCount, bool kEntropy>
+__device__ __forceinline__ void add(Sums<T>& sums, HardSums<T>& hard, const T (&s)[kCount], const T (&t)[kCount],
+                                    const RowConstants<T>& r, const HardTargets& targets, int count = kCount) {
+  const T before = sums.max_student;
+  add<T, kCount, kEntropy>(sums, s, t, r);
+  if (!targets.target) return;
+  if (r.inv_temperature != T(1)) {  // else the sum is the student's own
+    if (sums.max_student > before) hard.sum *= exp2_of((before - sums.max_student) * kLog2e<T>);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) hard.sum += exp2_of((s[i] - sums.max_student) * kLog2e<T>);
+  }
+  if (targets.smoothing != 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) hard.logits += i < count ? s[i] : T(0);
+  }
+}
+
+// Of a thread or a part of a row, with the maximum of the whole row.
+template <class T>
+__device__ __forceinline__ HardSums<T> rebased(HardSums<T> hard, T max, T max_row) {
+  hard.sum *= exp2_of((max - max_row) * kLog2e<T>);
+  return hard;
+}
+
+// From a logit to what the hard loss adds to its gradient, of a row whose sums are known.
+template <class T>
+struct HardRow {
+  T max, log2_sum;
+  T scale, everywhere, of_target;
+  int64_t target;  // -1: the row has no hard loss
+
+  __device__ HardRow() : max(0), log2_sum(0), scale(0), everywhere(0), of_target(0), target(-1) {}
+  __device__ HardRow(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, T max, T sum)
+      : max(max), target(P.hard.target[row]) {
+    log2_sum = sum == T(0) ? T(0) : log_of(sum) * kLog2e<T>;
+    // of -inf alone: no finite step makes a class possible
+    scale = sum == T(0) ? T(0) : r.hard_grad_scale;
+    if (target < 0 || target >= P.V) {
+      target = 0;
+      scale = kInf<T> - kInf<T>;  // as loud as the host, which cannot look, may be
+    }
+    everywhere = scale * T(P.hard.smoothing) / T(P.V);
+    of_target = scale * T(1 - P.hard.smoothing);
+  }
+  // Classes v, v + step, ...
+  template <int kCount>
+  __device__ __forceinline__ void add(const T (&s)[kCount], int64_t v, int64_t step, T (&grad)[kCount]) const {
+    if (target < 0) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      grad[i] += exp2_of((s[i] - max) * kLog2e<T> - log2_sum) * scale - everywhere;
+      if (v + i * step == target) grad[i] -= of_target;
+    }
+  }
+};
+
+// Cross-entropy with the target of a row.
+template <class T>
+__device__ T hard_loss(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, const HardSums<T>& hard, T max) {
+  const int64_t target = P.hard.target[row];
+  if (target < 0 || target >= P.V) return kInf<T> - kInf<T>;
+  if (P.hard.hard_weight == 0) return T(0);  // leaves out what may be infinite
+  if (hard.sum == T(0)) return kInf<T>;
+  const T smoothing = T(P.hard.smoothing);
+  T loss = log_of(hard.sum);
+  if (smoothing < T(1)) loss += (T(1) - smoothing) * (max - hard.logit);
+  if (smoothing > T(0)) loss += smoothing * (max - hard.logits / T(P.V));
+  return loss * r.hard_loss_scale;
+}
+
+// The target's logit, for one thread of a row. Before the gradient is written, perhaps over the student.
+template <class S, class T>
+__device__ T target_logit(const RowsParams<T>& P, int64_t row, const char* student) {
+  const int64_t target = P.hard.target[row];
+  if (target < 0 || target >= P.V) return T(0);
+  return load_one<S, T>(student + target * P.student.stride_v * element_size<S>(P.student), P.student.dtype);
 }
 
 // Sums that the lanes of a warp combine, for combine_over_row.

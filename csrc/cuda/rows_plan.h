@@ -44,10 +44,10 @@ inline int splits_for(int64_t rows, int64_t packs, const Device& device) {
 
 inline constexpr int kLanesPlanWarps = 16;
 inline constexpr int64_t kLeastInner = 8;  // rows side by side, that fill what is read at a time
-// What the threads of a block exchange: Sums and LossSums of each.
+// What the threads of a block exchange: Sums and LossSums of each, and HardSums where there are targets.
 template <class T>
-int64_t lanes_room(int threads) {
-  return threads * 7 * int64_t(sizeof(T));
+int64_t lanes_room(int threads, bool targets) {
+  return threads * (targets ? 10 : 7) * int64_t(sizeof(T));
 }
 
 // How many rows lie side by side in every tensor: their elements of a class one after the other. 0: none do, or nobody
@@ -79,8 +79,9 @@ RowsPlan rows_plan(const RowsParams<T>& P, const Device& device) {
     const int64_t class_bytes = 32 * (P.student.element_size + P.teacher.element_size);
     const bool many = P.V * class_bytes > kSharedAimed;  // few blocks fit: larger ones
     plan.threads = 32 * int(std::clamp<int64_t>((P.V + 7) / 8, 1, many ? kLanesPlanWarps : 8));
-    plan.kept = std::min(P.V, (device.shared_memory - lanes_room<T>(plan.threads)) / class_bytes);
-    plan.shared_bytes = lanes_room<T>(plan.threads) + plan.kept * class_bytes;
+    const int64_t room = lanes_room<T>(plan.threads, P.hard.target != nullptr);
+    plan.kept = std::min(P.V, (device.shared_memory - room) / class_bytes);
+    plan.shared_bytes = room + plan.kept * class_bytes;
     return plan;
   }
   const int64_t pack_bytes = kPlanPack * (P.student.element_size + P.teacher.element_size);

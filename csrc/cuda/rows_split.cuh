@@ -10,6 +10,7 @@ template <class T>
 struct RowsParts {
   Sums<T>* sums;        // [N, splits]
   LossSums<T>* losses;  // [N, splits]
+  HardSums<T>* hard;    // [N, splits]
   int splits;           // of a row, at most 32: one a lane
 };
 
@@ -33,6 +34,18 @@ __device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowCon
 }
 
 template <class T>
+__device__ HardSums<T> row_hard(const RowsParams<T>& P, const RowsParts<T>& parts, int64_t row, const Sums<T>& k,
+                                const RowConstants<T>& r) {
+  if (!P.hard.target) return HardSums<T>::empty();
+  const int64_t lane = threadIdx.x % 32, part = row * parts.splits + lane;
+  HardSums<T> hard = HardSums<T>::empty();
+  if (lane < parts.splits) hard = rebased(parts.hard[part], parts.sums[part].max_student, k.max_student);
+  hard = HardSums<T>::combine(hard);
+  if (r.inv_temperature == T(1)) hard.sum = k.sum_student;
+  return hard;
+}
+
+template <class T>
 __device__ LossSums<T> row_losses(const RowsParts<T>& parts, int64_t row) {
   const int lane = threadIdx.x % 32;
   return LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty());
@@ -49,20 +62,27 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Slice<S, U> slice(L, split, parts.splits);
   const RowConstants<T> r = row_constants(P, row);
   Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
+  HardSums<T> hard = HardSums<T>::empty();
   T s[kPack], t[kPack], s1[1], t1[1];
   for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
     load_class(L, P, L.edge(i), s1, t1);
-    add<T, 1, kEntropy>(own.sums, s1, t1, r);
+    add<T, 1, kEntropy>(own.sums, hard, s1, t1, r, P.hard);
   }
   for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
     const int64_t v = L.pack(i);
     load<S, U, Memory::kGlobal>(L.student + v * element_size<S>(P.student), L.teacher + v * element_size<U>(P.teacher),
                                 P, s, t);
-    add<T, kPack, kEntropy>(own.sums, s, t, r);
+    add<T, kPack, kEntropy>(own.sums, hard, s, t, r, P.hard);
   }
   Shared* room = reinterpret_cast<Shared*>(ptx::dynamic_shared());
   const Sums<T> k = combine_over_row(own, room, 0, threads / 32, threads / 32).sums;
   if (rank == 0) parts.sums[row * parts.splits + split] = k;
+  if (!P.hard.target) return;
+  if (slice.edges && rank == 0) hard.logit = target_logit<S>(P, row, L.student);
+  HardSums<T>* room_of_hard = reinterpret_cast<HardSums<T>*>(room + threads / 32 + 1);
+  hard = rebased(hard, own.sums.max_student, k.max_student);
+  hard = combine_over_row(hard, room_of_hard, 0, threads / 32, threads / 32);
+  if (rank == 0) parts.hard[row * parts.splits + split] = hard;
 }
 
 template <class T, class S, class U, class D>
@@ -76,9 +96,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const bool counts = !P.mask || P.mask[row];
   const RowConstants<T> r = row_constants(P, row);
   const Sums<T> k = counts ? row_sums<T, D::kTeacherEntropy>(parts, row, r) : Sums<T>{};
+  HardRow<T> hard;
+  if (write && counts && P.hard.target) {
+    hard = HardRow<T>(P, row, r, k.max_student, row_hard(P, parts, row, k, r).sum);
+  }
   if (k.sum_student == T(0) || k.sum_teacher == T(0)) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
-    if (write) zero_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads);
+    if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -87,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   with_functor<D>(P.parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
-      reduce(s1, t1, softmax, divergence, r.grad_scale, sums, grad1);
+      reduce(s1, t1, softmax, divergence, r.grad_scale, hard, L.edge(i), 1, sums, grad1);
       if (write) store_class(L, P, L.edge(i), grad1[0]);
     }
     // Backwards: what the pass before touched last is the likeliest to be in the L2.
@@ -96,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
-      reduce(s, t, softmax, divergence, r.grad_scale, sums, grad);
+      reduce(s, t, softmax, divergence, r.grad_scale, hard, v, 1, sums, grad);
       if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
@@ -118,19 +142,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Slice<S, U> slice(L, split, parts.splits);
   const RowConstants<T> r = row_constants(P, row);
   Sums<T> k{};
-  T slopes = 0;
-  if (!P.mask || P.mask[row]) {
+  T slopes = 0, sum_hard = 0;
+  const bool counts = !P.mask || P.mask[row];
+  if (counts) {
     if (parts.sums) {
       k = row_sums<T, false>(parts, row, r);
       slopes = row_losses(parts, row).slope;
+      sum_hard = row_hard(P, parts, row, k, r).sum;
     } else {
       const RowsStats& saved = P.stats[row];
       k = {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
       slopes = T(saved.slope);
+      sum_hard = T(saved.sum_hard);
     }
   }
+  HardRow<T> hard;
+  if (counts && P.hard.target) hard = HardRow<T>(P, row, r, k.max_student, sum_hard);
   if (no_gradient(k.sum_student, k.sum_teacher, slopes)) {
-    zero_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads);
+    hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -138,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   with_functor<D>(P.parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
-      gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, grad1);
+      gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, hard, L.edge(i), 1, grad1);
       store_class(L, P, L.edge(i), grad1[0]);
     }
     for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
@@ -146,7 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
-      gradient(s, t, softmax, divergence, r.grad_scale, slopes, grad);
+      gradient(s, t, softmax, divergence, r.grad_scale, slopes, hard, v, 1, grad);
       store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
@@ -157,13 +186,14 @@ template <class T, class D>
 __global__ void rows_finish_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts) {
   const int64_t row = blockIdx.x;
   if (P.mask && !P.mask[row]) {
-    if (threadIdx.x == 0) save(P, row, Sums<T>{}, T(0), T(0));
+    if (threadIdx.x == 0) save_nothing(P, row);
     return;
   }
   const RowConstants<T> r = row_constants(P, row);
   const Sums<T> k = row_sums<T, D::kTeacherEntropy>(parts, row, r);
   const LossSums<T> sums = row_losses(parts, row);
-  if (threadIdx.x == 0) save(P, row, k, sums.slope, row_loss<T, D>(k, sums, r));
+  const HardSums<T> hard = row_hard(P, parts, row, k, r);
+  if (threadIdx.x == 0) save<T, D>(P, row, k, sums, hard, r);
 }
 
 }  // namespace fastkd::cuda

@@ -15,6 +15,7 @@ from .arguments import (
     number,
     reduction,
     temperature,
+    tensor,
     zero_as_tensor,
 )
 from .features import (
@@ -31,10 +32,12 @@ from .features import (
 from .logits import (
     LogitsOptions,
     class_dim,
+    hard_options,
     logits_loss,
     logits_module,
     not_overwritten,
     parameter,
+    soft_divergence,
     will_be_overwritten,
 )
 from .relations import (
@@ -72,6 +75,7 @@ __all__ = [
     "flag",
     "floating",
     "for_rows",
+    "hard_options",
     "is_mask",
     "layer_weights",
     "logits_loss",
@@ -86,7 +90,9 @@ __all__ = [
     "projector",
     "reduction",
     "relation",
+    "soft_divergence",
     "temperature",
+    "tensor",
     "triplet",
     "will_be_overwritten",
     "zero_as_tensor",

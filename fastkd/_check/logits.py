@@ -5,8 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .._divergences import REGISTRY
 from .._inplace import was_overwritten
 from .arguments import (
+    at_least_zero,
+    constant,
     flag,
     inputs,
     mask,
@@ -35,6 +38,11 @@ class LogitsOptions(NamedTuple):
     normalizer: Any
     inplace: bool
     parameter: Any  # the divergence's own; 0.0 where it has none
+    target: Any = None  # the class of each row; the others are of the hard loss that it has then
+    ignore_index: Any = -100
+    hard_weight: Any = 0.0
+    soft_weight: Any = 1.0
+    label_smoothing: Any = 0.0
 
 
 def logits_loss(student, teacher, options, dim=-1):
@@ -50,10 +58,60 @@ def logits_loss(student, teacher, options, dim=-1):
     flag("t_squared", options.t_squared)
     flag("inplace", options.inplace)
     reduction(options.reduction)
+    if options.target is not None:
+        hard_options(
+            options.hard_weight,
+            options.soft_weight,
+            options.label_smoothing,
+            options.ignore_index,
+            options.reduction,
+        )
+        target(options.target, student, options.ignore_index, options.mask)
     if options.normalizer is not None:
-        normalizer(options.normalizer, student, options.mask, options.reduction)
+        mask_ = options.mask if options.target is None else options.target  # either says which rows count
+        normalizer(options.normalizer, student, mask_, options.reduction)
     if options.inplace:
         inplace(student, teacher)
+
+
+INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
+
+
+def hard_options(hard_weight, soft_weight, label_smoothing, ignore_index, reduction_):
+    """What a loss with a target is told besides it."""
+    at_least_zero("hard_weight", hard_weight)
+    at_least_zero("soft_weight", soft_weight)
+    at_least_zero("label_smoothing", label_smoothing)
+    if not torch.compiler.is_compiling() and label_smoothing > 1:
+        raise ValueError(f"label_smoothing: a number from 0 to 1 wanted, got {label_smoothing}")
+    whole_number("ignore_index", ignore_index)
+    if reduction_ == "mean":
+        raise ValueError(
+            "reduction: 'none', 'sum' or 'batchmean' wanted with a target: libraries mean three things by 'mean'. "
+            "'batchmean' is the mean over the rows that count, as that of torch's cross_entropy"
+        )
+
+
+def target(x, student, ignore_index, mask_):
+    """A class for each row. Values are looked at where that waits for nothing, and where the row counts."""
+    constant("target", x, student)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"target: whole numbers, torch.int64, wanted, got {x.dtype}")
+    rows, classes = student.shape[:-1], student.shape[-1]
+    if x.shape != rows:
+        raise ValueError(f"target: shape {list(rows)} wanted, a class for each row; got {list(x.shape)}")
+    if not values_known(x) or not x.numel():
+        return
+    lowest, highest = x.aminmax()
+    if lowest >= 0 and highest < classes:
+        return
+    wrong = ((x < 0) | (x >= classes)) & (x != ignore_index)
+    if mask_ is not None and values_known(mask_):
+        wrong = wrong & mask_
+    if bool(wrong.any()):
+        raise ValueError(
+            f"target: classes from 0 to {classes - 1} wanted, or ignore_index={ignore_index}, got {x[wrong][0].item()}"
+        )
 
 
 def not_overwritten(student):
@@ -125,6 +183,22 @@ def parameter(entry, value, student=None):
         return  # the number may be a symbol; the op checks it when it runs
     if not entry.low <= value <= entry.high:  # false for NaN
         raise ValueError(f"{name}: a number {entry.range} wanted, got {value}")
+
+
+def soft_divergence(name, parameters):
+    """The entry of the divergence that a loss with a target names, and the parameter it is given: of those that there
+    are, by name, only its own may be."""
+    if not isinstance(name, str) or name not in REGISTRY:
+        raise ValueError(f"divergence: one of {', '.join(REGISTRY)} wanted, got {name!r}")
+    own = REGISTRY[name].parameter
+    for other, value in parameters.items():
+        if value is not None and (own is None or other != own.name):
+            has = "has no parameter" if own is None else f"has {own.name}"
+            raise ValueError(f"{other}: divergence={name!r} {has}; leave {other} out")
+    if own is None:
+        return 0.0
+    value = parameters[own.name]
+    return own.default if value is None else value
 
 
 def will_be_overwritten(student):

@@ -13,6 +13,7 @@ from .relations import (
     rkd_loss,
     similarity_preserving,
 )
+from .targets import kd_loss
 
 __all__ = [
     "attention_transfer",
@@ -20,6 +21,7 @@ __all__ = [
     "feature_mse",
     "gram_mse",
     "js_div",
+    "kd_loss",
     "kl_div",
     "linear_feature_mse",
     "pkt",

@@ -85,14 +85,18 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         _check.parameter(entry, options.parameter, student)
         divergence, parameter = _of_parameter(called, options.parameter)
         options = options._replace(parameter=parameter)
-    exchanged, note = _EXCHANGED.get(called), ""
+    exchanged, note = None if options.target is not None else _EXCHANGED.get(called), ""
     if options.teacher_temperature is not options.temperature:
         exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
         note = ", temperature and teacher_temperature exchanged"
     _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
     rows = student.shape[:-1]
+    mask = _check.for_rows(options.mask, rows)
+    if options.target is not None:
+        valid = options.target != options.ignore_index
+        mask = valid if mask is None else mask & valid
     options = options._replace(
-        mask=_check.for_rows(options.mask, rows),
+        mask=mask,
         weight=_check.for_rows(options.weight, rows),
         normalizer=_check.zero_as_tensor(options.normalizer, student),
     )

@@ -13,6 +13,7 @@ from .relations import (
     RKDLoss,
     SimilarityPreservingLoss,
 )
+from .targets import KDLoss
 
 __all__ = [
     "AttentionTransferLoss",
@@ -20,6 +21,7 @@ __all__ = [
     "FeatureMSELoss",
     "GramMSELoss",
     "JSDivLoss",
+    "KDLoss",
     "KLDivLoss",
     "LinearFeatureMSELoss",
     "PKTLoss",

@@ -10,10 +10,11 @@ from .._check import LogitsOptions
 from .._divergences import NUMBERS, REGISTRY
 from .._inplace import overwritten
 from ..reference import compute_dtype
+from . import numbers
 from .gradient import forbid_double_backward, scaled
 from .saved import restored, save
 
-STATS_SIZE = 5  # doubles a row
+STATS_SIZE = 6  # doubles a row
 
 
 class Ops(NamedTuple):
@@ -135,11 +136,20 @@ def logits_loss(
         None if options.weight is None else options.weight.to(dtype).reshape(-1).contiguous(),
         scale,
         scale_tensor,
+        *_target(options),
     )
     per_row = options.reduction == "none"
     if student.requires_grad and torch.is_grad_enabled():
         return _Rows.apply(namespace, options.inplace, per_row, *call)
     return forward(namespace, call, per_row)
+
+
+def _target(options):
+    """The target of each row and the numbers of the hard loss; None where there is none."""
+    if options.target is None:
+        return None, None
+    target = options.target.reshape(-1).to(torch.int64).contiguous()
+    return target, numbers.as_tensor(options.hard_weight, options.soft_weight, options.label_smoothing)
 
 
 def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.Tensor | None = None) -> torch.Tensor:

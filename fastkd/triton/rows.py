@@ -150,6 +150,8 @@ def _arguments(call, layouts):
         call.scale_tensor,
         call.scale,
         *_number(call.parameter_rows, call.parameter),
+        call.target,
+        *((0.0, 1.0, 0.0) if call.target is None else call.target_numbers.tolist()),
     )
 
 

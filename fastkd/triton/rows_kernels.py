@@ -19,7 +19,8 @@ import triton.language as tl
 from .rows_tile import (
     exp,
     finite,
-    gradient_of,
+    hard_loss,
+    hard_sums,
     load,
     per_row,
     row_loss,
@@ -33,6 +34,7 @@ from .rows_tile import (
     walk_for_grad,
     walk_for_loss,
     walk_for_statistics,
+    whole_gradient,
 )
 
 
@@ -47,8 +49,10 @@ def rows_fwd_kernel(
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
     parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
+    target,  # [N], or None
+    hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
-    stats,  # [N, 5], or None
+    stats,  # [N, 6], or None
     N, V, side_by_side,
     DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
@@ -64,9 +68,18 @@ def rows_fwd_kernel(
     loss_scale = per_row(weight, 1, 1.0, row, read, dtype)
     if T_SQUARED:
         loss_scale *= T * T
-    grad_scale = loss_scale * a * per_row(None, 0, scale, row, read, dtype)
+    one_over_divisor = per_row(None, 0, scale, row, read, dtype)
     if scale_tensor is not None:
-        grad_scale *= tl.load(scale_tensor).to(dtype)
+        one_over_divisor *= tl.load(scale_tensor).to(dtype)
+    HARD: tl.constexpr = target is not None
+    if HARD:
+        target = tl.load(target + row, mask=read, other=0)
+        hard_weights = per_row(None, 0, hard_weight, row, read, dtype)
+        soft_weights = per_row(None, 0, soft_weight, row, read, dtype)
+        smoothings = per_row(None, 0, smoothing, row, read, dtype)
+        hard_scale = hard_weights * per_row(weight, 1, 1.0, row, read, dtype)
+        loss_scale *= soft_weights
+    grad_scale = loss_scale * a * one_over_divisor
     student += row_offsets(
         row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
     )
@@ -85,30 +98,41 @@ def rows_fwd_kernel(
         max_student, max_teacher = finite(tl.max(s, 1)), finite(tl.max(t, 1))
         sum_student, sum_teacher = tl.sum(exp(s, max_student, a), 1), tl.sum(exp(t, max_teacher, a - b), 1)
         of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
+        hard, sum_hard = None, tl.zeros((ROWS,), dtype)
+        if HARD:
+            sum_hard, logits, logit = hard_sums(s, max_student, target, columns, V)
+            hard = (target, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
         losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total = tl.sum(losses, 1)
         sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
         if grad is not None:
-            store(grad, grad_step, live, V, columns, gradient_of(slopes, p, sum_slope, of_row, grad_scale))
+            values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
+            store(grad, grad_step, live, V, columns, values)
     else:
-        of_row = walk_for_statistics(inputs, a, b, dtype, ROWS, BLOCK)
+        of_row, sum_hard, logits, logit = walk_for_statistics(inputs, a, b, target, dtype, ROWS, BLOCK, HARD)
+        hard = None
+        if HARD:
+            hard = (target, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
         total, sum_slope = walk_for_loss(
-            inputs, of_row, parameter, grad, grad_step, live, grad_scale,
-            DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, dtype, ROWS, BLOCK,
+            inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
+            DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, HARD, dtype, ROWS, BLOCK,
         )  # fmt: skip
         if grad is not None and not IS_CENTRED:
             walk_for_grad(
-                inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope,
-                DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, dtype, BLOCK,
+                inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope, hard,
+                DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, HARD, dtype, BLOCK,
             )  # fmt: skip
 
     total = row_loss(total, of_row, loss_scale, ENTROPY)
+    if HARD:
+        total = tl.where(soft_weights == 0.0, 0.0, total)  # left out, however large it is
+        total += hard_loss(of_row, hard, hard_weights, hard_scale, logits, logit)
     if PER_ROW:
         tl.store(loss + row, total, mask=live)
     else:
         tl.store(loss + tl.program_id(0), tl.sum(total, 0))
     if stats is not None:
-        store_statistics(stats, row, live, of_row, sum_slope)
+        store_statistics(stats, row, live, of_row, sum_slope, sum_hard)
 
 
 @triton.jit
@@ -122,7 +146,9 @@ def rows_bwd_kernel(
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
     parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
-    stats,  # [N, 5]
+    target,  # [N], or None
+    hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
+    stats,  # [N, 6]
     upstream, upstream_stride,  # [N], or [1] with stride 0
     N, V, side_by_side,
     DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
@@ -135,11 +161,15 @@ def rows_bwd_kernel(
         temperature_rows, temperature_stride, temperature,
         teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype, SAME_TEMPERATURE,
     )  # fmt: skip
-    grad_scale = per_row(weight, 1, 1.0, row, read, dtype) * (T if T_SQUARED else a)
-    grad_scale *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
-    grad_scale *= per_row(None, 0, scale, row, read, dtype)
+    of_loss = per_row(weight, 1, 1.0, row, read, dtype)
+    of_loss *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
+    of_loss *= per_row(None, 0, scale, row, read, dtype)
     if scale_tensor is not None:
-        grad_scale *= tl.load(scale_tensor).to(dtype)
+        of_loss *= tl.load(scale_tensor).to(dtype)
+    HARD: tl.constexpr = target is not None
+    grad_scale = of_loss * (T if T_SQUARED else a)
+    if HARD:
+        grad_scale *= per_row(None, 0, soft_weight, row, read, dtype)
     student += row_offsets(
         row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
     )
@@ -147,7 +177,7 @@ def rows_bwd_kernel(
         row, read, run, at, side_by_side, teacher_index, teacher_inner, teacher_outer, teacher_stride
     )
     grad += row_offsets(row, live, run, at, side_by_side, grad_index, grad_inner, grad_outer, grad_stride)
-    stats += row.to(tl.int64) * 5
+    stats += row.to(tl.int64) * 6
     max_student = tl.load(stats, mask=read, other=0.0).to(dtype)
     sum_student = tl.load(stats + 1, mask=read, other=0.0).to(dtype)
     max_teacher = tl.load(stats + 2, mask=read, other=0.0).to(dtype)
@@ -160,7 +190,14 @@ def rows_bwd_kernel(
     OF_ROWS: tl.constexpr = parameter_rows is not None
     parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
     _loss, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
-    store(grad, grad_step, live, V, columns, gradient_of(slopes, p, sum_slope, of_row, grad_scale))
+    hard = None
+    if HARD:
+        target = tl.load(target + row, mask=read, other=0)
+        sum_hard = tl.load(stats + 5, mask=read, other=0.0).to(dtype)
+        hard_scale = of_loss * per_row(None, 0, hard_weight, row, read, dtype)
+        hard = (target, read, hard_scale, sum_hard, per_row(None, 0, smoothing, row, read, dtype), V)
+    values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
+    store(grad, grad_step, live, V, columns, values)
 
 
 @triton.jit

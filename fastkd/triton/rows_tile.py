@@ -9,6 +9,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
 # In the kernels
+#   hard    of rows with a target, [ROWS] each: the target, which rows have one, and what they are multiplied by in the
+#           gradient; the sum of e^(z - max) of the student; smoothing, and V
 #   inputs  what load needs: pointers to the rows [ROWS] and the step between classes, for
 #           student and teacher; which rows to read [ROWS]; V
 #   of_row  constants of a row, [ROWS] each: a = 1 / T, b = 1 / T - 1 / T_teacher, the maxima and
@@ -165,6 +167,44 @@ def gradient_of(slope, p, sum_slope, of_row, scale):
 
 
 @triton.jit
+def hard_sums(s, maximum, target, columns, V):
+    """Of a tile: the student's sum at temperature 1, the sum of its logits, and the logit of the target."""
+    there = (columns < V)[None, :]
+    total = tl.sum(exp(s, maximum, tl.full(maximum.shape, 1.0, s.dtype)), 1)
+    logits = tl.sum(tl.where(there, s, 0.0), 1)
+    logit = tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
+    return total, logits, logit
+
+
+@triton.jit
+def hard_gradient(s, of_row, hard, columns):
+    """What the hard loss adds to the gradient of a tile. Nothing where no class is possible; NaN where the target is
+    none of the classes: as loud as a device may be that cannot raise."""
+    target, has_target, scale, sum_hard, smoothing, V = hard
+    max_student = of_row[2]
+    scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
+    scale = tl.where(has_target & (sum_hard != 0.0), scale, 0.0)[:, None]
+    p = exp(s, max_student, tl.full(max_student.shape, 1.0, s.dtype))
+    p *= tl.where(sum_hard == 0.0, 0.0, 1.0 / sum_hard)[:, None]
+    everywhere, of_target = (smoothing / V)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
+    return p * scale - everywhere - tl.where(columns[None, :] == target[:, None], of_target, 0.0)
+
+
+@triton.jit
+def hard_loss(of_row, hard, hard_weight, scale, logits, logit):
+    """Cross-entropy with the target. With a weight of 0 it is left out, however large it is."""
+    target, has_target, _scale, sum_hard, smoothing, V = hard
+    max_student = of_row[2]
+    loss = log1p(sum_hard - 1.0)
+    loss += tl.where(smoothing < 1.0, (1.0 - smoothing) * (max_student - logit), 0.0)
+    loss += tl.where(smoothing > 0.0, smoothing * (max_student - logits / V), 0.0)
+    loss = tl.where(sum_hard == 0.0, INF, loss) * scale
+    loss = tl.where(hard_weight == 0.0, 0.0, loss)
+    loss = tl.where((target >= 0) & (target < V), loss, float("nan"))
+    return tl.where(has_target, loss, 0.0)
+
+
+@triton.jit
 def row_loss(total, of_row, scale, ENTROPY: tl.constexpr):
     _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
     if ENTROPY:
@@ -182,23 +222,42 @@ def rows_to_read(mask, row, live):
 
 
 @triton.jit
-def walk_for_statistics(inputs, a, b, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """of_row of rows longer than a tile."""
+def whole_gradient(slope, p, sum_slope, of_row, scale, s, hard, columns, HARD: tl.constexpr):
+    """The gradient of a tile, of both losses where rows have targets."""
+    grad = gradient_of(slope, p, sum_slope, of_row, scale)
+    if HARD:
+        grad += hard_gradient(s, of_row, hard, columns)
+    return grad
+
+
+@triton.jit
+def walk_for_statistics(
+    inputs, a, b, target, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr
+):  # fmt: skip
+    """of_row of rows longer than a tile; and of those with targets what hard_sums gives."""
     V = inputs[5]
+    max_hard, sum_hard = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
+    logits, logit = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
     max_student, sum_student = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
     max_teacher, sum_teacher = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
     for first in range(0, V, BLOCK):
-        s, t = load(inputs, first + tl.arange(0, BLOCK), dtype, "evict_last")
+        columns = first + tl.arange(0, BLOCK)
+        s, t = load(inputs, columns, dtype, "evict_last")
         max_student, sum_student = _accumulate(s, max_student, sum_student, a)
         max_teacher, sum_teacher = _accumulate(t, max_teacher, sum_teacher, a - b)
-    return a, b, finite(max_student), sum_student, finite(max_teacher), sum_teacher
+        if HARD:
+            max_hard, sum_hard = _accumulate(s, max_hard, sum_hard, tl.full((ROWS,), 1.0, dtype))
+            logits += tl.sum(tl.where((columns < V)[None, :], s, 0.0), 1)
+            logit += tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
+    of_row = (a, b, finite(max_student), sum_student, finite(max_teacher), sum_teacher)
+    return of_row, sum_hard, logits, logit
 
 
 @triton.jit
 def walk_for_loss(
-    inputs, of_row, parameter, grad, grad_step, live, grad_scale,
+    inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
     DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IS_CENTRED: tl.constexpr,
-    SAME_TEMPERATURE: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr, HARD: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums of losses and slopes over rows longer than a tile; the gradient where it needs no sum of slopes."""
     V = inputs[5]
@@ -212,30 +271,33 @@ def walk_for_loss(
         if not IS_CENTRED:
             sum_slope += tl.sum(slopes, 1)
         elif grad is not None:
-            store(grad, grad_step, live, V, columns, gradient_of(slopes, p, sum_slope, of_row, grad_scale))
+            values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
+            store(grad, grad_step, live, V, columns, values)
     return total, sum_slope
 
 
 @triton.jit
 def walk_for_grad(
-    inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope,
+    inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope, hard,
     DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
-    dtype: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     V = inputs[5]
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         s, t = load(inputs, columns, dtype, "evict_first")
         _losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
-        store(grad, grad_step, live, V, columns, gradient_of(slopes, p, sum_slope, of_row, grad_scale))
+        values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
+        store(grad, grad_step, live, V, columns, values)
 
 
 @triton.jit
-def store_statistics(stats, row, live, of_row, sum_slope):
+def store_statistics(stats, row, live, of_row, sum_slope, sum_hard):
     _a, _b, max_student, sum_student, max_teacher, sum_teacher = of_row
-    stats += row.to(tl.int64) * 5
+    stats += row.to(tl.int64) * 6
     tl.store(stats, max_student.to(tl.float64), mask=live)
     tl.store(stats + 1, sum_student.to(tl.float64), mask=live)
     tl.store(stats + 2, max_teacher.to(tl.float64), mask=live)
     tl.store(stats + 3, sum_teacher.to(tl.float64), mask=live)
     tl.store(stats + 4, tl.where(sum_teacher == 0.0, 0.0, sum_slope).to(tl.float64), mask=live)
+    tl.store(stats + 5, sum_hard.to(tl.float64), mask=live)

@@ -1,0 +1,153 @@
+"""Losses of logits that have a target, as modules: see :mod:`fastkd.functional.targets`."""
+
+from torch import Tensor
+
+from .. import _check, _divergences, functional
+from .._types import SoftDivergence, TargetReduction
+from ._loss import _Loss
+
+
+class KDLoss(_Loss):
+    r"""Cross-entropy with the target beside a divergence from the teacher, in one pass over the logits.
+
+    .. math:: w_{hard} \left(-\log \mathrm{softmax}(student)_{target}\right) + w_{soft}\, T^2 D(q, p)
+
+    The options and what the loss does are those of :func:`fastkd.functional.kd_loss`.
+
+    Args:
+        hard_weight: what the cross-entropy is multiplied by, at least 0. Default 0.5.
+        soft_weight: what the divergence is multiplied by, at least 0. Default 0.5.
+        divergence: ``"kl_div"``, the default, ``"soft_cross_entropy"``, ``"reverse_kl_div"``, ``"js_div"``,
+            ``"symmetric_kl_div"``, ``"skew_kl_div"``, ``"skew_reverse_kl_div"`` or ``"total_variation"``.
+        beta: of ``js_div``, and of no other, from 0 to 1. Default: that function's.
+        student_weight: of ``symmetric_kl_div``, and of no other, from 0 to 1. Default: that function's.
+        alpha: of ``skew_kl_div`` and ``skew_reverse_kl_div``, and of no other, from 0 to 1. Default: that function's.
+        temperature: T of the soft loss, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the soft loss is multiplied by T**2. Default True.
+        ignore_index: the target of rows that do not count. Default -100.
+        label_smoothing: from 0 to 1. Default 0.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``, and target ``[*]``; the loss has no dimensions, or ``[*]``
+        with ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.KDLoss(hard_weight=0.1, soft_weight=0.9, temperature=2.0)
+        >>> loss = loss_function(student, teacher, torch.tensor([0, -100]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0
+    """
+
+    _options = (
+        "hard_weight",
+        "soft_weight",
+        "divergence",
+        "beta",
+        "student_weight",
+        "alpha",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "ignore_index",
+        "label_smoothing",
+        "dim",
+        "reduction",
+        "inplace",
+    )
+
+    def __init__(
+        self,
+        *,
+        hard_weight: float = 0.5,
+        soft_weight: float = 0.5,
+        divergence: SoftDivergence = "kl_div",
+        beta: float | None = None,
+        student_weight: float | None = None,
+        alpha: float | None = None,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        dim: int = -1,
+        reduction: TargetReduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        parameter = _check.soft_divergence(
+            divergence, {"beta": beta, "student_weight": student_weight, "alpha": alpha}
+        )
+        entry = _divergences.REGISTRY[divergence].parameter
+        if entry is not None:
+            _check.parameter(entry, parameter)
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.hard_options(hard_weight, soft_weight, label_smoothing, ignore_index, reduction)
+        self.hard_weight = hard_weight
+        self.soft_weight = soft_weight
+        self.divergence: SoftDivergence = divergence
+        self.beta = beta
+        self.student_weight = student_weight
+        self.alpha = alpha
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.dim = dim
+        self.reduction: TargetReduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            target: the class of each row, whole numbers ``[*]``.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row that has a target.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.kd_loss(
+            student,
+            teacher,
+            target,
+            hard_weight=self.hard_weight,
+            soft_weight=self.soft_weight,
+            divergence=self.divergence,
+            beta=self.beta,
+            student_weight=self.student_weight,
+            alpha=self.alpha,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
