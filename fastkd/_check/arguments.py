@@ -65,13 +65,14 @@ def is_mask(name, x):
         raise TypeError(f"{name}: torch.bool wanted (True: the row counts), got {x.dtype}")
 
 
-def constant(name, x, student):
-    """A tensor beside the student: on its device, and without a gradient."""
+def constant(name, x, student, learned=""):
+    """A tensor beside the student: on its device, and without a gradient while any is recorded. learned: what else
+    gives it one."""
     tensor(name, x)
     if x.device != student.device:
         raise ValueError(f"{name}: a tensor on the student's device {student.device} wanted, got {x.device}")
-    if x.requires_grad:
-        raise ValueError(f"{name}: no gradient flows to it; detach it")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: no gradient flows to it, and it requires one; detach() it{learned}")
 
 
 def floating(name, x):
@@ -90,19 +91,19 @@ def _finite(x):
     return math.isfinite(total.item()) or bool(torch.isfinite(x).all())  # a sum may also leave the range
 
 
-def temperature(name, value, student):
-    """A positive number; or a tensor of them, broadcastable to the leading dimensions."""
+def temperature(name, value, student, learned=""):
+    """A positive number; or a tensor of them, broadcastable to the leading dimensions. learned: as of a constant."""
     if not isinstance(value, torch.Tensor):
         number(name, value)
         return
-    rows_of_numbers(name, value, student)
+    rows_of_numbers(name, value, student, learned)
     if values_known(value) and not bool(((value > 0) & (value < math.inf)).all()):
         raise ValueError(f"{name}: positive finite values wanted")
 
 
-def rows_of_numbers(name, value, student):
-    """A constant tensor of floating dtype that broadcasts to the student's rows."""
-    constant(name, value, student)
+def rows_of_numbers(name, value, student, learned=""):
+    """A constant tensor of floating dtype that broadcasts to the student's rows; learned: as of a constant."""
+    constant(name, value, student, learned)
     floating(name, value)
     leading = student.shape[:-1]
     if not broadcasts(value.shape, leading):

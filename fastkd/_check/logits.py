@@ -25,6 +25,9 @@ from .arguments import (
     whole_number,
 )
 
+# What a temperature's error adds: the call that gives it a gradient.
+LEARNED = ". Where T is learned, pass student / T with temperature=1 and teacher_temperature=T.detach()"
+
 
 class LogitsOptions(NamedTuple):
     """What every logit loss takes beside its logits; see fastkd.functional."""
@@ -48,7 +51,7 @@ class LogitsOptions(NamedTuple):
 def logits_loss(student, teacher, options, dim=-1):
     """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end."""
     logits(student, teacher, dim)
-    temperature("temperature", options.temperature, student)
+    temperature("temperature", options.temperature, student, LEARNED)
     if options.teacher_temperature is not options.temperature:
         temperature("teacher_temperature", options.teacher_temperature, student)
     if options.mask is not None:
@@ -129,6 +132,8 @@ def not_overwritten(student):
 def logits_module(temperature, teacher_temperature, t_squared, dim, reduction_, inplace_):
     """The options that the module of a logit loss is made with."""
     whole_number("dim", dim)
+    if isinstance(temperature, torch.nn.Parameter):
+        raise TypeError(f"temperature: a number wanted, got {type(temperature).__name__}{LEARNED}")
     number("temperature", temperature)
     if teacher_temperature is not None:
         number("teacher_temperature", teacher_temperature)
