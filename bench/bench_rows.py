@@ -50,11 +50,12 @@ ON_GPU = (
 CASES = {  # loss, shape, dtype, mode
     "cpu": [
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
-        *itertools.product(list(REGISTRY)[1:], ["llama-2"], ["float32"], [STEP]),
+        *itertools.product([*list(REGISTRY)[1:], "kd_loss"], ["llama-2"], ["float32"], [STEP]),
+        ("kd_loss", "imagenet-256", "float32", STEP),
     ],
     "cuda": [
         *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
-        *itertools.product(["reverse_kl_div", "js_div"], ["llama-3-8192"], ["bfloat16"], [STEP]),
+        *itertools.product(["reverse_kl_div", "js_div", "kd_loss"], ["llama-3-8192"], ["bfloat16"], [STEP]),
     ],
 }
 

@@ -34,6 +34,8 @@ class Case(NamedTuple):
             return torch.rand(shape, generator=generator) < 0.6
         if name == "labels":
             return torch.randint(0, 3, shape, generator=generator)
+        if name == "target":  # one class of seven is ignored
+            return torch.randint(0, 7, shape, generator=generator)
         if name in ("weight", "temperature", "teacher_temperature", "beta"):
             return torch.rand(shape, generator=generator) + (0.0 if name == "beta" else 0.5)
         if name == "normalizer":
@@ -76,6 +78,14 @@ def logit_cases():
     yield Case(kl, "temperatures", LOGITS | temperatures, SPLIT | {"temperature": "0"}, {"t_squared": False})
     yield Case("js_div", "betas of rows", LOGITS | {"beta": (B, 1)}, SPLIT | {"beta": "0"})
     yield Case("js_div", "plain betas of rows", LOGITS | {"beta": (L,)}, SPLIT, {"reduction": "none"})
+    with_target, options = LOGITS | {"target": (B, L)}, {"temperature": 2.0, "ignore_index": 3, "label_smoothing": 0.1}
+    for reduction in ("batchmean", "sum", "none"):
+        of_rows = SPLIT | {"target": "0", "mask": "0", "weight": "0"}
+        yield Case("kd_loss", f"targets, {reduction}", with_target | ROWS, of_rows, options | {"reduction": reduction})
+    yield Case("kd_loss", "a plain target", with_target, SPLIT, options)
+    yield Case("kd_loss", "a whole target and a plain mask", with_target | ROWS, SPLIT | {"target": "R"}, options)
+    yield Case("kd_loss", "a target alone is a DTensor", with_target, {"target": "0"}, options)
+    yield Case("kd_loss", "replicated", with_target, WHOLE | {"target": "R"}, options | {"divergence": "js_div"})
     yield Case(kl, "a normalizer", LOGITS | ROWS, SPLIT | {"mask": "0"}, {"normalizer": 11})
     yield Case(kl, "a normalizer that is a tensor", LOGITS | {"normalizer": ()}, SPLIT, {"reduction": "mean"})
     yield Case(kl, "a normalizer that is pending", LOGITS | {"normalizer": ()}, SPLIT | {"normalizer": "P"})

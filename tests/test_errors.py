@@ -307,6 +307,18 @@ def test_the_op_checks_its_own_contract():
         "temperature: a positive finite number wanted, got 0": {"temperature_rows": torch.tensor(0.0)},
         "float16, bfloat16": {"student": S.long(), "teacher": T.long()},
     }
+    target, numbers = torch.zeros(4, dtype=torch.int64), torch.tensor([0.5, 0.5, 0.0], dtype=torch.float64)
+    for match, values in {
+        "target: a contiguous": (target[:3], numbers),
+        "target: .* of the right dtype": (target.int(), numbers),
+        "target: classes from 0 to": (target + 1000, numbers),
+        "target_numbers: three numbers": (target, None),
+        "target_numbers: three .* in float64": (target, numbers.float()),
+        "hard_weight: ": (target, numbers - 1),
+        "soft_weight: ": (target, numbers * torch.tensor([1, torch.inf, 1])),
+        "label_smoothing: a number from 0 to 1 wanted, got 2": (target, numbers + torch.tensor([0, 0, 2])),
+    }.items():
+        wrong_calls[match] = {"target": values[0], "target_numbers": values[1]}
     for match, wrong in wrong_calls.items():
         with pytest.raises(RuntimeError, match=match):
             ops.fwd(*call._replace(**wrong), loss, None, None)

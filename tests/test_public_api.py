@@ -12,7 +12,7 @@ import pytest
 import fastkd
 from fastkd import _divergences, _types, functional, modules
 
-FAMILIES = {"logits": "logits", "mixtures": "logits", "features": "features", "relations": "relations"}  # of a file
+FAMILIES = {"logits": "logits", "mixtures": "logits", "targets": "logits", "features": "features", "relations": "relations"}  # of a file
 MODULES = {  # by function
     "kl_div": "KLDivLoss",
     "soft_cross_entropy": "SoftCrossEntropyLoss",
@@ -22,6 +22,7 @@ MODULES = {  # by function
     "skew_kl_div": "SkewKLDivLoss",
     "skew_reverse_kl_div": "SkewReverseKLDivLoss",
     "total_variation": "TotalVariationLoss",
+    "kd_loss": "KDLoss",
     "feature_mse": "FeatureMSELoss",
     "feature_cosine": "FeatureCosineLoss",
     "attention_transfer": "AttentionTransferLoss",
@@ -43,6 +44,12 @@ losses = pytest.mark.parametrize(("function", "module"), MODULES.items(), ids=MO
 
 def test_every_divergence_has_its_name_among_the_types():
     assert typing.get_args(_types.Divergence) == tuple(_divergences.OF_RELATIONS)
+    assert typing.get_args(_types.SoftDivergence) == tuple(_divergences.REGISTRY)
+
+
+def test_every_parameter_of_a_divergence_is_one_of_kd_loss():
+    of_divergences = {entry.parameter.name for entry in _divergences.REGISTRY.values() if entry.parameter}
+    assert of_divergences <= set(parameters(functional.kd_loss))
 
 
 def parameters(function):
@@ -117,7 +124,7 @@ def test_signatures_are_literal_and_typed(function, module):
             assert p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD), name
         assert found.__qualname__ in (function, f"{module}.{found.__name__}")
     for name, p in parameters(getattr(functional, function)).items():
-        tensors = name in ("student", "teacher", "labels", "projector_weight")
+        tensors = name in ("student", "teacher", "target", "labels", "projector_weight")
         assert (p.kind is p.POSITIONAL_OR_KEYWORD) == tensors, name
 
 

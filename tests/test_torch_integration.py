@@ -37,7 +37,9 @@ def op_calls(backend_name):
         divergence=3, parameter_rows=rows_of.double() / 2, teacher_temperature_rows=rows_of,
         scale_tensor=torch.tensor(0.2, dtype=torch.float64),
     )  # fmt: skip
-    for name, call, shape in (("plain", plain, ()), ("full", full, (3, 4)), ("divided", divided, ())):
+    targets = full._replace(target=torch.arange(12), target_numbers=as_tensor(0.3, 0.6, 0.1))
+    calls = (("plain", plain, ()), ("full", full, (3, 4)), ("divided", divided, ()), ("targets", targets, (3, 4)))
+    for name, call, shape in calls:
         stats = torch.empty(3, 4, 6, dtype=torch.float64)
         saved = {"nothing": (None, None), "gradient": (torch.empty_like(student), None), "statistics": (None, stats)}
         for what, outputs in saved.items():
@@ -328,6 +330,8 @@ def test_compile_with_a_temperature_that_changes():
 
 
 CHANGING = {
+    "weights of kd_loss": lambda s, t, x: functional.kd_loss(s, t, torch.arange(6), hard_weight=x, soft_weight=1 + x),
+    "smoothing of kd_loss": lambda s, t, x: functional.kd_loss(s, t, torch.arange(6), label_smoothing=x),
     "js_div": lambda s, t, x: functional.js_div(s, t, beta=x),
     "beta of relation_kl": lambda s, t, x: functional.relation_kl(s, t, divergence="js_div", beta=x),
     "temperature of relation_kl": lambda s, t, x: functional.relation_kl(

@@ -12,9 +12,13 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 REDUCTIONS = ("none", "sum", "batchmean", "mean")
 
 
-def tensor(name, x):
+def is_tensor(name, x):
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: a torch.Tensor wanted, got {type(x).__name__}")
+
+
+def tensor(name, x):
+    is_tensor(name, x)
     _transforms.refuse(name, x)
 
 

@@ -95,14 +95,14 @@ def kd_loss(
         >>> loss = kd_loss(student, teacher, target, temperature=2.0, hard_weight=0.1, soft_weight=0.9)
         >>> loss.backward()
         >>> round(loss.item(), 4), student.grad.shape
-        (0.0, torch.Size([2, 3]))
+        (0.1839, torch.Size([2, 3]))
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
     """
     if teacher_temperature is None:
         teacher_temperature = temperature
     parameter = _check.soft_divergence(divergence, {"beta": beta, "student_weight": student_weight, "alpha": alpha})
-    _check.tensor("target", target)
+    _check.is_tensor("target", target)
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, parameter,
         target, ignore_index, hard_weight, soft_weight, label_smoothing,

@@ -43,7 +43,7 @@ class KDLoss(_Loss):
         >>> loss = loss_function(student, teacher, torch.tensor([0, -100]))
         >>> loss.backward()
         >>> round(loss.item(), 4)
-        0.0
+        0.1494
     """
 
     _options = (
