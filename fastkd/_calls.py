@@ -35,7 +35,7 @@ class RowsCall(NamedTuple):
     weight: Tensor | None  # [N]
     scale: float  # 1 / divisor of the reduction, where there is no scale_tensor
     scale_tensor: Tensor | None  # [] float64, as inverse_divisor makes it
-    target: Tensor | None = None  # [N] int64, the class of each row that counts, where a hard loss stands beside the soft
+    target: Tensor | None = None  # [N] int64, the class of each row that counts, of a loss that has a hard part
     target_numbers: Tensor | None = None  # [3] float64 on the CPU: hard_weight, soft_weight, label_smoothing
 
 

@@ -32,10 +32,8 @@ class Case(NamedTuple):
             return [self.drawn(name, x, generator) for x in shape]
         if name in ("mask", "key_mask"):
             return torch.rand(shape, generator=generator) < 0.6
-        if name == "labels":
-            return torch.randint(0, 3, shape, generator=generator)
-        if name == "target":  # one class of seven is ignored
-            return torch.randint(0, 7, shape, generator=generator)
+        if name in ("labels", "target"):
+            return torch.randint(0, 3 if name == "labels" else 7, shape, generator=generator)
         if name in ("weight", "temperature", "teacher_temperature", "beta"):
             return torch.rand(shape, generator=generator) + (0.0 if name == "beta" else 0.5)
         if name == "normalizer":
@@ -51,6 +49,17 @@ LOGITS = {"student": (B, L, V), "teacher": (B, L, V)}
 SPLIT, WHOLE = {"student": "0", "teacher": "0"}, {"student": "R", "teacher": "R"}
 ROWS = {"mask": (B, L), "weight": (B, L)}
 REDUCTIONS = ("batchmean", "mean", "sum", "none")
+
+
+def target_cases():
+    with_target, options = LOGITS | {"target": (B, L)}, {"temperature": 2.0, "ignore_index": 3, "label_smoothing": 0.1}
+    for reduction in ("batchmean", "sum", "none"):
+        of_rows = SPLIT | {"target": "0", "mask": "0", "weight": "0"}
+        yield Case("kd_loss", f"targets, {reduction}", with_target | ROWS, of_rows, options | {"reduction": reduction})
+    yield Case("kd_loss", "a plain target", with_target, SPLIT, options)
+    yield Case("kd_loss", "a whole target and a plain mask", with_target | ROWS, SPLIT | {"target": "R"}, options)
+    yield Case("kd_loss", "a target alone is a DTensor", with_target, {"target": "0"}, options)
+    yield Case("kd_loss", "replicated", with_target, WHOLE | {"target": "R"}, options | {"divergence": "js_div"})
 
 
 def logit_cases():
@@ -78,14 +87,6 @@ def logit_cases():
     yield Case(kl, "temperatures", LOGITS | temperatures, SPLIT | {"temperature": "0"}, {"t_squared": False})
     yield Case("js_div", "betas of rows", LOGITS | {"beta": (B, 1)}, SPLIT | {"beta": "0"})
     yield Case("js_div", "plain betas of rows", LOGITS | {"beta": (L,)}, SPLIT, {"reduction": "none"})
-    with_target, options = LOGITS | {"target": (B, L)}, {"temperature": 2.0, "ignore_index": 3, "label_smoothing": 0.1}
-    for reduction in ("batchmean", "sum", "none"):
-        of_rows = SPLIT | {"target": "0", "mask": "0", "weight": "0"}
-        yield Case("kd_loss", f"targets, {reduction}", with_target | ROWS, of_rows, options | {"reduction": reduction})
-    yield Case("kd_loss", "a plain target", with_target, SPLIT, options)
-    yield Case("kd_loss", "a whole target and a plain mask", with_target | ROWS, SPLIT | {"target": "R"}, options)
-    yield Case("kd_loss", "a target alone is a DTensor", with_target, {"target": "0"}, options)
-    yield Case("kd_loss", "replicated", with_target, WHOLE | {"target": "R"}, options | {"divergence": "js_div"})
     yield Case(kl, "a normalizer", LOGITS | ROWS, SPLIT | {"mask": "0"}, {"normalizer": 11})
     yield Case(kl, "a normalizer that is a tensor", LOGITS | {"normalizer": ()}, SPLIT, {"reduction": "mean"})
     yield Case(kl, "a normalizer that is pending", LOGITS | {"normalizer": ()}, SPLIT | {"normalizer": "P"})
@@ -197,4 +198,7 @@ def on_four_ranks():
     yield Case("rkd_distance", "replicated", EMBEDDINGS, {"student": "R R", "teacher": "R R"})
 
 
-CASES = {2: [*logit_cases(), *feature_cases(), *relational_cases()], 4: list(on_four_ranks())}  # by number of ranks
+CASES = {
+    2: [*logit_cases(), *target_cases(), *feature_cases(), *relational_cases()],
+    4: list(on_four_ranks()),
+}  # by number of ranks

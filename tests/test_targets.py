@@ -197,7 +197,9 @@ def test_the_gradient_may_be_written_over_the_student(backend, V, reduction, nam
     student, teacher, target = torch.randn(3, V), torch.randn(3, V), torch.randint(V, (3,))
     options = {"temperature": 2.0, "reduction": reduction, "divergence": name, "label_smoothing": 0.1}
     loss, grad = run(kd_loss, student, teacher, target=target, **options)
-    in_place, its_grad = run(lambda s, t, **o: kd_loss(s * 1, t, inplace=True, **o), student, teacher, target=target, **options)
+    in_place, its_grad = run(
+        lambda s, t, **o: kd_loss(s * 1, t, inplace=True, **o), student, teacher, target=target, **options
+    )
     assert torch.equal(loss, in_place)
     assert torch.equal(grad, its_grad)
 

@@ -54,8 +54,8 @@ struct RowsOps {
   static HardTargets hard_targets(const RowsCall& in, const bool* mask) {
     if (!in.target) return {};
     const OptionalTensor& numbers = in.target_numbers;
-    FASTKD_CHECK(numbers && numbers->is_cpu() && numbers->scalar_type() == ScalarType::Double && numbers->numel() == 3 &&
-                     numbers->is_contiguous(),
+    FASTKD_CHECK(numbers && numbers->is_cpu() && numbers->scalar_type() == ScalarType::Double &&
+                     numbers->numel() == 3 && numbers->is_contiguous(),
                  "target_numbers: three numbers in float64 on the CPU wanted");
     const double* number = static_cast<const double*>(numbers->const_data_ptr());
     const auto weight = [](const char* name, double x) {

@@ -23,7 +23,8 @@ struct RowsStats {
 };
 
 // The classes that rows belong to. A row's loss is then soft_weight T^2 D(q, p) + hard_weight CE, where CE is the
-// cross-entropy of the student's softmax at temperature 1 with 1 - smoothing at the target and smoothing / V everywhere.
+// cross-entropy of the student's softmax at temperature 1 with 1 - smoothing at the target and smoothing / V
+// everywhere.
 struct HardTargets {
   const int64_t* target = nullptr;  // [N]; null: the divergence alone
   double hard_weight = 0, soft_weight = 1, smoothing = 0;
@@ -39,8 +40,8 @@ struct RowsParams {
   Number<double> parameter;     // the divergence's own; 1 - x of an x near 1 keeps its digits
   Number<T> temperature, teacher_temperature;
   bool t_squared;
-  const bool* mask;         // [N], or null: every row counts
-  const T* weight;          // [N], or null: 1
+  const bool* mask;  // [N], or null: every row counts
+  const T* weight;   // [N], or null: 1
   HardTargets hard;
   const T* upstream;        // [N], or null: 1
   int64_t upstream_stride;  // 0: one upstream for all rows

@@ -139,8 +139,7 @@ void forward(const RowsParams<T>& P) {
     return RowsWorkspace<T>(scratch(RowsWorkspace<T>::bytes(V, targets)), V, targets);
   };
   if (!share_rows(P.N, P.V)) {
-    parallel_for(0, P.N, row_grain(P.V),
-                 [&](int64_t begin, int64_t end) { k.forward(P, workspace(), begin, end); });
+    parallel_for(0, P.N, row_grain(P.V), [&](int64_t begin, int64_t end) { k.forward(P, workspace(), begin, end); });
     return;
   }
   const RowsWorkspace<T> W = workspace();

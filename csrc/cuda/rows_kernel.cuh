@@ -63,8 +63,8 @@ __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount
 // The gradient once the sum of the slopes is known.
 template <class T, class D, int kCount>
 __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
-                                         const D& divergence, T grad_scale, T slopes, const HardRow<T>& hard,
-                                         int64_t v, int64_t step, T (&grad)[kCount]) {
+                                         const D& divergence, T grad_scale, T slopes, const HardRow<T>& hard, int64_t v,
+                                         int64_t step, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const Element<T> e = softmax(s[i], t[i]);

@@ -41,11 +41,13 @@ class LogitsOptions(NamedTuple):
     normalizer: Any
     inplace: bool
     parameter: Any  # the divergence's own; 0.0 where it has none
-    target: Any = None  # the class of each row; the others are of the hard loss that it has then
-    ignore_index: Any = -100
-    hard_weight: Any = 0.0
-    soft_weight: Any = 1.0
-    label_smoothing: Any = 0.0
+    # The class of each row, and what is said of the hard loss that it has then. None, not a number: torch.compile takes
+    # a default that is a float for one that may change, and compiles once more.
+    target: Any = None
+    ignore_index: Any = None
+    hard_weight: Any = None
+    soft_weight: Any = None
+    label_smoothing: Any = None
 
 
 def logits_loss(student, teacher, options, dim=-1):

@@ -40,10 +40,10 @@ def kd_loss(
 
     .. math:: w_{hard} \left(-\log \mathrm{softmax}(student)_{target}\right) + w_{soft}\, T^2 D(q, p)
 
-    The first part, the hard loss, is at temperature 1. The second, the soft loss, is any divergence of
-    :mod:`fastkd.functional` with its temperatures. With label smoothing s the first part is (1 - s) times the target's
-    -log p and s times the mean of all classes', as that of ``torch.nn.functional.cross_entropy``. Where one part is
-    +inf, so is the loss; the other part keeps its gradient. A part whose weight is 0 is left out.
+    The first part, the hard loss, is at temperature 1. The second, the soft loss, is any of the divergences that
+    have functions of their own, with its temperatures. With label smoothing s the first part is (1 - s) times the
+    target's -log p and s times the mean of all classes', as that of ``torch.nn.functional.cross_entropy``. Where
+    one part is +inf, so is the loss; the other part keeps its gradient. A part whose weight is 0 is left out.
 
     What all losses of logits share stands in :mod:`fastkd.functional.logits`, and what is said of targets in
     :mod:`fastkd.functional.targets`.

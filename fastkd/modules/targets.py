@@ -82,9 +82,7 @@ class KDLoss(_Loss):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        parameter = _check.soft_divergence(
-            divergence, {"beta": beta, "student_weight": student_weight, "alpha": alpha}
-        )
+        parameter = _check.soft_divergence(divergence, {"beta": beta, "student_weight": student_weight, "alpha": alpha})
         entry = _divergences.REGISTRY[divergence].parameter
         if entry is not None:
             _check.parameter(entry, parameter)

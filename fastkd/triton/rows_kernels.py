@@ -20,9 +20,11 @@ from .rows_tile import (
     exp,
     finite,
     hard_loss,
+    hard_options,
     hard_sums,
     load,
     per_row,
+    per_row_times,
     row_loss,
     row_offsets,
     rows_of_program,
@@ -66,19 +68,13 @@ def rows_fwd_kernel(
         teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype, SAME_TEMPERATURE,
     )  # fmt: skip
     loss_scale = per_row(weight, 1, 1.0, row, read, dtype)
+    hard_scale, soft_weights, smoothings, classes = hard_options(
+        target, hard_weight, soft_weight, smoothing, loss_scale, row, read, dtype
+    )  # fmt: skip
+    one_over_divisor = per_row_times(scale_tensor, scale, row, read, dtype)
     if T_SQUARED:
         loss_scale *= T * T
-    one_over_divisor = per_row(None, 0, scale, row, read, dtype)
-    if scale_tensor is not None:
-        one_over_divisor *= tl.load(scale_tensor).to(dtype)
-    HARD: tl.constexpr = target is not None
-    if HARD:
-        target = tl.load(target + row, mask=read, other=0)
-        hard_weights = per_row(None, 0, hard_weight, row, read, dtype)
-        soft_weights = per_row(None, 0, soft_weight, row, read, dtype)
-        smoothings = per_row(None, 0, smoothing, row, read, dtype)
-        hard_scale = hard_weights * per_row(weight, 1, 1.0, row, read, dtype)
-        loss_scale *= soft_weights
+    loss_scale *= soft_weights
     grad_scale = loss_scale * a * one_over_divisor
     student += row_offsets(
         row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
@@ -90,6 +86,7 @@ def rows_fwd_kernel(
         grad += row_offsets(row, live, run, at, side_by_side, grad_index, grad_inner, grad_outer, grad_stride)
     inputs = (student, student_step, teacher, teacher_step, read, V)
     OF_ROWS: tl.constexpr = parameter_rows is not None
+    HARD: tl.constexpr = target is not None
     parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
 
     if ONE_TILE:
@@ -98,10 +95,8 @@ def rows_fwd_kernel(
         max_student, max_teacher = finite(tl.max(s, 1)), finite(tl.max(t, 1))
         sum_student, sum_teacher = tl.sum(exp(s, max_student, a), 1), tl.sum(exp(t, max_teacher, a - b), 1)
         of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
-        hard, sum_hard = None, tl.zeros((ROWS,), dtype)
-        if HARD:
-            sum_hard, logits, logit = hard_sums(s, max_student, target, columns, V)
-            hard = (target, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
+        sum_hard, logits, logit = hard_sums(s, max_student, classes, columns, V, HARD)
+        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
         losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total = tl.sum(losses, 1)
         sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
@@ -109,10 +104,8 @@ def rows_fwd_kernel(
             values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
             store(grad, grad_step, live, V, columns, values)
     else:
-        of_row, sum_hard, logits, logit = walk_for_statistics(inputs, a, b, target, dtype, ROWS, BLOCK, HARD)
-        hard = None
-        if HARD:
-            hard = (target, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
+        of_row, sum_hard, logits, logit = walk_for_statistics(inputs, a, b, classes, dtype, ROWS, BLOCK, HARD)
+        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
         total, sum_slope = walk_for_loss(
             inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
             DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, HARD, dtype, ROWS, BLOCK,
@@ -126,7 +119,7 @@ def rows_fwd_kernel(
     total = row_loss(total, of_row, loss_scale, ENTROPY)
     if HARD:
         total = tl.where(soft_weights == 0.0, 0.0, total)  # left out, however large it is
-        total += hard_loss(of_row, hard, hard_weights, hard_scale, logits, logit)
+        total += hard_loss(of_row, hard, hard_weight, hard_scale, logits, logit)
     if PER_ROW:
         tl.store(loss + row, total, mask=live)
     else:
@@ -163,13 +156,11 @@ def rows_bwd_kernel(
     )  # fmt: skip
     of_loss = per_row(weight, 1, 1.0, row, read, dtype)
     of_loss *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
-    of_loss *= per_row(None, 0, scale, row, read, dtype)
-    if scale_tensor is not None:
-        of_loss *= tl.load(scale_tensor).to(dtype)
-    HARD: tl.constexpr = target is not None
-    grad_scale = of_loss * (T if T_SQUARED else a)
-    if HARD:
-        grad_scale *= per_row(None, 0, soft_weight, row, read, dtype)
+    of_loss *= per_row_times(scale_tensor, scale, row, read, dtype)
+    hard_scale, soft_weights, smoothings, classes = hard_options(
+        target, hard_weight, soft_weight, smoothing, of_loss, row, read, dtype
+    )  # fmt: skip
+    grad_scale = of_loss * (T if T_SQUARED else a) * soft_weights
     student += row_offsets(
         row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
     )
@@ -190,12 +181,9 @@ def rows_bwd_kernel(
     OF_ROWS: tl.constexpr = parameter_rows is not None
     parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
     _loss, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
-    hard = None
-    if HARD:
-        target = tl.load(target + row, mask=read, other=0)
-        sum_hard = tl.load(stats + 5, mask=read, other=0.0).to(dtype)
-        hard_scale = of_loss * per_row(None, 0, hard_weight, row, read, dtype)
-        hard = (target, read, hard_scale, sum_hard, per_row(None, 0, smoothing, row, read, dtype), V)
+    HARD: tl.constexpr = target is not None
+    sum_hard = tl.load(stats + 5, mask=read, other=0.0).to(dtype) if HARD else max_student
+    hard = (classes, read, hard_scale, sum_hard, smoothings, V)
     values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
     store(grad, grad_step, live, V, columns, values)
 

@@ -62,6 +62,29 @@ def per_row(values, stride, value_of_all, row, read, dtype: tl.constexpr):
 
 
 @triton.jit
+def per_row_times(factor, value_of_all, row, read, dtype: tl.constexpr):
+    """A number for each row, and times another, which lies in memory where there is one."""
+    found = per_row(None, 0, value_of_all, row, read, dtype)
+    if factor is not None:
+        found *= tl.load(factor).to(dtype)
+    return found
+
+
+@triton.jit
+def hard_options(target, hard_weight, soft_weight, smoothing, of_loss, row, read, dtype: tl.constexpr):
+    """Of each row: what its hard loss is multiplied by, what its soft loss is, the smoothing and the target. Without
+    targets numbers that nobody reads, and 1."""
+    soft = tl.full(row.shape, 1.0, dtype)
+    hard, smoothed, classes = soft, soft, row
+    if target is not None:
+        classes = tl.load(target + row, mask=read, other=0)
+        hard = of_loss * per_row(None, 0, hard_weight, row, read, dtype)
+        soft = per_row(None, 0, soft_weight, row, read, dtype)
+        smoothed = per_row(None, 0, smoothing, row, read, dtype)
+    return hard, soft, smoothed, classes
+
+
+@triton.jit
 def temperatures(
     temperature_rows, temperature_stride, temperature,
     teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read,
@@ -167,12 +190,14 @@ def gradient_of(slope, p, sum_slope, of_row, scale):
 
 
 @triton.jit
-def hard_sums(s, maximum, target, columns, V):
+def hard_sums(s, maximum, target, columns, V, HARD: tl.constexpr):
     """Of a tile: the student's sum at temperature 1, the sum of its logits, and the logit of the target."""
-    there = (columns < V)[None, :]
-    total = tl.sum(exp(s, maximum, tl.full(maximum.shape, 1.0, s.dtype)), 1)
-    logits = tl.sum(tl.where(there, s, 0.0), 1)
-    logit = tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
+    total = tl.zeros(maximum.shape, s.dtype)
+    logits, logit = total, total
+    if HARD:
+        total = tl.sum(exp(s, maximum, tl.full(maximum.shape, 1.0, s.dtype)), 1)
+        logits = tl.sum(tl.where((columns < V)[None, :], s, 0.0), 1)
+        logit = tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
     return total, logits, logit
 
 
@@ -199,7 +224,8 @@ def hard_loss(of_row, hard, hard_weight, scale, logits, logit):
     loss += tl.where(smoothing < 1.0, (1.0 - smoothing) * (max_student - logit), 0.0)
     loss += tl.where(smoothing > 0.0, smoothing * (max_student - logits / V), 0.0)
     loss = tl.where(sum_hard == 0.0, INF, loss) * scale
-    loss = tl.where(hard_weight == 0.0, 0.0, loss)
+    if hard_weight == 0.0:
+        loss = tl.zeros_like(loss)
     loss = tl.where((target >= 0) & (target < V), loss, float("nan"))
     return tl.where(has_target, loss, 0.0)
 
