@@ -71,11 +71,18 @@ double entropy_chunk(const T* t, const T* exp_teacher, int64_t n, T max_teacher)
   return double(sum);
 }
 
-// e^(z - max) of the student, whose sum is returned.
+// The sum of e^(z - max) of the student: of powers of what is there, or of what comes to stand at exp_hard.
 template <class T>
-double hard_chunk(const T* s, int64_t n, double max, T* exp_hard) {
-  const T from = T(max), scale = kLog2e<T>, lowest = exp2_lowest(scale);
+double hard_chunk(const T* s, int64_t n, double max, int power, const T* exp_student, T* exp_hard) {
   T sum = 0;
+  if (power > 0) {
+    with_hard_power(power, [&](auto k) {
+#pragma omp simd reduction(+ : sum)
+      for (int64_t i = 0; i < n; ++i) sum += power_of<k.value>(exp_student[i]);
+    });
+    return double(sum);
+  }
+  const T from = T(max), scale = kLog2e<T>, lowest = exp2_lowest(scale);
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
     exp_hard[i] = exp2_scaled(s[i] - from, scale, lowest);
@@ -94,11 +101,14 @@ double sum_of(const T* x, int64_t n) {
 
 // Adds what the hard loss has for the classes first .. first + n.
 template <class T>
-void add_hard(const RowsParams<T>& P, int64_t row, const HardScale<T>& k, const T* exp_hard, int64_t first, int64_t n,
-              T* grad) {
+void add_hard(const RowsParams<T>& P, int64_t row, const HardScale<T>& k, int power, const T* exp_student,
+              const T* exp_hard, int64_t first, int64_t n, T* grad) {
   const HardScale<T> by = k;  // by value: the stores below could otherwise change it
+  const T* of = power > 0 ? exp_student : exp_hard;
+  with_hard_power(power, [&](auto constant) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) grad[i] += exp_hard[i] * by.p - by.everywhere;
+    for (int64_t i = 0; i < n; ++i) grad[i] += power_of<constant.value>(of[i]) * by.p - by.everywhere;
+  });
   const int64_t target = P.hard.target[row] - first;
   if (target >= 0 && target < n) grad[target] -= by.target;
 }
@@ -124,23 +134,16 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
       const int64_t at = first + i, m = part(i, padded(n), kChunk);
       first_pass_chunk(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
       if constexpr (kEntropy) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
-      if (P.hard.target && r.inv_temperature != 1) {
-        sums.sum_hard += hard_chunk(s + i, m, sums.max_student, W.exp_hard + at);
+      if (P.hard.target) {
+        sums.sum_hard += hard_chunk(s + i, m, sums.max_student, r.hard_power, W.exp_student + at, W.exp_hard + at);
       }
       if (P.hard.smoothing != 0) logits += sum_of(s + i, part(i, n, kChunk));
       ahead.some();
     }
-    if (r.inv_temperature == 1) sums.sum_hard = sums.sum_student;
     // now: the gradient may be written over the student
     const bool has_target = target >= first && target < first + n;
     W.blocks[block] = {sums, 0, 0, entropy, has_target ? double(s[target - first]) : 0, logits};
   }
-}
-
-// e^(z - max) of the student at temperature 1.
-template <class T>
-const T* exp_hard(const RowsWorkspace<T>& W, const Row<T>& r) {
-  return r.inv_temperature == 1 ? W.exp_student : W.exp_hard;
 }
 
 // The blocks' maxima and sums, on one side, as those of the row.
@@ -260,7 +263,8 @@ void hard_grad(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, c
     const HardScale<T> k = hard_scale(P, r, stats, W.blocks[block].stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       std::memset(grad, 0, sizeof(grad));
-      add_hard(P, row, k, exp_hard(W, r) + first + i, first + i, part(i, padded(n), kChunk), grad);
+      const int64_t at = first + i;
+      add_hard(P, row, k, r.hard_power, W.exp_student + at, W.exp_hard + at, at, part(i, padded(n), kChunk), grad);
       store_block(P.grad, P.grad.row(row), first + i, part(i, n, kChunk), grad, P.stream);
     }
   }
@@ -293,7 +297,9 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
           reduce_chunk(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums);
         }
       });
-      if (to_grad && P.hard.target) add_hard(P, row, hard, exp_hard(W, r) + at, at, m, grad);
+      if (to_grad && P.hard.target) {
+        add_hard(P, row, hard, r.hard_power, W.exp_student + at, W.exp_hard + at, at, m, grad);
+      }
       if (to_grad) store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
     }
@@ -324,7 +330,9 @@ void gradient(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, co
       const int64_t at = first + i;
       const int64_t m = part(i, padded(n), kChunk);
       slopes_chunk(W.exp_student + at, W.difference + at, m, k, grad);
-      if (P.hard.target) add_hard(P, row, hard, exp_hard(W, r) + at, at, m, grad);
+      if (P.hard.target) {
+        add_hard(P, row, hard, r.hard_power, W.exp_student + at, W.exp_hard + at, at, m, grad);
+      }
       store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
     }
@@ -403,8 +411,8 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
     });
     if (P.hard.target) {
       if (!soft) std::memset(grad, 0, sizeof(grad));
-      hard_chunk(s, m, stats.max_student, exp_hard);
-      add_hard(P, row, hard, exp_hard, first, m, grad);
+      hard_chunk(s, m, stats.max_student, r.hard_power, exp_student, exp_hard);
+      add_hard(P, row, hard, r.hard_power, exp_student, exp_hard, first, m, grad);
     }
     store_block(P.grad, grad_row, first, n, grad, P.stream);
     ahead.some();

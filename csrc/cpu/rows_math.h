@@ -2,6 +2,7 @@
 // and the gradient.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "common/rows_params.h"
 #include "cpu/memory.h"
@@ -9,6 +10,9 @@
 
 namespace fastkd::FASTKD_ISA {
 namespace {
+
+// Of temperatures that people distil with: powers cost less than exponentials, and as many roundings more.
+inline constexpr int kMostHardPower = 4;
 
 // The constants of a row.
 template <class T>
@@ -21,6 +25,7 @@ struct Row {
   T scale_student, scale_teacher;    // log2(e) / T
   T lowest_student, lowest_teacher;  // below, the exponential is 0
   T a, b;                            // difference = (student - teacher) a + teacher b
+  int hard_power;                    // e^(z - max) is this power of e^((z - max) / T): T, if small and whole; else 0
 };
 
 template <class T>
@@ -41,7 +46,33 @@ Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
   r.lowest_teacher = exp2_lowest(r.scale_teacher);
   r.a = T(r.inv_temperature);
   r.b = T(r.inv_temperature - r.inv_teacher_temperature);
+  r.hard_power = 0;
+  for (int power = 1; power <= kMostHardPower; ++power) r.hard_power = temperature == power ? power : r.hard_power;
   return r;
+}
+
+// f(a constant, 1 for 0), with the power of a row.
+template <class F>
+void with_hard_power(int power, F&& f) {
+  static_assert(kMostHardPower == 4);
+  switch (power) {
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    default:
+      return f(std::integral_constant<int, 1>());
+  }
+}
+
+template <int kPower, class T>
+FASTKD_HD T power_of(T x) {
+  if constexpr (kPower == 1) return x;
+  if constexpr (kPower == 2) return x * x;
+  if constexpr (kPower == 3) return x * x * x;
+  if constexpr (kPower == 4) return (x * x) * (x * x);
 }
 
 template <class T>

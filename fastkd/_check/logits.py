@@ -51,7 +51,8 @@ class LogitsOptions(NamedTuple):
 
 
 def logits_loss(student, teacher, options, dim=-1):
-    """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end."""
+    """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end. Whether it
+    has a target that may leave out rows."""
     logits(student, teacher, dim)
     temperature("temperature", options.temperature, student, LEARNED)
     if options.teacher_temperature is not options.temperature:
@@ -63,33 +64,28 @@ def logits_loss(student, teacher, options, dim=-1):
     flag("t_squared", options.t_squared)
     flag("inplace", options.inplace)
     reduction(options.reduction)
+    says_which_rows_count = options.mask
     if options.target is not None:
-        hard_options(
-            options.hard_weight,
-            options.soft_weight,
-            options.label_smoothing,
-            options.ignore_index,
-            options.reduction,
-        )
-        target(options.target, student, options.ignore_index, options.mask)
+        hard_options(options.hard_weight, options.soft_weight, options.label_smoothing, options.reduction)
+        if target(options.target, student, options.ignore_index, options.mask):
+            says_which_rows_count = options.target
     if options.normalizer is not None:
-        mask_ = options.mask if options.target is None else options.target  # either says which rows count
-        normalizer(options.normalizer, student, mask_, options.reduction)
+        normalizer(options.normalizer, student, says_which_rows_count, options.reduction)
     if options.inplace:
         inplace(student, teacher)
+    return options.target is not None and says_which_rows_count is options.target
 
 
 INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
-def hard_options(hard_weight, soft_weight, label_smoothing, ignore_index, reduction_):
+def hard_options(hard_weight, soft_weight, label_smoothing, reduction_):
     """What a loss with a target is told besides it."""
     at_least_zero("hard_weight", hard_weight)
     at_least_zero("soft_weight", soft_weight)
     at_least_zero("label_smoothing", label_smoothing)
     if not torch.compiler.is_compiling() and label_smoothing > 1:
         raise ValueError(f"label_smoothing: a number from 0 to 1 wanted, got {label_smoothing}")
-    whole_number("ignore_index", ignore_index)
     if reduction_ == "mean":
         raise ValueError(
             "reduction: 'none', 'sum' or 'batchmean' wanted with a target: libraries mean three things by 'mean'. "
@@ -98,7 +94,9 @@ def hard_options(hard_weight, soft_weight, label_smoothing, ignore_index, reduct
 
 
 def target(x, student, ignore_index, mask_):
-    """A class for each row. Values are looked at where that waits for nothing, and where the row counts."""
+    """A class for each row. Values are looked at where that waits for nothing, and where the row counts. Whether there
+    may be rows that are ignored."""
+    whole_number("ignore_index", ignore_index)
     constant("target", x, student)
     if x.dtype not in INTEGERS:
         raise TypeError(f"target: whole numbers, torch.int64, wanted, got {x.dtype}")
@@ -106,10 +104,10 @@ def target(x, student, ignore_index, mask_):
     if x.shape != rows:
         raise ValueError(f"target: shape {list(rows)} wanted, a class for each row; got {list(x.shape)}")
     if not values_known(x) or not x.numel():
-        return
-    lowest, highest = x.aminmax()
+        return True
+    lowest, highest = (value.item() for value in x.aminmax())
     if lowest >= 0 and highest < classes:
-        return
+        return lowest <= ignore_index <= highest
     wrong = ((x < 0) | (x >= classes)) & (x != ignore_index)
     if mask_ is not None and values_known(mask_):
         wrong = wrong & mask_
@@ -117,6 +115,7 @@ def target(x, student, ignore_index, mask_):
         raise ValueError(
             f"target: classes from 0 to {classes - 1} wanted, or ignore_index={ignore_index}, got {x[wrong][0].item()}"
         )
+    return True
 
 
 def not_overwritten(student):

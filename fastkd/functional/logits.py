@@ -78,7 +78,7 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         return _dtensor.logits_loss(_logits_loss, called, student, teacher, options, dim)
     if dim != -1:  # views: the backends take any strides
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
-    _check.logits_loss(student, teacher, options, dim)
+    ignores = _check.logits_loss(student, teacher, options, dim)
     if not options.inplace:
         _check.not_overwritten(student)
     if entry is not None:
@@ -92,7 +92,7 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
     rows = student.shape[:-1]
     mask = _check.for_rows(options.mask, rows)
-    if options.target is not None:
+    if ignores:
         valid = options.target != options.ignore_index
         mask = valid if mask is None else mask & valid
     options = options._replace(
