@@ -72,7 +72,7 @@ constexpr int64_t kFewRows = 8;  // that leave most lanes without a row
 template <class T>
 Groups groups_of(const RowsParams<T>& P) {
   Groups groups;
-  if (P.hard.target) return groups;
+  const bool targets = P.hard.target != nullptr;
   const RowsTensor* tensors[] = {&P.student, &P.teacher, &P.grad};
   bool side_by_side = true;
   groups.inner = P.N;
@@ -87,8 +87,8 @@ Groups groups_of(const RowsParams<T>& P) {
   }
   constexpr int64_t kLeast = 16;  // a vector of the widest
   int64_t rows = kMostLanes;
-  while (rows > kLeast && RowsLanes<T>::bytes(P.V, rows) > second_level_cache() / 2) rows /= 2;
-  if (RowsLanes<T>::bytes(P.V, rows) > 2 * second_level_cache()) return groups;
+  while (rows > kLeast && RowsLanes<T>::bytes(P.V, rows, targets) > second_level_cache() / 2) rows /= 2;
+  if (RowsLanes<T>::bytes(P.V, rows, targets) > 2 * second_level_cache()) return groups;
   groups.rows = rows;
   groups.in_run = (groups.inner + rows - 1) / rows;
   groups.count = P.N / groups.inner * groups.in_run;
@@ -121,14 +121,17 @@ void forward(const RowsParams<T>& P) {
   const RowsKernel<T>& k = kernel<T>(P.divergence);
   if (const Groups groups = groups_of(P); groups.rows > 0) {
     const RowsLanes<T>& together = lanes<T>(P.divergence);
+    const bool targets = P.hard.target != nullptr;
+    const int64_t bytes =
+        std::max(RowsLanes<T>::bytes(P.V, groups.rows, targets), RowsWorkspace<T>::bytes(P.V, targets));
     parallel_for(0, groups.count, group_grain(P.V, groups), [&](int64_t first, int64_t last) {
-      void* memory = scratch(std::max(RowsLanes<T>::bytes(P.V, groups.rows), RowsWorkspace<T>::bytes(P.V, false)));
+      void* memory = scratch(bytes);
       for (int64_t group = first; group < last; ++group) {
         const auto [begin, end] = groups.of(group);
         if (one_parameter(P, begin, end)) {
           together.forward(P, memory, begin, end);
         } else {
-          k.forward(P, RowsWorkspace<T>(memory, P.V, false), begin, end);
+          k.forward(P, RowsWorkspace<T>(memory, P.V, targets), begin, end);
         }
       }
     });

@@ -64,7 +64,9 @@ struct RowsLanes {
   void (*backward)(const RowsParams<T>&, int64_t begin, int64_t end);
 
   // of memory, for a group of so many rows
-  static FASTKD_HD constexpr int64_t bytes(int64_t V, int64_t rows) { return 3 * V * rows * int64_t(sizeof(T)); }
+  static FASTKD_HD constexpr int64_t bytes(int64_t V, int64_t rows, bool targets) {
+    return (targets ? 4 : 3) * V * rows * int64_t(sizeof(T));
+  }
 };
 
 // One for each level of isa.h.

@@ -7,176 +7,12 @@
 // from them. No lane waits for another: a row's result does not depend on its neighbours'. Rows of a group that
 // differ in the divergence's parameter are computed row by row in its place.
 // Traffic: student + teacher + gradient, once each.
-#include <type_traits>
+#include "cpu/rows_lanes.h"
 
 #include "common/enum.h"
-#include "cpu/rows_kernel.h"
-#include "cpu/rows_math.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
-
-// Of what is the same for every divergence: compiled once, not into each. A call of it has a whole group's work.
-#define FASTKD_ONCE __attribute__((noinline))
-
-// Classes that are added up in T; what they add up to in double.
-constexpr int64_t kAtOnce = 32;
-
-// A value of each row of a group.
-template <class T>
-struct alignas(64) Lanes {
-  T of[kMostLanes];
-  FASTKD_HD T& operator[](int64_t lane) { return of[lane]; }
-  FASTKD_HD const T& operator[](int64_t lane) const { return of[lane]; }
-};
-
-template <class... L>
-void clear(int64_t lanes, L&... of) {
-  (std::memset(of.of, 0, size_t(lanes) * sizeof(of.of[0])), ...);
-}
-
-// The rows begin .. end of a tensor, one step apart.
-struct GroupOf {
-  RowsTensor classes;  // with the step from row to row in the place of that from class to class
-  char* first;
-  int64_t step;  // bytes from class to class
-
-  GroupOf(const RowsTensor& x, int64_t begin) : classes(x) {
-    first = x.data ? x.row(begin) : nullptr;
-    step = x.stride_v * x.element_size;
-    classes.stride_v = x.dims > 0 ? x.stride[x.dims - 1] : 1;
-  }
-  template <class T>
-  FASTKD_ONCE const T* load(int64_t v, int64_t n, T* buffer) const {
-    return load_block(classes, first + v * step, 0, n, buffer);
-  }
-  template <class T>
-  FASTKD_ONCE void store(int64_t v, int64_t n, const T* values) const {
-    store_block(classes, first + v * step, 0, n, values, false);
-  }
-};
-
-// The constants of a group's rows and what is summed over their classes, lane by lane; see Row and RowsStats. What
-// fills the last vector is computed as the last row is, of logits of -inf, and not kept.
-struct Group {
-  Lanes<double> inv_temperature, inv_teacher_temperature, loss_scale, grad_scale;
-  Lanes<double> max_student, sum_student, max_teacher, sum_teacher, slope;
-
-  template <class T>
-  FASTKD_ONCE void set_constants(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
-    const bool t_squared = P.t_squared;
-    for (int64_t i = 0; i < lanes; ++i) {
-      const int64_t row = begin + (i < n ? i : n - 1);
-      inv_temperature[i] = P.temperature[row];
-      inv_teacher_temperature[i] = P.teacher_temperature[row];
-      loss_scale[i] = P.weight ? double(P.weight[row]) : 1.0;
-      grad_scale[i] = P.grad_scale * (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
-    }
-#pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) {
-      const double temperature = inv_temperature[i];
-      inv_temperature[i] = 1 / temperature;
-      inv_teacher_temperature[i] = 1 / inv_teacher_temperature[i];
-      loss_scale[i] *= t_squared ? temperature * temperature : 1.0;
-      grad_scale[i] *= loss_scale[i] * inv_temperature[i];
-      sum_student[i] = sum_teacher[i] = slope[i] = 0;
-    }
-  }
-  RowsStats stats(int64_t i) const {
-    return {max_student[i], sum_student[i], max_teacher[i], sum_teacher[i], slope[i], 0};
-  }
-  void set_stats(int64_t i, const RowsStats& k) {
-    max_student[i] = k.max_student;
-    sum_student[i] = k.sum_student;
-    max_teacher[i] = k.max_teacher;
-    sum_teacher[i] = k.sum_teacher;
-    slope[i] = k.slope;
-  }
-};
-
-// See centre_of.
-FASTKD_HD bool apart(double shift) { return (shift > 4) | (shift < -4); }
-
-// What a lane needs on the way from logits to exponentials and difference.
-template <class T>
-struct FirstPass {
-  Lanes<T> max_student, max_teacher, centre_student, centre_teacher;
-  Lanes<T> scale_student, scale_teacher, lowest_student, lowest_teacher, a, b;
-
-  FASTKD_ONCE void set(const Group& group, int64_t lanes) {
-#pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) {
-      const double student = group.max_student[i], teacher = group.max_teacher[i];
-      max_student[i] = T(student);
-      max_teacher[i] = T(teacher);
-      centre_student[i] = T(apart(student - teacher) ? student : 0.0);
-      centre_teacher[i] = T(apart(student - teacher) ? teacher : 0.0);
-      scale_student[i] = T(kLog2e<double> * group.inv_temperature[i]);
-      scale_teacher[i] = T(kLog2e<double> * group.inv_teacher_temperature[i]);
-      lowest_student[i] = exp2_lowest(scale_student[i]);
-      lowest_teacher[i] = exp2_lowest(scale_teacher[i]);
-      a[i] = T(group.inv_temperature[i]);
-      b[i] = T(group.inv_temperature[i] - group.inv_teacher_temperature[i]);
-    }
-  }
-  FASTKD_HD T exp_student(int64_t i, T s) const {
-    return exp2_scaled(s - max_student[i], scale_student[i], lowest_student[i]);
-  }
-  FASTKD_HD T exp_teacher(int64_t i, T t) const {
-    return exp2_scaled(t - max_teacher[i], scale_teacher[i], lowest_teacher[i]);
-  }
-  FASTKD_HD T difference(int64_t i, T s, T t) const {
-    return difference_of(s - centre_student[i], t - centre_teacher[i], a[i], b[i]);
-  }
-};
-
-template <class T>
-using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-
-// What it needs from there to p, q, w and the gradient: see row_scale.
-template <class T>
-struct SecondPass {
-  Lanes<T> p, q, offset, slope, grad;
-  Lanes<Bits<T>> kept;  // which bits of the gradient: all, or none where it is 0 whatever comes out. Of a condition in
-                        // its place GCC makes masked stores, which the loads that follow wait for.
-
-  FASTKD_ONCE void set(const Group& group, int64_t lanes) {
-#pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) {
-      const double student = group.sum_student[i], teacher = group.sum_teacher[i];
-      const double shift = group.max_student[i] - group.max_teacher[i], inv = group.inv_temperature[i];
-      const double of_centres = shift * inv + group.max_teacher[i] * (inv - group.inv_teacher_temperature[i]);
-      const double of_sums = log_ratio(student, teacher, student - teacher).log;
-      p[i] = T(student == 0 ? 0.0 : 1 / student);
-      q[i] = T(teacher == 0 ? 0.0 : 1 / teacher);
-      offset[i] = T((apart(shift) ? 0.0 : of_centres) + of_sums);
-      slope[i] = T(group.slope[i]);
-      grad[i] = T(group.grad_scale[i]);
-    }
-  }
-  void keep(int64_t i, bool has_gradient) { kept[i] = has_gradient ? ~Bits<T>(0) : Bits<T>(0); }
-  FASTKD_HD Scale<T> at(int64_t i) const { return {p[i], q[i], offset[i], slope[i], grad[i]}; }
-  FASTKD_HD T gradient(int64_t i, T centred_slope) const {
-    return bits_as<T>(bits_as<Bits<T>>(centred_slope * grad[i]) & kept[i]);
-  }
-  FASTKD_HD T gradient(int64_t i, T slope_of_class, T exp_student) const {
-    return gradient(i, slope_of_class - exp_student * p[i] * slope[i]);
-  }
-};
-
-template <class T>
-bool counts(const RowsParams<T>& P, int64_t row) {
-  return !P.mask || P.mask[row];
-}
-
-template <class T>
-void add_to(Lanes<double>& sums, Lanes<T>& part, int64_t n) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    sums[i] += double(part[i]);
-    part[i] = 0;
-  }
-}
 
 // The logits of a group come to lie at student and teacher, [V, lanes]; their maxima in the constants.
 template <class T>
@@ -235,7 +71,8 @@ FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T
 // Sums the loss; writes the gradient where the slopes add up to 0, else leaves them in the place of the difference.
 template <class T, class D>
 void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student,
-            const T* teacher, T* difference, Group& group, LossSums& sums, const GroupOf& of_grad) {
+            const T* teacher, T* difference, Group& group, LossSums& sums, const GroupOf& of_grad, const Hard<T>* hard,
+            const T* exp_hard) {
   Lanes<T> part_loss, part_slope, grad;
   clear(lanes, part_loss, part_slope);
   const bool write = D::kCentred && of_grad.first;
@@ -251,6 +88,7 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
         difference[i] = slope;
       }
     }
+    if (write && hard) hard->add(v, lanes, student, exp_hard + v * lanes, grad.of);
     if (write) of_grad.store(v, n, grad.of);
     if ((v + 1) % kAtOnce != 0 && v + 1 < V) continue;
     add_to(sums.loss, part_loss, lanes);
@@ -260,11 +98,12 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
 
 template <class T>
 FASTKD_ONCE void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student, const T* slope,
-                          const GroupOf& of_grad) {
+                          const GroupOf& of_grad, const Hard<T>* hard, const T* exp_hard) {
   Lanes<T> grad;
   for (int64_t v = 0; v < V; ++v, student += lanes, slope += lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) grad[i] = k.gradient(i, slope[i], student[i]);
+    if (hard) hard->add(v, lanes, student, exp_hard + v * lanes, grad.of);
     of_grad.store(v, n, grad.of);
   }
 }
@@ -284,7 +123,10 @@ template <class T, class D>
 void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
   const int64_t n = end - begin, lanes = padded(n), size = P.V * lanes;
   T *student = static_cast<T*>(memory), *teacher = student + size, *difference = teacher + size;
+  T* exp_hard = difference + size;
   Group group;
+  Hard<T> of_hard;
+  Hard<T>* hard = P.hard.target ? &of_hard : nullptr;
   FirstPass<T> first;
   SecondPass<T> second;
   LossSums sums;
@@ -292,25 +134,35 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
   group.set_constants(P, begin, n, lanes);
   read(P, begin, n, lanes, student, teacher, group);
   first.set(group, lanes);
+  if (hard) {
+    hard->set_targets(P, begin, n, lanes);
+    hard->read_logits(P, lanes, student, exp_hard, group);
+  }
   exponentials<T, D::kTeacherEntropy>(first, P.V, lanes, student, teacher, difference, group, sums);
+  if (hard) {
+    hard->read_exponentials(P, lanes, student, group);
+    hard->set_scales(P, begin, n, lanes, group);
+  }
   second.set(group, lanes);
   for (int64_t i = 0; i < lanes; ++i) {
     second.keep(i, i < n && counts(P, begin + i) && !no_gradient(group.stats(i)));
   }
   const GroupOf of_grad(P.grad, begin);
   with_functor<D>(P.parameter[begin], [&](auto divergence) {
-    reduce(divergence, second, P.V, n, lanes, student, teacher, difference, group, sums, of_grad);
+    reduce(divergence, second, P.V, n, lanes, student, teacher, difference, group, sums, of_grad, hard, exp_hard);
   });
   for (int64_t i = 0; i < n; ++i) {
     const bool kept = counts(P, begin + i);
     if (group.sum_teacher[i] == 0) group.slope[i] = 0;
     if (!D::kCentred && no_gradient(group.stats(i))) second.keep(i, false);
     second.slope[i] = T(group.slope[i]);
-    P.loss[begin + i] = kept ? T(loss_of<D>(sums, group, i) * group.loss_scale[i]) : T(0);
+    double loss = P.hard.soft_weight == 0 ? 0 : loss_of<D>(sums, group, i) * group.loss_scale[i];
+    if (hard && kept) loss += hard->loss(P, begin + i, i, group);
+    P.loss[begin + i] = kept ? T(loss) : T(0);
     if (P.stats) P.stats[begin + i] = kept ? group.stats(i) : RowsStats{};
   }
   if constexpr (!D::kCentred) {
-    if (P.grad.data) gradient(second, P.V, n, lanes, student, difference, of_grad);
+    if (P.grad.data) gradient<T>(second, P.V, n, lanes, student, difference, of_grad, hard, exp_hard);
   }
 }
 
@@ -319,7 +171,7 @@ template <class T, class D>
 void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
   const int64_t n = end - begin, lanes = padded(n);
   const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin), of_grad(P.grad, begin);
-  Lanes<T> student_buffer, teacher_buffer, grad;
+  Lanes<T> student_buffer, teacher_buffer, grad, exp_of_student, exp_hard;
   FirstPass<T> first;
   SecondPass<T> second;
   Group group;
@@ -331,6 +183,12 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
   }
   first.set(group, lanes);
   second.set(group, lanes);
+  Hard<T> of_hard;
+  Hard<T>* hard = P.hard.target ? &of_hard : nullptr;
+  if (hard) {
+    hard->set_targets(P, begin, n, lanes);
+    hard->set_scales(P, begin, n, lanes, group);
+  }
   with_functor<D>(P.parameter[begin], [&](auto divergence) {
     for (int64_t v = 0; v < P.V; ++v) {
       const T *s = of_student.load(v, n, student_buffer.of), *t = of_teacher.load(v, n, teacher_buffer.of);
@@ -340,6 +198,11 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
         const T difference = first.difference(i, s[i], t[i]);
         const T slope = element_slope(divergence, exp_student, exp_teacher, difference, second.at(i));
         grad[i] = second.gradient(i, slope, exp_student);
+        exp_of_student[i] = exp_student;
+      }
+      if (hard) {
+        if (hard->power == 0) hard->exponentials(group, lanes, s, exp_hard.of);
+        hard->add(v, lanes, exp_of_student.of, exp_hard.of, grad.of);
       }
       of_grad.store(v, n, grad.of);
     }

@@ -16,6 +16,7 @@ from .arguments import (
     number,
     reduction,
     temperature,
+    whole_number,
     zero_as_tensor,
 )
 from .features import (
@@ -94,6 +95,7 @@ __all__ = [
     "soft_divergence",
     "temperature",
     "triplet",
+    "whole_number",
     "will_be_overwritten",
     "zero_as_tensor",
 ]

@@ -1,0 +1,262 @@
+// What a group of rows is made of that are computed together, each in a lane of its own: their places in memory, their
+// constants, the steps from logits to the gradient, and their hard loss. See rows_lanes.cpp.
+#pragma once
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/rows_kernel.h"
+#include "cpu/rows_math.h"
+
+namespace fastkd::FASTKD_ISA {
+namespace {
+
+// Of what is the same for every divergence: compiled once, not into each. A call of it has a whole group's work.
+#define FASTKD_ONCE __attribute__((noinline))
+
+// Classes that are added up in T; what they add up to in double.
+constexpr int64_t kAtOnce = 32;
+
+// A value of each row of a group.
+template <class T>
+struct alignas(64) Lanes {
+  T of[kMostLanes];
+  FASTKD_HD T& operator[](int64_t lane) { return of[lane]; }
+  FASTKD_HD const T& operator[](int64_t lane) const { return of[lane]; }
+};
+
+template <class... L>
+void clear(int64_t lanes, L&... of) {
+  (std::memset(of.of, 0, size_t(lanes) * sizeof(of.of[0])), ...);
+}
+
+// The rows begin .. end of a tensor, one step apart.
+struct GroupOf {
+  RowsTensor classes;  // with the step from row to row in the place of that from class to class
+  char* first;
+  int64_t step;  // bytes from class to class
+
+  GroupOf(const RowsTensor& x, int64_t begin) : classes(x) {
+    first = x.data ? x.row(begin) : nullptr;
+    step = x.stride_v * x.element_size;
+    classes.stride_v = x.dims > 0 ? x.stride[x.dims - 1] : 1;
+  }
+  template <class T>
+  FASTKD_ONCE const T* load(int64_t v, int64_t n, T* buffer) const {
+    return load_block(classes, first + v * step, 0, n, buffer);
+  }
+  template <class T>
+  FASTKD_ONCE void store(int64_t v, int64_t n, const T* values) const {
+    store_block(classes, first + v * step, 0, n, values, false);
+  }
+};
+
+// The constants of a group's rows and what is summed over their classes, lane by lane; see Row and RowsStats. What
+// fills the last vector is computed as the last row is, of logits of -inf, and not kept.
+struct Group {
+  Lanes<double> inv_temperature, inv_teacher_temperature, loss_scale, grad_scale, hard_grad_scale;
+  Lanes<double> max_student, sum_student, max_teacher, sum_teacher, slope, sum_hard;
+
+  template <class T>
+  FASTKD_ONCE void set_constants(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
+    const bool t_squared = P.t_squared;
+    const HardTargets hard = P.hard;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t row = begin + (i < n ? i : n - 1);
+      inv_temperature[i] = P.temperature[row];
+      inv_teacher_temperature[i] = P.teacher_temperature[row];
+      loss_scale[i] = P.weight ? double(P.weight[row]) : 1.0;
+      grad_scale[i] = P.grad_scale * (P.upstream ? double(P.upstream[row * P.upstream_stride]) : 1.0);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double temperature = inv_temperature[i];
+      inv_temperature[i] = 1 / temperature;
+      inv_teacher_temperature[i] = 1 / inv_teacher_temperature[i];
+      hard_grad_scale[i] = grad_scale[i] * loss_scale[i] * hard.hard_weight;
+      loss_scale[i] *= (t_squared ? temperature * temperature : 1.0) * hard.soft_weight;
+      grad_scale[i] *= loss_scale[i] * inv_temperature[i];
+      sum_student[i] = sum_teacher[i] = slope[i] = sum_hard[i] = 0;
+    }
+  }
+  RowsStats stats(int64_t i) const {
+    return {max_student[i], sum_student[i], max_teacher[i], sum_teacher[i], slope[i], sum_hard[i]};
+  }
+  void set_stats(int64_t i, const RowsStats& k) {
+    max_student[i] = k.max_student;
+    sum_student[i] = k.sum_student;
+    max_teacher[i] = k.max_teacher;
+    sum_teacher[i] = k.sum_teacher;
+    slope[i] = k.slope;
+    sum_hard[i] = k.sum_hard;
+  }
+};
+
+// See centre_of.
+FASTKD_HD bool apart(double shift) { return (shift > 4) | (shift < -4); }
+
+// What a lane needs on the way from logits to exponentials and difference.
+template <class T>
+struct FirstPass {
+  Lanes<T> max_student, max_teacher, centre_student, centre_teacher;
+  Lanes<T> scale_student, scale_teacher, lowest_student, lowest_teacher, a, b;
+
+  FASTKD_ONCE void set(const Group& group, int64_t lanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double student = group.max_student[i], teacher = group.max_teacher[i];
+      max_student[i] = T(student);
+      max_teacher[i] = T(teacher);
+      centre_student[i] = T(apart(student - teacher) ? student : 0.0);
+      centre_teacher[i] = T(apart(student - teacher) ? teacher : 0.0);
+      scale_student[i] = T(kLog2e<double> * group.inv_temperature[i]);
+      scale_teacher[i] = T(kLog2e<double> * group.inv_teacher_temperature[i]);
+      lowest_student[i] = exp2_lowest(scale_student[i]);
+      lowest_teacher[i] = exp2_lowest(scale_teacher[i]);
+      a[i] = T(group.inv_temperature[i]);
+      b[i] = T(group.inv_temperature[i] - group.inv_teacher_temperature[i]);
+    }
+  }
+  FASTKD_HD T exp_student(int64_t i, T s) const {
+    return exp2_scaled(s - max_student[i], scale_student[i], lowest_student[i]);
+  }
+  FASTKD_HD T exp_teacher(int64_t i, T t) const {
+    return exp2_scaled(t - max_teacher[i], scale_teacher[i], lowest_teacher[i]);
+  }
+  FASTKD_HD T difference(int64_t i, T s, T t) const {
+    return difference_of(s - centre_student[i], t - centre_teacher[i], a[i], b[i]);
+  }
+};
+
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+
+// What it needs from there to p, q, w and the gradient: see row_scale.
+template <class T>
+struct SecondPass {
+  Lanes<T> p, q, offset, slope, grad;
+  Lanes<Bits<T>> kept;  // which bits of the gradient: all, or none where it is 0 whatever comes out. Of a condition in
+                        // its place GCC makes masked stores, which the loads that follow wait for.
+
+  FASTKD_ONCE void set(const Group& group, int64_t lanes) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double student = group.sum_student[i], teacher = group.sum_teacher[i];
+      const double shift = group.max_student[i] - group.max_teacher[i], inv = group.inv_temperature[i];
+      const double of_centres = shift * inv + group.max_teacher[i] * (inv - group.inv_teacher_temperature[i]);
+      const double of_sums = log_ratio(student, teacher, student - teacher).log;
+      p[i] = T(student == 0 ? 0.0 : 1 / student);
+      q[i] = T(teacher == 0 ? 0.0 : 1 / teacher);
+      offset[i] = T((apart(shift) ? 0.0 : of_centres) + of_sums);
+      slope[i] = T(group.slope[i]);
+      grad[i] = T(group.grad_scale[i]);
+    }
+  }
+  void keep(int64_t i, bool has_gradient) { kept[i] = has_gradient ? ~Bits<T>(0) : Bits<T>(0); }
+  FASTKD_HD Scale<T> at(int64_t i) const { return {p[i], q[i], offset[i], slope[i], grad[i]}; }
+  FASTKD_HD T gradient(int64_t i, T centred_slope) const {
+    return bits_as<T>(bits_as<Bits<T>>(centred_slope * grad[i]) & kept[i]);
+  }
+  FASTKD_HD T gradient(int64_t i, T slope_of_class, T exp_student) const {
+    return gradient(i, slope_of_class - exp_student * p[i] * slope[i]);
+  }
+};
+
+template <class T>
+bool counts(const RowsParams<T>& P, int64_t row) {
+  return !P.mask || P.mask[row];
+}
+
+template <class T>
+void add_to(Lanes<double>& sums, Lanes<T>& part, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    sums[i] += double(part[i]);
+    part[i] = 0;
+  }
+}
+
+// The hard loss of a group's rows: their targets, and what makes a gradient of e^(z - max); see HardScale.
+template <class T>
+struct Hard {
+  int power;  // see Row; 0 where the group's rows have several temperatures
+  Lanes<T> p, everywhere, of_target;
+  Lanes<Bits<T>> target, kept;
+  Lanes<double> logit, logits;
+
+  FASTKD_ONCE void set_targets(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
+    power = row_constants(P, begin).hard_power;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const int64_t row = begin + (i < n ? i : n - 1);
+      target[i] = counts(P, row) ? Bits<T>(P.hard.target[row]) : Bits<T>(0);
+      power = P.temperature[row] == P.temperature[begin] ? power : 0;
+      logit[i] = logits[i] = 0;
+    }
+  }
+  // From logits: what they sum up to, and, where the exponentials are no powers of others, these as well.
+  FASTKD_ONCE void read_logits(const RowsParams<T>& P, int64_t lanes, const T* student, T* exp_hard, Group& group) {
+    for (int64_t i = 0; i < lanes; ++i) logit[i] = double(student[int64_t(target[i]) * lanes + i]);
+    Lanes<T> part, part_logits;
+    clear(lanes, part, part_logits);
+    for (int64_t v = 0; v < P.V; ++v, student += lanes, exp_hard += lanes) {
+      if (power == 0) {
+        exponentials(group, lanes, student, exp_hard);
+        add_up(lanes, exp_hard, part);
+      }
+      if (P.hard.smoothing != 0) add_up(lanes, student, part_logits);
+      if ((v + 1) % kAtOnce != 0 && v + 1 < P.V) continue;
+      add_to(group.sum_hard, part, lanes);
+      add_to(logits, part_logits, lanes);
+    }
+  }
+  FASTKD_ONCE void exponentials(const Group& group, int64_t lanes, const T* student, T* exp_hard) const {
+    const T scale = kLog2e<T>, lowest = exp2_lowest(scale);
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      exp_hard[i] = exp2_scaled(student[i] - T(group.max_student[i]), scale, lowest);
+    }
+  }
+  static void add_up(int64_t lanes, const T* x, Lanes<T>& part) {
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) part[i] += x[i];
+  }
+  // The same of powers.
+  FASTKD_ONCE void read_exponentials(const RowsParams<T>& P, int64_t lanes, const T* exp_student, Group& group) const {
+    if (power == 0) return;
+    Lanes<T> part;
+    clear(lanes, part);
+    with_hard_power(power, [&](auto k) {
+      for (int64_t v = 0; v < P.V; ++v, exp_student += lanes) {
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) part[i] += power_of<k.value>(exp_student[i]);
+        if ((v + 1) % kAtOnce == 0 || v + 1 == P.V) add_to(group.sum_hard, part, lanes);
+      }
+    });
+  }
+  FASTKD_ONCE void set_scales(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, const Group& group) {
+    for (int64_t i = 0; i < lanes; ++i) {
+      const double sum = group.sum_hard[i], scale = group.hard_grad_scale[i];
+      p[i] = T(scale / sum);
+      everywhere[i] = T(scale * P.hard.smoothing / double(P.V));
+      of_target[i] = T(scale * (1 - P.hard.smoothing));
+      kept[i] = i < n && counts(P, begin + i) && sum != 0 ? ~Bits<T>(0) : Bits<T>(0);
+    }
+  }
+  // Adds to the gradient of class v.
+  FASTKD_ONCE void add(int64_t v, int64_t lanes, const T* exp_student, const T* exp_hard, T* grad) const {
+    const T* of = power > 0 ? exp_student : exp_hard;
+    with_hard_power(power, [&](auto k) {
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        const T less = target[i] == Bits<T>(v) ? of_target[i] + everywhere[i] : everywhere[i];
+        grad[i] += bits_as<T>(bits_as<Bits<T>>(power_of<k.value>(of[i]) * p[i] - less) & kept[i]);
+      }
+    });
+  }
+  double loss(const RowsParams<T>& P, int64_t row, int64_t i, const Group& group) const {
+    if (P.hard.hard_weight == 0) return 0;  // leaves out what may be infinite
+    return hard_loss(P, group.stats(i), logit[i], logits[i]) * row_constants(P, row).hard_loss_scale;
+  }
+};
+
+}  // namespace
+}  // namespace fastkd::FASTKD_ISA
