@@ -33,6 +33,7 @@ class Mutation(NamedTuple):
 
 
 ROWS = "tests/test_rows.py"
+TARGETS = "tests/test_targets.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
 FEATURES = "tests/test_features.py tests/test_attention.py"
 MUTATIONS = [
@@ -76,9 +77,29 @@ MUTATIONS = [
              "kernel_.subtract(G + i * N_, N_, q[i], q.data());", "(void)q;", RELATIONS + " tests/test_pkt.py"),
     Mutation("cpu samples: the length of a row has no gradient", "csrc/cpu/samples_kernel.cpp",
              "row.ratio == 0 ? 0 : row.ratio * dot(g, u, D)", "0", RELATIONS + " tests/test_pkt.py"),
+    Mutation("cpu targets: blocks keep their own maximum", "csrc/cpu/rows_kernel.cpp",
+             "out.sum_hard += k.sum_hard * rebase(k.max_student, out.max_student, 1.0);", "out.sum_hard += k.sum_hard;", TARGETS),
+    Mutation("cpu targets: a smoothed label is a whole one in the gradient", "csrc/cpu/rows_math.h",
+             "T(scale * (1 - smoothing))};", "T(scale)};", TARGETS),
+    Mutation("cpu targets: the cube is a square", "csrc/cpu/rows_math.h",
+             "return x * x * x;", "return x * x;", TARGETS),
+    Mutation("cpu targets: lanes of several temperatures take the first one's power", "csrc/cpu/rows_lanes.h",
+             "power = P.temperature[row] == P.temperature[begin] ? power : 0;", "", TARGETS),
+    Mutation("checks: a masked row's target is looked at", "fastkd/_check/logits.py",
+             "wrong = wrong & mask_", "pass", TARGETS),
+    Mutation("dtensor: ignored rows of other ranks count", "fastkd/_dtensor.py",
+             "valid = _whole(mesh, options.target) != options.ignore_index", "valid = _whole(mesh, options.target) != -7",
+             "tests/test_dtensor.py"),
     # schedules of CUDA, run as host code
     Mutation("cuda rows: a row's edges are left out of its sums", "csrc/cuda/rows_kernel.cuh",
-             "    add<T, 1, D::kTeacherEntropy>(own.sums, s1, t1, r);\n", "", ROWS),
+             "    add<T, 1, D::kTeacherEntropy>(own.sums, hard_sums, s1, t1, r, P.hard);\n", "", ROWS),
+    Mutation("cuda targets: sums of a thread keep its own maximum", "csrc/cuda/rows_kernel.cuh",
+             "    hard_sums = rebased(hard_sums, own.sums.max_student, k.max_student);\n", "", TARGETS),
+    Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_math.cuh",
+             "hard.logits += i < count ? s[i] : T(0);", "hard.logits += s[i];", TARGETS),
+    Mutation("cuda targets: a row without a soft gradient has none at all", "csrc/cuda/rows_split.cuh",
+             "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);",
+             "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, HardRow<T>());", TARGETS),
     Mutation("cuda lanes: a warp's classes past those that are kept are the first ones", "csrc/cuda/rows_lanes.cuh",
              ": reinterpret_cast<const From*>(p);", ": reinterpret_cast<const From*>(room) + threadIdx.x;", ROWS),
     Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",
@@ -97,6 +118,10 @@ MUTATIONS = [
              "tests/test_triplet.py"),
     Mutation("triton: rows that are not there are pairs' all the same", "fastkd/triton/pairs_kernels.py",
              "pair = (i < n)[:, None] & (j < n)[None, :] & (i", "pair = (j < n)[None, :] & (i", RELATIONS),
+    Mutation("triton targets: the logit of the target is left out", "fastkd/triton/rows_tile.py",
+             "(1.0 - smoothing) * (max_student - logit)", "(1.0 - smoothing) * max_student", TARGETS),
+    Mutation("triton targets: of a walk the last tile's logits", "fastkd/triton/rows_tile.py",
+             "            logits += tl.sum(", "            logits = tl.sum(", TARGETS),
     # bindings
     Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_op.h",
              "temperature<T>(in.teacher_temperature, in.teacher_temperature_rows,",

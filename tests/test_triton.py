@@ -90,9 +90,15 @@ def other_launches(rows):
     maps = torch.empty(2, 19, 5, 13).movedim(1, -1)
     many = torch.empty(1, 2000, 4, 16).movedim(1, -1)
     side_by_side = rows_call(maps, maps, 3, parameter_rows=number, temperature_rows=number.float())
+    numbers = torch.tensor([0.3, 0.6, 0.1], dtype=torch.float64)
+    targets = masked._replace(target=torch.zeros(3, dtype=torch.int64), target_numbers=numbers)
+    targets_of_maps = side_by_side._replace(target=torch.zeros(130, dtype=torch.int64), target_numbers=numbers)
     calls = {
         "everything": (rows.rows_fwd, *everything, number, None, stats),
         "everything_bwd": (rows.rows_bwd, *everything, stats, row, x),
+        "targets": (rows.rows_fwd, *targets, torch.empty(3), half, None),
+        "targets_bwd": (rows.rows_bwd, *targets, torch.empty(3, 6, dtype=torch.float64), torch.empty(3), half),
+        "targets_of_a_tile": (rows.rows_fwd, *targets_of_maps, torch.empty(()), torch.empty_like(maps), None),
         "masked": (rows.rows_fwd, *masked, torch.empty(()), half, None),
         "double": (rows.rows_fwd, *double, torch.empty(3, dtype=torch.float64), None, None),
         "maps": (rows.rows_fwd, *side_by_side, torch.empty(2, 5, 13), torch.empty_like(maps), None),

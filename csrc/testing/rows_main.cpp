@@ -1,8 +1,9 @@
 // The launches of the rows schedule as a program without torch, for the sanitizers.
-//   rows_main DIVERGENCE DTYPE N V INNER CLUSTERS MODE SEED  prints "right" or what is wrong
+//   rows_main DIVERGENCE DTYPE N V INNER CLUSTERS TARGETS MODE SEED  prints "right" or what is wrong
 // INNER: how many rows lie side by side, in runs of that length; 1: none do.
-// DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; MODE and SEED: the order
-// of the threads. The truth is computed in double from the formulas, without any of the kernels' code.
+// DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; TARGETS 1: rows have a hard loss too; MODE
+// and SEED: the order of the threads. The truth is computed in double from the formulas, without any of the kernels'
+// code.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -23,7 +24,7 @@ using namespace fastkd;
 
 namespace {
 
-constexpr double kBeta = 0.3, kTemperature = 2.0;
+constexpr double kBeta = 0.3, kTemperature = 2.0, kHard = 0.3, kSoft = 0.6, kSmoothing = 0.1;
 
 // Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
 template <class S>
@@ -63,16 +64,16 @@ struct Normal {
   }
 };
 
-std::vector<double> log_softmax(const std::vector<double>& logits) {
+std::vector<double> log_softmax(const std::vector<double>& logits, double temperature = kTemperature) {
   double max = -INFINITY, sum = 0;
-  for (double x : logits) max = std::fmax(max, x / kTemperature);
-  for (double x : logits) sum += std::exp(x / kTemperature - max);
+  for (double x : logits) max = std::fmax(max, x / temperature);
+  for (double x : logits) sum += std::exp(x / temperature - max);
   std::vector<double> out;
-  for (double x : logits) out.push_back(x / kTemperature - max - std::log(sum));
+  for (double x : logits) out.push_back(x / temperature - max - std::log(sum));
   return out;
 }
 
-// The row's loss, and its gradient with respect to student / T.
+// The row's divergence times T^2, and the gradient with respect to the student.
 double truth(Divergence which, const std::vector<double>& s, const std::vector<double>& t, std::vector<double>& grad) {
   const std::vector<double> log_p = log_softmax(s), log_q = log_softmax(t);
   double loss = 0, slopes = 0;
@@ -94,8 +95,20 @@ double truth(Divergence which, const std::vector<double>& s, const std::vector<d
     }
     slopes += slope.back();
   }
-  for (size_t v = 0; v < s.size(); ++v) grad.push_back(slope[v] - std::exp(log_p[v]) * slopes);
-  return loss;
+  for (size_t v = 0; v < s.size(); ++v) grad.push_back((slope[v] - std::exp(log_p[v]) * slopes) * kTemperature);
+  return loss * kTemperature * kTemperature;
+}
+
+// With the cross-entropy beside it.
+double with_target(double soft, const std::vector<double>& s, size_t target, std::vector<double>& grad) {
+  const std::vector<double> log_p = log_softmax(s, 1);
+  double loss = -(1 - kSmoothing) * log_p[target];
+  for (size_t v = 0; v < s.size(); ++v) {
+    const double wanted = kSmoothing / double(s.size()) + (v == target ? 1 - kSmoothing : 0);
+    loss -= kSmoothing / double(s.size()) * log_p[v];
+    grad[v] = kSoft * grad[v] + kHard * (std::exp(log_p[v]) - wanted);
+  }
+  return kSoft * soft + kHard * loss;
 }
 
 template <Divergence kWhich>
@@ -122,7 +135,7 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
 }
 
 template <class S, DType kType>
-int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
+int run(Divergence which, int64_t N, int64_t V, int64_t inner, bool targets) {
   Matrix<S> student(N, V, inner), teacher(N, V, inner), grad(N, V, inner), again(N, V, inner);
   Normal normal;
   for (int64_t i = 0; i < N * V; ++i) {
@@ -132,6 +145,8 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
   }
   const std::unique_ptr<bool[]> mask(new bool[N]);
   for (int64_t n = 0; n < N; ++n) mask[n] = n != 1;
+  std::vector<int64_t> target(N);
+  for (int64_t n = 0; n < N; ++n) target[n] = n == 1 ? -100 : n % 2 ? V - 1 - n % V : 7 * n % V;
   std::vector<float> loss(N, NAN);
   std::vector<RowsStats> stats(N);
   cuda::Device device;
@@ -152,13 +167,14 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
   P.temperature.of_all = P.teacher_temperature.of_all = kTemperature;
   P.t_squared = true;
   P.mask = mask.get();
+  if (targets) P.hard = {target.data(), kHard, kSoft, kSmoothing};
   P.scale = &scale;
   P.loss = loss.data();
   P.stats = stats.data();
   RowsParams<float> back = P;
   back.grad = again.rows(kType);
   const cuda::RowsPlan plan = cuda::rows_plan(P, device);
-  std::vector<float> workspace(plan.on_chip ? 0 : 7 * N * plan.splits);
+  std::vector<float> workspace(plan.on_chip ? 0 : 10 * N * plan.splits);
   cudaError_t e = forward_backward(P, device, workspace.data(), back);
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;
@@ -177,14 +193,15 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
       s.push_back(student.at(n, v));
       t.push_back(teacher.at(n, v));
     }
-    const double row = mask[n] ? truth(which, s, t, exact) * kTemperature * kTemperature : 0;
+    double row = mask[n] ? truth(which, s, t, exact) : 0;
+    if (mask[n] && targets) row = with_target(row, s, size_t(target[n]), exact);
     if (std::fabs(loss[n] - row) > 4e-6 * std::fmax(row, 1)) worst = INFINITY;
     total += row;
     counted += mask[n];
     double size = 1e-30;
     for (double x : exact) size = std::fmax(size, std::fabs(x));
     for (int64_t v = 0; v < V; ++v) {
-      const double right = mask[n] ? exact[v] * kTemperature * scale : 0, unit = size * kTemperature * scale;
+      const double right = mask[n] ? exact[v] * scale : 0, unit = size * scale;
       for (const auto& [found, wanted] : {std::pair{grad.at(n, v), right}, {again.at(n, v), right / 2}}) {
         const double off = std::fabs(found - wanted) / (mask[n] ? unit : 1e-30) / rounding;
         if (!(off <= worst)) worst = off;
@@ -199,20 +216,21 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner) {
 }  // namespace
 
 int main(int count, char** argument) {
-  if (count != 9) return std::puts("rows_main DIVERGENCE DTYPE N V INNER CLUSTERS MODE SEED"), 2;
+  if (count != 10) return std::puts("rows_main DIVERGENCE DTYPE N V INNER CLUSTERS TARGETS MODE SEED"), 2;
   const auto which = Divergence(atoi(argument[1]));
   const int64_t N = atoi(argument[3]), V = atoi(argument[4]), inner = atoi(argument[5]);
   if (!atoi(argument[6])) {
     cusim_device(int(cudaDevAttrComputeCapabilityMajor), 8);
     cusim_device(int(cudaDevAttrMaxSharedMemoryPerBlockOptin), 48 << 10);
   }
-  cusim_order(atoi(argument[7]), unsigned(atoi(argument[8])));
+  const bool targets = atoi(argument[7]);
+  cusim_order(atoi(argument[8]), unsigned(atoi(argument[9])));
   switch (atoi(argument[2])) {
     case 0:
-      return run<__half, DType::kHalf>(which, N, V, inner);
+      return run<__half, DType::kHalf>(which, N, V, inner, targets);
     case 1:
-      return run<__nv_bfloat16, DType::kBFloat16>(which, N, V, inner);
+      return run<__nv_bfloat16, DType::kBFloat16>(which, N, V, inner, targets);
     default:
-      return run<float, DType::kFloat>(which, N, V, inner);
+      return run<float, DType::kFloat>(which, N, V, inner, targets);
   }
 }
