@@ -18,6 +18,7 @@ from fastkd import _backend, functional
 from fastkd._calls import RowsCall
 from fastkd._divergences import NUMBERS, REGISTRY
 from fastkd.ops import rows
+from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
@@ -113,7 +114,19 @@ def eager_total_variation(student, teacher):
     return (p - q).abs().sum(-1).mean() / 2 * TEMPERATURE**2
 
 
+@functools.cache
+def targets(N, V, device):
+    """A class for each row, always the same."""
+    return torch.randint(V, (N,), generator=torch.Generator().manual_seed(V)).to(device)
+
+
+def eager_with_targets(student, teacher):
+    hard = F.cross_entropy(student, targets(*student.shape, student.device))
+    return 0.5 * hard + 0.5 * eager_log_target(student, teacher)
+
+
 EAGER = {  # the last one is compiled
+    "kd_loss": {"eager": eager_with_targets},
     "kl_div": {"eager": eager, "eager log_target": eager_log_target},
     "soft_cross_entropy": {"eager": eager_soft_cross_entropy},
     "reverse_kl_div": {"eager": eager_reverse},
@@ -126,11 +139,20 @@ EAGER = {  # the last one is compiled
 
 
 def own(name, backend, **options):
+    if name == "kd_loss":
+
+        def loss(student, teacher):
+            target = targets(*student.shape, student.device)
+            return functional.kd_loss(student, teacher, target, temperature=TEMPERATURE, **options)
+
+        return with_backend(loss, backend)
     return with_backend(functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options), backend)
 
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
+    of_targets = name == "kd_loss"
+    name = "kl_div" if of_targets else name
     namespace, entry = _backend.namespace(backend), REGISTRY[name]
     parameter = 0.0 if entry.parameter is None else entry.parameter.default
 
@@ -140,6 +162,9 @@ def kernel_alone(name, backend):
             student, teacher, NUMBERS[name], parameter, None, TEMPERATURE, None, TEMPERATURE, None, True, None, None,
             scale, None,
         )  # fmt: skip
+        if of_targets:
+            target = targets(*student.shape, student.device)
+            call = call._replace(target=target, target_numbers=as_tensor(0.5, 0.5, 0.0))
         return rows.forward(namespace, call, grad=student)
 
     return alone
@@ -241,7 +266,8 @@ def measure(benchmark, name, shape, dtype, mode, rounds, device, left_out=(), **
     inputs = Inputs(shape, DTYPES[dtype], device)
     found, missing = providers(name, inputs, mode, device)
     found = [provider for provider in found if provider.name not in left_out]
-    errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE))
+    target = targets(*shape, device) if name == "kd_loss" else None
+    errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE, target))
     repeat = 50 if elements < 10_000 else 1
     results = interleave(benchmark, found, rounds * (4 if elements < 10**7 else 1), repeat, device)
     unit = elements * DTYPES[dtype].itemsize

@@ -14,14 +14,15 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 class Truth:
     """The loss over all rows, and the gradient of as many first rows as fit in ELEMENTS."""
 
-    def __init__(self, name, student, teacher, temperature):
+    def __init__(self, name, student, teacher, temperature, target=None):
         N, V = student.shape
         step, total = max(ELEMENTS // V, 1), 0.0
         for start in range(0, N, step):
             s, t = (x[start : start + step].detach().double() for x in (student, teacher))
+            of_rows = () if target is None else (target[start : start + step],)
             with fastkd.backend("torch"):
                 loss = getattr(functional, name)(
-                    s.requires_grad_(start == 0), t, temperature=temperature, reduction="sum"
+                    s.requires_grad_(start == 0), t, *of_rows, temperature=temperature, reduction="sum"
                 )
             if start == 0:
                 loss.backward()

@@ -4,6 +4,8 @@ with the other losses of logits stands in :mod:`fastkd.functional.logits`.
 **Targets** are whole numbers from 0 to V - 1, one for each row. A row whose target is ``ignore_index`` counts for
 nothing: its loss is 0, its gradient 0, and the divisor leaves it out. On the CPU a target out of range is an error. On
 other devices, where a look at it would have to wait for the device, the row's loss and gradient are NaN.
+
+**Memory.** As of the other losses of logits, but each thread of the CPU keeps 16 bytes a class, 32 in float64.
 """
 
 from torch import Tensor
