@@ -139,6 +139,14 @@ def _per_row(name, x, layout, rows):
     return _local(x, layout)
 
 
+def _rows_that_count(mesh, options):
+    """A mask of them on all ranks, or None."""
+    if options.target is None:
+        return options.mask
+    valid = _whole(mesh, options.target) != options.ignore_index
+    return valid if options.mask is None else valid & _whole(mesh, options.mask)
+
+
 def logits_loss(again, divergence, student, teacher, options, dim):
     """again: the function that computes it of plain tensors; the other arguments are its own."""
     for name, x in (("student", student), ("teacher", teacher)):
@@ -158,10 +166,6 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
         if entry:
             _check.parameter(entry, options.parameter, student)
-    if options.target is not None:  # what is divided by is the number of rows that count on all ranks
-        valid = _whole(mesh, options.target) != options.ignore_index
-        options = options._replace(mask=valid if options.mask is None else valid & _whole(mesh, options.mask))
-        per_row["mask"] = options.mask
     if not options.inplace:
         _check.not_overwritten(student)
     rows = student.shape[:-1]
@@ -172,7 +176,7 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         local["teacher_temperature"] = local["temperature"]
     if any(layout.split) and options.normalizer is None and options.reduction in ("batchmean", "mean"):
         each = student.shape[-1] if options.reduction == "mean" else 1
-        options = options._replace(normalizer=_count(mesh, options.mask, rows) * each)
+        options = options._replace(normalizer=_count(mesh, _rows_that_count(mesh, options), rows) * each)
     if options.inplace and _check.will_be_overwritten(student):
         here = _Overwritable.apply(_whole(mesh, student).redistribute(placements=layout.placements))
         overwritten(student)

@@ -164,16 +164,18 @@ def _weighted(weight, rows):
 
 def _cross_entropy(logits, options):
     """That of the student's softmax at temperature 1 with the target, smoothed. Of a row without any possible class it
-    is +inf, and has no gradient. Classes of rows that do not count may be anything."""
-    target = options.target.to(torch.int64)
+    is +inf, and has no gradient. Classes of rows that do not count may be anything; of others one out of range gives NaN,
+    where nobody could look at it before."""
+    target = options.target
     if options.mask is not None:
         target = torch.where(options.mask, target, 0)
     nothing = (logits == -torch.inf).all(-1, keepdim=True)
     log_p = torch.log_softmax(torch.where(nothing, 0.0, logits), -1)
-    of_target = -log_p.gather(-1, target[..., None]).squeeze(-1)
+    known = (target >= 0) & (target < logits.shape[-1])
+    of_target = -log_p.gather(-1, torch.where(known, target, 0)[..., None]).squeeze(-1)
     smoothing = _number(options.label_smoothing, logits)
     rows = _weighted(1 - smoothing, of_target) + _weighted(smoothing, -log_p.mean(-1))
-    return torch.where(nothing.squeeze(-1), torch.inf, rows)
+    return torch.where(nothing.squeeze(-1), torch.inf, rows) * torch.where(known, 1.0, torch.nan)
 
 
 def _reduce(rows, classes, mask, reduction, normalizer):

@@ -56,6 +56,8 @@ def target_cases():
     for reduction in ("batchmean", "sum", "none"):
         of_rows = SPLIT | {"target": "0", "mask": "0", "weight": "0"}
         yield Case("kd_loss", f"targets, {reduction}", with_target | ROWS, of_rows, options | {"reduction": reduction})
+    small = with_target | {"target": (2, L), "student": (2, L, V), "teacher": (2, L, V)}
+    yield Case("kd_loss", "one row a rank", small, SPLIT | {"target": "0"}, options)
     yield Case("kd_loss", "a plain target", with_target, SPLIT, options)
     yield Case("kd_loss", "a whole target and a plain mask", with_target | ROWS, SPLIT | {"target": "R"}, options)
     yield Case("kd_loss", "a target alone is a DTensor", with_target, {"target": "0"}, options)

@@ -96,7 +96,7 @@ MUTATIONS = [
     Mutation("cuda targets: sums of a thread keep its own maximum", "csrc/cuda/rows_kernel.cuh",
              "    hard_sums = rebased(hard_sums, own.sums.max_student, k.max_student);\n", "", TARGETS),
     Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_math.cuh",
-             "hard.logits += i < count ? s[i] : T(0);", "hard.logits += s[i];", TARGETS),
+             "hard.logits += i < count ? s[i] - sums.max_student : T(0);", "hard.logits += s[i] - sums.max_student;", TARGETS),
     Mutation("cuda targets: a row without a soft gradient has none at all", "csrc/cuda/rows_split.cuh",
              "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);",
              "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, HardRow<T>());", TARGETS),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_rows import DTYPES, cancellation, eager, logit_size, run, storage_error
 from tolerances import FLOOR, TIMES_EAGER, error
-from truth import truth
+from truth import truth, upstream_like
 
 import fastkd
 from fastkd import functional, reference
@@ -71,13 +71,15 @@ def test_any_divergence_may_be_the_soft_part(backend, name):
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "large", "impossible target", "one class", "learned", "far from it"])
+@pytest.mark.parametrize("kind", ["plain", "large", "shifted", "impossible target", "one class", "learned", "far from it"])
 def test_the_hard_part_is_as_good_as_cross_entropy(backend, kind, dtype, smoothing):
     student = torch.randn(5, 1 if kind == "one class" else 700, dtype=dtype)
     target = torch.randint(student.shape[-1], (5,))
     rows = torch.arange(5)
     if kind == "large":
         student *= 1e4
+    elif kind == "shifted":
+        student += 1e6
     elif kind == "impossible target":
         student[rows, target] = -torch.inf
     elif kind == "learned":
@@ -109,10 +111,12 @@ def test_a_row_without_a_target_counts_for_nothing(backend, reduction):
     assert not grad[~left].any()
     if reduction == "none":
         assert not loss[~left].any()
-        loss, fewer_grad = loss[left], None
+        grad, fewer_grad = grad[left] / upstream_like(loss)[left, None], fewer_grad / upstream_like(fewer)[:, None]
+        loss = loss[left]
+    else:
+        grad = grad[left]
     torch.testing.assert_close(loss, fewer)
-    if fewer_grad is not None:
-        torch.testing.assert_close(grad[left], fewer_grad)
+    torch.testing.assert_close(grad, fewer_grad)
 
 
 def test_masks_and_ignored_targets_add_up(backend):
@@ -204,10 +208,50 @@ def test_the_gradient_may_be_written_over_the_student(backend, V, reduction, nam
     assert torch.equal(grad, its_grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
 def test_targets_of_any_integer_type(backend, dtype):
-    student, teacher, target = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 8, 3, 3])
+    student, teacher, target = torch.randn(4, 200), torch.randn(4, 200), torch.tensor([0, 8, 156, 3])
     assert torch.equal(kd_loss(student, teacher, target), kd_loss(student, teacher, target.to(dtype)))
+    # 156 is what -100 would be as a uint8
+    with pytest.raises(ValueError, match="target: classes from 0 to 99"):
+        kd_loss(student[:, :100], teacher[:, :100], target.to(dtype))
+
+
+def test_compile_with_an_ignored_class_that_changes():
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(kd_loss, fullgraph=True, backend=counter)
+    student, teacher, target = torch.randn(6, 10), torch.randn(6, 10), torch.arange(6)
+    for ignored in (-100, 3, 5, 7, 2, -1):
+        torch.testing.assert_close(
+            compiled(student, teacher, target, ignore_index=ignored),
+            kd_loss(student, teacher, target, ignore_index=ignored),
+        )
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("V", [10, 2000])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("name", ["kl_div", "js_div"])
+def test_rows_of_several_temperatures(backend, name, reduction, V):
+    """Of some the exponentials of both parts are powers of each other."""
+    student, teacher, target = torch.randn(12, V), torch.randn(12, V), torch.randint(V, (12,))
+    temperature = torch.tensor([1.0, 2.0, 3.0, 4.0, 2.5, 0.5, 5.0, 2.0, 1.0, 1.0, 8.0, 3.0])
+    options = {"divergence": name, "temperature": temperature, "label_smoothing": 0.1, "reduction": reduction}
+    loss, grad = run(kd_loss, student, teacher, target=target, **options)
+    of_truth = {x: y for x, y in options.items() if x != "divergence"}
+    right, right_grad = truth(name, student, teacher, target=target, **of_truth)
+    assert error(loss, right) <= 4 * FLOOR[torch.float32]
+    assert error(grad, right_grad) <= 8 * FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(70, 40), (3, 40000)], ids=str)
+def test_same_bits_whatever_the_threads(threads, shape):
+    student, teacher, target = torch.randn(shape), torch.randn(shape), torch.randint(shape[1], shape[:1])
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(run(kd_loss, student, teacher, target=target, temperature=2.0, label_smoothing=0.1))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_derivatives_are_right(backend):
@@ -252,6 +296,10 @@ def test_the_module_is_the_function(backend):
         ({"label_smoothing": 1.5}, ValueError, "label_smoothing: a number from 0 to 1"),
         ({"ignore_index": 1.0}, TypeError, "ignore_index: "),
         ({"reduction": "mean"}, ValueError, "reduction: 'none', 'sum' or 'batchmean'"),
+        ({"reduction": "max"}, ValueError, "reduction: 'none', 'sum' or 'batchmean' .* got 'max'"),
+        ({"normalizer": 0}, ValueError, "normalizer: 0 is wanted only where no row counts"),
+        ({"target": torch.zeros(4, dtype=torch.uint16)}, TypeError, "target: whole numbers .* got torch.uint16"),
+        ({"target": torch.zeros(4, dtype=torch.int64).to_sparse()}, TypeError, "target: a dense tensor"),
         ({"divergence": "kl"}, ValueError, "divergence: one of kl_div"),
         ({"beta": 0.5}, ValueError, "beta: divergence='kl_div' has no parameter"),
         ({"divergence": "js_div", "alpha": 0.5}, ValueError, "alpha: divergence='js_div' has beta"),
@@ -263,7 +311,7 @@ def test_bad_input(backend, changed, kind, message):
     given = {"student": torch.randn(4, 9), "teacher": torch.randn(4, 9), "target": torch.tensor([0, 1, 2, 3])}
     with pytest.raises(kind, match=message):
         kd_loss(**given | changed)
-    options = {name: x for name, x in changed.items() if name not in ("target", "teacher")}
+    options = {name: x for name, x in changed.items() if name not in ("target", "teacher", "normalizer")}
     if options:
         with pytest.raises(kind, match=message):
             fastkd.KDLoss(**options)

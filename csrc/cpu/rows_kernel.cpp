@@ -91,11 +91,13 @@ double hard_chunk(const T* s, int64_t n, double max, int power, const T* exp_stu
   return double(sum);
 }
 
+// The sum of z - max of the student: that of z itself would have lost its digits where all share a constant.
 template <class T>
-double sum_of(const T* x, int64_t n) {
+double logits_chunk(const T* s, int64_t n, double max) {
+  const T from = T(max);
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  for (int64_t i = 0; i < n; ++i) sum += s[i] - from;
   return double(sum);
 }
 
@@ -137,7 +139,7 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
       if (P.hard.target) {
         sums.sum_hard += hard_chunk(s + i, m, sums.max_student, r.hard_power, W.exp_student + at, W.exp_hard + at);
       }
-      if (P.hard.smoothing != 0) logits += sum_of(s + i, part(i, n, kChunk));
+      if (P.hard.smoothing != 0) logits += logits_chunk(s + i, part(i, n, kChunk), sums.max_student);
       ahead.some();
     }
     // now: the gradient may be written over the student
@@ -354,7 +356,8 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     double logit = 0, logits = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       logit += W.blocks[block].logit;
-      logits += W.blocks[block].logits;
+      const double below = W.blocks[block].stats.max_student - stats.max_student;
+      logits += W.blocks[block].logits + double(part(block * kRowsBlock, P.V, kRowsBlock)) * below;
     }
     // a weight of 0 leaves out what may be infinite
     loss = P.hard.soft_weight == 0 ? 0 : loss;

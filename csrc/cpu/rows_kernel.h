@@ -12,7 +12,8 @@ FASTKD_HD constexpr int64_t rows_blocks(int64_t V) { return (V + kRowsBlock - 1)
 struct RowsBlock {
   RowsStats stats;
   double loss, slope, entropy;
-  double logit, logits;  // of the target, where it is in the block; the sum of all, where labels are smoothed
+  double logit,
+      logits;  // of the target, where it is in the block; where labels are smoothed, the sum of z - max of all
 };
 
 // What the first pass leaves for the second: [blocks * kRowsBlock] each, and [blocks].

@@ -200,9 +200,10 @@ struct Hard {
     for (int64_t v = 0; v < P.V; ++v, student += lanes, exp_hard += lanes) {
       if (power == 0) {
         exponentials(group, lanes, student, exp_hard);
-        add_up(lanes, exp_hard, part);
+#pragma omp simd
+        for (int64_t i = 0; i < lanes; ++i) part[i] += exp_hard[i];
       }
-      if (P.hard.smoothing != 0) add_up(lanes, student, part_logits);
+      if (P.hard.smoothing != 0) add_up(lanes, student, group, part_logits);
       if ((v + 1) % kAtOnce != 0 && v + 1 < P.V) continue;
       add_to(group.sum_hard, part, lanes);
       add_to(logits, part_logits, lanes);
@@ -215,9 +216,10 @@ struct Hard {
       exp_hard[i] = exp2_scaled(student[i] - T(group.max_student[i]), scale, lowest);
     }
   }
-  static void add_up(int64_t lanes, const T* x, Lanes<T>& part) {
+  // z - max: see logits_chunk.
+  static void add_up(int64_t lanes, const T* student, const Group& group, Lanes<T>& part) {
 #pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) part[i] += x[i];
+    for (int64_t i = 0; i < lanes; ++i) part[i] += student[i] - T(group.max_student[i]);
   }
   // The same of powers.
   FASTKD_ONCE void read_exponentials(const RowsParams<T>& P, int64_t lanes, const T* exp_student, Group& group) const {

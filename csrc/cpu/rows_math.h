@@ -153,14 +153,14 @@ HardScale<T> hard_scale(const RowsParams<T>& P, const Row<T>& r, const RowsStats
   return {T(p), T(scale * smoothing / double(P.V)), T(scale * (1 - smoothing))};
 }
 
-// The cross-entropy of a row, from its sum and maximum, the target's logit and the sum of all logits.
+// The cross-entropy of a row, from its sum and maximum, the target's logit and the sum of all z - max.
 template <class T>
 double hard_loss(const RowsParams<T>& P, const RowsStats& row, double logit, double logits) {
   if (row.sum_hard == 0) return kInf<double>;
   const double smoothing = P.hard.smoothing;
   double loss = std::log(row.sum_hard);
   if (smoothing < 1) loss += (1 - smoothing) * (row.max_student - logit);
-  if (smoothing > 0) loss += smoothing * (row.max_student - logits / double(P.V));
+  if (smoothing > 0) loss -= smoothing * logits / double(P.V);
   return loss;
 }
 

@@ -166,6 +166,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) {
       all.sum += other.sum;
       all.logits += other.logits;
+      all.count += other.count;
       all.logit += other.logit;
     });
     if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;

@@ -131,12 +131,17 @@ __device__ __forceinline__ void add(Sums<T>& sums, const T (&s)[kCount], const T
 // What the cross-entropy with a row's target adds up, beside its Sums.
 template <class T>
 struct HardSums {
-  T sum;     // e^(z - max) of the student, with the maximum of the Sums
-  T logits;  // z, where labels are smoothed
-  T logit;   // the target's z, of the one thread that reads it
+  T sum;            // e^(z - max) of the student, with the maximum of the Sums
+  T logits, count;  // z - max, where labels are smoothed, of so many classes
+  T logit;          // the target's z, of the one thread that reads it
 
-  static __device__ HardSums empty() { return {T(0), T(0), T(0)}; }
-  static __device__ HardSums combine(HardSums x) { return {warp_sum(x.sum), warp_sum(x.logits), warp_sum(x.logit)}; }
+  static __device__ HardSums empty() { return {T(0), T(0), T(0), T(0)}; }
+  static __device__ HardSums combine(HardSums x) {
+    return {warp_sum(x.sum), warp_sum(x.logits), warp_sum(x.count), warp_sum(x.logit)};
+  }
+  __device__ __forceinline__ void move(T max, T higher) {
+    if (count > T(0)) logits += count * (max - higher);
+  }
 };
 
 // The same classes, for both; count of them are there, and the others are -inf.
@@ -152,8 +157,10 @@ __device__ __forceinline__ void add(Sums<T>& sums, HardSums<T>& hard, const T (&
     for (int i = 0; i < kCount; ++i) hard.sum += exp2_of((s[i] - sums.max_student) * kLog2e<T>);
   }
   if (targets.smoothing != 0) {
+    hard.move(before, sums.max_student);
+    hard.count += T(count);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) hard.logits += i < count ? s[i] : T(0);
+    for (int i = 0; i < kCount; ++i) hard.logits += i < count ? s[i] - sums.max_student : T(0);
   }
 }
 
@@ -161,6 +168,7 @@ __device__ __forceinline__ void add(Sums<T>& sums, HardSums<T>& hard, const T (&
 template <class T>
 __device__ __forceinline__ HardSums<T> rebased(HardSums<T> hard, T max, T max_row) {
   hard.sum *= exp2_of((max - max_row) * kLog2e<T>);
+  hard.move(max, max_row);
   return hard;
 }
 
@@ -206,7 +214,7 @@ __device__ T hard_loss(const RowsParams<T>& P, int64_t row, const RowConstants<T
   const T smoothing = T(P.hard.smoothing);
   T loss = log_of(hard.sum);
   if (smoothing < T(1)) loss += (T(1) - smoothing) * (max - hard.logit);
-  if (smoothing > T(0)) loss += smoothing * (max - hard.logits / T(P.V));
+  if (smoothing > T(0)) loss -= smoothing * hard.logits / T(P.V);
   return loss * r.hard_loss_scale;
 }
 

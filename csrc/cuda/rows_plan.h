@@ -47,7 +47,7 @@ inline constexpr int64_t kLeastInner = 8;  // rows side by side, that fill what 
 // What the threads of a block exchange: Sums and LossSums of each, and HardSums where there are targets.
 template <class T>
 int64_t lanes_room(int threads, bool targets) {
-  return threads * (targets ? 10 : 7) * int64_t(sizeof(T));
+  return threads * (targets ? 11 : 7) * int64_t(sizeof(T));
 }
 
 // How many rows lie side by side in every tensor: their elements of a class one after the other. 0: none do, or nobody

@@ -10,7 +10,6 @@ from .arguments import (
     floating,
     for_rows,
     is_mask,
-    is_tensor,
     normalize,
     normalizer,
     number,
@@ -32,6 +31,7 @@ from .features import (
 )
 from .logits import (
     LogitsOptions,
+    as_classes,
     class_dim,
     hard_options,
     logits_loss,
@@ -58,6 +58,7 @@ __all__ = [
     "REDUCTIONS",
     "SMALLEST_EPS",
     "LogitsOptions",
+    "as_classes",
     "at_least_zero",
     "batches_of_embeddings",
     "clamp",
@@ -78,7 +79,6 @@ __all__ = [
     "for_rows",
     "hard_options",
     "is_mask",
-    "is_tensor",
     "layer_weights",
     "logits_loss",
     "logits_module",

@@ -12,6 +12,7 @@ from .arguments import (
     constant,
     flag,
     inputs,
+    is_tensor,
     mask,
     normalizer,
     number,
@@ -63,7 +64,8 @@ def logits_loss(student, teacher, options, dim=-1):
         weight(options.weight, student)
     flag("t_squared", options.t_squared)
     flag("inplace", options.inplace)
-    reduction(options.reduction)
+    if options.target is None:
+        reduction(options.reduction)
     says_which_rows_count = options.mask
     if options.target is not None:
         hard_options(options.hard_weight, options.soft_weight, options.label_smoothing, options.reduction)
@@ -79,6 +81,16 @@ def logits_loss(student, teacher, options, dim=-1):
 INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
+def as_classes(x):
+    """A target, whose dtype can tell ignore_index from every class."""
+    is_tensor("target", x)
+    if x.dtype not in INTEGERS:
+        raise TypeError(f"target: whole numbers wanted, torch.int64 or a smaller type, got {x.dtype}")
+    if x.layout is not torch.strided or x.is_nested:
+        raise TypeError(f"target: a dense tensor wanted, got {'a nested one' if x.is_nested else x.layout}")
+    return x.to(torch.int64)
+
+
 def hard_options(hard_weight, soft_weight, label_smoothing, reduction_):
     """What a loss with a target is told besides it."""
     at_least_zero("hard_weight", hard_weight)
@@ -86,10 +98,10 @@ def hard_options(hard_weight, soft_weight, label_smoothing, reduction_):
     at_least_zero("label_smoothing", label_smoothing)
     if not torch.compiler.is_compiling() and label_smoothing > 1:
         raise ValueError(f"label_smoothing: a number from 0 to 1 wanted, got {label_smoothing}")
-    if reduction_ == "mean":
+    if reduction_ not in ("none", "sum", "batchmean"):
         raise ValueError(
-            "reduction: 'none', 'sum' or 'batchmean' wanted with a target: libraries mean three things by 'mean'. "
-            "'batchmean' is the mean over the rows that count, as that of torch's cross_entropy"
+            f"reduction: 'none', 'sum' or 'batchmean' wanted with a target, got {reduction_!r}. Libraries mean three "
+            "things by 'mean'; 'batchmean' is the mean over the rows that count, as that of torch's cross_entropy"
         )
 
 
@@ -98,8 +110,6 @@ def target(x, student, ignore_index, mask_):
     may be rows that are ignored."""
     whole_number("ignore_index", ignore_index)
     constant("target", x, student)
-    if x.dtype not in INTEGERS:
-        raise TypeError(f"target: whole numbers, torch.int64, wanted, got {x.dtype}")
     rows, classes = student.shape[:-1], student.shape[-1]
     if x.shape != rows:
         raise ValueError(f"target: shape {list(rows)} wanted, a class for each row; got {list(x.shape)}")

@@ -104,7 +104,7 @@ def kd_loss(
     if teacher_temperature is None:
         teacher_temperature = temperature
     parameter = _check.soft_divergence(divergence, {"beta": beta, "student_weight": student_weight, "alpha": alpha})
-    _check.is_tensor("target", target)
+    target = _check.as_classes(target)
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, parameter,
         target, ignore_index, hard_weight, soft_weight, label_smoothing,

@@ -86,8 +86,8 @@ class KDLoss(_Loss):
         entry = _divergences.REGISTRY[divergence].parameter
         if entry is not None:
             _check.parameter(entry, parameter)
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
         _check.hard_options(hard_weight, soft_weight, label_smoothing, reduction)
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
         _check.whole_number("ignore_index", ignore_index)
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight

@@ -148,7 +148,7 @@ def _target(options):
     """The target of each row and the numbers of the hard loss; None where there is none."""
     if options.target is None:
         return None, None
-    target = options.target.reshape(-1).to(torch.int64).contiguous()
+    target = options.target.reshape(-1).contiguous()
     return target, numbers.as_tensor(options.hard_weight, options.soft_weight, options.label_smoothing)
 
 

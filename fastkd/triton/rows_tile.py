@@ -191,12 +191,12 @@ def gradient_of(slope, p, sum_slope, of_row, scale):
 
 @triton.jit
 def hard_sums(s, maximum, target, columns, V, HARD: tl.constexpr):
-    """Of a tile: the student's sum at temperature 1, the sum of its logits, and the logit of the target."""
+    """Of a tile: the student's sum at temperature 1, the sum of z - max, and the logit of the target."""
     total = tl.zeros(maximum.shape, s.dtype)
     logits, logit = total, total
     if HARD:
         total = tl.sum(exp(s, maximum, tl.full(maximum.shape, 1.0, s.dtype)), 1)
-        logits = tl.sum(tl.where((columns < V)[None, :], s, 0.0), 1)
+        logits = tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
         logit = tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
     return total, logits, logit
 
@@ -207,8 +207,9 @@ def hard_gradient(s, of_row, hard, columns):
     none of the classes: as loud as a device may be that cannot raise."""
     target, has_target, scale, sum_hard, smoothing, V = hard
     max_student = of_row[2]
+    scale = tl.where(sum_hard == 0.0, 0.0, scale)
     scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
-    scale = tl.where(has_target & (sum_hard != 0.0), scale, 0.0)[:, None]
+    scale = tl.where(has_target, scale, 0.0)[:, None]
     p = exp(s, max_student, tl.full(max_student.shape, 1.0, s.dtype))
     p *= tl.where(sum_hard == 0.0, 0.0, 1.0 / sum_hard)[:, None]
     everywhere, of_target = (smoothing / V)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
@@ -222,7 +223,7 @@ def hard_loss(of_row, hard, hard_weight, scale, logits, logit):
     max_student = of_row[2]
     loss = log1p(sum_hard - 1.0)
     loss += tl.where(smoothing < 1.0, (1.0 - smoothing) * (max_student - logit), 0.0)
-    loss += tl.where(smoothing > 0.0, smoothing * (max_student - logits / V), 0.0)
+    loss += tl.where(smoothing > 0.0, -smoothing * logits / V, 0.0)
     loss = tl.where(sum_hard == 0.0, INF, loss) * scale
     if hard_weight == 0.0:
         loss = tl.zeros_like(loss)
@@ -272,8 +273,11 @@ def walk_for_statistics(
         max_student, sum_student = _accumulate(s, max_student, sum_student, a)
         max_teacher, sum_teacher = _accumulate(t, max_teacher, sum_teacher, a - b)
         if HARD:
+            before = finite(max_hard)
             max_hard, sum_hard = _accumulate(s, max_hard, sum_hard, tl.full((ROWS,), 1.0, dtype))
-            logits += tl.sum(tl.where((columns < V)[None, :], s, 0.0), 1)
+            maximum = finite(max_hard)
+            logits += first * (before - maximum)
+            logits += tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
             logit += tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
     of_row = (a, b, finite(max_student), sum_student, finite(max_teacher), sum_teacher)
     return of_row, sum_hard, logits, logit
