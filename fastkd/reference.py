@@ -164,8 +164,8 @@ def _weighted(weight, rows):
 
 def _cross_entropy(logits, options):
     """That of the student's softmax at temperature 1 with the target, smoothed. Of a row without any possible class it
-    is +inf, and has no gradient. Classes of rows that do not count may be anything; of others one out of range gives NaN,
-    where nobody could look at it before."""
+    is +inf, and has no gradient. Targets of rows that do not count may be anything; of others one out of range gives
+    NaN, where nobody could look at it before."""
     target = options.target
     if options.mask is not None:
         target = torch.where(options.mask, target, 0)

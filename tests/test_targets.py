@@ -6,6 +6,7 @@ import itertools
 import cases
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from test_rows import DTYPES, cancellation, eager, logit_size, run, storage_error
 from tolerances import FLOOR, TIMES_EAGER, error
@@ -71,7 +72,9 @@ def test_any_divergence_may_be_the_soft_part(backend, name):
 
 @pytest.mark.parametrize("smoothing", SMOOTHING)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("kind", ["plain", "large", "shifted", "impossible target", "one class", "learned", "far from it"])
+@pytest.mark.parametrize(
+    "kind", ["plain", "large", "shifted", "impossible target", "one class", "learned", "far from it"]
+)
 def test_the_hard_part_is_as_good_as_cross_entropy(backend, kind, dtype, smoothing):
     student = torch.randn(5, 1 if kind == "one class" else 700, dtype=dtype)
     target = torch.randint(student.shape[-1], (5,))

@@ -207,4 +207,4 @@ def zero_as_tensor(value, student):
 def _no_row_counts(student, mask):
     """With a normalizer of 0. What a mask holds is not looked at: on other devices a look would wait for them."""
     if mask is None and student.numel():
-        raise ValueError("normalizer: 0 is wanted only where no row counts, as a mask or ignored targets say; here all rows do")
+        raise ValueError("normalizer: 0 is wanted only where no row counts, as masks or targets say; here all rows do")
