@@ -5,8 +5,8 @@ with the other losses of logits stands in :mod:`fastkd.functional.logits`.
 nothing: its loss is 0, its gradient 0, and the divisor leaves it out. On the CPU a target out of range is an error. On
 other devices, where a look at it would have to wait for the device, the row's loss and gradient are NaN.
 
-**Rows without a possible class.** Where it is the teacher's, the row has its hard loss alone; where it is the student's,
-the loss is +inf and the gradient 0.
+**Rows without a possible class.** Where it is the teacher's, the row has its hard loss alone; where it is the
+student's, the loss is +inf and the gradient 0.
 
 **Memory.** As of the other losses of logits, but each thread of the CPU keeps 16 bytes a class, 32 in float64.
 """
