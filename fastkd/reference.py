@@ -175,7 +175,7 @@ def _cross_entropy(logits, options):
     of_target = -log_p.gather(-1, torch.where(known, target, 0)[..., None]).squeeze(-1)
     smoothing = _number(options.label_smoothing, logits)
     rows = _weighted(1 - smoothing, of_target) + _weighted(smoothing, -log_p.mean(-1))
-    return torch.where(nothing.squeeze(-1), torch.inf, rows) * torch.where(known, 1.0, torch.nan)
+    return torch.where(nothing.squeeze(-1), torch.inf, rows) * torch.where(known, rows.new_ones(()), torch.nan)
 
 
 def _reduce(rows, classes, mask, reduction, normalizer):
@@ -228,7 +228,9 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.target is not None:
-        rows = _weighted(options.soft_weight, rows) + _weighted(options.hard_weight, _cross_entropy(s, options))
+        hard = _cross_entropy(s, options)
+        rows = _weighted(options.soft_weight, rows) + _weighted(options.hard_weight, hard)
+        rows = torch.where(hard.isnan(), hard, rows)  # of a target out of range, whatever its weight
         if not rows.requires_grad:  # both weights are 0: a gradient of 0 is one
             rows = rows + 0.0 * torch.where(s.isfinite(), s, 0.0).sum(-1)
     if options.weight is not None:

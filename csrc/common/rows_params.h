@@ -28,6 +28,7 @@ struct RowsStats {
 struct HardTargets {
   const int64_t* target = nullptr;  // [N]; null: the divergence alone
   double hard_weight = 0, soft_weight = 1, smoothing = 0;
+  FASTKD_HD bool without_soft() const { return soft_weight == 0; }  // a part of weight 0 is left out, be it NaN
 };
 
 // T is the type that is computed in: float, or double where an input is double.

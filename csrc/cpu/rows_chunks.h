@@ -1,6 +1,7 @@
 // What the passes of the rows schedule do with a chunk of a row, which lies in the first-level cache: see
 // rows_kernel.cpp.
 #pragma once
+#include "cpu/rows_kernel.h"
 #include "cpu/rows_math.h"
 
 namespace fastkd::FASTKD_ISA {

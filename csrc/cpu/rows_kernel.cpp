@@ -134,7 +134,8 @@ void hard_grad(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, c
 template <class T, class D>
 void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
             int64_t end, Prefetch& ahead) {
-  if (stats.sum_teacher == 0) {  // a teacher of -inf alone: q = 0, which contributes nothing
+  // of a teacher of -inf alone: q = 0, which contributes nothing
+  if (stats.sum_teacher == 0 || P.hard.without_soft()) {
     if (D::kCentred) hard_grad(P, W, row, stats, begin, end);
     return;
   }
@@ -177,7 +178,7 @@ template <class T>
 void gradient(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
               int64_t end, Prefetch& ahead) {
   if (!P.grad.data) return;
-  if (no_gradient(stats)) return hard_grad(P, W, row, stats, begin, end);
+  if (no_gradient(stats) || P.hard.without_soft()) return hard_grad(P, W, row, stats, begin, end);
   alignas(64) T grad[kChunk];
   const Row<T> r = row_constants(P, row);
   const Scale<double> of_row = row_scale(r, stats);
@@ -218,7 +219,7 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
       logits += W.blocks[block].logits + double(part(block * kRowsBlock, P.V, kRowsBlock)) * below;
     }
     // a weight of 0 leaves out what may be infinite
-    loss = P.hard.soft_weight == 0 ? 0 : loss;
+    loss = P.hard.without_soft() ? 0 : loss;
     loss += P.hard.hard_weight == 0 ? 0 : hard_loss(P, stats, logit, logits) * r.hard_loss_scale;
   }
   P.loss[row] = T(loss);
@@ -257,7 +258,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
   const Row<T> r = row_constants(P, row);
   const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
   const HardScale<T> hard = hard_scale(P, r, stats, stats);
-  const bool soft = !no_gradient(stats);
+  const bool soft = !no_gradient(stats) && !P.hard.without_soft();
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   char* grad_row = P.grad.row(row);
   RowsStats sums = stats;  // the maxima are the row's own; the sums are known

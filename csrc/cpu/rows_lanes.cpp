@@ -4,9 +4,9 @@
 //
 // The formulas are those of rows_kernel.cpp. A group of rows is read class by class into a workspace that stays in
 // cache; there its maxima are found, the exponentials and differences take the logits' place, and the rest is written
-// from them. No lane waits for another: a row's result does not depend on its neighbours'. Rows of a group that
-// differ in the divergence's parameter are computed row by row in its place.
-// Traffic: student + teacher + gradient, once each.
+// from them. No lane waits for another: a row's result does not depend on its neighbours', but for roundings of a hard
+// loss where their temperatures differ. Rows of a group that differ in the divergence's parameter are computed row by
+// row in its place. Traffic: student + teacher + gradient, once each.
 #include "cpu/rows_lanes.h"
 
 #include "common/enum.h"
@@ -145,7 +145,7 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
   }
   second.set(group, lanes);
   for (int64_t i = 0; i < lanes; ++i) {
-    second.keep(i, i < n && counts(P, begin + i) && !no_gradient(group.stats(i)));
+    second.keep(i, i < n && counts(P, begin + i) && !no_gradient(group.stats(i)) && !P.hard.without_soft());
   }
   const GroupOf of_grad(P.grad, begin);
   with_functor<D>(P.parameter[begin], [&](auto divergence) {
@@ -156,7 +156,7 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
     if (group.sum_teacher[i] == 0) group.slope[i] = 0;
     if (!D::kCentred && no_gradient(group.stats(i))) second.keep(i, false);
     second.slope[i] = T(group.slope[i]);
-    double loss = P.hard.soft_weight == 0 ? 0 : loss_of<D>(sums, group, i) * group.loss_scale[i];
+    double loss = P.hard.without_soft() ? 0 : loss_of<D>(sums, group, i) * group.loss_scale[i];
     if (hard && kept) loss += hard->loss(P, begin + i, i, group);
     P.loss[begin + i] = kept ? T(loss) : T(0);
     if (P.stats) P.stats[begin + i] = kept ? group.stats(i) : RowsStats{};
@@ -179,7 +179,7 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
   for (int64_t i = 0; i < lanes; ++i) {
     const int64_t row = begin + (i < n ? i : n - 1);
     group.set_stats(i, P.stats[row]);
-    second.keep(i, counts(P, row) && !no_gradient(P.stats[row]));
+    second.keep(i, counts(P, row) && !no_gradient(P.stats[row]) && !P.hard.without_soft());
   }
   first.set(group, lanes);
   second.set(group, lanes);

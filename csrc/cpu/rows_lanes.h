@@ -10,7 +10,8 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
-// Of what is the same for every divergence: compiled once, not into each. A call of it has a whole group's work.
+// Marks functions that do not depend on the divergence, so that they are not inlined into every one. A call handles one
+// class of all rows of a group, or more.
 #define FASTKD_ONCE __attribute__((noinline))
 
 // Classes that are added up in T; what they add up to in double.
@@ -221,7 +222,7 @@ struct Hard {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) part[i] += student[i] - T(group.max_student[i]);
   }
-  // The same of powers.
+  // Adds up e^(z - max) as powers of the exponentials at temperature T.
   FASTKD_ONCE void read_exponentials(const RowsParams<T>& P, int64_t lanes, const T* exp_student, Group& group) const {
     if (power == 0) return;
     Lanes<T> part;

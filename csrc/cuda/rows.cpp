@@ -24,7 +24,7 @@ struct Cuda {
     if (P.N > 0) {
       const cuda::RowsPlan plan = cuda::rows_plan(P, context.device);
       const int64_t parts = plan.on_chip ? 0 : P.N * plan.splits;
-      const Tensor workspace = torch::stable::new_empty(student, {parts * 11}, kScalarType<T>);  // RowsParts
+      const Tensor workspace = torch::stable::new_empty(student, {parts * cuda::kPartValues}, kScalarType<T>);
       FASTKD_CUDA_CHECK(with_constant(P.divergence, [&](auto which) {
         return cuda::rows_forward<which.value>(P, context.device, workspace.mutable_data_ptr(), context.stream);
       }));

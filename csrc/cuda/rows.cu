@@ -66,6 +66,9 @@ cudaError_t side_by_side(const RowsParams<T>& P, const RowsPlan& plan, const Dev
 template <class T, class S>
 cudaError_t split(const RowsParams<T>& P, const RowsPlan& plan, void* workspace, cudaStream_t stream) {
   using D = Functor<T>;
+  constexpr int kRooms = kMaxThreads / 32 + 1;
+  static_assert(kRooms * (sizeof(SharedSums<T, true>) + sizeof(HardSums<T>)) <= kRoomBytes);
+  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) + sizeof(HardSums<T>) == kPartValues * sizeof(T));
   const RowsParts<T> parts = parts_in<T>(workspace, P.N, plan.splits);
   for (int64_t row = 0; row < P.N; row += plan.wave_rows) {
     const int64_t rows = std::min(plan.wave_rows, P.N - row);

@@ -44,7 +44,7 @@ __device__ __forceinline__ void store_class(const RowLayout<S, U>& L, const Rows
 // The second pass over the classes v, v + step, ...: adds to the sums, and leaves the gradient where it is final.
 template <class T, class D, int kCount>
 __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
-                                       const D& divergence, T grad_scale, const HardRow<T>& hard, int64_t v,
+                                       const D& divergence, T grad_scale, const HardRow<T>* hard, int64_t v,
                                        int64_t step, LossSums<T>& sums, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -57,13 +57,13 @@ __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount
       sums.slope += slope;
     }
   }
-  if constexpr (D::kCentred) hard.add(s, v, step, grad);
+  if (D::kCentred && hard) hard->add(s, v, step, grad);
 }
 
 // The gradient once the sum of the slopes is known.
 template <class T, class D, int kCount>
 __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCount], const RowSoftmax<T>& softmax,
-                                         const D& divergence, T grad_scale, T slopes, const HardRow<T>& hard, int64_t v,
+                                         const D& divergence, T grad_scale, T slopes, const HardRow<T>* hard, int64_t v,
                                          int64_t step, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -71,7 +71,7 @@ __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCou
     const T slope = divergence.slope(e);
     grad[i] = (D::kCentred ? slope : slope - e.p * slopes) * grad_scale;
   }
-  hard.add(s, v, step, grad);
+  if (hard) hard->add(s, v, step, grad);
 }
 
 // A row without a gradient: a side without a possible class, or slopes without a finite sum.
@@ -91,14 +91,26 @@ __device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums
   return loss * r.loss_scale;
 }
 
-// Leaves the loss, and what backward needs, of a row that counts.
+// Leaves the loss, and what backward needs, of a row that counts; where it has a target, after save_hard.
 template <class T, class D>
 __device__ __forceinline__ void save(const RowsParams<T>& P, int64_t row, const Sums<T>& k, const LossSums<T>& sums,
-                                     const HardSums<T>& hard, const RowConstants<T>& r) {
-  T loss = P.hard.soft_weight == 0 ? T(0) : soft_loss<T, D>(k, sums, r);  // leaves out what may be infinite
-  if (P.hard.target) loss += hard_loss(P, row, r, hard, k.max_student);
-  P.loss[row] = loss;
-  if (P.stats) P.stats[row] = {k.max_student, k.sum_student, k.max_teacher, k.sum_teacher, sums.slope, hard.sum};
+                                     const RowConstants<T>& r) {
+  const T loss = P.hard.without_soft() ? T(0) : soft_loss<T, D>(k, sums, r);  // leaves out what may be infinite
+  P.loss[row] = P.hard.target ? P.loss[row] + loss : loss;
+  if (!P.stats) return;
+  RowsStats& stats = P.stats[row];
+  stats.max_student = k.max_student;
+  stats.sum_student = k.sum_student;
+  stats.max_teacher = k.max_teacher;
+  stats.sum_teacher = k.sum_teacher;
+  stats.slope = sums.slope;
+}
+// The hard part of both, by the same thread. Early, so that no register has to keep it.
+template <class T>
+__device__ __forceinline__ void save_hard(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r,
+                                          const HardSums<T>& hard, T max) {
+  P.loss[row] = hard_loss(P, row, r, hard, max);
+  if (P.stats) P.stats[row].sum_hard = hard.sum;
 }
 // The same of a row that is masked out.
 template <class T>
@@ -110,20 +122,20 @@ __device__ __forceinline__ void save_nothing(const RowsParams<T>& P, int64_t row
 // The gradient of a row whose divergence has none: that of its hard loss, if it has one.
 template <class S, class U, class T>
 __device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t begin, int64_t end, bool edges,
-                          int rank, int threads, const HardRow<T>& hard) {
+                          int rank, int threads, const HardRow<T>* hard) {
   for (int64_t i = begin + rank; i < end; i += threads) {
     T grad[kPack] = {}, s[kPack];
-    if (hard.target >= 0) {
+    if (hard) {
       load_pack<S, Memory::kGlobal>(L.student + L.pack(i) * element_size<S>(P.student), P.student.dtype, s);
-      hard.add(s, L.pack(i), 1, grad);
+      hard->add(s, L.pack(i), 1, grad);
     }
     store_pack<S>(L.grad + L.pack(i) * element_size<S>(P.grad), P.grad.dtype, grad);
   }
   for (int64_t i = rank; edges && i < L.edges; i += threads) {
     T grad[1] = {}, s[1], t[1];
-    if (hard.target >= 0) {
+    if (hard) {
       load_class(L, P, L.edge(i), s, t);
-      hard.add(s, L.edge(i), 1, grad);
+      hard->add(s, L.edge(i), 1, grad);
     }
     store_class(L, P, L.edge(i), grad[0]);
   }
@@ -137,6 +149,7 @@ struct RowsRoom {
   SharedSums<T, kEntropy> sums[kMaxThreads / 32 + 1];
   LossSums<T> losses[kMaxThreads / 32 + 1];
   HardSums<T> hard[kMaxThreads / 32 + 1];
+  HardRow<T> hard_rows[kMaxThreads / 32];  // of each warp's row: not in registers, of which the loops want all
 };
 
 // grid (ceil(N / rows of a block) * blocks of a cluster), block (threads of a row, rows).
@@ -188,16 +201,22 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
     add<T, kPack, D::kTeacherEntropy>(own.sums, hard_sums, s, t, r, P.hard);
   }
   const Sums<T> k = combine_over_row(own, room.sums, first_warp, warps, block_warps).sums;
-  HardRow<T> hard;
+  HardRow<T>* hard = nullptr;
   if (P.hard.target) {
     if (counts && edges && rank == 0) hard_sums.logit = target_logit<S>(P, row, L.student);
     hard_sums = rebased(hard_sums, own.sums.max_student, k.max_student);
     hard_sums = combine_over_row(hard_sums, room.hard, first_warp, warps, block_warps);
     if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
-    if (counts) hard = HardRow<T>(P, row, r, k.max_student, hard_sums.sum);
+    if (counts) {
+      hard = room.hard_rows + first_warp + rank / 32;
+      if (rank % 32 == 0) *hard = HardRow<T>(P, row, r, k.max_student, hard_sums.sum);
+      if (edges && rank == 0) save_hard(P, row, r, hard_sums, k.max_student);
+      __syncwarp();
+    }
   }
 
-  const bool write = P.grad.data != nullptr, possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0);
+  const bool write = P.grad.data != nullptr,
+             possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0) && !P.hard.without_soft();
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   const double parameter = P.parameter[exists ? row : 0];
   LossSums<T> sums = LossSums<T>::empty();
@@ -216,7 +235,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   sums = combine_over_row(sums, room.losses, first_warp, warps, block_warps);
   if (edges && rank == 0) {
     if (counts) {
-      save<T, D>(P, row, k, sums, hard_sums, r);
+      save<T, D>(P, row, k, sums, r);
     } else {
       save_nothing(P, row);
     }

@@ -125,12 +125,12 @@ __device__ __forceinline__ void merge(Sums<T>& k, Sums<T> other, const RowConsta
 
 // The gradient of a row whose divergence has none: that of its hard loss, if it has one.
 template <class T, class S, class U>
-__device__ void hard_grad(const RowsParams<T>& P, const LaneRow<S, U>& L, const HardRow<T>& hard) {
+__device__ void hard_grad(const RowsParams<T>& P, const LaneRow<S, U>& L, const HardRow<T>* hard) {
   for (int64_t v = threadIdx.y; v < P.V; v += blockDim.y) {
     T grad[1] = {};
-    if (hard.target >= 0) {
+    if (hard) {
       const T s[1] = {load_one<S, T>(L.student + v * L.step_student, P.student.dtype)};
-      hard.add(s, v, 1, grad);
+      hard->add(s, v, 1, grad);
     }
     store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad[0]);
   }
@@ -160,20 +160,24 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
       });
   const Sums<T> k =
       over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); });
-  HardRow<T> hard;
+  HardRow<T> of_hard;
+  const HardRow<T>* hard = nullptr;
   if (P.hard.target) {
     hard_sums = rebased(hard_sums, own.max_student, k.max_student);
     hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) {
       all.sum += other.sum;
       all.logits += other.logits;
-      all.count += other.count;
       all.logit += other.logit;
     });
     if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
-    if (counts) hard = HardRow<T>(P, L.row, r, k.max_student, hard_sums.sum);
+    if (counts) {
+      of_hard = HardRow<T>(P, L.row, r, k.max_student, hard_sums.sum);
+      hard = &of_hard;
+      if (threadIdx.y == 0) save_hard(P, L.row, r, hard_sums, k.max_student);
+    }
   }
 
-  const bool possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0);
+  const bool possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0) && !P.hard.without_soft();
   const bool write = L.exists && L.grad;
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   const double parameter = P.parameter[L.row];
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   });
   if (L.exists && threadIdx.y == 0) {
     if (counts) {
-      save<T, D>(P, L.row, k, sums, hard_sums, r);
+      save<T, D>(P, L.row, k, sums, r);
     } else {
       save_nothing(P, L.row);
     }
@@ -223,14 +227,20 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const LaneRow<S, U> L(P, inner, in_run);
   if (!L.exists) return;
   RowsStats k{};
-  HardRow<T> hard;
+  HardRow<T> of_hard;
+  const HardRow<T>* hard = nullptr;
   const RowConstants<T> r = row_constants(P, L.row);
   if (!P.mask || P.mask[L.row]) {
     k = P.stats[L.row];
-    if (P.hard.target) hard = HardRow<T>(P, L.row, r, T(k.max_student), T(k.sum_hard));
+    if (P.hard.target) {
+      of_hard = HardRow<T>(P, L.row, r, T(k.max_student), T(k.sum_hard));
+      hard = &of_hard;
+    }
   }
   const auto store = [&](int64_t v, T grad) { store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad); };
-  if (no_gradient(T(k.sum_student), T(k.sum_teacher), T(k.slope))) return hard_grad(P, L, hard);
+  if (no_gradient(T(k.sum_student), T(k.sum_teacher), T(k.slope)) || P.hard.without_soft()) {
+    return hard_grad(P, L, hard);
+  }
   const RowSoftmax<T> softmax(r, T(k.max_student), T(k.sum_student), T(k.max_teacher), T(k.sum_teacher));
   const auto load = [&](int64_t v, T& s, T& t) {
     s = load_one<S, T>(L.student + v * L.step_student, P.student.dtype);

@@ -11,6 +11,7 @@ namespace fastkd::cuda {
 inline constexpr int64_t kPlanPack = 8;
 inline constexpr int kPlanThreads = 256;
 inline constexpr int64_t kRoomBytes = 1024;  // for the exchange between warps
+inline constexpr int64_t kPartValues = 11;   // of a part of a row, in RowsParts
 // Three blocks a multiprocessor: while one copies another computes and a third stores.
 inline constexpr int64_t kSharedAimed = 72 << 10;
 inline constexpr int kMaxCluster = 8;  // what every GPU that has clusters can do

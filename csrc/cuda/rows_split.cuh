@@ -96,11 +96,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const bool counts = !P.mask || P.mask[row];
   const RowConstants<T> r = row_constants(P, row);
   const Sums<T> k = counts ? row_sums<T, D::kTeacherEntropy>(parts, row, r) : Sums<T>{};
-  HardRow<T> hard;
+  HardRow<T> of_hard;
+  const HardRow<T>* hard = nullptr;
   if (write && counts && P.hard.target) {
-    hard = HardRow<T>(P, row, r, k.max_student, row_hard(P, parts, row, k, r).sum);
+    of_hard = HardRow<T>(P, row, r, k.max_student, row_hard(P, parts, row, k, r).sum);
+    hard = &of_hard;
   }
-  if (k.sum_student == T(0) || k.sum_teacher == T(0)) {
+  if (k.sum_student == T(0) || k.sum_teacher == T(0) || P.hard.without_soft()) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
     if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);
     return;
@@ -156,9 +158,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       sum_hard = T(saved.sum_hard);
     }
   }
-  HardRow<T> hard;
-  if (counts && P.hard.target) hard = HardRow<T>(P, row, r, k.max_student, sum_hard);
-  if (no_gradient(k.sum_student, k.sum_teacher, slopes)) {
+  HardRow<T> of_hard;
+  const HardRow<T>* hard = nullptr;
+  if (counts && P.hard.target) {
+    of_hard = HardRow<T>(P, row, r, k.max_student, sum_hard);
+    hard = &of_hard;
+  }
+  if (no_gradient(k.sum_student, k.sum_teacher, slopes) || P.hard.without_soft()) {
     hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);
     return;
   }
@@ -193,7 +199,9 @@ __global__ void rows_finish_kernel(const __grid_constant__ RowsParams<T> P, Rows
   const Sums<T> k = row_sums<T, D::kTeacherEntropy>(parts, row, r);
   const LossSums<T> sums = row_losses(parts, row);
   const HardSums<T> hard = row_hard(P, parts, row, k, r);
-  if (threadIdx.x == 0) save<T, D>(P, row, k, sums, hard, r);
+  if (threadIdx.x != 0) return;
+  if (P.hard.target) save_hard(P, row, r, hard, k.max_student);
+  save<T, D>(P, row, k, sums, r);
 }
 
 }  // namespace fastkd::cuda

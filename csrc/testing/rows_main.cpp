@@ -174,7 +174,7 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, bool targets) {
   RowsParams<float> back = P;
   back.grad = again.rows(kType);
   const cuda::RowsPlan plan = cuda::rows_plan(P, device);
-  std::vector<float> workspace(plan.on_chip ? 0 : 11 * N * plan.splits);
+  std::vector<float> workspace(plan.on_chip ? 0 : cuda::kPartValues * N * plan.splits);
   cudaError_t e = forward_backward(P, device, workspace.data(), back);
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;

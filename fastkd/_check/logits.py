@@ -52,8 +52,8 @@ class LogitsOptions(NamedTuple):
 
 
 def logits_loss(student, teacher, options, dim=-1):
-    """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end. Whether it
-    has a target that may leave out rows."""
+    """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end. Returns
+    whether it has a target that may leave out rows."""
     logits(student, teacher, dim)
     temperature("temperature", options.temperature, student, LEARNED)
     if options.teacher_temperature is not options.temperature:

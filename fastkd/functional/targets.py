@@ -1,9 +1,10 @@
 """Losses of logits that have a target as well: the class of each row beside the teacher's distribution. What they share
 with the other losses of logits stands in :mod:`fastkd.functional.logits`.
 
-**Targets** are whole numbers from 0 to V - 1, one for each row. A row whose target is ``ignore_index`` counts for
-nothing: its loss is 0, its gradient 0, and the divisor leaves it out. On the CPU a target out of range is an error. On
-other devices, where a look at it would have to wait for the device, the row's loss and gradient are NaN.
+**Targets** are whole numbers from 0 to V - 1, one for each row: a tensor of int64, or of a smaller integer type. A
+row whose target is ``ignore_index`` counts for nothing: its loss is 0, its gradient 0, and the divisor leaves it out.
+Where a mask leaves a row out, its target may be anything. On the CPU a target out of range is an error. On other
+devices, where a look at it would have to wait for the device, the row's loss and gradient are NaN.
 
 **Rows without a possible class.** Where it is the teacher's, the row has its hard loss alone; where it is the
 student's, the loss is +inf and the gradient 0.
@@ -47,7 +48,7 @@ def kd_loss(
 
     The first part, the hard loss, is at temperature 1. The second, the soft loss, is any of the divergences that
     have functions of their own, with its temperatures. With label smoothing s the first part is (1 - s) times the
-    target's -log p and s times the mean of all classes', as that of ``torch.nn.functional.cross_entropy``. Where
+    target's -log p plus s times the mean of all classes', as that of ``torch.nn.functional.cross_entropy``. Where
     one part is +inf, so is the loss; the other part keeps its gradient. A part whose weight is 0 is left out.
 
     What all losses of logits share stands in :mod:`fastkd.functional.logits`, and what is said of targets in

@@ -96,7 +96,7 @@ def rows_fwd_kernel(
         sum_student, sum_teacher = tl.sum(exp(s, max_student, a), 1), tl.sum(exp(t, max_teacher, a - b), 1)
         of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
         sum_hard, logits, logit = hard_sums(s, max_student, classes, columns, V, HARD)
-        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
+        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V, soft_weights)
         losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total = tl.sum(losses, 1)
         sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
@@ -105,7 +105,7 @@ def rows_fwd_kernel(
             store(grad, grad_step, live, V, columns, values)
     else:
         of_row, sum_hard, logits, logit = walk_for_statistics(inputs, a, b, classes, dtype, ROWS, BLOCK, HARD)
-        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V)
+        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V, soft_weights)
         total, sum_slope = walk_for_loss(
             inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
             DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, HARD, dtype, ROWS, BLOCK,
@@ -183,7 +183,7 @@ def rows_bwd_kernel(
     _loss, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
     HARD: tl.constexpr = target is not None
     sum_hard = tl.load(stats + 5, mask=read, other=0.0).to(dtype) if HARD else max_student
-    hard = (classes, read, hard_scale, sum_hard, smoothings, V)
+    hard = (classes, read, hard_scale, sum_hard, smoothings, V, soft_weights)
     values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
     store(grad, grad_step, live, V, columns, values)
 

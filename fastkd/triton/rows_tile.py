@@ -10,7 +10,7 @@ INF = tl.constexpr(float("inf"))
 
 # In the kernels
 #   hard    of rows with a target, [ROWS] each: the target, which rows have one, and what they are multiplied by in the
-#           gradient; the sum of e^(z - max) of the student; smoothing, and V
+#           gradient; the sum of e^(z - max) of the student; smoothing; V; and the weight of the soft loss
 #   inputs  what load needs: pointers to the rows [ROWS] and the step between classes, for
 #           student and teacher; which rows to read [ROWS]; V
 #   of_row  constants of a row, [ROWS] each: a = 1 / T, b = 1 / T - 1 / T_teacher, the maxima and
@@ -205,7 +205,7 @@ def hard_sums(s, maximum, target, columns, V, HARD: tl.constexpr):
 def hard_gradient(s, of_row, hard, columns):
     """What the hard loss adds to the gradient of a tile. Nothing where no class is possible; NaN where the target is
     none of the classes: as loud as a device may be that cannot raise."""
-    target, has_target, scale, sum_hard, smoothing, V = hard
+    target, has_target, scale, sum_hard, smoothing, V, _soft_weight = hard
     max_student = of_row[2]
     scale = tl.where(sum_hard == 0.0, 0.0, scale)
     scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
@@ -219,7 +219,7 @@ def hard_gradient(s, of_row, hard, columns):
 @triton.jit
 def hard_loss(of_row, hard, hard_weight, scale, logits, logit):
     """Cross-entropy with the target. With a weight of 0 it is left out, however large it is."""
-    target, has_target, _scale, sum_hard, smoothing, V = hard
+    target, has_target, _scale, sum_hard, smoothing, V, _soft_weight = hard
     max_student = of_row[2]
     loss = log1p(sum_hard - 1.0)
     loss += tl.where(smoothing < 1.0, (1.0 - smoothing) * (max_student - logit), 0.0)
@@ -253,6 +253,7 @@ def whole_gradient(slope, p, sum_slope, of_row, scale, s, hard, columns, HARD: t
     """The gradient of a tile, of both losses where rows have targets."""
     grad = gradient_of(slope, p, sum_slope, of_row, scale)
     if HARD:
+        grad = tl.where(hard[6][:, None] == 0.0, 0.0, grad)  # what has no weight is left out, be it NaN
         grad += hard_gradient(s, of_row, hard, columns)
     return grad
 
