@@ -98,7 +98,7 @@ MUTATIONS = [
     Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_math.cuh",
              "hard.logits += i < count ? s[i] - sums.max_student : T(0);", "hard.logits += s[i] - sums.max_student;", TARGETS),
     Mutation("cuda targets: a row without a soft gradient has none at all", "csrc/cuda/rows_split.cuh",
-             "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);",
+             "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);",
              "if (write) hard_grad<S, U, T>(P, L, slice.begin, slice.end, slice.edges, rank, threads, nullptr);", TARGETS),
     Mutation("cuda lanes: a warp's classes past those that are kept are the first ones", "csrc/cuda/rows_lanes.cuh",
              ": reinterpret_cast<const From*>(p);", ": reinterpret_cast<const From*>(room) + threadIdx.x;", ROWS),

@@ -125,7 +125,7 @@ __device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int6
                           int rank, int threads, const HardRow<T>* hard) {
   for (int64_t i = begin + rank; i < end; i += threads) {
     T grad[kPack] = {}, s[kPack];
-    if (hard) {
+    if (hard && hard->target >= 0) {
       load_pack<S, Memory::kGlobal>(L.student + L.pack(i) * element_size<S>(P.student), P.student.dtype, s);
       hard->add(s, L.pack(i), 1, grad);
     }
@@ -133,7 +133,7 @@ __device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int6
   }
   for (int64_t i = rank; edges && i < L.edges; i += threads) {
     T grad[1] = {}, s[1], t[1];
-    if (hard) {
+    if (hard && hard->target >= 0) {
       load_class(L, P, L.edge(i), s, t);
       hard->add(s, L.edge(i), 1, grad);
     }

@@ -125,12 +125,12 @@ __device__ __forceinline__ void merge(Sums<T>& k, Sums<T> other, const RowConsta
 
 // The gradient of a row whose divergence has none: that of its hard loss, if it has one.
 template <class T, class S, class U>
-__device__ void hard_grad(const RowsParams<T>& P, const LaneRow<S, U>& L, const HardRow<T>* hard) {
+__device__ void hard_grad(const RowsParams<T>& P, const LaneRow<S, U>& L, const HardRow<T>& hard) {
   for (int64_t v = threadIdx.y; v < P.V; v += blockDim.y) {
     T grad[1] = {};
-    if (hard) {
+    if (hard.target >= 0) {
       const T s[1] = {load_one<S, T>(L.student + v * L.step_student, P.student.dtype)};
-      hard->add(s, v, 1, grad);
+      hard.add(s, v, 1, grad);
     }
     store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad[0]);
   }
@@ -160,8 +160,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
       });
   const Sums<T> k =
       over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); });
-  HardRow<T> of_hard;
-  const HardRow<T>* hard = nullptr;
+  HardRow<T> hard;
   if (P.hard.target) {
     hard_sums = rebased(hard_sums, own.max_student, k.max_student);
     hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) {
@@ -171,8 +170,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     });
     if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
     if (counts) {
-      of_hard = HardRow<T>(P, L.row, r, k.max_student, hard_sums.sum);
-      hard = &of_hard;
+      hard = HardRow<T>(P, L.row, r, k.max_student, hard_sums.sum);
       if (threadIdx.y == 0) save_hard(P, L.row, r, hard_sums, k.max_student);
     }
   }
@@ -192,7 +190,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   with_functor<D>(parameter, [&](const auto& divergence) {
     walk<T>(possible ? V : 0, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
       T grad[kAtOnce];
-      reduce(s, t, softmax, divergence, r.grad_scale, hard, v, blockDim.y, sums, grad);
+      reduce(s, t, softmax, divergence, r.grad_scale, &hard, v, blockDim.y, sums, grad);
       if (D::kCentred && write) store(v, count, grad);
     });
   });
@@ -213,7 +211,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     with_functor<D>(parameter, [&](const auto& divergence) {
       walk<T>(V, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
         T grad[kAtOnce];
-        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, hard, v, blockDim.y, grad);
+        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, &hard, v, blockDim.y, grad);
         store(v, count, grad);
       });
     });
@@ -227,15 +225,11 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const LaneRow<S, U> L(P, inner, in_run);
   if (!L.exists) return;
   RowsStats k{};
-  HardRow<T> of_hard;
-  const HardRow<T>* hard = nullptr;
+  HardRow<T> hard;
   const RowConstants<T> r = row_constants(P, L.row);
   if (!P.mask || P.mask[L.row]) {
     k = P.stats[L.row];
-    if (P.hard.target) {
-      of_hard = HardRow<T>(P, L.row, r, T(k.max_student), T(k.sum_hard));
-      hard = &of_hard;
-    }
+    if (P.hard.target) hard = HardRow<T>(P, L.row, r, T(k.max_student), T(k.sum_hard));
   }
   const auto store = [&](int64_t v, T grad) { store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad); };
   if (no_gradient(T(k.sum_student), T(k.sum_teacher), T(k.slope)) || P.hard.without_soft()) {
@@ -249,7 +243,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   with_functor<D>(P.parameter[L.row], [&](const auto& divergence) {
     walk<T>(P.V, load, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
       T grad[kAtOnce];
-      gradient(s, t, softmax, divergence, r.grad_scale, T(k.slope), hard, v, blockDim.y, grad);
+      gradient(s, t, softmax, divergence, r.grad_scale, T(k.slope), &hard, v, blockDim.y, grad);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (i < count) store(v + i * int(blockDim.y), grad[i]);

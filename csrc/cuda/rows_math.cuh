@@ -177,9 +177,9 @@ template <class T>
 struct HardRow {
   T max, log2_sum;
   T scale, everywhere, of_target;
-  int64_t target;
+  int64_t target;  // -1: the row has no hard loss
 
-  HardRow() = default;
+  __device__ HardRow() : max(0), log2_sum(0), scale(0), everywhere(0), of_target(0), target(-1) {}
   __device__ HardRow(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, T max, T sum)
       : max(max), target(P.hard.target[row]) {
     log2_sum = sum == T(0) ? T(0) : log_of(sum) * kLog2e<T>;
@@ -195,6 +195,7 @@ struct HardRow {
   // Classes v, v + step, ...
   template <int kCount>
   __device__ __forceinline__ void add(const T (&s)[kCount], int64_t v, int64_t step, T (&grad)[kCount]) const {
+    if (target < 0) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       grad[i] += exp2_of((s[i] - max) * kLog2e<T> - log2_sum) * scale - everywhere;

@@ -96,15 +96,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const bool counts = !P.mask || P.mask[row];
   const RowConstants<T> r = row_constants(P, row);
   const Sums<T> k = counts ? row_sums<T, D::kTeacherEntropy>(parts, row, r) : Sums<T>{};
-  HardRow<T> of_hard;
-  const HardRow<T>* hard = nullptr;
+  HardRow<T> hard;
   if (write && counts && P.hard.target) {
-    of_hard = HardRow<T>(P, row, r, k.max_student, row_hard(P, parts, row, k, r).sum);
-    hard = &of_hard;
+    hard = HardRow<T>(P, row, r, k.max_student, row_hard(P, parts, row, k, r).sum);
   }
   if (k.sum_student == T(0) || k.sum_teacher == T(0) || P.hard.without_soft()) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
-    if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);
+    if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -113,7 +111,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   with_functor<D>(P.parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
-      reduce(s1, t1, softmax, divergence, r.grad_scale, hard, L.edge(i), 1, sums, grad1);
+      reduce(s1, t1, softmax, divergence, r.grad_scale, &hard, L.edge(i), 1, sums, grad1);
       if (write) store_class(L, P, L.edge(i), grad1[0]);
     }
     // Backwards: what the pass before touched last is the likeliest to be in the L2.
@@ -122,7 +120,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
-      reduce(s, t, softmax, divergence, r.grad_scale, hard, v, 1, sums, grad);
+      reduce(s, t, softmax, divergence, r.grad_scale, &hard, v, 1, sums, grad);
       if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
@@ -158,14 +156,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       sum_hard = T(saved.sum_hard);
     }
   }
-  HardRow<T> of_hard;
-  const HardRow<T>* hard = nullptr;
-  if (counts && P.hard.target) {
-    of_hard = HardRow<T>(P, row, r, k.max_student, sum_hard);
-    hard = &of_hard;
-  }
+  HardRow<T> hard;
+  if (counts && P.hard.target) hard = HardRow<T>(P, row, r, k.max_student, sum_hard);
   if (no_gradient(k.sum_student, k.sum_teacher, slopes) || P.hard.without_soft()) {
-    hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, hard);
+    hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -173,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   with_functor<D>(P.parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
-      gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, hard, L.edge(i), 1, grad1);
+      gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, &hard, L.edge(i), 1, grad1);
       store_class(L, P, L.edge(i), grad1[0]);
     }
     for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
@@ -181,7 +175,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
-      gradient(s, t, softmax, divergence, r.grad_scale, slopes, hard, v, 1, grad);
+      gradient(s, t, softmax, divergence, r.grad_scale, slopes, &hard, v, 1, grad);
       store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
