@@ -37,6 +37,9 @@ class RowsCall(NamedTuple):
     scale_tensor: Tensor | None  # [] float64, as inverse_divisor makes it
     target: Tensor | None = None  # [N] int64, the class of each row that counts, of a loss that has a hard part
     target_numbers: Tensor | None = None  # [3] float64 on the CPU: hard_weight, soft_weight, label_smoothing
+    target_loss: int = 0  # 0: these; else the number of a loss in _divergences.TARGET_LOSSES
+    second_parameter: float = 0.0  # as parameter, of a divergence or a target's loss that has two
+    second_parameter_rows: Tensor | None = None  # [N] float64, or []
 
 
 class RowsForward(NamedTuple):
@@ -44,13 +47,13 @@ class RowsForward(NamedTuple):
 
     loss: Out  # [*], one per row; or [], the sum over rows times scale
     grad: OptionalOut  # [*, V], the student's dtype, any strides
-    stats: OptionalOut  # [*, 6] float64, what rows_bwd needs
+    stats: OptionalOut  # [*, 7] float64, what rows_bwd needs
 
 
 class RowsBackward(NamedTuple):
     """What ``rows_bwd`` is told besides the call: it computes the gradient from the statistics of ``rows_fwd``."""
 
-    stats: Tensor  # [*, 6] float64
+    stats: Tensor  # [*, 7] float64
     upstream: Tensor  # [N], or one element
     grad: Out  # [*, V], the student's dtype; may be the student itself
 

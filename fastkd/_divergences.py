@@ -9,7 +9,13 @@ which prints C++ headers. Nothing is imported from torch, as the build runs it w
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+ENDLESS = sys.float_info.max
 
 
 class Parameter(NamedTuple):
@@ -24,7 +30,7 @@ class Parameter(NamedTuple):
     @property
     def range(self) -> str:
         """In an error."""
-        return f"from {self.low:g} to {self.high:g}"
+        return f"from {self.low:g} to {self.high:g}" if self.high < ENDLESS else f"of at least {self.low:g}"
 
 
 class Divergence(NamedTuple):
@@ -35,6 +41,7 @@ class Divergence(NamedTuple):
     centred: bool  # the slopes of a row add up to 0, so that their sum need not be known
     teacher_entropy: bool = False  # the teacher's entropy is a part of it
     parameter: Parameter | None = None
+    second: Parameter | None = None
 
 
 REGISTRY = {
@@ -70,20 +77,42 @@ REGISTRY = {
         Divergence("total_variation", "TotalVariation", centred=False),
     )
 }
+# What only losses of a target have: the divergence between the classes beside it.
+NON_TARGET = Divergence("non_target_kl", "NonTargetKL", centred=True, teacher_entropy=True)
+
+
+class TargetLoss(NamedTuple):
+    """A loss that parts a row's target from its other classes; see csrc/common/rows_params.h."""
+
+    number: int
+    parameter: Parameter
+    second: Parameter | None = None
+
+
+TARGET_LOSSES = {
+    "dkd_loss": TargetLoss(1, Parameter("beta", 8.0, 0.0, ENDLESS, {}), Parameter("alpha", 1.0, 0.0, ENDLESS, {})),
+    "nkd_loss": TargetLoss(2, Parameter("gamma", 1.5, 0.0, ENDLESS, {})),
+}
 # Those of relation_kl, which has beta and no other parameter.
 OF_RELATIONS = [name for name, entry in REGISTRY.items() if entry.parameter is None or entry.parameter.name == "beta"]
-NUMBERS = {name: number for number, name in enumerate(REGISTRY)}
-ENTRIES = list(REGISTRY.values())  # by number
+ENTRIES = [*REGISTRY.values(), NON_TARGET]  # by number
+NUMBERS = {entry.name: number for number, entry in enumerate(ENTRIES)}
+
+
+def parameters_of(name: str) -> list[Parameter]:
+    """Of a divergence, or of a loss of a target."""
+    entry = TARGET_LOSSES.get(name) or REGISTRY[name]
+    return [parameter for parameter in (entry.parameter, entry.second) if parameter is not None]
 
 
 def digest() -> str:
     """Which divergence has which number."""
-    return ",".join(REGISTRY)
+    return ",".join(NUMBERS)
 
 
 def list_header() -> str:
     """``divergence_list.h``: the enumeration of all divergences."""
-    functors = " ".join(f"X({entry.functor})" for entry in REGISTRY.values())
+    functors = " ".join(f"X({entry.functor})" for entry in ENTRIES)
     return f"""// Written by fastkd/_divergences.py.
 #pragma once
 #include <cstdint>
@@ -100,31 +129,34 @@ struct ParameterRange {{
   const char *name, *wanted;
   double low, high;
 }};
-// Of each divergence's parameter; of one that has none, 0 alone.
-inline constexpr ParameterRange kParameterRanges[] = {{{_ranges()}}};
+// Of each divergence's two parameters; of one that there is not, 0 alone.
+inline constexpr ParameterRange kParameterRanges[][2] = {{{_ranges(ENTRIES)}}};
+inline constexpr ParameterRange kTargetLossRanges[][2] = {{{_ranges(TARGET_LOSSES.values())}}};
 inline constexpr const char* kDivergencesDigest = "{digest()}";
 
 }}  // namespace fastkd"""
 
 
-def _ranges() -> str:
-    nothing = Parameter("parameter", 0.0, 0.0, 0.0, {})
-    parameters = [entry.parameter or nothing for entry in REGISTRY.values()]
-    return ", ".join(f'{{"{p.name}", "a number {p.range}", {p.low!r}, {p.high!r}}}' for p in parameters)
+def _ranges(entries: Iterable[Divergence | TargetLoss]) -> str:
+    def of(parameter: Parameter | None) -> str:
+        name, _, low, high, _ = p = parameter or Parameter("parameter", 0.0, 0.0, 0.0, {})
+        return f'{{"{name}", "a number {p.range}", {low!r}, {high!r}}}'
+
+    return ", ".join(f"{{{of(entry.parameter)}, {of(entry.second)}}}" for entry in entries)
 
 
 def functors_header() -> str:
     """``divergence_functors.h``: the functors, which must be what the entries say."""
     lines = ["// Written by fastkd/_divergences.py.", "#pragma once", '#include "divergence_list.h"']
-    lines += [f'#include "math/divergences/{entry.name}.h"' for entry in REGISTRY.values()]
+    lines += [f'#include "math/divergences/{entry.name}.h"' for entry in ENTRIES]
     lines += ["", "namespace fastkd::FASTKD_ISA {", ""]
-    for entry in REGISTRY.values():
+    for entry in ENTRIES:
         facts = (("kCentred", entry.centred), ("kTeacherEntropy", entry.teacher_entropy))
         for fact, value in facts:
             said = f'"fastkd/_divergences.py says something else of {entry.name}"'
             lines.append(f"static_assert({entry.functor}<float>::{fact} == {str(value).lower()}, {said});")
     lines += ["", "template <Divergence, class T>", "struct OfDivergence;"]
-    for entry in REGISTRY.values():
+    for entry in ENTRIES:
         functor = f"{{ using type = {entry.functor}<T>; }}"
         lines.append(f"template <class T> struct OfDivergence<Divergence::k{entry.functor}, T> {functor};")
     lines += ["template <Divergence kWhich, class T>", "using FunctorOf = typename OfDivergence<kWhich, T>::type;"]
@@ -134,7 +166,7 @@ def functors_header() -> str:
 PRINTED = {
     "list": list_header,
     "functors": functors_header,
-    "names": lambda: ";".join(entry.functor for entry in REGISTRY.values()),
+    "names": lambda: ";".join(entry.functor for entry in ENTRIES),
 }
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _check
-from ._divergences import REGISTRY
+from ._divergences import REGISTRY, parameters_of
 from ._inplace import overwritten
 from ._layouts import _GATHER, _dtensor, _first, _is_plain, _is_split, _layout, _list, _local, _mesh, _whole
 from .reference import compute_dtype
@@ -157,21 +157,20 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
     names = ("temperature", "teacher_temperature", "mask", "weight", "target")
     per_row = {name: getattr(options, name) for name in names}
-    if entry := REGISTRY[divergence].parameter:
-        per_row[entry.name] = options.parameter
+    parameters = dict(zip(("parameter", "second"), parameters_of(divergence), strict=False))
+    per_row |= {entry.name: getattr(options, field) for field, entry in parameters.items()}
     mesh = _mesh(student=student, teacher=teacher, **per_row, normalizer=options.normalizer)
     layout = _layout(mesh, student)
     options = options._replace(normalizer=_plain(options.normalizer))
     with _explained(student, teacher=teacher, **per_row):
         _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
-        if entry:
-            _check.parameter(entry, options.parameter, student)
+        for field, entry in parameters.items():
+            _check.parameter(entry, getattr(options, field), student)
     if not options.inplace:
         _check.not_overwritten(student)
     rows = student.shape[:-1]
     local = {name: _per_row(name, x, layout, rows) for name, x in per_row.items()}
-    if entry:
-        local["parameter"] = local.pop(entry.name)
+    local |= {field: local.pop(entry.name) for field, entry in parameters.items()}
     if options.teacher_temperature is options.temperature:
         local["teacher_temperature"] = local["temperature"]
     if any(layout.split) and options.normalizer is None and options.reduction in ("batchmean", "mean"):

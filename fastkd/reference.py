@@ -178,6 +178,53 @@ def _cross_entropy(logits, options):
     return torch.where(nothing.squeeze(-1), torch.inf, rows) * torch.where(known, rows.new_ones(()), torch.nan)
 
 
+def _log_odds(logits, target, temperature):
+    """Of the target against the other classes, and the log-probabilities of these among themselves."""
+    z = logits / temperature
+    others = z.scatter(-1, target[..., None], -torch.inf)
+    nothing = (others == -torch.inf).all(-1, keepdim=True)
+    log_sum = torch.where(nothing, 0.0, others).logsumexp(-1, keepdim=True)
+    log_others = torch.where(nothing, -torch.inf, others - log_sum)
+    log_sum = torch.where(nothing, -torch.inf, log_sum)
+    return (z.gather(-1, target[..., None]) - log_sum).squeeze(-1), log_others
+
+
+def _coin(log_odds):
+    """log p and log (1 - p), [*, 2]."""
+    return torch.nn.functional.logsigmoid(torch.stack((log_odds, -log_odds), -1))
+
+
+def _parted_target(s, t, temperature, teacher_temperature, options):
+    """dkd_loss and nkd_loss; see csrc/common/rows_params.h. Targets of rows that do not count may be anything; of others
+    one out of range gives NaN, where nobody could look at it before."""
+    target, decoupled = options.target, options.target_loss == "dkd_loss"
+    if options.mask is not None:
+        target = torch.where(options.mask, target, 0)
+    known = (target >= 0) & (target < s.shape[-1])
+    target = torch.where(known, target, 0)
+    no_p, no_q = ((x == -torch.inf).all(-1) for x in (s, t))  # rows without any possible class
+    s, t = (torch.where((no_p | no_q)[..., None], 0.0, x) for x in (s, t))
+    a, log_p = _log_odds(s, target, temperature)
+    b, log_q = _log_odds(t, target, teacher_temperature)
+    soft = _divergence("kl_div" if decoupled else "soft_cross_entropy", log_p, log_q, None)
+    if decoupled:
+        sure = (a == torch.inf) | (b == torch.inf)  # without other classes: no gradient, and what is left is simple
+        hard = _kl_div(_coin(torch.where(sure, 0.0, a)), _coin(torch.where(sure, 0.0, b)))
+        of_sure = torch.where(b == torch.inf, -torch.nn.functional.logsigmoid(a), torch.inf)
+        hard = torch.where(sure, torch.where((a == torch.inf) & (b == torch.inf), 0.0, of_sure), hard)
+    else:
+        a, b = _log_odds(s, target, 1.0)[0], _log_odds(t, target, 1.0)[0]
+        q = torch.sigmoid(b)
+        hard = torch.where(q == 0, 0.0, q * -torch.nn.functional.logsigmoid(a))
+    squared = temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature
+    squared = squared**2 if options.t_squared else 1.0
+    first, second = (x.to(s.dtype) if isinstance(x, torch.Tensor) else x for x in (options.parameter, options.second))
+    rows = _weighted(first, soft) * squared
+    rows = rows + (_weighted(second, hard) * squared if decoupled else hard)
+    rows = torch.where(no_q, 0.0, torch.where(no_p, torch.inf, rows))
+    return rows * torch.where(known, rows.new_ones(()), torch.nan)
+
+
 def _reduce(rows, classes, mask, reduction, normalizer):
     if reduction == "none":
         return rows
@@ -216,6 +263,9 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
     if mask is not None:  # before anything is computed: a masked row may hold NaN
         s = torch.where(mask[..., None], s, 0.0)
         t = torch.where(mask[..., None], t, 0.0)
+    if options.target_loss is not None:
+        rows = _parted_target(s, t, temperature, per_row(options.teacher_temperature), options)
+        return _finished(rows, student, mask, options)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
     parameter = options.parameter
     if REGISTRY[divergence].parameter is not None:
@@ -233,8 +283,13 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         rows = torch.where(hard.isnan(), hard, rows)  # of a target out of range, whatever its weight
         if not rows.requires_grad:  # both weights are 0: a gradient of 0 is one
             rows = rows + 0.0 * torch.where(s.isfinite(), s, 0.0).sum(-1)
+    return _finished(rows, student, mask, options)
+
+
+def _finished(rows, student, mask, options):
+    """The loss of rows, weighted and reduced."""
     if options.weight is not None:
-        rows = rows * options.weight.to(dtype)
+        rows = rows * options.weight.to(rows.dtype)
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
     return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "calls.h"
+#include "common/rows_params.h"
 #include "common/rows_tensor.h"
 #include "divergence_list.h"
 
@@ -25,6 +26,12 @@ inline void check(const RowsCall& in) {
                1 / in.scale);
   FASTKD_CHECK(in.divergence >= 0 && in.divergence < int64_t(Divergence::kCount), "divergence: unknown number ",
                in.divergence);
+  const bool parted = in.target_loss != 0;
+  FASTKD_CHECK(in.target_loss >= 0 && in.target_loss < int64_t(TargetLoss::kCount), "target_loss: unknown number ",
+               in.target_loss);
+  FASTKD_CHECK(!parted || in.target, "target: a class for each row wanted");
+  FASTKD_CHECK(parted == (Divergence(in.divergence) == Divergence::kNonTargetKL),
+               "target_loss: one with this divergence wanted, got ", in.target_loss);
 }
 
 }  // namespace fastkd

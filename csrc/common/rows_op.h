@@ -50,9 +50,21 @@ struct RowsOps {
                      [](double x) { return x > 0 && std::isfinite(x); });
   }
 
+  static Number<double> parameter(double of_all, const OptionalTensor& rows, const RowsCall& in,
+                                  const ParameterRange& range) {
+    return number<double>(of_all, rows, in, range.name, range.wanted,
+                          [&range](double x) { return x >= range.low && x <= range.high; });
+  }
+
   // Targets out of range are an error where the host can look, and NaN where it cannot.
   static HardTargets hard_targets(const RowsCall& in, const bool* mask) {
     if (!in.target) return {};
+    const int64_t* target = per_row<int64_t>(in.target, in, ScalarType::Long, "target");
+    for (int64_t row = 0; Device::kValuesAtHand && row < number_of_rows(in); ++row) {
+      FASTKD_CHECK((mask && !mask[row]) || (target[row] >= 0 && target[row] < classes(in)),
+                   "target: classes from 0 to ", classes(in) - 1, " wanted, got ", target[row]);
+    }
+    if (const auto loss = TargetLoss(in.target_loss); loss != TargetLoss::kCrossEntropy) return {target, loss, 1, 1, 0};
     const OptionalTensor& numbers = in.target_numbers;
     FASTKD_CHECK(numbers && numbers->is_cpu() && numbers->scalar_type() == ScalarType::Double &&
                      numbers->numel() == 3 && numbers->is_contiguous(),
@@ -64,12 +76,7 @@ struct RowsOps {
     weight("hard_weight", number[0]);
     weight("soft_weight", number[1]);
     FASTKD_CHECK(number[2] >= 0 && number[2] <= 1, "label_smoothing: a number from 0 to 1 wanted, got ", number[2]);
-    const int64_t* target = per_row<int64_t>(in.target, in, ScalarType::Long, "target");
-    for (int64_t row = 0; Device::kValuesAtHand && row < number_of_rows(in); ++row) {
-      FASTKD_CHECK((mask && !mask[row]) || (target[row] >= 0 && target[row] < classes(in)),
-                   "target: classes from 0 to ", classes(in) - 1, " wanted, got ", target[row]);
-    }
-    return {target, number[0], number[1], number[2]};
+    return {target, TargetLoss::kCrossEntropy, number[0], number[1], number[2]};
   }
 
   static void check_grad(const Tensor& grad, const RowsCall& in) {
@@ -91,9 +98,9 @@ struct RowsOps {
     RowsParams<T> P{};
     constexpr ScalarType kType = kScalarType<T>;
     P.divergence = Divergence(in.divergence);
-    const ParameterRange range = kParameterRanges[in.divergence];
-    P.parameter = number<double>(in.parameter, in.parameter_rows, in, range.name, range.wanted,
-                                 [range](double x) { return x >= range.low && x <= range.high; });
+    const auto* ranges = in.target_loss == 0 ? kParameterRanges[in.divergence] : kTargetLossRanges[in.target_loss - 1];
+    P.parameter = parameter(in.parameter, in.parameter_rows, in, ranges[0]);
+    P.second_parameter = parameter(in.second_parameter, in.second_parameter_rows, in, ranges[1]);
     P.N = number_of_rows(in);
     P.V = classes(in);
     P.student = rows_tensor(in.student, const_cast<void*>(in.student.const_data_ptr()), "student");

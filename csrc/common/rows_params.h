@@ -16,18 +16,29 @@ struct Number {
 };
 
 // Softmax statistics of a row or of a block of it: the maximum logit and the sum of e^((z - max) / T), and of a whole
-// row the sum of its slopes; where there are targets also the student's sum at temperature 1. They are saved for
-// backward, [N, 6]. They are always double: an error of the sum scales every class of the row.
+// row the sum of its slopes; where there are targets also the student's sum at temperature 1, and the factor of a
+// target that is parted from the others. They are saved for backward, [N, 7]. They are always double: an error of the
+// sum scales every class of the row.
 struct RowsStats {
-  double max_student, sum_student, max_teacher, sum_teacher, slope, sum_hard;
+  double max_student, sum_student, max_teacher, sum_teacher, slope, sum_hard, factor;
 };
 
-// The classes that rows belong to. A row's loss is then soft_weight T^2 D(q, p) + hard_weight CE, where CE is the
-// cross-entropy of the student's softmax at temperature 1 with 1 - smoothing at the target and smoothing / V
-// everywhere.
+// What a row's loss is beside its divergence D(q, p) from the teacher.
+//   kCrossEntropy  soft_weight T^2 D + hard_weight CE, where CE is that of the student's softmax at temperature 1 with
+//                  1 - smoothing at the target and smoothing / V everywhere
+// The others part the target from the other classes: D, maxima and sums are those of the others alone, and with the log
+// odds of the target, a of the student and b of the teacher, the loss is
+//   kDecoupled     T^2 (second_parameter KL(coin of b || coin of a) + parameter D), all at their temperatures
+//   kNormalized    q_y (-log p_y) + parameter T^2 D, where p_y and q_y are those of the target at temperature 1
+// The gradient of the target's part is factor (p - y), with the p of the other classes, y = 1 at the target and
+// factor = -d loss / d a.
+enum class TargetLoss : int64_t { kCrossEntropy, kDecoupled, kNormalized, kCount };
+
 struct HardTargets {
   const int64_t* target = nullptr;  // [N]; null: the divergence alone
+  TargetLoss loss = TargetLoss::kCrossEntropy;
   double hard_weight = 0, soft_weight = 1, smoothing = 0;
+  FASTKD_HD bool parted() const { return loss != TargetLoss::kCrossEntropy; }
   FASTKD_HD bool without_soft() const { return soft_weight == 0; }  // a part of weight 0 is left out, be it NaN
 };
 
@@ -39,6 +50,7 @@ struct RowsParams {
   RowsTensor student, teacher;  // [N, V]
   RowsTensor grad;              // [N, V], the student's dtype; the student itself when in place
   Number<double> parameter;     // the divergence's own; 1 - x of an x near 1 keeps its digits
+  Number<double> second_parameter;
   Number<T> temperature, teacher_temperature;
   bool t_squared;
   const bool* mask;  // [N], or null: every row counts

@@ -26,6 +26,15 @@ T maximum(const T* x, int64_t n) {
   return m2 > m0 ? m2 : m0;
 }
 
+// x, n classes, without one of them, in memory of the caller's. Its logit is handed over.
+template <class T>
+const T* without(int64_t target, const T* x, int64_t n, T* memory, double& logit) {
+  if (x != memory) std::memcpy(memory, x, size_t(n) * sizeof(T));
+  logit = double(memory[target]);
+  memory[target] = -kInf<T>;
+  return memory;
+}
+
 // What the first pass makes of a chunk: e^((z - max) / T) of both sides, added to the sums, and
 // the difference of student and teacher.
 template <class T>

@@ -37,21 +37,30 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
-    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0, 0};
-    double entropy = 0, logits = 0;
+    double logit = 0, teacher_logit = 0, entropy = 0, logits = 0, sum_teacher = 0;
+    if (target >= first && target < first + n) {
+      logit = double(s[target - first]);  // now: the gradient may be written over the student
+      if constexpr (kWithoutTarget<D>) {
+        s = without(target - first, s, padded(n), student_buffer, logit);
+        t = without(target - first, t, padded(n), teacher_buffer, teacher_logit);
+      }
+    }
+    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0, 0, 0};
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t at = first + i, m = part(i, padded(n), kChunk);
       first_pass_chunk(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
       if constexpr (kEntropy) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
+      if (kWithoutTarget<D> && P.hard.loss == TargetLoss::kNormalized) {
+        const int power = hard_power(P.teacher_temperature[row]);
+        sum_teacher += hard_chunk(t + i, m, sums.max_teacher, power, W.exp_teacher + at, W.exp_hard + at);
+      }
       if (P.hard.target) {
         sums.sum_hard += hard_chunk(s + i, m, sums.max_student, r.hard_power, W.exp_student + at, W.exp_hard + at);
       }
       if (P.hard.smoothing != 0) logits += logits_chunk(s + i, part(i, n, kChunk), sums.max_student);
       ahead.some();
     }
-    // now: the gradient may be written over the student
-    const bool has_target = target >= first && target < first + n;
-    W.blocks[block] = {sums, 0, 0, entropy, has_target ? double(s[target - first]) : 0, logits};
+    W.blocks[block] = {sums, 0, 0, entropy, logit, teacher_logit, logits, sum_teacher};
   }
 }
 
@@ -71,6 +80,18 @@ inline void combine_side(const RowsBlock* blocks, int64_t n, double RowsStats::*
   }
 }
 
+// What the blocks know of a target that is parted from the others.
+inline Parted parted(const RowsBlock* blocks, int64_t n, const RowsStats& row) {
+  Parted k{};
+  for (int64_t b = 0; b < n; ++b) {
+    const RowsBlock& block = blocks[b];
+    k.logit += block.logit;
+    k.teacher_logit += block.teacher_logit;
+    if (block.sum_teacher != 0) k.sum_teacher += block.sum_teacher * rebase(block.stats.max_teacher, row.max_teacher, 1);
+  }
+  return k;
+}
+
 template <class T>
 RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row) {
   const Row<T> r = row_constants(P, row);
@@ -84,6 +105,7 @@ RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row
     const RowsStats& k = W.blocks[b].stats;
     if (k.sum_hard != 0) out.sum_hard += k.sum_hard * rebase(k.max_student, out.max_student, 1.0);
   }
+  if (P.hard.parted()) out.factor = target_part(P, r, out, parted(W.blocks, n, out)).factor;
   return out;
 }
 
@@ -207,11 +229,17 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
   double loss = 0;
   if (stats.sum_teacher != 0) {
     for (int64_t block = 0; block < blocks; ++block) loss += W.blocks[block].loss;
-    if constexpr (D::kTeacherEntropy) loss += teacher_entropy(W.blocks, blocks, r.inv_teacher_temperature, stats);
+    if (D::kTeacherEntropy && P.hard.loss != TargetLoss::kDecoupled) {
+      loss += teacher_entropy(W.blocks, blocks, r.inv_teacher_temperature, stats);
+    }
     if (stats.sum_student == 0) loss = kInf<double>;
   }
-  loss *= r.loss_scale;
-  if (P.hard.target) {
+  if (P.hard.parted()) {
+    loss = parted_loss(P, r, stats, parted(W.blocks, blocks, stats), loss);
+  } else {
+    loss *= r.loss_scale;
+  }
+  if (P.hard.target && !P.hard.parted()) {
     double logit = 0, logits = 0;
     for (int64_t block = 0; block < blocks; ++block) {
       logit += W.blocks[block].logit;
@@ -261,12 +289,18 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
   const bool soft = !no_gradient(stats) && !P.hard.without_soft();
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   char* grad_row = P.grad.row(row);
+  const int64_t target = P.hard.target ? P.hard.target[row] : -1;
   RowsStats sums = stats;  // the maxima are the row's own; the sums are known
   const int64_t last = part(0, P.V, end * kRowsBlock);
   for (int64_t first = begin * kRowsBlock; first < last; first += kChunk) {
     const int64_t n = part(first, last, kChunk), m = padded(n);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
+    if (kWithoutTarget<D> && target >= first && target < first + n) {
+      double logit;
+      s = without(target - first, s, m, student_buffer, logit);
+      t = without(target - first, t, m, teacher_buffer, logit);
+    }
     first_pass_chunk(s, t, m, r, sums, exp_student, exp_teacher, difference);
     with_functor<D>(P.parameter[row], [&](auto divergence) {
       gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);

@@ -17,12 +17,16 @@ namespace {
 // The logits of a group come to lie at student and teacher, [V, lanes]; their maxima in the constants.
 template <class T>
 FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher,
-                      Group& group) {
+                      Group& group, Hard<T>* parted) {
   const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin);
   Lanes<T> max_student, max_teacher;
   for (int64_t i = 0; i < lanes; ++i) max_student[i] = max_teacher[i] = -kInf<T>;
   for (int64_t v = 0; v < P.V; ++v, student += lanes, teacher += lanes) {
     const T *s = of_student.load(v, n, student), *t = of_teacher.load(v, n, teacher);
+    if (parted) {
+      s = parted->without(v, lanes, s, student, parted->logit);
+      t = parted->without(v, lanes, t, teacher, parted->teacher_logit);
+    }
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
       student[i] = s[i];
@@ -109,11 +113,11 @@ FASTKD_ONCE void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
 }
 
 template <class D>
-double loss_of(const LossSums& sums, const Group& group, int64_t i) {
+double loss_of(const LossSums& sums, const Group& group, int64_t i, TargetLoss with) {
   const double teacher = group.sum_teacher[i];
   if (teacher == 0) return 0;
   if (group.sum_student[i] == 0) return kInf<double>;
-  if constexpr (D::kTeacherEntropy) {
+  if (D::kTeacherEntropy && with != TargetLoss::kDecoupled) {
     return sums.loss[i] + sums.entropy[i] * group.inv_teacher_temperature[i] / teacher + std::log(teacher);
   }
   return sums.loss[i];
@@ -132,15 +136,15 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
   LossSums sums;
   clear(lanes, sums.loss, sums.entropy);
   group.set_constants(P, begin, n, lanes);
-  read(P, begin, n, lanes, student, teacher, group);
+  if (hard) hard->set_targets(P, begin, n, lanes);
+  read(P, begin, n, lanes, student, teacher, group, kWithoutTarget<D> ? hard : nullptr);
   first.set(group, lanes);
-  if (hard) {
-    hard->set_targets(P, begin, n, lanes);
-    hard->read_logits(P, lanes, student, exp_hard, group);
-  }
+  if (hard) hard->read_logits(P, lanes, student, exp_hard, group);
+  if (kWithoutTarget<D> && P.hard.loss == TargetLoss::kNormalized) hard->read_teacher(P, lanes, teacher, group);
   exponentials<T, D::kTeacherEntropy>(first, P.V, lanes, student, teacher, difference, group, sums);
   if (hard) {
     hard->read_exponentials(P, lanes, student, group);
+    if constexpr (kWithoutTarget<D>) hard->set_factors(P, begin, n, group);
     hard->set_scales(P, begin, n, lanes, group);
   }
   second.set(group, lanes);
@@ -156,8 +160,8 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
     if (group.sum_teacher[i] == 0) group.slope[i] = 0;
     if (!D::kCentred && no_gradient(group.stats(i))) second.keep(i, false);
     second.slope[i] = T(group.slope[i]);
-    double loss = P.hard.without_soft() ? 0 : loss_of<D>(sums, group, i) * group.loss_scale[i];
-    if (hard && kept) loss += hard->loss(P, begin + i, i, group);
+    const double soft = loss_of<D>(sums, group, i, P.hard.loss);
+    const double loss = hard && kept ? hard->loss(P, begin + i, i, group, soft) : soft * group.loss_scale[i];
     P.loss[begin + i] = kept ? T(loss) : T(0);
     if (P.stats) P.stats[begin + i] = kept ? group.stats(i) : RowsStats{};
   }
@@ -192,6 +196,10 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
   with_functor<D>(P.parameter[begin], [&](auto divergence) {
     for (int64_t v = 0; v < P.V; ++v) {
       const T *s = of_student.load(v, n, student_buffer.of), *t = of_teacher.load(v, n, teacher_buffer.of);
+      if constexpr (kWithoutTarget<D>) {
+        s = hard->without(v, lanes, s, student_buffer.of, hard->logit);
+        t = hard->without(v, lanes, t, teacher_buffer.of, hard->teacher_logit);
+      }
 #pragma omp simd
       for (int64_t i = 0; i < lanes; ++i) {
         const T exp_student = first.exp_student(i, s[i]), exp_teacher = first.exp_teacher(i, t[i]);

@@ -55,7 +55,7 @@ struct GroupOf {
 // fills the last vector is computed as the last row is, of logits of -inf, and not kept.
 struct Group {
   Lanes<double> inv_temperature, inv_teacher_temperature, loss_scale, grad_scale, hard_grad_scale;
-  Lanes<double> max_student, sum_student, max_teacher, sum_teacher, slope, sum_hard;
+  Lanes<double> max_student, sum_student, max_teacher, sum_teacher, slope, sum_hard, factor;
 
   template <class T>
   FASTKD_ONCE void set_constants(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
@@ -76,11 +76,18 @@ struct Group {
       hard_grad_scale[i] = grad_scale[i] * loss_scale[i] * hard.hard_weight;
       loss_scale[i] *= (t_squared ? temperature * temperature : 1.0) * hard.soft_weight;
       grad_scale[i] *= loss_scale[i] * inv_temperature[i];
-      sum_student[i] = sum_teacher[i] = slope[i] = sum_hard[i] = 0;
+      sum_student[i] = sum_teacher[i] = slope[i] = sum_hard[i] = factor[i] = 0;
+    }
+    if (!hard.parted()) return;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const Row<T> r = row_constants(P, begin + (i < n ? i : n - 1));
+      loss_scale[i] = r.loss_scale;
+      grad_scale[i] = r.grad_scale;
+      hard_grad_scale[i] = r.hard_grad_scale;
     }
   }
   RowsStats stats(int64_t i) const {
-    return {max_student[i], sum_student[i], max_teacher[i], sum_teacher[i], slope[i], sum_hard[i]};
+    return {max_student[i], sum_student[i], max_teacher[i], sum_teacher[i], slope[i], sum_hard[i], factor[i]};
   }
   void set_stats(int64_t i, const RowsStats& k) {
     max_student[i] = k.max_student;
@@ -89,6 +96,7 @@ struct Group {
     sum_teacher[i] = k.sum_teacher;
     slope[i] = k.slope;
     sum_hard[i] = k.sum_hard;
+    factor[i] = k.factor;
   }
 };
 
@@ -182,20 +190,48 @@ struct Hard {
   int power;  // see Row; 0 where the group's rows have several temperatures
   Lanes<T> p, everywhere, of_target;
   Lanes<Bits<T>> target, kept;
-  Lanes<double> logit, logits;
+  Lanes<double> logit, logits, teacher_logit, sum_teacher;  // see Parted
 
   FASTKD_ONCE void set_targets(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
     power = row_constants(P, begin).hard_power;
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t row = begin + (i < n ? i : n - 1);
       target[i] = counts(P, row) ? Bits<T>(P.hard.target[row]) : Bits<T>(0);
-      power = P.temperature[row] == P.temperature[begin] ? power : 0;
-      logit[i] = logits[i] = 0;
+      power = P.temperature[row] == P.temperature[begin] || P.hard.loss == TargetLoss::kDecoupled ? power : 0;
+      logit[i] = logits[i] = teacher_logit[i] = sum_teacher[i] = 0;
+    }
+  }
+  // One side's class v without the rows whose target it is, whose logits are kept.
+  FASTKD_ONCE const T* without(int64_t v, int64_t lanes, const T* x, T* memory, Lanes<double>& of_target) const {
+    for (int64_t i = 0; i < lanes; ++i) {
+      const bool out = target[i] == Bits<T>(v);
+      of_target[i] = out ? double(x[i]) : of_target[i];
+      memory[i] = out ? -kInf<T> : x[i];
+    }
+    return memory;
+  }
+  // The teacher's sums at temperature 1.
+  FASTKD_ONCE void read_teacher(const RowsParams<T>& P, int64_t lanes, const T* teacher, const Group& group) {
+    const T scale = kLog2e<T>, lowest = exp2_lowest(scale);
+    Lanes<T> part;
+    clear(lanes, part);
+    for (int64_t v = 0; v < P.V; ++v, teacher += lanes) {
+#pragma omp simd
+      for (int64_t i = 0; i < lanes; ++i) {
+        part[i] += exp2_scaled(teacher[i] - T(group.max_teacher[i]), scale, lowest);
+      }
+      if ((v + 1) % kAtOnce == 0 || v + 1 == P.V) add_to(sum_teacher, part, lanes);
+    }
+  }
+  Parted parted(int64_t i) const { return {logit[i], teacher_logit[i], sum_teacher[i]}; }
+  FASTKD_ONCE void set_factors(const RowsParams<T>& P, int64_t begin, int64_t n, Group& group) const {
+    for (int64_t i = 0; i < n; ++i) {
+      group.factor[i] = target_part(P, row_constants(P, begin + i), group.stats(i), parted(i)).factor;
     }
   }
   // From logits: what they sum up to, and, where the exponentials are no powers of others, these as well.
   FASTKD_ONCE void read_logits(const RowsParams<T>& P, int64_t lanes, const T* student, T* exp_hard, Group& group) {
-    for (int64_t i = 0; i < lanes; ++i) logit[i] = double(student[int64_t(target[i]) * lanes + i]);
+    for (int64_t i = 0; i < lanes && !P.hard.parted(); ++i) logit[i] = double(student[int64_t(target[i]) * lanes + i]);
     Lanes<T> part, part_logits;
     clear(lanes, part, part_logits);
     for (int64_t v = 0; v < P.V; ++v, student += lanes, exp_hard += lanes) {
@@ -237,7 +273,7 @@ struct Hard {
   }
   FASTKD_ONCE void set_scales(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, const Group& group) {
     for (int64_t i = 0; i < lanes; ++i) {
-      const double sum = group.sum_hard[i], scale = group.hard_grad_scale[i];
+      const double sum = group.sum_hard[i], scale = group.hard_grad_scale[i] * (P.hard.parted() ? group.factor[i] : 1);
       p[i] = T(scale / sum);
       everywhere[i] = T(scale * P.hard.smoothing / double(P.V));
       of_target[i] = T(scale * (1 - P.hard.smoothing));
@@ -255,7 +291,14 @@ struct Hard {
       }
     });
   }
-  double loss(const RowsParams<T>& P, int64_t row, int64_t i, const Group& group) const {
+  // The row's loss, of which the divergence is known.
+  double loss(const RowsParams<T>& P, int64_t row, int64_t i, const Group& group, double soft) const {
+    if (P.hard.parted()) return parted_loss(P, row_constants(P, row), group.stats(i), parted(i), soft);
+    return (P.hard.without_soft() ? 0 : soft * group.loss_scale[i]) + hard_part(P, row, i, group);
+  }
+
+ private:
+  double hard_part(const RowsParams<T>& P, int64_t row, int64_t i, const Group& group) const {
     if (P.hard.hard_weight == 0) return 0;  // leaves out what may be infinite
     return hard_loss(P, group.stats(i), logit[i], logits[i]) * row_constants(P, row).hard_loss_scale;
   }

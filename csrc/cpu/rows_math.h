@@ -7,6 +7,7 @@
 #include "common/rows_params.h"
 #include "cpu/memory.h"
 #include "divergence_functors.h"
+#include "math/two_classes.h"
 
 namespace fastkd::FASTKD_ISA {
 namespace {
@@ -20,13 +21,29 @@ struct Row {
   double inv_temperature, inv_teacher_temperature;
   double loss_scale;                 // T^2 weight soft_weight
   double grad_scale;                 // T^2 weight soft_weight upstream / divisor / T
-  double hard_loss_scale;            // weight hard_weight
-  double hard_grad_scale;            // weight hard_weight upstream / divisor
+  double hard_loss_scale;            // weight hard_weight; of a target that is parted see TargetLoss
+  double hard_grad_scale;            // hard_loss_scale upstream / divisor, and / T if at T
   T scale_student, scale_teacher;    // log2(e) / T
   T lowest_student, lowest_teacher;  // below, the exponential is 0
   T a, b;                            // difference = (student - teacher) a + teacher b
   int hard_power;                    // e^(z - max) is this power of e^((z - max) / T): T, if small and whole; else 0
+
+  // Of a row whose target is parted from the others.
+  void part(const RowsParams<T>& P, int64_t row, double temperature, double upstream) {
+    loss_scale *= P.parameter[row];
+    grad_scale *= P.parameter[row];
+    if (P.hard.loss != TargetLoss::kDecoupled) return;
+    hard_loss_scale *= (P.t_squared ? temperature * temperature : 1.0) * P.second_parameter[row];
+    hard_grad_scale = hard_loss_scale * inv_temperature * upstream;
+    hard_power = 1;
+  }
 };
+
+inline int hard_power(double temperature) {
+  int found = 0;
+  for (int power = 1; power <= kMostHardPower; ++power) found = temperature == power ? power : found;
+  return found;
+}
 
 template <class T>
 Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
@@ -46,8 +63,8 @@ Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
   r.lowest_teacher = exp2_lowest(r.scale_teacher);
   r.a = T(r.inv_temperature);
   r.b = T(r.inv_temperature - r.inv_teacher_temperature);
-  r.hard_power = 0;
-  for (int power = 1; power <= kMostHardPower; ++power) r.hard_power = temperature == power ? power : r.hard_power;
+  r.hard_power = hard_power(temperature);
+  if (P.hard.parted()) r.part(P, row, temperature, upstream);
   return r;
 }
 
@@ -138,8 +155,40 @@ Scale<T> block_scale(const Row<T>& r, const Scale<double>& k, const RowsStats& r
   return {T(p), T(q), T(k.offset - moved), T(k.slope), T(k.grad)};
 }
 
+// What a row's sums leave out where its target is parted from the others: the logits of the target, and the teacher's
+// sum of e^(z - max) at temperature 1.
+struct Parted {
+  double logit, teacher_logit, sum_teacher;
+};
+
+template <class T>
+TargetPart<double> target_part(const RowsParams<T>& P, const Row<T>& r, const RowsStats& row, const Parted& k) {
+  if (row.sum_teacher == 0 && k.teacher_logit == -kInf<double>) return {0, 0};
+  if (row.sum_student == 0 && k.logit == -kInf<double>) return {kInf<double>, 0};
+  const double nan = kInf<double> - kInf<double>;
+  const double logit = k.logit < kInf<double> ? k.logit : nan;
+  const double teacher_logit = k.teacher_logit < kInf<double> ? k.teacher_logit : nan;
+  const bool decoupled = P.hard.loss == TargetLoss::kDecoupled;
+  const double inv = decoupled ? r.inv_temperature : 1, inv_teacher = decoupled ? r.inv_teacher_temperature : 1;
+  const double sum = decoupled ? row.sum_student : row.sum_hard;
+  const double sum_teacher = decoupled ? row.sum_teacher : k.sum_teacher;
+  const double a = (logit - row.max_student) * inv - std::log(sum);
+  const double b = (teacher_logit - row.max_teacher) * inv_teacher - std::log(sum_teacher);
+  const double of_logits = (logit - teacher_logit) * inv + teacher_logit * (inv - inv_teacher);
+  const double of_sums = (row.max_student - row.max_teacher) * inv + row.max_teacher * (inv - inv_teacher) +
+                         std::log(sum / sum_teacher);
+  return TargetPart<double>::of(decoupled, a, b, of_logits - of_sums);
+}
+
+// A row's loss with what its target adds. A part of weight 0 is left out, however large it is.
+template <class T>
+double parted_loss(const RowsParams<T>& P, const Row<T>& r, const RowsStats& row, const Parted& k, double soft) {
+  const double hard = r.hard_loss_scale == 0 ? 0 : target_part(P, r, row, k).loss * r.hard_loss_scale;
+  return hard + (r.loss_scale == 0 ? 0 : soft * r.loss_scale);
+}
+
 // From e^(z - max) of a block to what the hard loss adds to the gradient: p - smoothing / V of every class, and of the
-// target less 1 - smoothing.
+// target less 1 - smoothing. Of a target that is parted from the others: p times the factor, and less it.
 template <class T>
 struct HardScale {
   T p, everywhere, target;
@@ -147,8 +196,14 @@ struct HardScale {
 
 template <class T>
 HardScale<T> hard_scale(const RowsParams<T>& P, const Row<T>& r, const RowsStats& row, const RowsStats& own) {
+  if (P.hard.loss == TargetLoss::kDecoupled) {
+    if (row.sum_student == 0) return {};
+    const double scale = r.hard_grad_scale * row.factor;
+    const double p = own.sum_student == 0 ? 0 : rebase(own.max_student, row.max_student, r.inv_temperature);
+    return {T(scale / row.sum_student * p), T(0), T(scale)};
+  }
   if (row.sum_hard == 0) return {};  // of -inf alone: no finite step makes a class possible
-  const double scale = r.hard_grad_scale, smoothing = P.hard.smoothing;
+  const double scale = r.hard_grad_scale * (P.hard.parted() ? row.factor : 1), smoothing = P.hard.smoothing;
   const double p = own.sum_hard == 0 ? 0 : scale / row.sum_hard * rebase(own.max_student, row.max_student, 1.0);
   return {T(p), T(scale * smoothing / double(P.V)), T(scale * (1 - smoothing))};
 }

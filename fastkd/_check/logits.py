@@ -49,6 +49,8 @@ class LogitsOptions(NamedTuple):
     hard_weight: Any = None
     soft_weight: Any = None
     label_smoothing: Any = None
+    target_loss: Any = None  # the name of a loss that parts the target from the other classes
+    second: Any = None  # the second parameter of a loss that has two
 
 
 def logits_loss(student, teacher, options, dim=-1):
@@ -68,7 +70,9 @@ def logits_loss(student, teacher, options, dim=-1):
         reduction(options.reduction)
     says_which_rows_count = options.mask
     if options.target is not None:
-        hard_options(options.hard_weight, options.soft_weight, options.label_smoothing, options.reduction)
+        if options.target_loss is None:
+            hard_options(options.hard_weight, options.soft_weight, options.label_smoothing)
+        target_reduction(options.reduction)
         if target(options.target, student, options.ignore_index, options.mask):
             says_which_rows_count = options.target
     if options.normalizer is not None:
@@ -91,13 +95,17 @@ def as_classes(x):
     return x.to(torch.int64)
 
 
-def hard_options(hard_weight, soft_weight, label_smoothing, reduction_):
-    """What a loss with a target is told besides it."""
+def hard_options(hard_weight, soft_weight, label_smoothing):
+    """What a loss with a hard part is told of it."""
     at_least_zero("hard_weight", hard_weight)
     at_least_zero("soft_weight", soft_weight)
     at_least_zero("label_smoothing", label_smoothing)
     if not torch.compiler.is_compiling() and label_smoothing > 1:
         raise ValueError(f"label_smoothing: a number from 0 to 1 wanted, got {label_smoothing}")
+
+
+def target_reduction(reduction_):
+    """That of a loss with a target."""
     if reduction_ not in ("none", "sum", "batchmean"):
         raise ValueError(
             f"reduction: 'none', 'sum' or 'batchmean' wanted with a target, got {reduction_!r}. Libraries mean three "

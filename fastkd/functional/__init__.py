@@ -13,7 +13,7 @@ from .relations import (
     rkd_loss,
     similarity_preserving,
 )
-from .targets import kd_loss
+from .targets import dkd_loss, kd_loss, nkd_loss
 
 __all__ = [
     "attention_transfer",
@@ -21,7 +21,9 @@ __all__ = [
     "feature_mse",
     "gram_mse",
     "js_div",
+    "dkd_loss",
     "kd_loss",
+    "nkd_loss",
     "kl_div",
     "linear_feature_mse",
     "pkt",

@@ -72,7 +72,7 @@ def _of_parameter(divergence, value):
 
 def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
-    divergence, entry = called, _divergences.REGISTRY[called].parameter
+    divergence, parameters = called, _divergences.parameters_of(called)
     _check.class_dim(dim, student, teacher)
     if _dtensor.given(student, teacher, *options):
         return _dtensor.logits_loss(_logits_loss, called, student, teacher, options, dim)
@@ -81,8 +81,11 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     ignores = _check.logits_loss(student, teacher, options, dim)
     if not options.inplace:
         _check.not_overwritten(student)
-    if entry is not None:
-        _check.parameter(entry, options.parameter, student)
+    for entry, value in zip(parameters, (options.parameter, options.second), strict=False):
+        _check.parameter(entry, value, student)
+    if options.target_loss is not None:
+        divergence = _divergences.NON_TARGET.name
+    elif parameters:
         divergence, parameter = _of_parameter(called, options.parameter)
         options = options._replace(parameter=parameter)
     exchanged, note = None if options.target is not None else _EXCHANGED.get(called), ""

@@ -13,7 +13,7 @@ from .relations import (
     RKDLoss,
     SimilarityPreservingLoss,
 )
-from .targets import KDLoss
+from .targets import DKDLoss, KDLoss, NKDLoss
 
 __all__ = [
     "AttentionTransferLoss",
@@ -21,7 +21,9 @@ __all__ = [
     "FeatureMSELoss",
     "GramMSELoss",
     "JSDivLoss",
+    "DKDLoss",
     "KDLoss",
+    "NKDLoss",
     "KLDivLoss",
     "LinearFeatureMSELoss",
     "PKTLoss",

@@ -7,14 +7,14 @@ import torch
 
 from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
 from .._check import LogitsOptions
-from .._divergences import NUMBERS, REGISTRY
+from .._divergences import NUMBERS, TARGET_LOSSES, parameters_of
 from .._inplace import overwritten
 from ..reference import compute_dtype
 from . import numbers
 from .gradient import forbid_double_backward, scaled
 from .saved import restored, save
 
-STATS_SIZE = 6  # doubles a row
+STATS_SIZE = 7  # doubles a row
 
 
 class Ops(NamedTuple):
@@ -106,12 +106,13 @@ def logits_loss(
 ) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
-    temperatures, parameter = [options.temperature, options.teacher_temperature], options.parameter
+    temperatures = [options.temperature, options.teacher_temperature]
+    parameters = [options.parameter, options.second]
     if torch.compiler.is_compiling():
         temperatures = [positive(changeable(x, student, dtype)) for x in temperatures]
-        if REGISTRY[divergence].parameter is not None:
-            parameter = changeable(parameter, student, torch.float64)
-    parameter, parameter_rows = number_or_rows(parameter, leading, torch.float64)
+        for i, _ in enumerate(parameters_of(options.target_loss or divergence)):
+            parameters[i] = changeable(parameters[i], student, torch.float64)
+    parameter, parameter_rows = number_or_rows(parameters[0], leading, torch.float64)
     temperature, temperature_rows = number_or_rows(temperatures[0], leading, dtype)
     teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
     # under torch.compile an autograd.Function takes no tensor twice
@@ -138,6 +139,9 @@ def logits_loss(
         scale_tensor,
         *_target(options),
     )
+    if options.second is not None:
+        second, second_rows = number_or_rows(parameters[1], leading, torch.float64)
+        call = call._replace(second_parameter=second, second_parameter_rows=second_rows)
     per_row = options.reduction == "none"
     if student.requires_grad and torch.is_grad_enabled():
         return _Rows.apply(namespace, options.inplace, per_row, *call)
@@ -145,11 +149,13 @@ def logits_loss(
 
 
 def _target(options):
-    """The target of each row and the numbers of the hard loss; None where there is none."""
+    """The target of each row, the numbers of the hard loss, and which loss it is."""
     if options.target is None:
-        return None, None
+        return None, None, 0
     target = options.target.reshape(-1).contiguous()
-    return target, numbers.as_tensor(options.hard_weight, options.soft_weight, options.label_smoothing)
+    if options.target_loss is not None:
+        return target, None, TARGET_LOSSES[options.target_loss].number
+    return target, numbers.as_tensor(options.hard_weight, options.soft_weight, options.label_smoothing), 0
 
 
 def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.Tensor | None = None) -> torch.Tensor:
