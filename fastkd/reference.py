@@ -195,8 +195,7 @@ def _coin(log_odds):
 
 
 def _parted_target(s, t, temperature, teacher_temperature, options):
-    """dkd_loss and nkd_loss; see csrc/common/rows_params.h. Targets of rows that do not count may be anything; of others
-    one out of range gives NaN, where nobody could look at it before."""
+    """dkd_loss and nkd_loss; see csrc/common/rows_params.h. Targets are as those of _cross_entropy."""
     target, decoupled = options.target, options.target_loss == "dkd_loss"
     if options.mask is not None:
         target = torch.where(options.mask, target, 0)

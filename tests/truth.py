@@ -104,6 +104,55 @@ def _hard(logits, target, smoothing):
     return np.where(nothing, np.inf, loss), np.where(nothing[:, None], 0, grad)
 
 
+# The weight of the divergence between the other classes, and that of the coins.
+PARTED = {"dkd_loss": (("beta", 8.0), ("alpha", 1.0)), "nkd_loss": (("gamma", 1.5), ("-", 1.0))}
+
+
+def _parted(name, logits, temperatures, target, first, second, t_squared):
+    """dkd_loss and nkd_loss, and the gradient; and the size of the terms whose sum that is."""
+    rows, T = np.arange(len(target)), temperatures[0]
+    of_target, others, log_others = [], [], []
+
+    def log_odds(z, at, temperature):
+        with_others = z / temperature
+        of = with_others[rows, at].copy()
+        with_others[rows, at] = -np.inf
+        return of - np.logaddexp.reduce(with_others, -1)
+
+    for z, temperature in zip(logits, temperatures, strict=True):
+        of_target.append(log_odds(z, target, np.reshape(temperature if name == "dkd_loss" else 1, (-1, 1))))
+        alone = z.copy()
+        alone[rows, target] = -np.inf
+        p, log_p = _softmax(alone, np.reshape(temperature, (-1, 1)))
+        others.append(p)
+        log_others.append(log_p)
+    (p, q), (log_p, log_q), (a, b) = others, log_others, of_target
+    soft, _slope = (_forward if name == "dkd_loss" else _cross_entropy)(p, q, log_p, log_q)
+    no_p, no_q = (~x.any(-1) for x in (p, q))
+    soft = np.where(no_q, 0, np.where(no_p, np.inf, soft.sum(-1)))
+    squared = T**2 if t_squared else np.longdouble(1)
+    p_y, q_y, p_rest, q_rest = (1 / (1 + np.exp(-x)) for x in (a, b, -a, -b))
+    if name == "dkd_loss":
+        hard = np.where(q_y == 0, 0, q_y * (np.logaddexp(0, -a) - np.logaddexp(0, -b)))
+        hard = hard + np.where(q_rest == 0, 0, q_rest * (np.logaddexp(0, a) - np.logaddexp(0, b)))
+        step, p_of_step, scale = np.where(p_y < p_rest, p_y - q_y, q_rest - p_rest) * squared / T * second, p, squared
+        weights = second
+    else:
+        hard, step, scale, weights = np.where(q_y == 0, 0, q_y * np.logaddexp(0, -a)), -q_y * p_rest, 1, 1
+        z = logits[0].copy()
+        z[rows, target] = -np.inf
+        p_of_step = _softmax(z, np.longdouble(1))[0]
+    loss = np.where(first == 0, 0, first * soft) * squared + np.where(weights == 0, 0, weights * hard) * scale
+    of_soft = np.where((no_p | no_q)[:, None], 0, p - q) * np.reshape(first * squared / T, (-1, 1))
+    of_hard = -p_of_step * np.where(no_p, 0, step)[:, None]
+    of_hard[rows, target] += np.where(no_p, 0, step)
+    nothing = [np.isneginf(z).all(-1) for z in logits]
+    loss = np.where(nothing[1], 0, np.where(nothing[0], np.inf, loss))
+    left = ~(nothing[0] | nothing[1])[:, None]
+    size = (p + q) * np.reshape(first * squared / T, (-1, 1)) + np.abs(of_hard)
+    return loss, np.where(left, of_soft + of_hard, 0), np.where(left, size, 0)
+
+
 def truth(
     name, student, teacher, temperature=1.0, teacher_temperature=None, t_squared=True, mask=None, weight=None,
     reduction="batchmean", normalizer=None, terms_of_gradient=False, target=None, hard_weight=0.5, soft_weight=0.5,
@@ -127,7 +176,9 @@ def truth(
     with np.errstate(all="ignore"):
         p, log_p = _softmax(s, np.reshape(T, (-1, 1)))
         q, log_q = _softmax(t, np.reshape(teacher_T, (-1, 1)))
-        terms, slope = DIVERGENCES[name](p, q, log_p, log_q, **parameter)
+        terms, slope = DIVERGENCES.get(name, _cross_entropy)(
+            p, q, log_p, log_q, **parameter if name in DIVERGENCES else {}
+        )
         loss = terms.sum(-1)
         shift = p * slope.sum(-1, keepdims=True)
         grad = np.abs(slope) + np.abs(shift) if terms_of_gradient else slope - shift
@@ -138,7 +189,14 @@ def truth(
     scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
     loss = np.where(counts, loss * scale, 0)
     grad = grad * (scale / T)[:, None]
-    if target is not None:
+    if name in ("dkd_loss", "nkd_loss"):
+        numbers = [rows(parameter.get(k, default)) for k, default in PARTED[name]]
+        with np.errstate(all="ignore"):
+            at = np.where(counts, target.reshape(-1).numpy(), 0)
+            loss, grad, size = _parted(name, (s, t), (T, teacher_T), at, *numbers, t_squared)
+        scale = counts * (np.longdouble(1) if weight is None else rows(weight))
+        loss, grad = np.where(counts, loss * scale, 0), (size if terms_of_gradient else grad) * scale[:, None]
+    elif target is not None:
         hard, hard_grad = _hard(s, np.where(counts, target.reshape(-1).numpy(), 0), np.longdouble(label_smoothing))
         scale = counts * (1 if weight is None else rows(weight)) * np.longdouble(hard_weight)
         of_both = [(soft_weight, loss, 1), (hard_weight, hard, scale)]

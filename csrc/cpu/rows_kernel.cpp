@@ -87,7 +87,8 @@ inline Parted parted(const RowsBlock* blocks, int64_t n, const RowsStats& row) {
     const RowsBlock& block = blocks[b];
     k.logit += block.logit;
     k.teacher_logit += block.teacher_logit;
-    if (block.sum_teacher != 0) k.sum_teacher += block.sum_teacher * rebase(block.stats.max_teacher, row.max_teacher, 1);
+    if (block.sum_teacher != 0)
+      k.sum_teacher += block.sum_teacher * rebase(block.stats.max_teacher, row.max_teacher, 1);
   }
   return k;
 }

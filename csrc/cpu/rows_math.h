@@ -175,8 +175,8 @@ TargetPart<double> target_part(const RowsParams<T>& P, const Row<T>& r, const Ro
   const double a = (logit - row.max_student) * inv - std::log(sum);
   const double b = (teacher_logit - row.max_teacher) * inv_teacher - std::log(sum_teacher);
   const double of_logits = (logit - teacher_logit) * inv + teacher_logit * (inv - inv_teacher);
-  const double of_sums = (row.max_student - row.max_teacher) * inv + row.max_teacher * (inv - inv_teacher) +
-                         std::log(sum / sum_teacher);
+  const double of_sums =
+      (row.max_student - row.max_teacher) * inv + row.max_teacher * (inv - inv_teacher) + std::log(sum / sum_teacher);
   return TargetPart<double>::of(decoupled, a, b, of_logits - of_sums);
 }
 

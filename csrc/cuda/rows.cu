@@ -56,7 +56,7 @@ int64_t lanes_blocks(int64_t N, const RowsPlan& plan) { return N / plan.inner * 
 
 template <class T, class S>
 cudaError_t side_by_side(const RowsParams<T>& P, const RowsPlan& plan, const Device& device, cudaStream_t stream) {
-  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 7 * sizeof(T) && sizeof(HardSums<T>) == 4 * sizeof(T));
+  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 7 * sizeof(T) && sizeof(HardSums<T>) == 6 * sizeof(T));
   static_assert(kLanesPlanWarps == kLanesWarps);
   const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), plan.shared_bytes, stream,
                       device.shared_memory);
@@ -73,7 +73,7 @@ cudaError_t split(const RowsParams<T>& P, const RowsPlan& plan, void* workspace,
   for (int64_t row = 0; row < P.N; row += plan.wave_rows) {
     const int64_t rows = std::min(plan.wave_rows, P.N - row);
     const Launch launch(rows * plan.splits, dim3(plan.threads), plan.shared_bytes, stream);
-    FASTKD_CUDA_RETURN(launch(rows_statistics_kernel<T, S, S, D::kTeacherEntropy>, P, parts, row));
+    FASTKD_CUDA_RETURN(launch(rows_statistics_kernel<T, S, S, D::kTeacherEntropy, kWithoutTarget<D>>, P, parts, row));
     FASTKD_CUDA_RETURN(launch(rows_reduce_kernel<T, S, S, D>, P, parts, row));
     if (!D::kCentred && P.grad.data) {
       FASTKD_CUDA_RETURN(launch(rows_gradient_kernel<T, S, S, D>, P, parts, row, row + rows));

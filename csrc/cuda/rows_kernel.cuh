@@ -57,7 +57,7 @@ __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount
       sums.slope += slope;
     }
   }
-  if (D::kCentred && hard) hard->add(s, v, step, grad);
+  if (D::kCentred && hard) hard->template add<kWithoutTarget<D>>(s, v, step, grad);
 }
 
 // The gradient once the sum of the slopes is known.
@@ -71,7 +71,7 @@ __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCou
     const T slope = divergence.slope(e);
     grad[i] = (D::kCentred ? slope : slope - e.p * slopes) * grad_scale;
   }
-  if (hard) hard->add(s, v, step, grad);
+  if (hard) hard->template add<kWithoutTarget<D>>(s, v, step, grad);
 }
 
 // A row without a gradient: a side without a possible class, or slopes without a finite sum.
@@ -81,11 +81,13 @@ __device__ __forceinline__ bool no_gradient(T sum_student, T sum_teacher, T slop
 }
 
 template <class T, class D>
-__device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r) {
+__device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r,
+                                       const HardTargets& targets) {
+  if (kWithoutTarget<D> && r.loss_scale == T(0)) return T(0);
   if (k.sum_teacher == T(0)) return T(0);
   if (k.sum_student == T(0)) return kInf<T> * r.loss_scale;
   T loss = sums.loss;
-  if constexpr (D::kTeacherEntropy) {
+  if (D::kTeacherEntropy && !(kWithoutTarget<D> && targets.loss == TargetLoss::kDecoupled)) {
     loss += k.entropy * r.inv_teacher_temperature / k.sum_teacher + log_of(k.sum_teacher);
   }
   return loss * r.loss_scale;
@@ -95,7 +97,7 @@ __device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums
 template <class T, class D>
 __device__ __forceinline__ void save(const RowsParams<T>& P, int64_t row, const Sums<T>& k, const LossSums<T>& sums,
                                      const RowConstants<T>& r) {
-  const T loss = P.hard.without_soft() ? T(0) : soft_loss<T, D>(k, sums, r);  // leaves out what may be infinite
+  const T loss = P.hard.without_soft() ? T(0) : soft_loss<T, D>(k, sums, r, P.hard);  // leaves out what may be infinite
   P.loss[row] = P.hard.target ? P.loss[row] + loss : loss;
   if (!P.stats) return;
   RowsStats& stats = P.stats[row];
@@ -106,11 +108,19 @@ __device__ __forceinline__ void save(const RowsParams<T>& P, int64_t row, const 
   stats.slope = sums.slope;
 }
 // The hard part of both, by the same thread. Early, so that no register has to keep it.
-template <class T>
+template <bool kParted, class T>
 __device__ __forceinline__ void save_hard(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r,
-                                          const HardSums<T>& hard, T max) {
-  P.loss[row] = hard_loss(P, row, r, hard, max);
+                                          const Sums<T>& k, const HardSums<T>& hard) {
   if (P.stats) P.stats[row].sum_hard = hard.sum;
+  if constexpr (!kParted) {
+    P.loss[row] = hard_loss(P, row, r, hard, k.max_student);
+  } else {
+    const int64_t target = P.hard.target[row];
+    const TargetPart<T> part = target_part(P, r, k, hard);
+    const T loss = r.hard_loss_scale == T(0) ? T(0) : part.loss * r.hard_loss_scale;
+    P.loss[row] = target < 0 || target >= P.V ? kInf<T> - kInf<T> : loss;
+    if (P.stats) P.stats[row].factor = part.factor;
+  }
 }
 // The same of a row that is masked out.
 template <class T>
@@ -120,14 +130,14 @@ __device__ __forceinline__ void save_nothing(const RowsParams<T>& P, int64_t row
 }
 
 // The gradient of a row whose divergence has none: that of its hard loss, if it has one.
-template <class S, class U, class T>
+template <bool kParted, class S, class U, class T>
 __device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t begin, int64_t end, bool edges,
                           int rank, int threads, const HardRow<T>* hard) {
   for (int64_t i = begin + rank; i < end; i += threads) {
     T grad[kPack] = {}, s[kPack];
     if (hard && hard->target >= 0) {
       load_pack<S, Memory::kGlobal>(L.student + L.pack(i) * element_size<S>(P.student), P.student.dtype, s);
-      hard->add(s, L.pack(i), 1, grad);
+      hard->template add<kParted>(s, L.pack(i), 1, grad);
     }
     store_pack<S>(L.grad + L.pack(i) * element_size<S>(P.grad), P.grad.dtype, grad);
   }
@@ -135,7 +145,7 @@ __device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int6
     T grad[1] = {}, s[1], t[1];
     if (hard && hard->target >= 0) {
       load_class(L, P, L.edge(i), s, t);
-      hard->add(s, L.edge(i), 1, grad);
+      hard->template add<kParted>(s, L.edge(i), 1, grad);
     }
     store_class(L, P, L.edge(i), grad[0]);
   }
@@ -161,6 +171,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
     rows_kernel(const __grid_constant__ RowsParams<T> P, int packs) {
   using Shared = SharedSums<T, D::kTeacherEntropy>;
   using Room = RowsRoom<T, D::kTeacherEntropy>;
+  constexpr bool kParted = kWithoutTarget<D>;
   const int rank = threadIdx.x, threads = blockDim.x;
   const int warps = threads / 32, first_warp = threadIdx.y * warps, block_warps = warps * blockDim.y;
   const unsigned part = ptx::cluster_rank();
@@ -187,30 +198,39 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
       ptx::copy_async_16(teacher + i * kPack * size_teacher + word * 16, L.teacher + v * size_teacher + word * 16);
     }
   }
-  const RowConstants<T> r = row_constants(P, exists ? row : 0);
+  const RowConstants<T> r = row_constants<kParted>(P, exists ? row : 0);
+  const int64_t parted = parted_target<kParted>(P, exists ? row : 0);
   Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
   HardSums<T> hard_sums = HardSums<T>::empty();
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
   for (int64_t i = rank; counts && edges && i < L.edges; i += threads) {
     load_class(L, P, L.edge(i), s1, t1);
-    add<T, 1, D::kTeacherEntropy>(own.sums, hard_sums, s1, t1, r, P.hard);
+    leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
+    add<T, 1, D::kTeacherEntropy, kParted>(own.sums, hard_sums, s1, t1, r, P.hard);
   }
   ptx::copy_async_wait();
+  if constexpr (kParted) {  // by the thread that has copied it
+    const int64_t at = parted - L.pack(first), i = at / kPack;
+    if (counts && at >= 0 && i < mine && i % threads == rank) {
+      store_one<S>(student + at * size_student, P.student.dtype, -kInf<T>);
+      store_one<U>(teacher + at * size_teacher, P.teacher.dtype, -kInf<T>);
+    }
+  }
   for (int i = rank; counts && i < mine; i += threads) {
     load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-    add<T, kPack, D::kTeacherEntropy>(own.sums, hard_sums, s, t, r, P.hard);
+    add<T, kPack, D::kTeacherEntropy, kParted>(own.sums, hard_sums, s, t, r, P.hard);
   }
   const Sums<T> k = combine_over_row(own, room.sums, first_warp, warps, block_warps).sums;
   HardRow<T>* hard = nullptr;
   if (P.hard.target) {
-    if (counts && edges && rank == 0) hard_sums.logit = target_logit<S>(P, row, L.student);
-    hard_sums = rebased(hard_sums, own.sums.max_student, k.max_student);
+    if (counts && edges && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard_sums);
+    hard_sums = rebased<kParted>(hard_sums, own.sums, k);
     hard_sums = combine_over_row(hard_sums, room.hard, first_warp, warps, block_warps);
-    if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
+    hard_sums = completed<kParted>(hard_sums, k, r);
     if (counts) {
       hard = room.hard_rows + first_warp + rank / 32;
-      if (rank % 32 == 0) *hard = HardRow<T>(P, row, r, k.max_student, hard_sums.sum);
-      if (edges && rank == 0) save_hard(P, row, r, hard_sums, k.max_student);
+      if (rank % 32 == 0) *hard = hard_row<kParted>(P, row, r, k, hard_sums);
+      if (edges && rank == 0) save_hard<kParted>(P, row, r, k, hard_sums);
       __syncwarp();
     }
   }
@@ -223,6 +243,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   with_functor<D>(parameter, [&](const auto& divergence) {
     for (int64_t i = rank; possible && edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
+      leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
       reduce(s1, t1, softmax, divergence, r.grad_scale, hard, L.edge(i), 1, sums, grad1);
       if (D::kCentred && write) store_class(L, P, L.edge(i), grad1[0]);
     }
@@ -241,7 +262,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
     }
   }
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
-    hard_grad(P, L, first, first + mine, edges, rank, threads, hard);
+    hard_grad<kParted>(P, L, first, first + mine, edges, rank, threads, hard);
   } else if (write && !D::kCentred) {
     with_functor<D>(parameter, [&](const auto& divergence) {
       for (int64_t i = rank; edges && i < L.edges; i += threads) {

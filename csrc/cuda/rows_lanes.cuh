@@ -124,13 +124,13 @@ __device__ __forceinline__ void merge(Sums<T>& k, Sums<T> other, const RowConsta
 }
 
 // The gradient of a row whose divergence has none: that of its hard loss, if it has one.
-template <class T, class S, class U>
+template <bool kParted, class T, class S, class U>
 __device__ void hard_grad(const RowsParams<T>& P, const LaneRow<S, U>& L, const HardRow<T>& hard) {
   for (int64_t v = threadIdx.y; v < P.V; v += blockDim.y) {
     T grad[1] = {};
     if (hard.target >= 0) {
       const T s[1] = {load_one<S, T>(L.student + v * L.step_student, P.student.dtype)};
-      hard.add(s, v, 1, grad);
+      hard.template add<kParted>(s, v, 1, grad);
     }
     store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad[0]);
   }
@@ -148,30 +148,37 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const LaneRow<S, U> L(P, inner, in_run);
   const bool counts = L.exists && (!P.mask || P.mask[L.row]);
   const int64_t V = counts ? P.V : 0;  // nothing is read of a row that is masked out
-  const RowConstants<T> r = row_constants(P, L.row);
+  constexpr bool kParted = kWithoutTarget<D>;
+  const RowConstants<T> r = row_constants<kParted>(P, L.row);
+  const int64_t parted = parted_target<kParted>(P, L.row);
+  const auto without = [&](int64_t v, T& s, T& t) {
+    if (kParted && v == parted) s = t = -kInf<T>;
+  };
 
   Sums<T> own = Sums<T>::empty();
   HardSums<T> hard_sums = HardSums<T>::empty();
-  if (counts && P.hard.target && threadIdx.y == 0) hard_sums.logit = target_logit<S>(P, L.row, L.student);
+  if (counts && P.hard.target && threadIdx.y == 0) {
+    read_target<kParted, S, U>(P, L.row, L.student, L.teacher, hard_sums);
+  }
   walk<T>(
-      V, [&](int64_t v, T& s, T& t) { K.take(L, P, v, s, t); },
+      V,
+      [&](int64_t v, T& s, T& t) {
+        K.take(L, P, v, s, t);
+        without(v, s, t);
+      },
       [&](int64_t, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
-        add<T, kAtOnce, D::kTeacherEntropy>(own, hard_sums, s, t, r, P.hard, count);
+        add<T, kAtOnce, D::kTeacherEntropy, kParted>(own, hard_sums, s, t, r, P.hard, count);
       });
   const Sums<T> k =
       over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); });
   HardRow<T> hard;
   if (P.hard.target) {
-    hard_sums = rebased(hard_sums, own.max_student, k.max_student);
-    hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) {
-      all.sum += other.sum;
-      all.logits += other.logits;
-      all.logit += other.logit;
-    });
-    if (r.inv_temperature == T(1)) hard_sums.sum = k.sum_student;
+    hard_sums = rebased<kParted>(hard_sums, own, k);
+    hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) { all.add(other); });
+    hard_sums = completed<kParted>(hard_sums, k, r);
     if (counts) {
-      hard = HardRow<T>(P, L.row, r, k.max_student, hard_sums.sum);
-      if (threadIdx.y == 0) save_hard(P, L.row, r, hard_sums, k.max_student);
+      hard = hard_row<kParted>(P, L.row, r, k, hard_sums);
+      if (threadIdx.y == 0) save_hard<kParted>(P, L.row, r, k, hard_sums);
     }
   }
 
@@ -179,7 +186,10 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const bool write = L.exists && L.grad;
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   const double parameter = P.parameter[L.row];
-  const auto again = [&](int64_t v, T& s, T& t) { K.again(L, P, v, s, t); };
+  const auto again = [&](int64_t v, T& s, T& t) {
+    K.again(L, P, v, s, t);
+    without(v, s, t);
+  };
   const auto store = [&](int64_t v, int count, const T(&grad)[kAtOnce]) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
@@ -206,7 +216,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     }
   }
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
-    hard_grad(P, L, hard);
+    hard_grad<kParted>(P, L, hard);
   } else if (write && !D::kCentred) {
     with_functor<D>(parameter, [&](const auto& divergence) {
       walk<T>(V, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
@@ -226,19 +236,22 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   if (!L.exists) return;
   RowsStats k{};
   HardRow<T> hard;
-  const RowConstants<T> r = row_constants(P, L.row);
+  constexpr bool kParted = kWithoutTarget<D>;
+  const RowConstants<T> r = row_constants<kParted>(P, L.row);
+  const int64_t parted = parted_target<kParted>(P, L.row);
   if (!P.mask || P.mask[L.row]) {
     k = P.stats[L.row];
-    if (P.hard.target) hard = HardRow<T>(P, L.row, r, T(k.max_student), T(k.sum_hard));
+    if (P.hard.target) hard = hard_row<kParted>(P, L.row, r, k);
   }
   const auto store = [&](int64_t v, T grad) { store_one<S>(L.grad + v * L.step_grad, P.grad.dtype, grad); };
   if (no_gradient(T(k.sum_student), T(k.sum_teacher), T(k.slope)) || P.hard.without_soft()) {
-    return hard_grad(P, L, hard);
+    return hard_grad<kParted>(P, L, hard);
   }
   const RowSoftmax<T> softmax(r, T(k.max_student), T(k.sum_student), T(k.max_teacher), T(k.sum_teacher));
   const auto load = [&](int64_t v, T& s, T& t) {
     s = load_one<S, T>(L.student + v * L.step_student, P.student.dtype);
     t = load_one<U, T>(L.teacher + v * L.step_teacher, P.teacher.dtype);
+    if (kParted && v == parted) s = t = -kInf<T>;
   };
   with_functor<D>(P.parameter[L.row], [&](const auto& divergence) {
     walk<T>(P.V, load, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {

@@ -6,6 +6,7 @@
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
 #include "divergence_functors.h"
+#include "math/two_classes.h"
 
 namespace fastkd::cuda {
 
@@ -28,11 +29,11 @@ struct RowConstants {
   T b;                           // 1 / T - 1 / T_teacher
   T loss_scale;                  // T^2 weight soft_weight
   T grad_scale;                  // T^2 weight soft_weight upstream / divisor / T
-  T hard_loss_scale;             // weight hard_weight
-  T hard_grad_scale;             // weight hard_weight upstream / divisor
+  T hard_loss_scale;             // weight hard_weight; of a target that is parted see TargetLoss
+  T hard_grad_scale;             // hard_loss_scale upstream / divisor, and / T if at T
 };
 
-template <class T>
+template <bool kParted = false, class T>
 __device__ RowConstants<T> row_constants(const RowsParams<T>& P, int64_t row) {
   RowConstants<T> r;
   const T temperature = T(P.temperature[row]), teacher_temperature = T(P.teacher_temperature[row]);
@@ -47,6 +48,14 @@ __device__ RowConstants<T> row_constants(const RowsParams<T>& P, int64_t row) {
   r.grad_scale = r.loss_scale * r.inv_temperature * upstream;
   r.hard_loss_scale = weight * T(P.hard.hard_weight);
   r.hard_grad_scale = r.hard_loss_scale * upstream;
+  if constexpr (kParted) {
+    r.loss_scale *= T(P.parameter[row]);
+    r.grad_scale *= T(P.parameter[row]);
+    if (P.hard.loss == TargetLoss::kDecoupled) {
+      r.hard_loss_scale *= (P.t_squared ? temperature * temperature : T(1)) * T(P.second_parameter[row]);
+      r.hard_grad_scale = r.hard_loss_scale * r.inv_temperature * upstream;
+    }
+  }
   return r;
 }
 
@@ -131,13 +140,23 @@ __device__ __forceinline__ void add(Sums<T>& sums, const T (&s)[kCount], const T
 // What the cross-entropy with a row's target adds up, beside its Sums.
 template <class T>
 struct HardSums {
-  T sum;            // e^(z - max) of the student, with the maximum of the Sums
-  T logits, count;  // z - max, where labels are smoothed, of so many classes
-  T logit;          // the target's z, of the one thread that reads it
+  T sum;                         // e^(z - max) of the student, with the maximum of the Sums
+  T logits, count;               // z - max, where labels are smoothed, of so many classes
+  T logit;                       // the target's z, of the one thread that reads it
+  T teacher_logit, sum_teacher;  // where the target is parted: of the teacher, at temperature 1
 
-  static __device__ HardSums empty() { return {T(0), T(0), T(0), T(0)}; }
+  static __device__ HardSums empty() { return {T(0), T(0), T(0), T(0), T(0), T(0)}; }
   static __device__ HardSums combine(HardSums x) {
-    return {warp_sum(x.sum), warp_sum(x.logits), warp_sum(x.count), warp_sum(x.logit)};
+    return {warp_sum(x.sum),   warp_sum(x.logits),        warp_sum(x.count),
+            warp_sum(x.logit), warp_sum(x.teacher_logit), warp_sum(x.sum_teacher)};
+  }
+  __device__ void add(const HardSums& x) {
+    sum += x.sum;
+    logits += x.logits;
+    count += x.count;
+    logit += x.logit;
+    teacher_logit += x.teacher_logit;
+    sum_teacher += x.sum_teacher;
   }
   __device__ __forceinline__ void move(T max, T higher) {
     if (count > T(0)) logits += count * (max - higher);
@@ -145,18 +164,25 @@ struct HardSums {
 };
 
 // The same classes, for both; count of them are there, and the others are -inf.
-template <class T, int kCount, bool kEntropy>
+template <class T, int kCount, bool kEntropy, bool kParted = false>
 __device__ __forceinline__ void add(Sums<T>& sums, HardSums<T>& hard, const T (&s)[kCount], const T (&t)[kCount],
                                     const RowConstants<T>& r, const HardTargets& targets, int count = kCount) {
-  const T before = sums.max_student;
+  const T before = sums.max_student, teacher_before = sums.max_teacher;
   add<T, kCount, kEntropy>(sums, s, t, r);
-  if (!targets.target) return;
+  if (!targets.target || (kParted && targets.loss == TargetLoss::kDecoupled)) return;
   if (r.inv_temperature != T(1)) {  // else the sum is the student's own
     if (sums.max_student > before) hard.sum *= exp2_of((before - sums.max_student) * kLog2e<T>);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) hard.sum += exp2_of((s[i] - sums.max_student) * kLog2e<T>);
   }
-  if (targets.smoothing != 0) {
+  if (kParted && r.inv_teacher_temperature != T(1)) {
+    if (sums.max_teacher > teacher_before) {
+      hard.sum_teacher *= exp2_of((teacher_before - sums.max_teacher) * kLog2e<T>);
+    }
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) hard.sum_teacher += exp2_of((t[i] - sums.max_teacher) * kLog2e<T>);
+  }
+  if (!kParted && targets.smoothing != 0) {
     hard.move(before, sums.max_student);
     hard.count += T(count);
 #pragma unroll
@@ -164,12 +190,38 @@ __device__ __forceinline__ void add(Sums<T>& sums, HardSums<T>& hard, const T (&
   }
 }
 
-// Of a thread or a part of a row, with the maximum of the whole row.
-template <class T>
-__device__ __forceinline__ HardSums<T> rebased(HardSums<T> hard, T max, T max_row) {
-  hard.sum *= exp2_of((max - max_row) * kLog2e<T>);
-  hard.move(max, max_row);
+// Of a thread or a part of a row, with the maxima of the whole row.
+template <bool kParted, class T>
+__device__ __forceinline__ HardSums<T> rebased(HardSums<T> hard, const Sums<T>& own, const Sums<T>& row) {
+  hard.sum *= exp2_of((own.max_student - row.max_student) * kLog2e<T>);
+  if constexpr (kParted) {
+    hard.sum_teacher *= exp2_of((own.max_teacher - row.max_teacher) * kLog2e<T>);
+  } else {
+    hard.move(own.max_student, row.max_student);
+  }
   return hard;
+}
+// Of a whole row: what is at temperature 1 already.
+template <bool kParted, class T>
+__device__ __forceinline__ HardSums<T> completed(HardSums<T> hard, const Sums<T>& row, const RowConstants<T>& r) {
+  if (r.inv_temperature == T(1)) hard.sum = row.sum_student;
+  if (kParted && r.inv_teacher_temperature == T(1)) hard.sum_teacher = row.sum_teacher;
+  return hard;
+}
+
+// Classes v, v + step, ... without the target where it is parted from them.
+template <bool kParted, class T, int kCount>
+__device__ __forceinline__ void leave_out(int64_t target, int64_t v, int64_t step, T (&s)[kCount], T (&t)[kCount]) {
+  if constexpr (kParted) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (v + i * step == target) s[i] = t[i] = -kInf<T>;
+    }
+  }
+}
+template <bool kParted, class T>
+__device__ __forceinline__ int64_t parted_target(const RowsParams<T>& P, int64_t row) {
+  return kParted ? P.hard.target[row] : -1;
 }
 
 // From a logit to what the hard loss adds to its gradient, of a row whose sums are known.
@@ -177,11 +229,12 @@ template <class T>
 struct HardRow {
   T max, log2_sum;
   T scale, everywhere, of_target;
+  T exp2_scale;    // where the target is parted; else log2(e)
   int64_t target;  // -1: the row has no hard loss
 
-  __device__ HardRow() : max(0), log2_sum(0), scale(0), everywhere(0), of_target(0), target(-1) {}
+  __device__ HardRow() : max(0), log2_sum(0), scale(0), everywhere(0), of_target(0), exp2_scale(0), target(-1) {}
   __device__ HardRow(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, T max, T sum)
-      : max(max), target(P.hard.target[row]) {
+      : max(max), exp2_scale(kLog2e<T>), target(P.hard.target[row]) {
     log2_sum = sum == T(0) ? T(0) : log_of(sum) * kLog2e<T>;
     // of -inf alone: no finite step makes a class possible
     scale = sum == T(0) ? T(0) : r.hard_grad_scale;
@@ -192,14 +245,30 @@ struct HardRow {
     everywhere = scale * T(P.hard.smoothing) / T(P.V);
     of_target = scale * T(1 - P.hard.smoothing);
   }
+  // Of a target that is parted from the others, of which these are the sums. factor: see TargetLoss.
+  static __device__ HardRow parted(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, const Sums<T>& k,
+                                   T sum_hard, T factor) {
+    const bool decoupled = P.hard.loss == TargetLoss::kDecoupled;
+    HardRow hard(P, row, r, k.max_student, decoupled ? k.sum_student : sum_hard);
+    hard.scale *= factor;
+    hard.of_target = hard.scale;
+    hard.everywhere = T(0);
+    if (decoupled) hard.exp2_scale = r.exp2_student;
+    return hard;
+  }
   // Classes v, v + step, ...
-  template <int kCount>
+  template <bool kParted, int kCount>
   __device__ __forceinline__ void add(const T (&s)[kCount], int64_t v, int64_t step, T (&grad)[kCount]) const {
     if (target < 0) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      grad[i] += exp2_of((s[i] - max) * kLog2e<T> - log2_sum) * scale - everywhere;
-      if (v + i * step == target) grad[i] -= of_target;
+      const bool is_target = v + i * step == target;
+      if constexpr (kParted) {
+        grad[i] += is_target ? -of_target : exp2_of((s[i] - max) * exp2_scale - log2_sum) * scale;
+      } else {
+        grad[i] += exp2_of((s[i] - max) * kLog2e<T> - log2_sum) * scale - everywhere;
+        if (is_target) grad[i] -= of_target;
+      }
     }
   }
 };
@@ -218,12 +287,17 @@ __device__ T hard_loss(const RowsParams<T>& P, int64_t row, const RowConstants<T
   return loss * r.hard_loss_scale;
 }
 
-// The target's logit, for one thread of a row. Before the gradient is written, perhaps over the student.
-template <class S, class T>
-__device__ T target_logit(const RowsParams<T>& P, int64_t row, const char* student) {
+// The target's logits, for one thread of a row. Before the gradient is written, perhaps over the student.
+template <bool kParted, class S, class U, class T>
+__device__ void read_target(const RowsParams<T>& P, int64_t row, const char* student, const char* teacher,
+                            HardSums<T>& hard) {
   const int64_t target = P.hard.target[row];
-  if (target < 0 || target >= P.V) return T(0);
-  return load_one<S, T>(student + target * P.student.stride_v * element_size<S>(P.student), P.student.dtype);
+  if (target < 0 || target >= P.V) return;
+  hard.logit = load_one<S, T>(student + target * P.student.stride_v * element_size<S>(P.student), P.student.dtype);
+  if constexpr (kParted) {
+    hard.teacher_logit =
+        load_one<U, T>(teacher + target * P.teacher.stride_v * element_size<U>(P.teacher), P.teacher.dtype);
+  }
 }
 
 // Sums that the lanes of a warp combine, for combine_over_row.
@@ -293,5 +367,41 @@ struct RowSoftmax {
     return e;
   }
 };
+
+// What a target that is parted from the others has in its row's loss.
+template <class T>
+__device__ TargetPart<T> target_part(const RowsParams<T>& P, const RowConstants<T>& r, const Sums<T>& k,
+                                     const HardSums<T>& hard) {
+  if (k.sum_teacher == T(0) && hard.teacher_logit == -kInf<T>) return {T(0), T(0)};
+  if (k.sum_student == T(0) && hard.logit == -kInf<T>) return {kInf<T>, T(0)};
+  const T logit = hard.logit < kInf<T> ? hard.logit : kInf<T> - kInf<T>;
+  const T teacher_logit = hard.teacher_logit < kInf<T> ? hard.teacher_logit : kInf<T> - kInf<T>;
+  const T student = logit - k.max_student, teacher = teacher_logit - k.max_teacher;
+  if (P.hard.loss == TargetLoss::kDecoupled) {
+    const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
+    return TargetPart<T>::of(true, student * r.inv_temperature - log_of(k.sum_student),
+                             teacher * r.inv_teacher_temperature - log_of(k.sum_teacher),
+                             softmax(logit, teacher_logit).w);
+  }
+  const T a = student - log_of(hard.sum), b = teacher - log_of(hard.sum_teacher);
+  return TargetPart<T>::of(false, a, b, a - b);
+}
+
+// Of a row whose sums are known, its hard loss.
+template <bool kParted, class T>
+__device__ HardRow<T> hard_row(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, const Sums<T>& k,
+                               const HardSums<T>& hard) {
+  if constexpr (kParted) return HardRow<T>::parted(P, row, r, k, hard.sum, target_part(P, r, k, hard).factor);
+  return HardRow<T>(P, row, r, k.max_student, hard.sum);
+}
+// The same from what forward has saved.
+template <bool kParted, class T>
+__device__ HardRow<T> hard_row(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, const RowsStats& saved) {
+  const T max = T(saved.max_student), sum = T(saved.sum_hard);
+  if constexpr (kParted) {
+    return HardRow<T>::parted(P, row, r, {max, T(saved.sum_student), T(0), T(0), T(0)}, sum, T(saved.factor));
+  }
+  return HardRow<T>(P, row, r, max, sum);
+}
 
 }  // namespace fastkd::cuda

@@ -33,16 +33,14 @@ __device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowCon
   return SharedSums<T, kEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums;
 }
 
-template <class T>
+template <bool kParted, class T>
 __device__ HardSums<T> row_hard(const RowsParams<T>& P, const RowsParts<T>& parts, int64_t row, const Sums<T>& k,
                                 const RowConstants<T>& r) {
   if (!P.hard.target) return HardSums<T>::empty();
   const int64_t lane = threadIdx.x % 32, part = row * parts.splits + lane;
   HardSums<T> hard = HardSums<T>::empty();
-  if (lane < parts.splits) hard = rebased(parts.hard[part], parts.sums[part].max_student, k.max_student);
-  hard = HardSums<T>::combine(hard);
-  if (r.inv_temperature == T(1)) hard.sum = k.sum_student;
-  return hard;
+  if (lane < parts.splits) hard = rebased<kParted>(parts.hard[part], parts.sums[part], k);
+  return completed<kParted>(HardSums<T>::combine(hard), k, r);
 }
 
 template <class T>
@@ -51,7 +49,7 @@ __device__ LossSums<T> row_losses(const RowsParts<T>& parts, int64_t row) {
   return LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty());
 }
 
-template <class T, class S, class U, bool kEntropy>
+template <class T, class S, class U, bool kEntropy, bool kParted>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     rows_statistics_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts, int64_t first_row) {
   using Shared = SharedSums<T, kEntropy>;
@@ -63,24 +61,27 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const RowConstants<T> r = row_constants(P, row);
   Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
   HardSums<T> hard = HardSums<T>::empty();
+  const int64_t parted = parted_target<kParted>(P, row);
   T s[kPack], t[kPack], s1[1], t1[1];
   for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
     load_class(L, P, L.edge(i), s1, t1);
-    add<T, 1, kEntropy>(own.sums, hard, s1, t1, r, P.hard);
+    leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
+    add<T, 1, kEntropy, kParted>(own.sums, hard, s1, t1, r, P.hard);
   }
   for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
     const int64_t v = L.pack(i);
     load<S, U, Memory::kGlobal>(L.student + v * element_size<S>(P.student), L.teacher + v * element_size<U>(P.teacher),
                                 P, s, t);
-    add<T, kPack, kEntropy>(own.sums, hard, s, t, r, P.hard);
+    leave_out<kParted>(parted, v, 1, s, t);
+    add<T, kPack, kEntropy, kParted>(own.sums, hard, s, t, r, P.hard);
   }
   Shared* room = reinterpret_cast<Shared*>(ptx::dynamic_shared());
   const Sums<T> k = combine_over_row(own, room, 0, threads / 32, threads / 32).sums;
   if (rank == 0) parts.sums[row * parts.splits + split] = k;
   if (!P.hard.target) return;
-  if (slice.edges && rank == 0) hard.logit = target_logit<S>(P, row, L.student);
+  if (slice.edges && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard);
   HardSums<T>* room_of_hard = reinterpret_cast<HardSums<T>*>(room + threads / 32 + 1);
-  hard = rebased(hard, own.sums.max_student, k.max_student);
+  hard = rebased<kParted>(hard, own.sums, k);
   hard = combine_over_row(hard, room_of_hard, 0, threads / 32, threads / 32);
   if (rank == 0) parts.hard[row * parts.splits + split] = hard;
 }
@@ -94,15 +95,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Slice<S, U> slice(L, split, parts.splits);
   const bool write = D::kCentred && P.grad.data;
   const bool counts = !P.mask || P.mask[row];
-  const RowConstants<T> r = row_constants(P, row);
+  constexpr bool kParted = kWithoutTarget<D>;
+  const RowConstants<T> r = row_constants<kParted>(P, row);
+  const int64_t parted = parted_target<kParted>(P, row);
   const Sums<T> k = counts ? row_sums<T, D::kTeacherEntropy>(parts, row, r) : Sums<T>{};
   HardRow<T> hard;
   if (write && counts && P.hard.target) {
-    hard = HardRow<T>(P, row, r, k.max_student, row_hard(P, parts, row, k, r).sum);
+    hard = hard_row<kParted>(P, row, r, k, row_hard<kParted>(P, parts, row, k, r));
   }
   if (k.sum_student == T(0) || k.sum_teacher == T(0) || P.hard.without_soft()) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
-    if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
+    if (write) hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -111,6 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   with_functor<D>(P.parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
+      leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
       reduce(s1, t1, softmax, divergence, r.grad_scale, &hard, L.edge(i), 1, sums, grad1);
       if (write) store_class(L, P, L.edge(i), grad1[0]);
     }
@@ -120,6 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
+      leave_out<kParted>(parted, v, 1, s, t);
       reduce(s, t, softmax, divergence, r.grad_scale, &hard, v, 1, sums, grad);
       if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
@@ -140,26 +145,27 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (row >= end_row) return;
   const RowLayout<S, U> L(P, row);
   const Slice<S, U> slice(L, split, parts.splits);
-  const RowConstants<T> r = row_constants(P, row);
+  constexpr bool kParted = kWithoutTarget<D>;
+  const RowConstants<T> r = row_constants<kParted>(P, row);
+  const int64_t parted = parted_target<kParted>(P, row);
   Sums<T> k{};
-  T slopes = 0, sum_hard = 0;
+  T slopes = 0;
+  HardRow<T> hard;
   const bool counts = !P.mask || P.mask[row];
   if (counts) {
     if (parts.sums) {
       k = row_sums<T, false>(parts, row, r);
       slopes = row_losses(parts, row).slope;
-      sum_hard = row_hard(P, parts, row, k, r).sum;
+      if (P.hard.target) hard = hard_row<kParted>(P, row, r, k, row_hard<kParted>(P, parts, row, k, r));
     } else {
       const RowsStats& saved = P.stats[row];
       k = {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
       slopes = T(saved.slope);
-      sum_hard = T(saved.sum_hard);
+      if (P.hard.target) hard = hard_row<kParted>(P, row, r, saved);
     }
   }
-  HardRow<T> hard;
-  if (counts && P.hard.target) hard = HardRow<T>(P, row, r, k.max_student, sum_hard);
   if (no_gradient(k.sum_student, k.sum_teacher, slopes) || P.hard.without_soft()) {
-    hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
+    hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
@@ -167,6 +173,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   with_functor<D>(P.parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
+      leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
       gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, &hard, L.edge(i), 1, grad1);
       store_class(L, P, L.edge(i), grad1[0]);
     }
@@ -175,6 +182,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
+      leave_out<kParted>(parted, v, 1, s, t);
       gradient(s, t, softmax, divergence, r.grad_scale, slopes, &hard, v, 1, grad);
       store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
@@ -189,12 +197,13 @@ __global__ void rows_finish_kernel(const __grid_constant__ RowsParams<T> P, Rows
     if (threadIdx.x == 0) save_nothing(P, row);
     return;
   }
-  const RowConstants<T> r = row_constants(P, row);
+  constexpr bool kParted = kWithoutTarget<D>;
+  const RowConstants<T> r = row_constants<kParted>(P, row);
   const Sums<T> k = row_sums<T, D::kTeacherEntropy>(parts, row, r);
   const LossSums<T> sums = row_losses(parts, row);
-  const HardSums<T> hard = row_hard(P, parts, row, k, r);
+  const HardSums<T> hard = row_hard<kParted>(P, parts, row, k, r);
   if (threadIdx.x != 0) return;
-  if (P.hard.target) save_hard(P, row, r, hard, k.max_student);
+  if (P.hard.target) save_hard<kParted>(P, row, r, k, hard);
   save<T, D>(P, row, k, sums, r);
 }
 

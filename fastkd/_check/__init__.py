@@ -39,6 +39,7 @@ from .logits import (
     not_overwritten,
     parameter,
     soft_divergence,
+    target_reduction,
     will_be_overwritten,
 )
 from .relations import (
@@ -93,6 +94,7 @@ __all__ = [
     "reduction",
     "relation",
     "soft_divergence",
+    "target_reduction",
     "temperature",
     "triplet",
     "whole_number",

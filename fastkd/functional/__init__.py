@@ -17,15 +17,15 @@ from .targets import dkd_loss, kd_loss, nkd_loss
 
 __all__ = [
     "attention_transfer",
+    "dkd_loss",
     "feature_cosine",
     "feature_mse",
     "gram_mse",
     "js_div",
-    "dkd_loss",
     "kd_loss",
-    "nkd_loss",
     "kl_div",
     "linear_feature_mse",
+    "nkd_loss",
     "pkt",
     "relation_kl",
     "relational_triplet",

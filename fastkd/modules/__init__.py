@@ -17,15 +17,15 @@ from .targets import DKDLoss, KDLoss, NKDLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "DKDLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
     "GramMSELoss",
     "JSDivLoss",
-    "DKDLoss",
     "KDLoss",
-    "NKDLoss",
     "KLDivLoss",
     "LinearFeatureMSELoss",
+    "NKDLoss",
     "PKTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",

@@ -6,7 +6,7 @@ With w = log p - log q all are written so that nothing cancels when student and 
 import triton
 import triton.language as tl
 
-from .._divergences import REGISTRY
+from .._divergences import NUMBERS
 
 
 @triton.jit
@@ -199,7 +199,32 @@ def total_variation(p, q, w, parameter, OF_ROWS: tl.constexpr):
     return 0.5 * tl.abs(difference), slope
 
 
+non_target_kl = kl_div  # and the teacher's entropy, where the loss wants it
+
+
+@triton.jit
+def two_classes(a, b, d):
+    """See csrc/math/two_classes.h. Of coins with log odds a of the student and b of the teacher, d = a - b: KL(q || p),
+    its derivative by a, -log p of the one class, q of it, and p of the rest."""
+    x, y = tl.exp(-tl.abs(a)), tl.exp(-tl.abs(b))
+    log_x, log_y = log1p(x), log1p(y)
+    p, q = 1.0 / (1.0 + x), 1.0 / (1.0 + y)
+    p_one, p_rest = tl.where(a > 0.0, p, x * p), tl.where(a > 0.0, x * p, p)
+    q_one, q_rest = tl.where(b > 0.0, q, y * q), tl.where(b > 0.0, y * q, q)
+    minus_log_one = tl.maximum(-a, 0.0) + log_x
+    near = is_near(d)
+    small = tl.where(near, d, 0.0)
+    grown, shrunk = small + small * small * bregman_series(small), -small + small * small * bregman_series(-small)
+    w_one = tl.maximum(-b, 0.0) - tl.maximum(-a, 0.0) + (log_y - log_x)
+    w_rest = tl.maximum(b, 0.0) - tl.maximum(a, 0.0) + (log_y - log_x)
+    w_one, w_rest = tl.where(near, -log1p(q_rest * shrunk), w_one), tl.where(near, -log1p(q_one * grown), w_rest)
+    loss_one, slope_one = kl_div(p_one, q_one, w_one, 0.0, False)
+    loss_rest, slope_rest = kl_div(p_rest, q_rest, w_rest, 0.0, False)
+    slope = tl.where(p_one < p_rest, slope_one, -slope_rest)
+    return loss_one + loss_rest, slope, minus_log_one, q_one, p_rest
+
+
 # By number: each takes p, q, w [ROWS, BLOCK] and the rows' parameter [ROWS or 1, 1] in float64, which may be an end of
 # its range where it is one OF_ROWS. What a class adds to its row's loss, and d loss / d log p up to a multiple of p. w
 # is +-inf where one of p and q is 0, NaN where both are; what p = q = 0 adds is 0.
-FUNCTIONS = [globals()[name] for name in REGISTRY]
+FUNCTIONS = [globals()[name] for name in NUMBERS]

@@ -150,9 +150,15 @@ def _arguments(call, layouts):
         call.scale_tensor,
         call.scale,
         *_number(call.parameter_rows, call.parameter),
+        *_number(call.second_parameter_rows, call.second_parameter),
         call.target,
-        *((0.0, 1.0, 0.0) if call.target is None else call.target_numbers.tolist()),
+        *((0.0, 1.0, 0.0) if call.target_numbers is None else call.target_numbers.tolist()),
     )
+
+
+def _hard(call):
+    """See rows_tile."""
+    return 0 if call.target is None else 1 + call.target_loss
 
 
 def _programs(N, run, rows):
@@ -178,7 +184,8 @@ def rows_fwd(*arguments: Any) -> None:
     with torch.cuda.device_of(call.student):
         rows_fwd_kernel[(programs,)](
             *_arguments(call, layouts), parts, out.stats, N, V, run,
-            DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred, ENTROPY=entry.teacher_entropy,
+            DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred,
+            ENTROPY=entry.teacher_entropy and _hard(call) != 2, HARD=_hard(call),
             SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
             ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limits,
         )  # fmt: skip
@@ -200,7 +207,8 @@ def rows_bwd(*arguments: Any) -> None:
         rows_bwd_kernel[(_programs(N, run, rows), triton.cdiv(V, block))](
             *_arguments(call, layouts), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared,
-            ROWS=rows, BLOCK=block, num_warps=warps, **limited(compute_dtype(call.student, call.teacher)),
+            HARD=_hard(call), ROWS=rows, BLOCK=block, num_warps=warps,
+            **limited(compute_dtype(call.student, call.teacher)),
         )  # fmt: skip
 
 

@@ -19,24 +19,24 @@ import triton.language as tl
 from .rows_tile import (
     exp,
     finite,
-    hard_loss,
-    hard_options,
     hard_sums,
-    load,
+    load_parted,
+    loss_scales,
     per_row,
     per_row_times,
-    row_loss,
     row_offsets,
     rows_of_program,
     rows_to_read,
     store,
     store_statistics,
+    target_part,
     temperatures,
     visit,
     walk_for_grad,
     walk_for_loss,
     walk_for_statistics,
     whole_gradient,
+    whole_loss,
 )
 
 
@@ -51,14 +51,15 @@ def rows_fwd_kernel(
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
     parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
+    second_rows, second_stride, second: tl.float64,
     target,  # [N], or None
     hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
-    stats,  # [N, 6], or None
+    stats,  # [N, 7], or None
     N, V, side_by_side,
     DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
-    PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr, PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = loss.dtype.element_ty
     row, live, run, at = rows_of_program(N, side_by_side, ROWS)
@@ -67,15 +68,16 @@ def rows_fwd_kernel(
         temperature_rows, temperature_stride, temperature,
         teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read, dtype, SAME_TEMPERATURE,
     )  # fmt: skip
-    loss_scale = per_row(weight, 1, 1.0, row, read, dtype)
-    hard_scale, soft_weights, smoothings, classes = hard_options(
-        target, hard_weight, soft_weight, smoothing, loss_scale, row, read, dtype
+    OF_ROWS: tl.constexpr = parameter_rows is not None
+    parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)
+    soft_scale, hard_scale, (classes, smoothings, soft_weights) = loss_scales(
+        per_row(weight, 1, 1.0, row, read, dtype), T, parameter, second_rows, second_stride, second,
+        target, hard_weight, soft_weight, smoothing, row, read, dtype, T_SQUARED, HARD,
     )  # fmt: skip
+    parameter = parameter[:, None]
     one_over_divisor = per_row_times(scale_tensor, scale, row, read, dtype)
-    if T_SQUARED:
-        loss_scale *= T * T
-    loss_scale *= soft_weights
-    grad_scale = loss_scale * a * one_over_divisor
+    grad_scale = soft_scale * a * one_over_divisor
+    grad_of_hard = hard_scale * one_over_divisor * (a if HARD == 2 else 1.0)
     student += row_offsets(
         row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
     )
@@ -85,18 +87,16 @@ def rows_fwd_kernel(
     if grad is not None:
         grad += row_offsets(row, live, run, at, side_by_side, grad_index, grad_inner, grad_outer, grad_stride)
     inputs = (student, student_step, teacher, teacher_step, read, V)
-    OF_ROWS: tl.constexpr = parameter_rows is not None
-    HARD: tl.constexpr = target is not None
-    parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
 
     if ONE_TILE:
         columns = tl.arange(0, BLOCK)
-        s, t = load(inputs, columns, dtype, "evict_first")
+        s, t, logit, teacher_logit = load_parted(inputs, columns, classes, dtype, "evict_first", HARD)
         max_student, max_teacher = finite(tl.max(s, 1)), finite(tl.max(t, 1))
         sum_student, sum_teacher = tl.sum(exp(s, max_student, a), 1), tl.sum(exp(t, max_teacher, a - b), 1)
         of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
-        sum_hard, logits, logit = hard_sums(s, max_student, classes, columns, V, HARD)
-        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V, soft_weights)
+        sum_hard, logits = hard_sums(s, t, max_student, max_teacher, columns, V, HARD)
+        part, factor = target_part(of_row, sum_hard, logits, logit, teacher_logit, HARD)
+        hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights)
         losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total = tl.sum(losses, 1)
         sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
@@ -104,8 +104,11 @@ def rows_fwd_kernel(
             values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
             store(grad, grad_step, live, V, columns, values)
     else:
-        of_row, sum_hard, logits, logit = walk_for_statistics(inputs, a, b, classes, dtype, ROWS, BLOCK, HARD)
-        hard = (classes, read, hard_scale * one_over_divisor, sum_hard, smoothings, V, soft_weights)
+        of_row, sum_hard, logits, logit, teacher_logit = walk_for_statistics(
+            inputs, a, b, classes, dtype, ROWS, BLOCK, HARD
+        )
+        part, factor = target_part(of_row, sum_hard, logits, logit, teacher_logit, HARD)
+        hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights)
         total, sum_slope = walk_for_loss(
             inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
             DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, HARD, dtype, ROWS, BLOCK,
@@ -116,16 +119,15 @@ def rows_fwd_kernel(
                 DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, HARD, dtype, BLOCK,
             )  # fmt: skip
 
-    total = row_loss(total, of_row, loss_scale, ENTROPY)
-    if HARD:
-        total = tl.where(soft_weights == 0.0, 0.0, total)  # left out, however large it is
-        total += hard_loss(of_row, hard, hard_weight, hard_scale, logits, logit)
+    total = whole_loss(
+        total, part, of_row, soft_scale, hard, hard_weight, hard_scale, logits, logit, ENTROPY, HARD
+    )  # fmt: skip
     if PER_ROW:
         tl.store(loss + row, total, mask=live)
     else:
         tl.store(loss + tl.program_id(0), tl.sum(total, 0))
     if stats is not None:
-        store_statistics(stats, row, live, of_row, sum_slope, sum_hard)
+        store_statistics(stats, row, live, of_row, sum_slope, sum_hard, factor)
 
 
 @triton.jit
@@ -139,12 +141,13 @@ def rows_bwd_kernel(
     weight,  # [N], or None
     scale_tensor, scale: tl.float64,  # [1], or None: 1 / divisor
     parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
+    second_rows, second_stride, second: tl.float64,
     target,  # [N], or None
     hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
-    stats,  # [N, 6]
+    stats,  # [N, 7]
     upstream, upstream_stride,  # [N], or [1] with stride 0
     N, V, side_by_side,
-    DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
+    DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr, HARD: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = upstream.dtype.element_ty
@@ -157,10 +160,15 @@ def rows_bwd_kernel(
     of_loss = per_row(weight, 1, 1.0, row, read, dtype)
     of_loss *= tl.load(upstream + row * upstream_stride, mask=read, other=0.0)
     of_loss *= per_row_times(scale_tensor, scale, row, read, dtype)
-    hard_scale, soft_weights, smoothings, classes = hard_options(
-        target, hard_weight, soft_weight, smoothing, of_loss, row, read, dtype
+    OF_ROWS: tl.constexpr = parameter_rows is not None
+    parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)
+    soft_scale, hard_scale, (classes, smoothings, soft_weights) = loss_scales(
+        of_loss, T, parameter, second_rows, second_stride, second,
+        target, hard_weight, soft_weight, smoothing, row, read, dtype, T_SQUARED, HARD,
     )  # fmt: skip
-    grad_scale = of_loss * (T if T_SQUARED else a) * soft_weights
+    parameter = parameter[:, None]
+    grad_scale = soft_scale * a
+    hard_scale *= a if HARD == 2 else 1.0
     student += row_offsets(
         row, read, run, at, side_by_side, student_index, student_inner, student_outer, student_stride
     )
@@ -168,7 +176,7 @@ def rows_bwd_kernel(
         row, read, run, at, side_by_side, teacher_index, teacher_inner, teacher_outer, teacher_stride
     )
     grad += row_offsets(row, live, run, at, side_by_side, grad_index, grad_inner, grad_outer, grad_stride)
-    stats += row.to(tl.int64) * 6
+    stats += row.to(tl.int64) * 7
     max_student = tl.load(stats, mask=read, other=0.0).to(dtype)
     sum_student = tl.load(stats + 1, mask=read, other=0.0).to(dtype)
     max_teacher = tl.load(stats + 2, mask=read, other=0.0).to(dtype)
@@ -177,12 +185,12 @@ def rows_bwd_kernel(
     of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
 
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    s, t = load((student, student_step, teacher, teacher_step, read, V), columns, dtype, "evict_first")
-    OF_ROWS: tl.constexpr = parameter_rows is not None
-    parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)[:, None]
+    inputs = (student, student_step, teacher, teacher_step, read, V)
+    s, t, _, _ = load_parted(inputs, columns, classes, dtype, "evict_first", HARD)
     _loss, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
-    HARD: tl.constexpr = target is not None
     sum_hard = tl.load(stats + 5, mask=read, other=0.0).to(dtype) if HARD else max_student
+    if HARD >= 2:
+        hard_scale *= tl.load(stats + 6, mask=read, other=0.0).to(dtype)
     hard = (classes, read, hard_scale, sum_hard, smoothings, V, soft_weights)
     values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
     store(grad, grad_step, live, V, columns, values)

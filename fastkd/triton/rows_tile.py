@@ -3,12 +3,14 @@
 import triton
 import triton.language as tl
 
-from .divergences import log1p
+from .divergences import log1p, two_classes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
 
 # In the kernels
+#   HARD    0: rows have no target; else 1 + the number of the loss that they have of it, see TargetLoss in
+#           csrc/common/rows_params.h: from 2 on the target is parted from the other classes, whose sums of_row has
 #   hard    of rows with a target, [ROWS] each: the target, which rows have one, and what they are multiplied by in the
 #           gradient; the sum of e^(z - max) of the student; smoothing; V; and the weight of the soft loss
 #   inputs  what load needs: pointers to the rows [ROWS] and the step between classes, for
@@ -71,17 +73,29 @@ def per_row_times(factor, value_of_all, row, read, dtype: tl.constexpr):
 
 
 @triton.jit
-def hard_options(target, hard_weight, soft_weight, smoothing, of_loss, row, read, dtype: tl.constexpr):
-    """Of each row: what its hard loss is multiplied by, what its soft loss is, the smoothing and the target. Without
-    targets numbers that nobody reads, and 1."""
+def loss_scales(
+    of_loss, T, parameter, second_rows, second_stride, second, target, hard_weight, soft_weight, smoothing, row, read,
+    dtype: tl.constexpr, T_SQUARED: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """Of each row: what its soft loss is multiplied by, and its hard loss; and of_target: the target, the smoothing and
+    the weight of the soft loss. Without targets numbers that nobody reads, and a weight of 1."""
     soft = tl.full(row.shape, 1.0, dtype)
-    hard, smoothed, classes = soft, soft, row
-    if target is not None:
+    hard, smoothed, classes = of_loss, soft, row
+    if HARD:
         classes = tl.load(target + row, mask=read, other=0)
+    if HARD == 1:
         hard = of_loss * per_row(None, 0, hard_weight, row, read, dtype)
         soft = per_row(None, 0, soft_weight, row, read, dtype)
         smoothed = per_row(None, 0, smoothing, row, read, dtype)
-    return hard, soft, smoothed, classes
+    if HARD == 2:
+        hard = of_loss * per_row(second_rows, second_stride, second, row, read, dtype)
+        if T_SQUARED:
+            hard *= T * T
+    if HARD >= 2:
+        of_loss *= parameter.to(dtype)
+    if T_SQUARED:
+        of_loss *= T * T
+    return of_loss * soft, hard, (classes, smoothed, soft)
 
 
 @triton.jit
@@ -115,6 +129,26 @@ def load(inputs, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
     s = _load_side(student, student_step, read, V, columns, dtype, EVICT)
     t = _load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
     return s, t
+
+
+@triton.jit
+def _logits_of(x, target, columns):
+    return tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+
+
+@triton.jit
+def load_parted(inputs, columns, target, dtype: tl.constexpr, EVICT: tl.constexpr, HARD: tl.constexpr):
+    """The same without the rows' targets, where they are parted from the other classes; and the targets' logits."""
+    s, t = load(inputs, columns, dtype, EVICT)
+    logit = tl.zeros(target.shape, dtype)
+    teacher_logit = logit
+    if HARD:
+        logit = _logits_of(s, target, columns)
+    if HARD >= 2:
+        teacher_logit = _logits_of(t, target, columns)
+        out = columns[None, :] == target[:, None]
+        s, t = tl.where(out, -INF, s), tl.where(out, -INF, t)
+    return s, t, logit, teacher_logit
 
 
 @triton.jit
@@ -190,30 +224,87 @@ def gradient_of(slope, p, sum_slope, of_row, scale):
 
 
 @triton.jit
-def hard_sums(s, maximum, target, columns, V, HARD: tl.constexpr):
-    """Of a tile: the student's sum at temperature 1, the sum of z - max, and the logit of the target."""
+def hard_sums(s, t, maximum, max_teacher, columns, V, HARD: tl.constexpr):
+    """Of a tile: the student's sum at temperature 1, and the sum of z - max. Where the target is parted, the teacher's
+    sum in its place."""
     total = tl.zeros(maximum.shape, s.dtype)
-    logits, logit = total, total
+    logits = total
     if HARD:
-        total = tl.sum(exp(s, maximum, tl.full(maximum.shape, 1.0, s.dtype)), 1)
-        logits = tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
-        logit = tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
-    return total, logits, logit
+        one = tl.full(maximum.shape, 1.0, s.dtype)
+        total = tl.sum(exp(s, maximum, one), 1)
+        if HARD >= 2:
+            logits = tl.sum(exp(t, max_teacher, one), 1)
+        else:
+            logits = tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
+    return total, logits
 
 
 @triton.jit
-def hard_gradient(s, of_row, hard, columns):
+def _log_odds(below_max, total):
+    """Of a class that lies so far above the others' maximum, whose exponentials add up to the total."""
+    return tl.where(total == 0.0, INF, below_max - log1p(total - 1.0))
+
+
+@triton.jit
+def target_part(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD: tl.constexpr):
+    """What a target that is parted from the others has in its row's loss, and the factor of its gradient; of another
+    0 and 1."""
+    part = tl.zeros(logit.shape, logit.dtype)
+    factor = part + 1.0
+    if HARD >= 2:
+        part, factor = _parted(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD)
+    return part, factor
+
+
+@triton.jit
+def _parted(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD: tl.constexpr):
+    a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
+    nan = float("nan")
+    student = tl.where(logit == INF, nan, logit) - max_student
+    teacher = tl.where(teacher_logit == INF, nan, teacher_logit) - max_teacher
+    if HARD == 2:
+        of_student = _log_odds(student * a, sum_student)
+        of_teacher = _log_odds(teacher * (a - b), sum_teacher)
+        # w of the target as of another class: see _probabilities
+        shift = max_student - max_teacher
+        shifted = tl.abs(shift) > 4.0
+        difference = tl.where(shifted, student - teacher, logit - teacher_logit) - tl.where(shifted, 0.0, shift)
+        at_other = tl.where(teacher_logit == -INF, 0.0, teacher * b)
+        difference = difference * a + at_other - log1p((sum_student - sum_teacher) / sum_teacher)
+        loss, slope, _minus_log, _q, _p = two_classes(of_student, of_teacher, difference)
+        factor = -slope
+    else:
+        of_student = _log_odds(student, sum_hard)
+        of_teacher = _log_odds(teacher, sum_teacher_hard)
+        _loss, _slope, minus_log, q, p_rest = two_classes(of_student, of_teacher, of_student - of_teacher)
+        loss, factor = tl.where(q == 0.0, 0.0, q * minus_log), q * p_rest
+    no_student = (sum_student == 0.0) & (logit == -INF)
+    no_teacher = (sum_teacher == 0.0) & (teacher_logit == -INF)
+    loss = tl.where(no_teacher, 0.0, tl.where(no_student, INF, loss))
+    return loss, tl.where(no_teacher | no_student, 0.0, factor)
+
+
+@triton.jit
+def hard_gradient(s, of_row, hard, columns, HARD: tl.constexpr):
     """What the hard loss adds to the gradient of a tile. Nothing where no class is possible; NaN where the target is
     none of the classes: as loud as a device may be that cannot raise."""
     target, has_target, scale, sum_hard, smoothing, V, _soft_weight = hard
     max_student = of_row[2]
+    inv_temperature = tl.full(max_student.shape, 1.0, s.dtype)
+    if HARD == 2:
+        inv_temperature, sum_hard = of_row[0], of_row[3]
     scale = tl.where(sum_hard == 0.0, 0.0, scale)
     scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
     scale = tl.where(has_target, scale, 0.0)[:, None]
-    p = exp(s, max_student, tl.full(max_student.shape, 1.0, s.dtype))
+    p = exp(s, max_student, inv_temperature)
     p *= tl.where(sum_hard == 0.0, 0.0, 1.0 / sum_hard)[:, None]
-    everywhere, of_target = (smoothing / V)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
-    return p * scale - everywhere - tl.where(columns[None, :] == target[:, None], of_target, 0.0)
+    is_target = columns[None, :] == target[:, None]
+    if HARD == 1:
+        everywhere, of_target = (smoothing / V)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
+        values = p * scale - everywhere - tl.where(is_target, of_target, 0.0)
+    else:
+        values = p * scale - tl.where(is_target, scale, 0.0)
+    return values
 
 
 @triton.jit
@@ -241,6 +332,25 @@ def row_loss(total, of_row, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def whole_loss(
+    total, part, of_row, soft_scale, hard, hard_weight, hard_scale, logits, logit,
+    ENTROPY: tl.constexpr, HARD: tl.constexpr,
+):  # fmt: skip
+    """The loss of a row, of both parts where it has a target. A part of weight 0 is left out, however large it is."""
+    total = row_loss(total, of_row, soft_scale, ENTROPY)
+    if HARD == 1:
+        total = tl.where(hard[6] == 0.0, 0.0, total)
+        total += hard_loss(of_row, hard, hard_weight, hard_scale, logits, logit)
+    if HARD >= 2:
+        target, has_target, V = hard[0], hard[1], hard[5]
+        total = tl.where(soft_scale == 0.0, 0.0, total)
+        part = tl.where(hard_scale == 0.0, 0.0, part * hard_scale)
+        part = tl.where((target >= 0) & (target < V), part, float("nan"))
+        total += tl.where(has_target, part, 0.0)
+    return total
+
+
+@triton.jit
 def rows_to_read(mask, row, live):
     read = live
     if mask is not None:
@@ -254,7 +364,7 @@ def whole_gradient(slope, p, sum_slope, of_row, scale, s, hard, columns, HARD: t
     grad = gradient_of(slope, p, sum_slope, of_row, scale)
     if HARD:
         grad = tl.where(hard[6][:, None] == 0.0, 0.0, grad)  # what has no weight is left out, be it NaN
-        grad += hard_gradient(s, of_row, hard, columns)
+        grad += hard_gradient(s, of_row, hard, columns, HARD)
     return grad
 
 
@@ -262,26 +372,32 @@ def whole_gradient(slope, p, sum_slope, of_row, scale, s, hard, columns, HARD: t
 def walk_for_statistics(
     inputs, a, b, target, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr
 ):  # fmt: skip
-    """of_row of rows longer than a tile; and of those with targets what hard_sums gives."""
+    """of_row of rows longer than a tile; and of those with targets what hard_sums gives, and the target's logits."""
     V = inputs[5]
     max_hard, sum_hard = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
+    max_of_teacher = max_hard
     logits, logit = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
+    teacher_logit = logit
     max_student, sum_student = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
     max_teacher, sum_teacher = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        s, t = load(inputs, columns, dtype, "evict_last")
+        s, t, of_student, of_teacher = load_parted(inputs, columns, target, dtype, "evict_last", HARD)
+        logit += of_student
+        teacher_logit += of_teacher
         max_student, sum_student = _accumulate(s, max_student, sum_student, a)
         max_teacher, sum_teacher = _accumulate(t, max_teacher, sum_teacher, a - b)
         if HARD:
             before = finite(max_hard)
             max_hard, sum_hard = _accumulate(s, max_hard, sum_hard, tl.full((ROWS,), 1.0, dtype))
             maximum = finite(max_hard)
-            logits += first * (before - maximum)
-            logits += tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
-            logit += tl.sum(tl.where(columns[None, :] == target[:, None], s, 0.0), 1)
+            if HARD >= 2:
+                max_of_teacher, logits = _accumulate(t, max_of_teacher, logits, tl.full((ROWS,), 1.0, dtype))
+            else:
+                logits += first * (before - maximum)
+                logits += tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
     of_row = (a, b, finite(max_student), sum_student, finite(max_teacher), sum_teacher)
-    return of_row, sum_hard, logits, logit
+    return of_row, sum_hard, logits, logit, teacher_logit
 
 
 @triton.jit
@@ -296,7 +412,7 @@ def walk_for_loss(
     last = (V - 1) // BLOCK * BLOCK
     for first in range(0, V, BLOCK):
         columns = last - first + tl.arange(0, BLOCK)
-        s, t = load(inputs, columns, dtype, "evict_first" if IS_CENTRED else "evict_last")
+        s, t, _, _ = load_parted(inputs, columns, hard[0], dtype, "evict_first" if IS_CENTRED else "evict_last", HARD)
         losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         total += tl.sum(losses, 1)
         if not IS_CENTRED:
@@ -316,19 +432,20 @@ def walk_for_grad(
     V = inputs[5]
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        s, t = load(inputs, columns, dtype, "evict_first")
+        s, t, _, _ = load_parted(inputs, columns, hard[0], dtype, "evict_first", HARD)
         _losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
         values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
         store(grad, grad_step, live, V, columns, values)
 
 
 @triton.jit
-def store_statistics(stats, row, live, of_row, sum_slope, sum_hard):
+def store_statistics(stats, row, live, of_row, sum_slope, sum_hard, factor):
     _a, _b, max_student, sum_student, max_teacher, sum_teacher = of_row
-    stats += row.to(tl.int64) * 6
+    stats += row.to(tl.int64) * 7
     tl.store(stats, max_student.to(tl.float64), mask=live)
     tl.store(stats + 1, sum_student.to(tl.float64), mask=live)
     tl.store(stats + 2, max_teacher.to(tl.float64), mask=live)
     tl.store(stats + 3, sum_teacher.to(tl.float64), mask=live)
     tl.store(stats + 4, tl.where(sum_teacher == 0.0, 0.0, sum_slope).to(tl.float64), mask=live)
     tl.store(stats + 5, sum_hard.to(tl.float64), mask=live)
+    tl.store(stats + 6, factor.to(tl.float64), mask=live)
