@@ -8,7 +8,9 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 from . import functional
 from ._backend import backend
 from .modules import (
+    AlphaBetaDivLoss,
     AttentionTransferLoss,
+    BernoulliKLDivLoss,
     DKDLoss,
     FeatureCosineLoss,
     FeatureMSELoss,
@@ -17,6 +19,7 @@ from .modules import (
     KDLoss,
     KLDivLoss,
     LinearFeatureMSELoss,
+    NegativeLogAcceptanceLoss,
     NKDLoss,
     PKTLoss,
     RelationalTripletLoss,
@@ -34,7 +37,9 @@ from .modules import (
 )
 
 __all__ = [
+    "AlphaBetaDivLoss",
     "AttentionTransferLoss",
+    "BernoulliKLDivLoss",
     "DKDLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
@@ -44,6 +49,7 @@ __all__ = [
     "KLDivLoss",
     "LinearFeatureMSELoss",
     "NKDLoss",
+    "NegativeLogAcceptanceLoss",
     "PKTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",

@@ -42,6 +42,8 @@ class Divergence(NamedTuple):
     teacher_entropy: bool = False  # the teacher's entropy is a part of it
     parameter: Parameter | None = None
     second: Parameter | None = None
+    given: str = "Probabilities"  # what it is given of a class; see csrc/math/divergence.h
+    two_sums: bool = False  # its loss is no sum over classes
 
 
 REGISTRY = {
@@ -75,6 +77,16 @@ REGISTRY = {
             parameter=Parameter("alpha", 0.1, 0.0, 1.0, {0.0: "reverse_kl_div"}),
         ),
         Divergence("total_variation", "TotalVariation", centred=False),
+        Divergence("negative_log_acceptance", "NegativeLogAcceptance", centred=False, two_sums=True),
+        Divergence(
+            "alpha_beta_div",
+            "AlphaBeta",
+            centred=False,
+            parameter=Parameter("alpha", 0.2, 0.0, ENDLESS, {}),
+            second=Parameter("beta", 0.7, 0.0, ENDLESS, {}),
+            given="Logs",
+        ),
+        Divergence("bernoulli_kl_div", "BernoulliKL", centred=True, given="LogOdds"),
     )
 }
 # What only losses of a target have: the divergence between the classes beside it.
@@ -93,8 +105,14 @@ TARGET_LOSSES = {
     "dkd_loss": TargetLoss(1, Parameter("beta", 8.0, 0.0, ENDLESS, {}), Parameter("alpha", 1.0, 0.0, ENDLESS, {})),
     "nkd_loss": TargetLoss(2, Parameter("gamma", 1.5, 0.0, ENDLESS, {})),
 }
-# Those of relation_kl, which has beta and no other parameter.
-OF_RELATIONS = [name for name, entry in REGISTRY.items() if entry.parameter is None or entry.parameter.name == "beta"]
+# Those of relation_kl, which has beta and no other parameter, and compares distributions.
+OF_RELATIONS = [
+    name
+    for name, entry in REGISTRY.items()
+    if (entry.parameter is None or entry.parameter.name == "beta")
+    and entry.given == "Probabilities"
+    and not entry.two_sums
+]
 ENTRIES = [*REGISTRY.values(), NON_TARGET]  # by number
 NUMBERS = {entry.name: number for number, entry in enumerate(ENTRIES)}
 
@@ -152,9 +170,11 @@ def functors_header() -> str:
     lines += ["", "namespace fastkd::FASTKD_ISA {", ""]
     for entry in ENTRIES:
         facts = (("kCentred", entry.centred), ("kTeacherEntropy", entry.teacher_entropy))
+        said = f'"fastkd/_divergences.py says something else of {entry.name}"'
         for fact, value in facts:
-            said = f'"fastkd/_divergences.py says something else of {entry.name}"'
             lines.append(f"static_assert({entry.functor}<float>::{fact} == {str(value).lower()}, {said});")
+        lines.append(f"static_assert(given<{entry.functor}<float>>() == Given::k{entry.given}, {said});")
+        lines.append(f"static_assert(kTwoSums<{entry.functor}<float>> == {str(entry.two_sums).lower()}, {said});")
     lines += ["", "template <Divergence, class T>", "struct OfDivergence;"]
     for entry in ENTRIES:
         functor = f"{{ using type = {entry.functor}<T>; }}"

@@ -142,7 +142,68 @@ def _total_variation(log_p, log_q, _=None):
     return (difference * sign).sum(-1) / 2
 
 
-# Each takes log p and log q [*, V] and its parameter, where it has one: a number, or a tensor [*, 1].
+def _negative_log_acceptance(log_p, log_q, _=None):
+    """-log sum min(p, q), of 1 - total variation where that is the more exact. Where it is +inf it has no gradient."""
+    variation = _total_variation(log_p, log_q).detach()
+    accepted = torch.where(log_p < log_q, log_p.exp(), log_q.exp()).sum(-1)
+    none = accepted == 0
+    accepted = torch.where(none, 1.0, accepted)
+    known = accepted.detach()
+    rows = torch.where(variation < 0.5, -torch.log1p(-variation), -torch.log(known))
+    return torch.where(none, torch.inf, rows - (accepted - known) / known)
+
+
+def _alpha_beta_div(log_p, log_q, parameters):
+    """With s = alpha + beta and phi(x) = e^x - 1 - x, of a class q^s / (alpha beta) (beta / s phi(s w) - phi(beta w)),
+    and its limits where alpha, beta or both are 0. Where the reverse divergence is +inf, it has no gradient."""
+    a, b = (x.to(log_p.dtype) if isinstance(x, torch.Tensor) else log_p.new_tensor(x) for x in parameters)
+    s = a + b
+    endless = ((log_q == -torch.inf) & (log_p > -torch.inf) & (a == 0)) | (
+        (log_p == -torch.inf) & (log_q > -torch.inf) & (s == 0)
+    )
+    endless = endless.any(-1, keepdim=True)
+    log_p, log_q = (torch.where(endless, 0.0, x) for x in (log_p, log_q))
+    none, no_q = log_p == -torch.inf, log_q == -torch.inf
+    w = torch.where(no_q, 0.0, log_p - log_q)  # where it counts: of q = 0 other terms do
+    to_a, to_b, to_s = (torch.where(x == 0, 1.0, x) for x in (a, b, s))
+
+    def power(log, exponent):
+        return torch.exp(torch.where(exponent == 0, 1.0, exponent) * log).masked_fill(exponent == 0, 1.0)
+
+    of_p, of_q, of_both = power(log_p, s), power(log_q, s), power(log_p, b) * power(log_q, a)
+    near = ((s * w).abs() < 1) & ~none & ~no_q
+    close = torch.where(near, w, 0.0)
+    series, products, of_b, factorial = 0.0, 1.0, 1.0, 2.0  # of the products s^i b^(k - i): an a of 0 may be
+    for k in range(20):
+        series = series + products / factorial * close**k
+        of_b = of_b * b
+        products, factorial = products * s + of_b, factorial * (k + 3)
+
+    def growth(exponent, other, w):
+        """(other^s - q^a p^b) / exponent, with w the logarithm of what the other is more."""
+        small = (exponent * w).abs() < 1
+        x = torch.where(small & (w != 0) & (exponent > 0), exponent * w, 1.0)
+        steps = torch.where(exponent * w == 0, w, torch.expm1(x) / torch.where(exponent == 0, 1.0, exponent))
+        return torch.where(small, of_both * steps, (other - of_both) / torch.where(exponent == 0, 1.0, exponent))
+
+    of_sums = (of_p - of_q) / to_s
+    wide = torch.where(no_q, 1e30, torch.where(none, -1e30, w))  # of one side alone: finite, so that 0 times it is 0
+    by_b, by_a = (growth(a, of_p, wide) - of_sums) / to_b, (growth(b, of_q, -wide) + of_sums) / to_a
+    # with a power of 0 of what there is not, the other limit's first term would be 0 times an infinite w
+    without_b = (of_p - of_q - a * of_q * w) / to_a**2
+    far = torch.where(b == 0, without_b, torch.where(b < a, by_a, by_b))
+    rows = torch.where(near, of_q * close**2 * series, far)
+    rows = torch.where(none & no_q, 0.0, rows).sum(-1)
+    rows = torch.where(((a >= 0) & (b >= 0)).expand(endless.shape).squeeze(-1), rows, torch.nan)
+    return torch.where(endless.squeeze(-1), torch.inf, rows)
+
+
+def _bernoulli_kl_div(a, b, _=None):
+    """Of log odds: the sum over classes of KL(coin of b || coin of a)."""
+    return _kl_div(_coin(a), _coin(b)).sum(-1)
+
+
+# Each takes log p and log q [*, V], or log odds, and its parameter, where it has one: a number, or a tensor [*, 1].
 DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}"] for name in REGISTRY}
 
 
@@ -266,14 +327,23 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         rows = _parted_target(s, t, temperature, per_row(options.teacher_temperature), options)
         return _finished(rows, student, mask, options)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
-    parameter = options.parameter
-    if REGISTRY[divergence].parameter is not None:
-        parameter = _number(parameter, log_p)
-    if isinstance(parameter, torch.Tensor):
+
+    def number(x):
+        x = _number(x, log_p)
+        if not isinstance(x, torch.Tensor):
+            return x
         # not rounded to what is computed in: of an x near 1, 1 - x keeps its digits
-        parameter = ordinary(parameter).to(torch.promote_types(parameter.dtype, dtype))
-        parameter = parameter.expand(student.shape[:-1])[..., None]
-    rows = _divergence(divergence, log_p, log_q, parameter)
+        return ordinary(x).to(torch.promote_types(x.dtype, dtype)).expand(student.shape[:-1])[..., None]
+
+    entry, parameter = REGISTRY[divergence], options.parameter
+    if entry.parameter is not None:
+        parameter = number(parameter)
+    if entry.second is not None:
+        parameter = parameter, number(options.second)
+    if entry.given == "LogOdds":
+        rows = DIVERGENCES[divergence](s / temperature, t / per_row(options.teacher_temperature))
+    else:
+        rows = _divergence(divergence, log_p, log_q, parameter)
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.target is not None:

@@ -19,6 +19,8 @@ LOSSES = {
     "skew_kl_div": functional.skew_kl_div,
     "skew_reverse_kl_div": functional.skew_reverse_kl_div,
     "total_variation": functional.total_variation,
+    "negative_log_acceptance": functional.negative_log_acceptance,
+    "alpha_beta_div": functional.alpha_beta_div,
 }
 
 # One of each kind, as the kernels see divergences: one that asks for the teacher's entropy, one whose slopes do not add

@@ -77,6 +77,39 @@ def _total_variation(p, q, log_p, log_q):
     return np.abs(p - q) / 2, np.where((p == 0) & (q == 0), 0, p * np.sign(log_p - log_q) / 2)
 
 
+def _negative_log_acceptance(p, q, log_p, log_q):
+    accepted = np.minimum(p, q).sum(-1, keepdims=True)
+    terms = np.where(np.arange(p.shape[-1]) == 0, -np.log(accepted), 0)  # no sum over classes: the first has it all
+    return terms, np.where((p == 0) & (q == 0), 0, np.where(accepted == 0, np.inf, -p * (log_p < log_q) / accepted))
+
+
+def _alpha_beta(p, q, log_p, log_q, alpha=0.2, beta=0.7):
+    a, b = np.longdouble(alpha), np.longdouble(beta)
+    s = a + b
+    none = (p == 0) & (q == 0)
+    w = np.where(none, 0, log_p - log_q)
+    of_p, of_q = (np.exp(s * np.maximum(x, -1e300)) for x in (log_p, log_q))
+    both = np.exp(a * np.maximum(log_q, -1e300) + b * np.maximum(log_p, -1e300))
+    if a > 0 and b > 0:
+        terms, slope = -(both - a / s * of_q - b / s * of_p) / (a * b), (of_p - both) / a
+    elif a > 0:
+        terms, slope = (of_p - of_q - a * of_q * np.where(q == 0, 0, w)) / a**2, (of_p - both) / a
+    elif b > 0:
+        slope = np.where(p == 0, 0, of_p * w)
+        terms = (of_q - of_p + b * slope) / b**2
+    else:
+        terms, slope = w**2 / 2, np.where(np.isinf(w), np.inf, w)
+    return np.where(none, 0, terms), np.where(none, 0, slope)
+
+
+def _coins(a, b):
+    """KL(q || p) of coins with log odds b and a, summed over classes, and the gradient by a."""
+    p, q, q_not = 1 / (1 + np.exp(-a)), 1 / (1 + np.exp(-b)), 1 / (1 + np.exp(b))
+    terms = np.where(q == 0, 0, q * (np.logaddexp(0, -a) - np.logaddexp(0, -b)))
+    terms = terms + np.where(q_not == 0, 0, q_not * (np.logaddexp(0, a) - np.logaddexp(0, b)))
+    return terms.sum(-1), np.where(p < 0.5, p - q, q_not - 1 / (1 + np.exp(a))), p + q
+
+
 # Each class's share of the divergence, and the derivative of the whole with respect to log p.
 DIVERGENCES = {
     "kl_div": _forward,
@@ -87,6 +120,8 @@ DIVERGENCES = {
     "skew_kl_div": _skew,
     "skew_reverse_kl_div": _skew_reverse,
     "total_variation": _total_variation,
+    "negative_log_acceptance": _negative_log_acceptance,
+    "alpha_beta_div": _alpha_beta,
 }
 
 
@@ -186,6 +221,10 @@ def truth(
     loss = np.where(no_q, 0, np.where(no_p, np.inf, loss))
     endless = slope.sum(-1) == np.inf  # no finite gradient: 0 stands for it
     grad = np.where((no_p | no_q | endless)[:, None], 0, grad)
+    if name == "bernoulli_kl_div":
+        with np.errstate(all="ignore"):
+            loss, grad, size = _coins(s / np.reshape(T, (-1, 1)), t / np.reshape(teacher_T, (-1, 1)))
+        grad = size if terms_of_gradient else grad
     scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
     loss = np.where(counts, loss * scale, 0)
     grad = grad * (scale / T)[:, None]

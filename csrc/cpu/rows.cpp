@@ -97,10 +97,13 @@ Groups groups_of(const RowsParams<T>& P) {
 
 template <class T>
 bool one_parameter(const RowsParams<T>& P, int64_t begin, int64_t end) {
-  for (int64_t row = begin; !P.parameter.one() && row < end; ++row) {
-    if (!(P.parameter[row] == P.parameter[begin])) return false;
-  }
-  return true;
+  const auto same = [&](const Number<double>& x) {
+    for (int64_t row = begin; !x.one() && row < end; ++row) {
+      if (!(x[row] == x[begin])) return false;
+    }
+    return true;
+  };
+  return same(P.parameter) && same(P.second_parameter);
 }
 
 constexpr int64_t kGrain = 16384;  // classes that are worth a thread

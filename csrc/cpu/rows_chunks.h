@@ -37,7 +37,7 @@ const T* without(int64_t target, const T* x, int64_t n, T* memory, double& logit
 
 // What the first pass makes of a chunk: e^((z - max) / T) of both sides, added to the sums, and
 // the difference of student and teacher.
-template <class T>
+template <class D, class T>
 void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsStats& sums, T* exp_student,
                       T* exp_teacher, T* difference) {
   const Row<T> k = r;  // by value: the stores below could otherwise change it
@@ -46,12 +46,11 @@ void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsSt
   T sum_student = 0, sum_teacher = 0;
 #pragma omp simd reduction(+ : sum_student, sum_teacher)
   for (int64_t i = 0; i < n; ++i) {
-    exp_student[i] = exp2_scaled(s[i] - max_student, k.scale_student, k.lowest_student);
-    exp_teacher[i] = exp2_scaled(t[i] - max_teacher, k.scale_teacher, k.lowest_teacher);
+    exp_student[i] = kept_of<given<D>()>(s[i], max_student, k.scale_student, k.lowest_student, k.a, sum_student);
+    exp_teacher[i] = kept_of<given<D>()>(t[i], max_teacher, k.scale_teacher, k.lowest_teacher, k.a_teacher, sum_teacher);
     difference[i] = difference_of(s[i] - centre_student, t[i] - centre_teacher, k.a, k.b);
-    sum_student += exp_student[i];
-    sum_teacher += exp_teacher[i];
   }
+  if (given<D>() == Given::kLogOdds) sum_student = sum_teacher = T(1);  // none is needed, and all is possible
   sums.sum_student += double(sum_student);
   sums.sum_teacher += double(sum_teacher);
 }
@@ -115,7 +114,7 @@ void gradient_chunk(D divergence, const T* exp_student, const T* exp_teacher, co
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const T slope = element_slope(divergence, exp_student[i], exp_teacher[i], difference[i], k);
-    grad[i] = (D::kCentred ? slope : slope - exp_student[i] * k.p * k.slope) * k.grad;
+    grad[i] = (D::kCentred ? slope : slope - probability<given<D>()>(exp_student[i], k.p) * k.slope) * k.grad;
   }
 }
 
@@ -124,10 +123,11 @@ void gradient_chunk(D divergence, const T* exp_student, const T* exp_teacher, co
 template <class T, class D>
 void reduce_chunk(D divergence, const T* exp_student, const T* exp_teacher, T* difference, int64_t n, Scale<T> k,
                   RowsBlock& block) {
-  T loss = 0, slopes = 0;
-#pragma omp simd reduction(+ : loss, slopes)
+  T loss = 0, slopes = 0, second = 0;
+#pragma omp simd reduction(+ : loss, slopes, second)
   for (int64_t i = 0; i < n; ++i) {
     loss += element_loss(divergence, exp_student[i], exp_teacher[i], difference[i], k);
+    second += element_second(divergence, exp_student[i], exp_teacher[i], difference[i], k);
     if constexpr (!D::kCentred) {
       const T slope = element_slope(divergence, exp_student[i], exp_teacher[i], difference[i], k);
       slopes += slope;
@@ -136,6 +136,7 @@ void reduce_chunk(D divergence, const T* exp_student, const T* exp_teacher, T* d
   }
   block.loss += double(loss);
   block.slope += double(slopes);
+  block.second += double(second);
 }
 
 // The same for a divergence whose slopes add up to 0, with the gradient.
@@ -152,10 +153,12 @@ void reduce_chunk_to_grad(D divergence, const T* exp_student, const T* exp_teach
 }
 
 // From slopes to the gradient.
-template <class T>
+template <Given kGiven, class T>
 void slopes_chunk(const T* exp_student, const T* slope, int64_t n, Scale<T> k, T* grad) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) grad[i] = (slope[i] - exp_student[i] * k.p * k.slope) * k.grad;
+  for (int64_t i = 0; i < n; ++i) {
+    grad[i] = (slope[i] - probability<kGiven>(exp_student[i], k.p) * k.slope) * k.grad;
+  }
 }
 
 }  // namespace

@@ -48,19 +48,19 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
     RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0, 0, 0};
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t at = first + i, m = part(i, padded(n), kChunk);
-      first_pass_chunk(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
+      first_pass_chunk<D>(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
       if constexpr (kEntropy) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
       if (kWithoutTarget<D> && P.hard.loss == TargetLoss::kNormalized) {
         const int power = hard_power(P.teacher_temperature[row]);
         sum_teacher += hard_chunk(t + i, m, sums.max_teacher, power, W.exp_teacher + at, W.exp_hard + at);
       }
       if (P.hard.target) {
-        sums.sum_hard += hard_chunk(s + i, m, sums.max_student, r.hard_power, W.exp_student + at, W.exp_hard + at);
+        sums.sum_hard += hard_chunk(s + i, m, sums.max_student, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at);
       }
       if (P.hard.smoothing != 0) logits += logits_chunk(s + i, part(i, n, kChunk), sums.max_student);
       ahead.some();
     }
-    W.blocks[block] = {sums, 0, 0, entropy, logit, teacher_logit, logits, sum_teacher};
+    W.blocks[block] = {sums, 0, 0, 0, entropy, logit, teacher_logit, logits, sum_teacher};
   }
 }
 
@@ -134,7 +134,7 @@ void zero_grad(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t end) 
 }
 
 // The gradient of a row whose divergence has none: that of its hard loss, if it has one.
-template <class T>
+template <class T, class D>
 void hard_grad(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
                int64_t end) {
   if (!P.grad.data) return;
@@ -147,7 +147,7 @@ void hard_grad(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, c
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       std::memset(grad, 0, sizeof(grad));
       const int64_t at = first + i;
-      add_hard(P, row, k, r.hard_power, W.exp_student + at, W.exp_hard + at, at, part(i, padded(n), kChunk), grad);
+      add_hard(P, row, k, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at, at, part(i, padded(n), kChunk), grad);
       store_block(P.grad, P.grad.row(row), first + i, part(i, n, kChunk), grad, P.stream);
     }
   }
@@ -159,22 +159,22 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
             int64_t end, Prefetch& ahead) {
   // of a teacher of -inf alone: q = 0, which contributes nothing
   if (stats.sum_teacher == 0 || P.hard.without_soft()) {
-    if (D::kCentred) hard_grad(P, W, row, stats, begin, end);
+    if (D::kCentred) hard_grad<T, D>(P, W, row, stats, begin, end);
     return;
   }
   alignas(64) T grad[kChunk];
   const Row<T> r = row_constants(P, row);
-  const Scale<double> of_row = row_scale(r, stats);
+  const Scale<double> of_row = row_scale<D>(r, stats);
   const bool to_grad = D::kCentred && P.grad.data;
   char* grad_row = to_grad ? P.grad.row(row) : nullptr;
   for (int64_t block = end - 1; block >= begin; --block) {
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     RowsBlock& sums = W.blocks[block];
-    const Scale<T> k = block_scale(r, of_row, stats, sums.stats);
+    const Scale<T> k = block_scale<D>(r, of_row, stats, sums.stats);
     const HardScale<T> hard = hard_scale(P, r, stats, sums.stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t m = part(i, padded(n), kChunk), at = first + i;
-      with_functor<D>(P.parameter[row], [&](auto divergence) {
+      with_functor<D>(P.parameter[row], P.second_parameter[row], [&](auto divergence) {
         if (to_grad) {
           reduce_chunk_to_grad(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums, grad);
         } else {
@@ -182,7 +182,7 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
         }
       });
       if (to_grad && P.hard.target) {
-        add_hard(P, row, hard, r.hard_power, W.exp_student + at, W.exp_hard + at, at, m, grad);
+        add_hard(P, row, hard, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at, at, m, grad);
       }
       if (to_grad) store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
@@ -190,32 +190,44 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
   }
 }
 
+// Of a divergence whose loss is no sum over classes, in double.
+template <class D>
+RowOfSums<double> row_of_sums(const RowsBlock* blocks, int64_t n) {
+  double loss = 0, second = 0;
+  for (int64_t block = 0; block < n; ++block) {
+    loss += blocks[block].loss;
+    second += blocks[block].second;
+  }
+  return D::InDouble::row(loss, second);
+}
+
 // The sum of the slopes, which the gradient of a divergence that is not centred needs.
-template <class T>
+template <class T, class D>
 void add_slopes(const RowsParams<T>& P, const RowsWorkspace<T>& W, RowsStats& stats) {
   for (int64_t block = 0; block < rows_blocks(P.V); ++block) stats.slope += W.blocks[block].slope;
+  if constexpr (kTwoSums<D>) stats.factor = row_of_sums<D>(W.blocks, rows_blocks(P.V)).factor;
 }
 
 // Third pass, forwards again.
-template <class T>
+template <class T, class D>
 void gradient(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats, int64_t begin,
               int64_t end, Prefetch& ahead) {
   if (!P.grad.data) return;
-  if (no_gradient(stats) || P.hard.without_soft()) return hard_grad(P, W, row, stats, begin, end);
+  if (no_gradient(stats) || P.hard.without_soft()) return hard_grad<T, D>(P, W, row, stats, begin, end);
   alignas(64) T grad[kChunk];
   const Row<T> r = row_constants(P, row);
-  const Scale<double> of_row = row_scale(r, stats);
+  const Scale<double> of_row = row_scale<D>(r, stats);
   char* grad_row = P.grad.row(row);
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
-    const Scale<T> k = block_scale(r, of_row, stats, W.blocks[block].stats);
+    const Scale<T> k = block_scale<D>(r, of_row, stats, W.blocks[block].stats);
     const HardScale<T> hard = hard_scale(P, r, stats, W.blocks[block].stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t at = first + i;
       const int64_t m = part(i, padded(n), kChunk);
-      slopes_chunk(W.exp_student + at, W.difference + at, m, k, grad);
+      slopes_chunk<given<D>()>(W.exp_student + at, W.difference + at, m, k, grad);
       if (P.hard.target) {
-        add_hard(P, row, hard, r.hard_power, W.exp_student + at, W.exp_hard + at, at, m, grad);
+        add_hard(P, row, hard, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at, at, m, grad);
       }
       store_block(P.grad, grad_row, at, part(i, n, kChunk), grad, P.stream);
       ahead.some();
@@ -230,6 +242,7 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
   double loss = 0;
   if (stats.sum_teacher != 0) {
     for (int64_t block = 0; block < blocks; ++block) loss += W.blocks[block].loss;
+    if constexpr (kTwoSums<D>) loss = row_of_sums<D>(W.blocks, blocks).loss;
     if (D::kTeacherEntropy && P.hard.loss != TargetLoss::kDecoupled) {
       loss += teacher_entropy(W.blocks, blocks, r.inv_teacher_temperature, stats);
     }
@@ -270,8 +283,8 @@ void forward(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t begin, i
     RowsStats stats = combine(P, W, row);
     reduce<T, D>(P, W, row, stats, 0, blocks, ahead);
     if constexpr (!D::kCentred) {
-      add_slopes(P, W, stats);
-      gradient(P, W, row, stats, 0, blocks, ahead);
+      add_slopes<T, D>(P, W, stats);
+      gradient<T, D>(P, W, row, stats, 0, blocks, ahead);
     }
     finish<T, D>(P, W, row, stats);
   }
@@ -285,7 +298,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
   alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk], exp_student[kChunk], exp_teacher[kChunk];
   alignas(64) T difference[kChunk], grad[kChunk], exp_hard[kChunk];
   const Row<T> r = row_constants(P, row);
-  const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
+  const Scale<T> k = block_scale<D>(r, row_scale<D>(r, stats), stats, stats);
   const HardScale<T> hard = hard_scale(P, r, stats, stats);
   const bool soft = !no_gradient(stats) && !P.hard.without_soft();
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
@@ -302,14 +315,14 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
       s = without(target - first, s, m, student_buffer, logit);
       t = without(target - first, t, m, teacher_buffer, logit);
     }
-    first_pass_chunk(s, t, m, r, sums, exp_student, exp_teacher, difference);
-    with_functor<D>(P.parameter[row], [&](auto divergence) {
+    first_pass_chunk<D>(s, t, m, r, sums, exp_student, exp_teacher, difference);
+    with_functor<D>(P.parameter[row], P.second_parameter[row], [&](auto divergence) {
       gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);
     });
     if (P.hard.target) {
       if (!soft) std::memset(grad, 0, sizeof(grad));
-      hard_chunk(s, m, stats.max_student, r.hard_power, exp_student, exp_hard);
-      add_hard(P, row, hard, r.hard_power, exp_student, exp_hard, first, m, grad);
+      hard_chunk(s, m, stats.max_student, power_of_row<D>(r), exp_student, exp_hard);
+      add_hard(P, row, hard, power_of_row<D>(r), exp_student, exp_hard, first, m, grad);
     }
     store_block(P.grad, grad_row, first, n, grad, P.stream);
     ahead.some();
@@ -348,11 +361,11 @@ void reduce_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row,
   reduce<T, D>(P, W, row, stats, begin, end, none);
   if (P.stream) stream_fence();
 }
-template <class T>
+template <class T, class D>
 void gradient_part(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, const RowsStats& stats,
                    int64_t begin, int64_t end) {
   Prefetch none;
-  gradient(P, W, row, stats, begin, end, none);
+  gradient<T, D>(P, W, row, stats, begin, end, none);
   if (P.stream) stream_fence();
 }
 
@@ -365,8 +378,8 @@ void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t e
 
 template <class T, class D>
 const RowsKernel<T> kernel = {forward<T, D>,    backward<T, D>,    statistics_part<T, D>,
-                              combine<T>,       reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T>,
-                              gradient_part<T>, finish<T, D>,      backward_part<T, D>};
+                              combine<T>,       reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T, D>,
+                              gradient_part<T, D>, finish<T, D>,      backward_part<T, D>};
 
 }  // namespace
 

@@ -11,7 +11,7 @@ FASTKD_HD constexpr int64_t rows_blocks(int64_t V) { return (V + kRowsBlock - 1)
 // to threads.
 struct RowsBlock {
   RowsStats stats;
-  double loss, slope, entropy;
+  double loss, slope, second, entropy;
   double logit, teacher_logit;  // of the target, where it is in the block
   double logits;                // where labels are smoothed, the sum of z - max of all
   double sum_teacher;           // where it is asked for, at temperature 1

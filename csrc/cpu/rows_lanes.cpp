@@ -43,11 +43,11 @@ FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t 
 }
 
 struct LossSums {
-  Lanes<double> loss, entropy;
+  Lanes<double> loss, entropy, second;
 };
 
 // Exponentials take the place of the logits.
-template <class T, bool kTeacherEntropy>
+template <class T, bool kTeacherEntropy, Given kGiven>
 FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T* student, T* teacher, T* difference,
                               Group& group, LossSums& sums) {
   Lanes<T> part_student, part_teacher, part_entropy;
@@ -55,12 +55,11 @@ FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T
   for (int64_t v = 0; v < V; ++v, student += lanes, teacher += lanes, difference += lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
-      const T s = student[i], t = teacher[i], exp_student = k.exp_student(i, s), exp_teacher = k.exp_teacher(i, t);
-      student[i] = exp_student;
+      const T s = student[i], t = teacher[i];
+      student[i] = k.template student<kGiven>(i, s, part_student[i]);
+      const T exp_teacher = k.template teacher<kGiven>(i, t, part_teacher[i]);
       teacher[i] = exp_teacher;
       difference[i] = k.difference(i, s, t);
-      part_student[i] += exp_student;
-      part_teacher[i] += exp_teacher;
       if constexpr (kTeacherEntropy) {
         part_entropy[i] += exp_teacher == T(0) ? T(0) : exp_teacher * (k.max_teacher[i] - t);
       }
@@ -77,8 +76,8 @@ template <class T, class D>
 void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student,
             const T* teacher, T* difference, Group& group, LossSums& sums, const GroupOf& of_grad, const Hard<T>* hard,
             const T* exp_hard) {
-  Lanes<T> part_loss, part_slope, grad;
-  clear(lanes, part_loss, part_slope);
+  Lanes<T> part_loss, part_slope, part_second, grad;
+  clear(lanes, part_loss, part_slope, part_second);
   const bool write = D::kCentred && of_grad.first;
   for (int64_t v = 0; v < V; ++v, student += lanes, teacher += lanes, difference += lanes) {
 #pragma omp simd
@@ -89,6 +88,7 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
         grad[i] = k.gradient(i, slope);
       } else {
         part_slope[i] += slope;
+        part_second[i] += element_second(divergence, student[i], teacher[i], difference[i], k.at(i));
         difference[i] = slope;
       }
     }
@@ -97,16 +97,17 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
     if ((v + 1) % kAtOnce != 0 && v + 1 < V) continue;
     add_to(sums.loss, part_loss, lanes);
     if constexpr (!D::kCentred) add_to(group.slope, part_slope, lanes);
+    if constexpr (kTwoSums<D>) add_to(sums.second, part_second, lanes);
   }
 }
 
-template <class T>
+template <Given kGiven, class T>
 FASTKD_ONCE void gradient(const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student, const T* slope,
                           const GroupOf& of_grad, const Hard<T>* hard, const T* exp_hard) {
   Lanes<T> grad;
   for (int64_t v = 0; v < V; ++v, student += lanes, slope += lanes) {
 #pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) grad[i] = k.gradient(i, slope[i], student[i]);
+    for (int64_t i = 0; i < lanes; ++i) grad[i] = k.template gradient<kGiven>(i, slope[i], student[i]);
     if (hard) hard->add(v, lanes, student, exp_hard + v * lanes, grad.of);
     of_grad.store(v, n, grad.of);
   }
@@ -120,6 +121,7 @@ double loss_of(const LossSums& sums, const Group& group, int64_t i, TargetLoss w
   if (D::kTeacherEntropy && with != TargetLoss::kDecoupled) {
     return sums.loss[i] + sums.entropy[i] * group.inv_teacher_temperature[i] / teacher + std::log(teacher);
   }
+  if constexpr (kTwoSums<D>) return D::InDouble::row(sums.loss[i], sums.second[i]).loss;
   return sums.loss[i];
 }
 
@@ -134,25 +136,27 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
   FirstPass<T> first;
   SecondPass<T> second;
   LossSums sums;
-  clear(lanes, sums.loss, sums.entropy);
+  clear(lanes, sums.loss, sums.entropy, sums.second);
   group.set_constants(P, begin, n, lanes);
-  if (hard) hard->set_targets(P, begin, n, lanes);
+  constexpr Given kGiven = given<D>();
+  if (hard) hard->set_targets(P, begin, n, lanes, kGiven == Given::kProbabilities);
   read(P, begin, n, lanes, student, teacher, group, kWithoutTarget<D> ? hard : nullptr);
   first.set(group, lanes);
   if (hard) hard->read_logits(P, lanes, student, exp_hard, group);
   if (kWithoutTarget<D> && P.hard.loss == TargetLoss::kNormalized) hard->read_teacher(P, lanes, teacher, group);
-  exponentials<T, D::kTeacherEntropy>(first, P.V, lanes, student, teacher, difference, group, sums);
+  exponentials<T, D::kTeacherEntropy, kGiven>(first, P.V, lanes, student, teacher, difference, group, sums);
   if (hard) {
     hard->read_exponentials(P, lanes, student, group);
     if constexpr (kWithoutTarget<D>) hard->set_factors(P, begin, n, group);
     hard->set_scales(P, begin, n, lanes, group);
   }
-  second.set(group, lanes);
+  for (int64_t i = 0; i < lanes && kGiven == Given::kLogOdds; ++i) group.sum_student[i] = group.sum_teacher[i] = 1;
+  second.template set<kGiven>(group, lanes);
   for (int64_t i = 0; i < lanes; ++i) {
     second.keep(i, i < n && counts(P, begin + i) && !no_gradient(group.stats(i)) && !P.hard.without_soft());
   }
   const GroupOf of_grad(P.grad, begin);
-  with_functor<D>(P.parameter[begin], [&](auto divergence) {
+  with_functor<D>(P.parameter[begin], P.second_parameter[begin], [&](auto divergence) {
     reduce(divergence, second, P.V, n, lanes, student, teacher, difference, group, sums, of_grad, hard, exp_hard);
   });
   for (int64_t i = 0; i < n; ++i) {
@@ -160,13 +164,17 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
     if (group.sum_teacher[i] == 0) group.slope[i] = 0;
     if (!D::kCentred && no_gradient(group.stats(i))) second.keep(i, false);
     second.slope[i] = T(group.slope[i]);
+    if constexpr (kTwoSums<D>) {
+      group.factor[i] = D::InDouble::row(sums.loss[i], sums.second[i]).factor;
+      second.grad[i] = T(group.grad_scale[i] * group.factor[i]);
+    }
     const double soft = loss_of<D>(sums, group, i, P.hard.loss);
     const double loss = hard && kept ? hard->loss(P, begin + i, i, group, soft) : soft * group.loss_scale[i];
     P.loss[begin + i] = kept ? T(loss) : T(0);
     if (P.stats) P.stats[begin + i] = kept ? group.stats(i) : RowsStats{};
   }
   if constexpr (!D::kCentred) {
-    if (P.grad.data) gradient<T>(second, P.V, n, lanes, student, difference, of_grad, hard, exp_hard);
+    if (P.grad.data) gradient<kGiven, T>(second, P.V, n, lanes, student, difference, of_grad, hard, exp_hard);
   }
 }
 
@@ -185,15 +193,17 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
     group.set_stats(i, P.stats[row]);
     second.keep(i, counts(P, row) && !no_gradient(P.stats[row]) && !P.hard.without_soft());
   }
+  constexpr Given kGiven = given<D>();
   first.set(group, lanes);
-  second.set(group, lanes);
+  second.template set<kGiven>(group, lanes);
+  for (int64_t i = 0; i < lanes && kTwoSums<D>; ++i) second.grad[i] *= T(group.factor[i]);
   Hard<T> of_hard;
   Hard<T>* hard = P.hard.target ? &of_hard : nullptr;
   if (hard) {
-    hard->set_targets(P, begin, n, lanes);
+    hard->set_targets(P, begin, n, lanes, kGiven == Given::kProbabilities);
     hard->set_scales(P, begin, n, lanes, group);
   }
-  with_functor<D>(P.parameter[begin], [&](auto divergence) {
+  with_functor<D>(P.parameter[begin], P.second_parameter[begin], [&](auto divergence) {
     for (int64_t v = 0; v < P.V; ++v) {
       const T *s = of_student.load(v, n, student_buffer.of), *t = of_teacher.load(v, n, teacher_buffer.of);
       if constexpr (kWithoutTarget<D>) {
@@ -202,10 +212,12 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
       }
 #pragma omp simd
       for (int64_t i = 0; i < lanes; ++i) {
-        const T exp_student = first.exp_student(i, s[i]), exp_teacher = first.exp_teacher(i, t[i]);
+        T sum = 0;  // which is known
+        const T exp_student = first.template student<kGiven>(i, s[i], sum);
+        const T exp_teacher = first.template teacher<kGiven>(i, t[i], sum);
         const T difference = first.difference(i, s[i], t[i]);
         const T slope = element_slope(divergence, exp_student, exp_teacher, difference, second.at(i));
-        grad[i] = second.gradient(i, slope, exp_student);
+        grad[i] = D::kCentred ? second.gradient(i, slope) : second.template gradient<kGiven>(i, slope, exp_student);
         exp_of_student[i] = exp_student;
       }
       if (hard) {

@@ -107,7 +107,7 @@ FASTKD_HD bool apart(double shift) { return (shift > 4) | (shift < -4); }
 template <class T>
 struct FirstPass {
   Lanes<T> max_student, max_teacher, centre_student, centre_teacher;
-  Lanes<T> scale_student, scale_teacher, lowest_student, lowest_teacher, a, b;
+  Lanes<T> scale_student, scale_teacher, lowest_student, lowest_teacher, a, b, a_teacher;
 
   FASTKD_ONCE void set(const Group& group, int64_t lanes) {
 #pragma omp simd
@@ -123,13 +123,17 @@ struct FirstPass {
       lowest_teacher[i] = exp2_lowest(scale_teacher[i]);
       a[i] = T(group.inv_temperature[i]);
       b[i] = T(group.inv_temperature[i] - group.inv_teacher_temperature[i]);
+      a_teacher[i] = T(group.inv_teacher_temperature[i]);
     }
   }
-  FASTKD_HD T exp_student(int64_t i, T s) const {
-    return exp2_scaled(s - max_student[i], scale_student[i], lowest_student[i]);
+  // See kept_of.
+  template <Given kGiven>
+  FASTKD_HD T student(int64_t i, T s, T& sum) const {
+    return kept_of<kGiven>(s, max_student[i], scale_student[i], lowest_student[i], a[i], sum);
   }
-  FASTKD_HD T exp_teacher(int64_t i, T t) const {
-    return exp2_scaled(t - max_teacher[i], scale_teacher[i], lowest_teacher[i]);
+  template <Given kGiven>
+  FASTKD_HD T teacher(int64_t i, T t, T& sum) const {
+    return kept_of<kGiven>(t, max_teacher[i], scale_teacher[i], lowest_teacher[i], a_teacher[i], sum);
   }
   FASTKD_HD T difference(int64_t i, T s, T t) const {
     return difference_of(s - centre_student[i], t - centre_teacher[i], a[i], b[i]);
@@ -146,6 +150,7 @@ struct SecondPass {
   Lanes<Bits<T>> kept;  // which bits of the gradient: all, or none where it is 0 whatever comes out. Of a condition in
                         // its place GCC makes masked stores, which the loads that follow wait for.
 
+  template <Given kGiven>
   FASTKD_ONCE void set(const Group& group, int64_t lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
@@ -159,14 +164,26 @@ struct SecondPass {
       slope[i] = T(group.slope[i]);
       grad[i] = T(group.grad_scale[i]);
     }
+    if constexpr (kGiven == Given::kProbabilities) return;
+    for (int64_t i = 0; i < lanes; ++i) {
+      const bool logs = kGiven == Given::kLogs;
+      p[i] = T(logs && group.sum_student[i] != 0 ? -std::log(group.sum_student[i]) : 0);
+      q[i] = T(logs && group.sum_teacher[i] != 0 ? -std::log(group.sum_teacher[i]) : 0);
+      if (!logs) {
+        const double shift = group.max_student[i] - group.max_teacher[i], inv = group.inv_temperature[i];
+        const double of_centres = shift * inv + group.max_teacher[i] * (inv - group.inv_teacher_temperature[i]);
+        offset[i] = T(apart(shift) ? -of_centres : 0.0);
+      }
+    }
   }
   void keep(int64_t i, bool has_gradient) { kept[i] = has_gradient ? ~Bits<T>(0) : Bits<T>(0); }
   FASTKD_HD Scale<T> at(int64_t i) const { return {p[i], q[i], offset[i], slope[i], grad[i]}; }
   FASTKD_HD T gradient(int64_t i, T centred_slope) const {
     return bits_as<T>(bits_as<Bits<T>>(centred_slope * grad[i]) & kept[i]);
   }
+  template <Given kGiven>
   FASTKD_HD T gradient(int64_t i, T slope_of_class, T exp_student) const {
-    return gradient(i, slope_of_class - exp_student * p[i] * slope[i]);
+    return gradient(i, slope_of_class - probability<kGiven>(exp_student, p[i]) * slope[i]);
   }
 };
 
@@ -192,8 +209,9 @@ struct Hard {
   Lanes<Bits<T>> target, kept;
   Lanes<double> logit, logits, teacher_logit, sum_teacher;  // see Parted
 
-  FASTKD_ONCE void set_targets(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes) {
-    power = row_constants(P, begin).hard_power;
+  // powers: whether exponentials are kept.
+  FASTKD_ONCE void set_targets(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, bool powers) {
+    power = powers ? row_constants(P, begin).hard_power : 0;
     for (int64_t i = 0; i < lanes; ++i) {
       const int64_t row = begin + (i < n ? i : n - 1);
       target[i] = counts(P, row) ? Bits<T>(P.hard.target[row]) : Bits<T>(0);

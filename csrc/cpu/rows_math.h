@@ -26,6 +26,7 @@ struct Row {
   T scale_student, scale_teacher;    // log2(e) / T
   T lowest_student, lowest_teacher;  // below, the exponential is 0
   T a, b;                            // difference = (student - teacher) a + teacher b
+  T a_teacher;                       // 1 / T_teacher
   int hard_power;                    // e^(z - max) is this power of e^((z - max) / T): T, if small and whole; else 0
 
   // Of a row whose target is parted from the others.
@@ -63,6 +64,7 @@ Row<T> row_constants(const RowsParams<T>& P, int64_t row) {
   r.lowest_teacher = exp2_lowest(r.scale_teacher);
   r.a = T(r.inv_temperature);
   r.b = T(r.inv_temperature - r.inv_teacher_temperature);
+  r.a_teacher = T(r.inv_teacher_temperature);
   r.hard_power = hard_power(temperature);
   if (P.hard.parted()) r.part(P, row, temperature, upstream);
   return r;
@@ -120,14 +122,16 @@ inline double rebase(double max, double max_row, double inv_temperature) {
   return max == max_row ? 1.0 : std::exp((max - max_row) * inv_temperature);
 }
 
-// From exponentials and difference to p, q and w, and to the gradient.
+// From exponentials and difference to p, q and w, and to the gradient. Of divergences that are given logarithms p and q
+// are those of a factor, which are added.
 template <class T>
 struct Scale {
   T p, q, offset, slope, grad;
 };
 
-template <class T>
+template <class D, class T>
 Scale<double> row_scale(const Row<T>& r, const RowsStats& stats) {
+  if (given<D>() == Given::kLogOdds) return {0, 0, 0, 0, r.grad_scale};
   const bool possible = stats.sum_student != 0;  // else: -inf alone, p = 0, w = -inf, a loss of +inf
   Scale<double> k;
   k.p = possible ? 1 / stats.sum_student : 0;
@@ -140,18 +144,29 @@ Scale<double> row_scale(const Row<T>& r, const RowsStats& stats) {
                       : 0;
   k.slope = stats.slope;
   k.grad = possible ? r.grad_scale : 0;  // no finite step makes such a row possible
+  if (kTwoSums<D>) k.grad *= stats.factor;
+  if (given<D>() == Given::kLogs) {
+    k.p = possible ? -std::log(stats.sum_student) : 0;
+    k.q = -std::log(stats.sum_teacher);
+  }
   return k;
 }
 
 // The row's scale for one of its blocks, which has maxima and centres of its own.
-template <class T>
+template <class D, class T>
 Scale<T> block_scale(const Row<T>& r, const Scale<double>& k, const RowsStats& row, const RowsStats& own) {
-  // a block of -inf alone has no maximum to rebase from
-  const double p = own.sum_student == 0 ? 0 : k.p * rebase(own.max_student, row.max_student, r.inv_temperature);
-  const double q = own.sum_teacher == 0 ? 0 : k.q * rebase(own.max_teacher, row.max_teacher, r.inv_teacher_temperature);
   const Centre centre = centre_of(own);
   const double moved = (centre.student - centre.teacher) * r.inv_temperature +
                        centre.teacher * (r.inv_temperature - r.inv_teacher_temperature);
+  if (given<D>() != Given::kProbabilities) {
+    const double p = k.p + (own.max_student - row.max_student) * r.inv_temperature;
+    const double q = k.q + (own.max_teacher - row.max_teacher) * r.inv_teacher_temperature;
+    const bool logs = given<D>() == Given::kLogs;
+    return {T(logs ? p : 0), T(logs ? q : 0), T(k.offset - moved), T(k.slope), T(k.grad)};
+  }
+  // a block of -inf alone has no maximum to rebase from
+  const double p = own.sum_student == 0 ? 0 : k.p * rebase(own.max_student, row.max_student, r.inv_temperature);
+  const double q = own.sum_teacher == 0 ? 0 : k.q * rebase(own.max_teacher, row.max_teacher, r.inv_teacher_temperature);
   return {T(p), T(q), T(k.offset - moved), T(k.slope), T(k.grad)};
 }
 
@@ -220,17 +235,44 @@ double hard_loss(const RowsParams<T>& P, const RowsStats& row, double logit, dou
 }
 
 // Not inside the loops: a struct that is declared there, GCC keeps in memory, lane by lane.
-template <class T>
+template <Given kGiven, class T>
 FASTKD_HD Element<T> element(T exp_student, T exp_teacher, T difference, Scale<T> k) {
-  return {exp_student * k.p, exp_teacher * k.q, difference - k.offset};
+  if constexpr (kGiven == Given::kProbabilities) return {exp_student * k.p, exp_teacher * k.q, difference - k.offset};
+  return {exp_student + k.p, exp_teacher + k.q, difference - k.offset};
+}
+template <Given kGiven, class T>
+FASTKD_HD T probability(T exp_student, T scale) {
+  if constexpr (kGiven == Given::kProbabilities) return exp_student * scale;
+  return exp2_scaled(exp_student + scale, kLog2e<T>, exp2_lowest(kLog2e<T>));
+}
+// What the first pass keeps of a logit: its exponential, whose sum it adds to; or the logarithm of that, or the log
+// odds.
+template <Given kGiven, class T>
+FASTKD_HD T kept_of(T z, T max, T scale, T lowest, T inv_temperature, T& sum) {
+  if constexpr (kGiven == Given::kLogOdds) return z * inv_temperature;
+  const T exponential = exp2_scaled(z - max, scale, lowest);
+  sum += exponential;
+  return kGiven == Given::kLogs ? (z - max) * inv_temperature : exponential;
 }
 template <class T, class D>
 FASTKD_HD T element_loss(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
-  return divergence.loss(element(exp_student, exp_teacher, difference, k));
+  return divergence.loss(element<given<D>()>(exp_student, exp_teacher, difference, k));
 }
 template <class T, class D>
 FASTKD_HD T element_slope(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
-  return divergence.slope(element(exp_student, exp_teacher, difference, k));
+  return divergence.slope(element<given<D>()>(exp_student, exp_teacher, difference, k));
+}
+
+template <class T, class D>
+FASTKD_HD T element_second(D divergence, T exp_student, T exp_teacher, T difference, Scale<T> k) {
+  if constexpr (kTwoSums<D>) return divergence.second(element<given<D>()>(exp_student, exp_teacher, difference, k));
+  return T(0);
+}
+
+// Powers are taken of exponentials, where there are any.
+template <class D, class T>
+int power_of_row(const Row<T>& r) {
+  return given<D>() == Given::kProbabilities ? r.hard_power : 0;
 }
 
 // A row that has no gradient: a side without a possible class, or an infinite loss whose slopes

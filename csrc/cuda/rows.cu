@@ -56,7 +56,7 @@ int64_t lanes_blocks(int64_t N, const RowsPlan& plan) { return N / plan.inner * 
 
 template <class T, class S>
 cudaError_t side_by_side(const RowsParams<T>& P, const RowsPlan& plan, const Device& device, cudaStream_t stream) {
-  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 7 * sizeof(T) && sizeof(HardSums<T>) == 6 * sizeof(T));
+  static_assert(sizeof(Sums<T>) + sizeof(LossSums<T>) == 8 * sizeof(T) && sizeof(HardSums<T>) == 6 * sizeof(T));
   static_assert(kLanesPlanWarps == kLanesWarps);
   const Launch launch(lanes_blocks(P.N, plan), dim3(32, plan.threads / 32), plan.shared_bytes, stream,
                       device.shared_memory);

@@ -48,9 +48,10 @@ __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount
                                        int64_t step, LossSums<T>& sums, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Element<T> e = softmax(s[i], t[i]);
+    const Element<T> e = softmax.template of<given<D>()>(s[i], t[i]);
     const T slope = divergence.slope(e);
     sums.loss += divergence.loss(e);
+    if constexpr (kTwoSums<D>) sums.second += divergence.second(e);
     if constexpr (D::kCentred) {
       grad[i] = slope * grad_scale;
     } else {
@@ -67,9 +68,10 @@ __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCou
                                          int64_t step, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Element<T> e = softmax(s[i], t[i]);
+    const Element<T> e = softmax.template of<given<D>()>(s[i], t[i]);
     const T slope = divergence.slope(e);
-    grad[i] = (D::kCentred ? slope : slope - e.p * slopes) * grad_scale;
+    const T p = given<D>() == Given::kLogs ? exp2_of(e.p * kLog2e<T>) : e.p;
+    grad[i] = (D::kCentred ? slope : slope - p * slopes) * grad_scale;
   }
   if (hard) hard->template add<kWithoutTarget<D>>(s, v, step, grad);
 }
@@ -106,6 +108,7 @@ __device__ __forceinline__ void save(const RowsParams<T>& P, int64_t row, const 
   stats.max_teacher = k.max_teacher;
   stats.sum_teacher = k.sum_teacher;
   stats.slope = sums.slope;
+  if constexpr (kTwoSums<D>) stats.factor = sums.second;
 }
 // The hard part of both, by the same thread. Early, so that no register has to keep it.
 template <bool kParted, class T>
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
     load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
     add<T, kPack, D::kTeacherEntropy, kParted>(own.sums, hard_sums, s, t, r, P.hard);
   }
-  const Sums<T> k = combine_over_row(own, room.sums, first_warp, warps, block_warps).sums;
+  const Sums<T> k = sums_of_softmax<D>(combine_over_row(own, room.sums, first_warp, warps, block_warps).sums, counts);
   HardRow<T>* hard = nullptr;
   if (P.hard.target) {
     if (counts && edges && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard_sums);
@@ -238,9 +241,9 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   const bool write = P.grad.data != nullptr,
              possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0) && !P.hard.without_soft();
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
-  const double parameter = P.parameter[exists ? row : 0];
+  const double parameter = P.parameter[exists ? row : 0], second = P.second_parameter[exists ? row : 0];
   LossSums<T> sums = LossSums<T>::empty();
-  with_functor<D>(parameter, [&](const auto& divergence) {
+  with_functor<D>(parameter, second, [&](const auto& divergence) {
     for (int64_t i = rank; possible && edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
       leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
@@ -253,7 +256,8 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
       if (D::kCentred && write) store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
     }
   });
-  sums = combine_over_row(sums, room.losses, first_warp, warps, block_warps);
+  sums = of_row<T, D>(combine_over_row(sums, room.losses, first_warp, warps, block_warps));
+  const T grad_scale = kTwoSums<D> ? r.grad_scale * sums.second : r.grad_scale;
   if (edges && rank == 0) {
     if (counts) {
       save<T, D>(P, row, k, sums, r);
@@ -264,15 +268,15 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
     hard_grad<kParted>(P, L, first, first + mine, edges, rank, threads, hard);
   } else if (write && !D::kCentred) {
-    with_functor<D>(parameter, [&](const auto& divergence) {
+    with_functor<D>(parameter, second, [&](const auto& divergence) {
       for (int64_t i = rank; edges && i < L.edges; i += threads) {
         load_class(L, P, L.edge(i), s1, t1);
-        gradient(s1, t1, softmax, divergence, r.grad_scale, sums.slope, hard, L.edge(i), 1, grad1);
+        gradient(s1, t1, softmax, divergence, grad_scale, sums.slope, hard, L.edge(i), 1, grad1);
         store_class(L, P, L.edge(i), grad1[0]);
       }
       for (int i = rank; i < mine; i += threads) {
         load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
-        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, hard, L.pack(first + i), 1, grad);
+        gradient(s, t, softmax, divergence, grad_scale, sums.slope, hard, L.pack(first + i), 1, grad);
         store_pack<S>(L.grad + L.pack(first + i) * size_student, P.grad.dtype, grad);
       }
     });

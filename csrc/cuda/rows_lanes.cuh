@@ -169,8 +169,9 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
       [&](int64_t, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
         add<T, kAtOnce, D::kTeacherEntropy, kParted>(own, hard_sums, s, t, r, P.hard, count);
       });
-  const Sums<T> k =
-      over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); });
+  const Sums<T> k = sums_of_softmax<D>(
+      over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); }),
+      counts);
   HardRow<T> hard;
   if (P.hard.target) {
     hard_sums = rebased<kParted>(hard_sums, own, k);
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   const bool possible = counts && k.sum_student != T(0) && k.sum_teacher != T(0) && !P.hard.without_soft();
   const bool write = L.exists && L.grad;
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
-  const double parameter = P.parameter[L.row];
+  const double parameter = P.parameter[L.row], second = P.second_parameter[L.row];
   const auto again = [&](int64_t v, T& s, T& t) {
     K.again(L, P, v, s, t);
     without(v, s, t);
@@ -197,17 +198,16 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     }
   };
   LossSums<T> sums = LossSums<T>::empty();
-  with_functor<D>(parameter, [&](const auto& divergence) {
+  with_functor<D>(parameter, second, [&](const auto& divergence) {
     walk<T>(possible ? V : 0, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
       T grad[kAtOnce];
       reduce(s, t, softmax, divergence, r.grad_scale, &hard, v, blockDim.y, sums, grad);
       if (D::kCentred && write) store(v, count, grad);
     });
   });
-  sums = over_warps(sums, room_of_losses, [](LossSums<T>& all, const LossSums<T>& other) {
-    all.loss += other.loss;
-    all.slope += other.slope;
-  });
+  sums = of_row<T, D>(
+      over_warps(sums, room_of_losses, [](LossSums<T>& all, const LossSums<T>& other) { all.add(other); }));
+  const T grad_scale = kTwoSums<D> ? r.grad_scale * sums.second : r.grad_scale;
   if (L.exists && threadIdx.y == 0) {
     if (counts) {
       save<T, D>(P, L.row, k, sums, r);
@@ -218,10 +218,10 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
     hard_grad<kParted>(P, L, hard);
   } else if (write && !D::kCentred) {
-    with_functor<D>(parameter, [&](const auto& divergence) {
+    with_functor<D>(parameter, second, [&](const auto& divergence) {
       walk<T>(V, again, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
         T grad[kAtOnce];
-        gradient(s, t, softmax, divergence, r.grad_scale, sums.slope, &hard, v, blockDim.y, grad);
+        gradient(s, t, softmax, divergence, grad_scale, sums.slope, &hard, v, blockDim.y, grad);
         store(v, count, grad);
       });
     });
@@ -253,10 +253,11 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
     t = load_one<U, T>(L.teacher + v * L.step_teacher, P.teacher.dtype);
     if (kParted && v == parted) s = t = -kInf<T>;
   };
-  with_functor<D>(P.parameter[L.row], [&](const auto& divergence) {
+  const T grad_scale = kTwoSums<D> ? r.grad_scale * T(k.factor) : r.grad_scale;
+  with_functor<D>(P.parameter[L.row], P.second_parameter[L.row], [&](const auto& divergence) {
     walk<T>(P.V, load, [&](int64_t v, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
       T grad[kAtOnce];
-      gradient(s, t, softmax, divergence, r.grad_scale, T(k.slope), &hard, v, blockDim.y, grad);
+      gradient(s, t, softmax, divergence, grad_scale, T(k.slope), &hard, v, blockDim.y, grad);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (i < count) store(v + i * int(blockDim.y), grad[i]);

@@ -327,10 +327,35 @@ struct SharedSums {
 template <class T>
 struct LossSums {
   T loss, slope;
+  T second;  // of a divergence that has two sums
 
-  static __device__ LossSums empty() { return {T(0), T(0)}; }
-  static __device__ LossSums combine(LossSums x) { return {warp_sum(x.loss), warp_sum(x.slope)}; }
+  static __device__ LossSums empty() { return {T(0), T(0), T(0)}; }
+  static __device__ LossSums combine(LossSums x) {
+    return {warp_sum(x.loss), warp_sum(x.slope), warp_sum(x.second)};
+  }
+  __device__ void add(const LossSums& x) {
+    loss += x.loss;
+    slope += x.slope;
+    second += x.second;
+  }
 };
+
+// What a row's sums come to: the second becomes what its slopes are multiplied by.
+template <class T, class D>
+__device__ __forceinline__ LossSums<T> of_row(LossSums<T> sums) {
+  if constexpr (kTwoSums<D>) {
+    const RowOfSums<T> row = D::row(sums.loss, sums.second);
+    return {row.loss, row.loss == kInf<T> ? kInf<T> : sums.slope, row.factor};
+  }
+  return sums;
+}
+
+// Where every class is by itself none is impossible, and no sum over them is asked for.
+template <class D, class T>
+__device__ __forceinline__ Sums<T> sums_of_softmax(Sums<T> k, bool counts) {
+  if (given<D>() == Given::kLogOdds && counts) k.sum_student = k.sum_teacher = T(1);
+  return k;
+}
 
 // From logits to p, q and w of a row whose sums are known.
 template <class T>
@@ -357,10 +382,26 @@ struct RowSoftmax {
     centre_teacher = centred ? max_teacher : T(0);
     offset = (centred ? T(0) : shift * a) + log_of(sum_student / sum_teacher);
   }
-  __device__ __forceinline__ Element<T> operator()(T s, T t) const {
+  __device__ __forceinline__ Element<T> operator()(T s, T t) const { return of<Given::kProbabilities>(s, t); }
+  template <Given kGiven>
+  __device__ __forceinline__ Element<T> of(T s, T t) const {
+    constexpr T kLog2 = T(0.69314718055994530942);
     Element<T> e;
-    e.p = exp2_of((s - max_student) * exp2_student - log2_student);
-    e.q = exp2_of((t - max_teacher) * exp2_teacher - log2_teacher);
+    if constexpr (kGiven == Given::kLogOdds) {
+      e.p = s * a;
+      e.q = t * (exp2_teacher * kLog2);
+      e.w = (s - t) * a + (t > -kInf<T> ? t : T(0)) * b;
+      return e;
+    }
+    e.p = (s - max_student) * exp2_student - log2_student;
+    e.q = (t - max_teacher) * exp2_teacher - log2_teacher;
+    if constexpr (kGiven == Given::kLogs) {
+      e.p *= kLog2;
+      e.q *= kLog2;
+    } else {
+      e.p = exp2_of(e.p);
+      e.q = exp2_of(e.q);
+    }
     const T x = s - centre_student, y = t - centre_teacher;
     const T lowest = T(-1e30);  // a teacher's -inf must not meet b = 0 or a b > 0
     e.w = (x - y) * a + ((y > lowest ? y : lowest) * b - offset);

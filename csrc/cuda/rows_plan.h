@@ -11,7 +11,7 @@ namespace fastkd::cuda {
 inline constexpr int64_t kPlanPack = 8;
 inline constexpr int kPlanThreads = 256;
 inline constexpr int64_t kRoomBytes = 1024;  // for the exchange between warps
-inline constexpr int64_t kPartValues = 13;   // of a part of a row, in RowsParts
+inline constexpr int64_t kPartValues = 14;   // of a part of a row, in RowsParts
 // Three blocks a multiprocessor: while one copies another computes and a third stores.
 inline constexpr int64_t kSharedAimed = 72 << 10;
 inline constexpr int kMaxCluster = 8;  // what every GPU that has clusters can do
@@ -48,7 +48,7 @@ inline constexpr int64_t kLeastInner = 8;  // rows side by side, that fill what 
 // What the threads of a block exchange: Sums and LossSums of each, and HardSums where there are targets.
 template <class T>
 int64_t lanes_room(int threads, bool targets) {
-  return threads * (targets ? 13 : 7) * int64_t(sizeof(T));
+  return threads * (targets ? 14 : 8) * int64_t(sizeof(T));
 }
 
 // How many rows lie side by side in every tensor: their elements of a class one after the other. 0: none do, or nobody

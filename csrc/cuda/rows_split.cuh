@@ -26,11 +26,12 @@ struct Slice {
   }
 };
 
-template <class T, bool kEntropy>
+template <class T, class D>
 __device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
   const int lane = threadIdx.x % 32;
   const Sums<T> mine = lane < parts.splits ? parts.sums[row * parts.splits + lane] : Sums<T>::empty();
-  return SharedSums<T, kEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums;
+  return sums_of_softmax<D>(
+      SharedSums<T, D::kTeacherEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums, true);
 }
 
 template <bool kParted, class T>
@@ -43,10 +44,11 @@ __device__ HardSums<T> row_hard(const RowsParams<T>& P, const RowsParts<T>& part
   return completed<kParted>(HardSums<T>::combine(hard), k, r);
 }
 
-template <class T>
+template <class T, class D>
 __device__ LossSums<T> row_losses(const RowsParts<T>& parts, int64_t row) {
   const int lane = threadIdx.x % 32;
-  return LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty());
+  return of_row<T, D>(
+      LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty()));
 }
 
 template <class T, class S, class U, bool kEntropy, bool kParted>
@@ -98,7 +100,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   constexpr bool kParted = kWithoutTarget<D>;
   const RowConstants<T> r = row_constants<kParted>(P, row);
   const int64_t parted = parted_target<kParted>(P, row);
-  const Sums<T> k = counts ? row_sums<T, D::kTeacherEntropy>(parts, row, r) : Sums<T>{};
+  const Sums<T> k = counts ? row_sums<T, D>(parts, row, r) : Sums<T>{};
   HardRow<T> hard;
   if (write && counts && P.hard.target) {
     hard = hard_row<kParted>(P, row, r, k, row_hard<kParted>(P, parts, row, k, r));
@@ -111,7 +113,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   LossSums<T> sums = LossSums<T>::empty();
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
-  with_functor<D>(P.parameter[row], [&](const auto& divergence) {
+  with_functor<D>(P.parameter[row], P.second_parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
       leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
@@ -149,18 +151,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const RowConstants<T> r = row_constants<kParted>(P, row);
   const int64_t parted = parted_target<kParted>(P, row);
   Sums<T> k{};
-  T slopes = 0;
+  T slopes = 0, grad_scale = r.grad_scale;
   HardRow<T> hard;
   const bool counts = !P.mask || P.mask[row];
   if (counts) {
     if (parts.sums) {
-      k = row_sums<T, false>(parts, row, r);
-      slopes = row_losses(parts, row).slope;
+      k = row_sums<T, D>(parts, row, r);
+      const LossSums<T> sums = row_losses<T, D>(parts, row);
+      slopes = sums.slope;
+      if constexpr (kTwoSums<D>) grad_scale *= sums.second;
       if (P.hard.target) hard = hard_row<kParted>(P, row, r, k, row_hard<kParted>(P, parts, row, k, r));
     } else {
       const RowsStats& saved = P.stats[row];
       k = {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
       slopes = T(saved.slope);
+      if constexpr (kTwoSums<D>) grad_scale *= T(saved.factor);
       if (P.hard.target) hard = hard_row<kParted>(P, row, r, saved);
     }
   }
@@ -170,11 +175,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
-  with_functor<D>(P.parameter[row], [&](const auto& divergence) {
+  with_functor<D>(P.parameter[row], P.second_parameter[row], [&](const auto& divergence) {
     for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
       load_class(L, P, L.edge(i), s1, t1);
       leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
-      gradient(s1, t1, softmax, divergence, r.grad_scale, slopes, &hard, L.edge(i), 1, grad1);
+      gradient(s1, t1, softmax, divergence, grad_scale, slopes, &hard, L.edge(i), 1, grad1);
       store_class(L, P, L.edge(i), grad1[0]);
     }
     for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
@@ -183,7 +188,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
       load<S, U, Memory::kGlobalLast>(student, teacher, P, s, t);
       leave_out<kParted>(parted, v, 1, s, t);
-      gradient(s, t, softmax, divergence, r.grad_scale, slopes, &hard, v, 1, grad);
+      gradient(s, t, softmax, divergence, grad_scale, slopes, &hard, v, 1, grad);
       store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
@@ -199,8 +204,8 @@ __global__ void rows_finish_kernel(const __grid_constant__ RowsParams<T> P, Rows
   }
   constexpr bool kParted = kWithoutTarget<D>;
   const RowConstants<T> r = row_constants<kParted>(P, row);
-  const Sums<T> k = row_sums<T, D::kTeacherEntropy>(parts, row, r);
-  const LossSums<T> sums = row_losses(parts, row);
+  const Sums<T> k = row_sums<T, D>(parts, row, r);
+  const LossSums<T> sums = row_losses<T, D>(parts, row);
   const HardSums<T> hard = row_hard<kParted>(P, parts, row, k, r);
   if (threadIdx.x != 0) return;
   if (P.hard.target) save_hard<kParted>(P, row, r, k, hard);

@@ -7,7 +7,9 @@
 // and about the whole row
 //   kCentred         the slopes add up to 0, so their sum need not be known
 //   kTeacherEntropy  the teacher's entropy -sum q log q is added to the loss
-// It is made for each row from the row's parameter, which is 0 where it has none. Where by convention it is another
+//   kGiven           what p and q are given as, if not as probabilities: see Given
+//   second, row      if its loss is no sum over classes: another sum over them, and what the two sums come to
+// It is made for each row from the row's parameters, which are 0 where it has none. Where by convention it is another
 // divergence at a parameter of 0 or of 1, that one is its type AtZero or AtOne.
 // With w = log p - log q all are written so that nothing cancels when student and teacher
 // agree: near convergence w is small and known to full precision, p - q is not.
@@ -15,6 +17,23 @@
 #include "math/scalar.h"
 
 namespace fastkd::FASTKD_ISA {
+
+// Logarithms are natural, and lose nothing where an exponential is too small for a number; then w is known as well.
+// Log odds are the logits over their temperature, without a softmax.
+enum class Given { kProbabilities, kLogs, kLogOdds };
+template <class D>
+constexpr Given given() {
+  if constexpr (requires { D::kGiven; }) return D::kGiven;
+  return Given::kProbabilities;
+}
+
+// Of a divergence whose loss is no sum over classes: the row's loss, and what its slopes are multiplied by.
+template <class T>
+struct RowOfSums {
+  T loss, factor;
+};
+template <class D>
+inline constexpr bool kTwoSums = requires { &D::second; };
 
 template <class T>
 struct Element {
@@ -40,14 +59,18 @@ FASTKD_HD T share_of_mixture(T share) {
 #pragma nv_exec_check_disable
 #endif
 template <class D, class F>
-FASTKD_HD void with_functor(double parameter, F&& f) {
+FASTKD_HD void with_functor(double parameter, double second, F&& f) {
   if constexpr (requires { typename D::AtZero; }) {
     if (parameter == 0) return f(typename D::AtZero());
   }
   if constexpr (requires { typename D::AtOne; }) {
     if (parameter == 1) return f(typename D::AtOne());
   }
-  f(D(parameter));
+  if constexpr (requires { D(parameter, second); }) {
+    f(D(parameter, second));
+  } else {
+    f(D(parameter));
+  }
 }
 
 }  // namespace fastkd::FASTKD_ISA

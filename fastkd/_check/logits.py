@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._divergences import REGISTRY
+from .._divergences import REGISTRY, parameters_of
 from .._inplace import was_overwritten
 from .arguments import (
     at_least_zero,
@@ -210,19 +210,18 @@ def parameter(entry, value, student=None):
 
 
 def soft_divergence(name, parameters):
-    """The entry of the divergence that a loss with a target names, and the parameter it is given: of those that there
-    are, by name, only its own may be."""
+    """The two parameters of the divergence that a loss with a target names, None where it has less: of those that
+    there are, by name, only its own may be given."""
     if not isinstance(name, str) or name not in REGISTRY:
         raise ValueError(f"divergence: one of {', '.join(REGISTRY)} wanted, got {name!r}")
-    own = REGISTRY[name].parameter
+    own = {entry.name: entry.default for entry in parameters_of(name)}
     for other, value in parameters.items():
-        if value is not None and (own is None or other != own.name):
-            has = "has no parameter" if own is None else f"has {own.name}"
+        if value is not None and other not in own:
+            has = f"has {' and '.join(own)}" if own else "has no parameter"
             raise ValueError(f"{other}: divergence={name!r} {has}; leave {other} out")
-    if own is None:
-        return 0.0
-    value = parameters[own.name]
-    return own.default if value is None else value
+    found = [default if parameters[key] is None else parameters[key] for key, default in own.items()]
+    first, second, *_ = *found, None, None
+    return 0.0 if first is None else first, second
 
 
 def will_be_overwritten(student):

@@ -1,5 +1,6 @@
 """The losses as functions. The student comes first, the teacher second, and options are keywords."""
 
+from .beyond_kl import alpha_beta_div, bernoulli_kl_div, negative_log_acceptance
 from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
 from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
@@ -16,7 +17,9 @@ from .relations import (
 from .targets import dkd_loss, kd_loss, nkd_loss
 
 __all__ = [
+    "alpha_beta_div",
     "attention_transfer",
+    "bernoulli_kl_div",
     "dkd_loss",
     "feature_cosine",
     "feature_mse",
@@ -25,6 +28,7 @@ __all__ = [
     "kd_loss",
     "kl_div",
     "linear_feature_mse",
+    "negative_log_acceptance",
     "nkd_loss",
     "pkt",
     "relation_kl",

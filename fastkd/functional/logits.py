@@ -57,6 +57,8 @@ _EXCHANGED = {
     "skew_kl_div": "skew_reverse_kl_div({}, alpha=alpha)",
     "skew_reverse_kl_div": "skew_kl_div({}, alpha=alpha)",
     "total_variation": "total_variation({})",
+    "negative_log_acceptance": "negative_log_acceptance({})",
+    "alpha_beta_div": "alpha_beta_div({}, alpha=beta, beta=alpha)",
 }
 
 

@@ -1,5 +1,6 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
+from .beyond_kl import AlphaBetaDivLoss, BernoulliKLDivLoss, NegativeLogAcceptanceLoss
 from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
@@ -16,7 +17,9 @@ from .relations import (
 from .targets import DKDLoss, KDLoss, NKDLoss
 
 __all__ = [
+    "AlphaBetaDivLoss",
     "AttentionTransferLoss",
+    "BernoulliKLDivLoss",
     "DKDLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
@@ -26,6 +29,7 @@ __all__ = [
     "KLDivLoss",
     "LinearFeatureMSELoss",
     "NKDLoss",
+    "NegativeLogAcceptanceLoss",
     "PKTLoss",
     "RKDAngleLoss",
     "RKDDistanceLoss",

@@ -18,10 +18,12 @@ class KDLoss(_Loss):
         hard_weight: what the cross-entropy is multiplied by, at least 0. Default 0.5.
         soft_weight: what the divergence is multiplied by, at least 0. Default 0.5.
         divergence: ``"kl_div"``, the default, ``"soft_cross_entropy"``, ``"reverse_kl_div"``, ``"js_div"``,
-            ``"symmetric_kl_div"``, ``"skew_kl_div"``, ``"skew_reverse_kl_div"`` or ``"total_variation"``.
-        beta: of ``js_div``, and of no other, from 0 to 1. Default: that function's.
+            ``"symmetric_kl_div"``, ``"skew_kl_div"``, ``"skew_reverse_kl_div"``, ``"total_variation"``,
+            ``"negative_log_acceptance"``, ``"alpha_beta_div"`` or ``"bernoulli_kl_div"``.
+        beta: of ``js_div`` and ``alpha_beta_div``, and of no other. Default: that function's.
         student_weight: of ``symmetric_kl_div``, and of no other, from 0 to 1. Default: that function's.
-        alpha: of ``skew_kl_div`` and ``skew_reverse_kl_div``, and of no other, from 0 to 1. Default: that function's.
+        alpha: of ``skew_kl_div``, ``skew_reverse_kl_div`` and ``alpha_beta_div``, and of no other. Default: that
+            function's.
         temperature: T of the soft loss, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the soft loss is multiplied by T**2. Default True.
@@ -82,10 +84,10 @@ class KDLoss(_Loss):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        parameter = _check.soft_divergence(divergence, {"beta": beta, "student_weight": student_weight, "alpha": alpha})
-        entry = _divergences.REGISTRY[divergence].parameter
-        if entry is not None:
-            _check.parameter(entry, parameter)
+        parameters = {"beta": beta, "student_weight": student_weight, "alpha": alpha}
+        found = _check.soft_divergence(divergence, parameters)
+        for entry, value in zip(_divergences.parameters_of(divergence), found, strict=False):
+            _check.parameter(entry, value)
         _check.hard_options(hard_weight, soft_weight, label_smoothing)
         _check.target_reduction(reduction)
         _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)

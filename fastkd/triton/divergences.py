@@ -199,6 +199,75 @@ def total_variation(p, q, w, parameter, OF_ROWS: tl.constexpr):
     return 0.5 * tl.abs(difference), slope
 
 
+@triton.jit
+def negative_log_acceptance(p, q, w, parameter, OF_ROWS: tl.constexpr):
+    loss, _slope = total_variation(p, q, w, parameter, OF_ROWS)
+    slope = tl.where(w < 0.0, -p, 0.0)
+    return loss, tl.where((w > 0.0) | (w <= 0.0), slope, p - q)
+
+
+@triton.jit
+def acceptance_of_row(variation, acceptance):
+    """What the sums of a row's classes come to, and what its slopes are multiplied by."""
+    none = acceptance == 0.0
+    safe = tl.where(none, 1.0, acceptance)
+    loss = tl.where(variation < 0.5, -log1p(-variation), -log1p(safe - 1.0))
+    return tl.where(none, float("inf"), loss), tl.where(none, 0.0, 1.0 / safe)
+
+
+@triton.jit
+def _inverse(x):
+    return tl.where(x > 0.0, 1.0 / tl.where(x > 0.0, x, 1.0), 0.0)
+
+
+@triton.jit
+def _growth(x):
+    """(e^x - 1) / x, |x| < 0.3"""
+    return 1.0 + x * bregman_series(x)
+
+
+@triton.jit
+def alpha_beta_div(log_p, log_q, w, parameter, OF_ROWS: tl.constexpr):
+    alpha, beta = parameter
+    dtype: tl.constexpr = log_p.dtype
+    TERMS: tl.constexpr = 13 if dtype == tl.float64 else 7
+    a, b = alpha.to(dtype), beta.to(dtype)
+    s = (alpha + beta).to(dtype)
+    over_a, over_b, over_s = _inverse(a), _inverse(b), _inverse(s)
+    # not -inf, so that 0 times it is 0; of a NaN it stays
+    log_p, log_q = tl.where(log_p < -1e30, -1e30, log_p), tl.where(log_q < -1e30, -1e30, log_q)
+    none = (log_p == -1e30) & (log_q == -1e30)
+    of_p, of_q, both = tl.exp(s * log_p), tl.exp(s * log_q), tl.exp(a * log_q + b * log_p)
+    near = (s * w) * (s * w) < 0.09
+    z = tl.where(near, w, 0.0)
+    series, step, factorial = tl.zeros_like(w), z * z, 2.0
+    products = tl.full((1, 1), 1.0, dtype)
+    power = products
+    for k in tl.static_range(TERMS):
+        series += step * (products / factorial)
+        step *= z
+        power *= b
+        products = products * s + power
+        factorial *= k + 3.0
+    x, y = a * w, -b * w
+    forth = tl.where(a > 0.0, (of_p - both) * over_a, tl.where(w > 0.0, float("inf"), 0.0))
+    forth = tl.where(x * x < 0.09, both * w * _growth(x), forth)
+    back = tl.where(b > 0.0, (of_q - both) * over_b, tl.where(w < 0.0, float("inf"), 0.0))
+    back = tl.where(y * y < 0.09, -(both * w * _growth(y)), back)
+    of_sums = (of_p - of_q) * over_s
+    far = tl.where(b < a, (back + of_sums) * over_a, (forth - of_sums) * over_b)
+    endless = (s == 0.0) & (tl.abs(w) == float("inf"))
+    loss = tl.where(near, of_q * series, tl.where(s == 0.0, w * w, far))
+    slope = tl.where(endless, float("inf"), forth)
+    return tl.where(none, 0.0, loss), tl.where(none, 0.0, slope)
+
+
+@triton.jit
+def bernoulli_kl_div(a, b, d, parameter, OF_ROWS: tl.constexpr):
+    loss, slope, _minus_log, _q, _p = two_classes(a, b, d)
+    return loss, slope
+
+
 non_target_kl = kl_div  # and the teacher's entropy, where the loss wants it
 
 

@@ -156,6 +156,11 @@ def _arguments(call, layouts):
     )
 
 
+def _given(entry):
+    """See rows_tile."""
+    return 3 if entry.two_sums else ("Probabilities", "Logs", "LogOdds").index(entry.given)
+
+
 def _hard(call):
     """See rows_tile."""
     return 0 if call.target is None else 1 + call.target_loss
@@ -185,7 +190,7 @@ def rows_fwd(*arguments: Any) -> None:
         rows_fwd_kernel[(programs,)](
             *_arguments(call, layouts), parts, out.stats, N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred,
-            ENTROPY=entry.teacher_entropy and _hard(call) != 2, HARD=_hard(call),
+            ENTROPY=entry.teacher_entropy and _hard(call) != 2, GIVEN=_given(entry), HARD=_hard(call),
             SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
             ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limits,
         )  # fmt: skip
@@ -206,8 +211,9 @@ def rows_bwd(*arguments: Any) -> None:
     with torch.cuda.device_of(call.student):
         rows_bwd_kernel[(_programs(N, run, rows), triton.cdiv(V, block))](
             *_arguments(call, layouts), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V, run,
-            DIVERGENCE=FUNCTIONS[call.divergence], SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared,
-            HARD=_hard(call), ROWS=rows, BLOCK=block, num_warps=warps,
+            DIVERGENCE=FUNCTIONS[call.divergence], GIVEN=_given(ENTRIES[call.divergence]),
+            SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, HARD=_hard(call),
+            ROWS=rows, BLOCK=block, num_warps=warps,
             **limited(compute_dtype(call.student, call.teacher)),
         )  # fmt: skip
 

@@ -19,16 +19,19 @@ import triton.language as tl
 from .rows_tile import (
     exp,
     finite,
+    functor_parameters,
     hard_sums,
     load_parted,
     loss_scales,
     per_row,
     per_row_times,
+    row_of_sums,
     row_offsets,
     rows_of_program,
     rows_to_read,
     store,
     store_statistics,
+    sums_of_softmax,
     target_part,
     temperatures,
     visit,
@@ -57,7 +60,7 @@ def rows_fwd_kernel(
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
     stats,  # [N, 7], or None
     N, V, side_by_side,
-    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr,
+    DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr, GIVEN: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
     HARD: tl.constexpr, PER_ROW: tl.constexpr, ONE_TILE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +77,7 @@ def rows_fwd_kernel(
         per_row(weight, 1, 1.0, row, read, dtype), T, parameter, second_rows, second_stride, second,
         target, hard_weight, soft_weight, smoothing, row, read, dtype, T_SQUARED, HARD,
     )  # fmt: skip
-    parameter = parameter[:, None]
+    parameters = functor_parameters(parameter, second_rows, second_stride, second, row, read, GIVEN)
     one_over_divisor = per_row_times(scale_tensor, scale, row, read, dtype)
     grad_scale = soft_scale * a * one_over_divisor
     grad_of_hard = hard_scale * one_over_divisor * (a if HARD == 2 else 1.0)
@@ -93,13 +96,17 @@ def rows_fwd_kernel(
         s, t, logit, teacher_logit = load_parted(inputs, columns, classes, dtype, "evict_first", HARD)
         max_student, max_teacher = finite(tl.max(s, 1)), finite(tl.max(t, 1))
         sum_student, sum_teacher = tl.sum(exp(s, max_student, a), 1), tl.sum(exp(t, max_teacher, a - b), 1)
-        of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
+        of_row = sums_of_softmax((a, b, max_student, sum_student, max_teacher, sum_teacher), read, GIVEN)
         sum_hard, logits = hard_sums(s, t, max_student, max_teacher, columns, V, HARD)
         part, factor = target_part(of_row, sum_hard, logits, logit, teacher_logit, HARD)
         hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights)
-        losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
-        total = tl.sum(losses, 1)
+        losses, slopes, p, seconds = visit(
+            s, t, of_row, parameters, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN
+        )  # fmt: skip
         sum_slope = tl.zeros((ROWS,), dtype) if IS_CENTRED else tl.sum(slopes, 1)
+        total, sum_slope, factor, grad_scale = row_of_sums(
+            tl.sum(losses, 1), sum_slope, tl.sum(seconds, 1), factor, grad_scale, GIVEN
+        )
         if grad is not None:
             values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
             store(grad, grad_step, live, V, columns, values)
@@ -107,16 +114,18 @@ def rows_fwd_kernel(
         of_row, sum_hard, logits, logit, teacher_logit = walk_for_statistics(
             inputs, a, b, classes, dtype, ROWS, BLOCK, HARD
         )
+        of_row = sums_of_softmax(of_row, read, GIVEN)
         part, factor = target_part(of_row, sum_hard, logits, logit, teacher_logit, HARD)
         hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights)
-        total, sum_slope = walk_for_loss(
-            inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
-            DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, HARD, dtype, ROWS, BLOCK,
+        total, sum_slope, sum_second = walk_for_loss(
+            inputs, of_row, parameters, grad, grad_step, live, grad_scale, hard,
+            DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, GIVEN, HARD, dtype, ROWS, BLOCK,
         )  # fmt: skip
+        total, sum_slope, factor, grad_scale = row_of_sums(total, sum_slope, sum_second, factor, grad_scale, GIVEN)
         if grad is not None and not IS_CENTRED:
             walk_for_grad(
-                inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope, hard,
-                DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, HARD, dtype, BLOCK,
+                inputs, of_row, parameters, grad, grad_step, live, grad_scale, sum_slope, hard,
+                DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN, HARD, dtype, BLOCK,
             )  # fmt: skip
 
     total = whole_loss(
@@ -147,8 +156,8 @@ def rows_bwd_kernel(
     stats,  # [N, 7]
     upstream, upstream_stride,  # [N], or [1] with stride 0
     N, V, side_by_side,
-    DIVERGENCE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr, HARD: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    DIVERGENCE: tl.constexpr, GIVEN: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
+    HARD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = upstream.dtype.element_ty
     row, live, run, at = rows_of_program(N, side_by_side, ROWS)
@@ -166,7 +175,7 @@ def rows_bwd_kernel(
         of_loss, T, parameter, second_rows, second_stride, second,
         target, hard_weight, soft_weight, smoothing, row, read, dtype, T_SQUARED, HARD,
     )  # fmt: skip
-    parameter = parameter[:, None]
+    parameters = functor_parameters(parameter, second_rows, second_stride, second, row, read, GIVEN)
     grad_scale = soft_scale * a
     hard_scale *= a if HARD == 2 else 1.0
     student += row_offsets(
@@ -187,10 +196,14 @@ def rows_bwd_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inputs = (student, student_step, teacher, teacher_step, read, V)
     s, t, _, _ = load_parted(inputs, columns, classes, dtype, "evict_first", HARD)
-    _loss, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE)
+    _loss, slopes, p, _second = visit(
+        s, t, of_row, parameters, DIVERGENCE, OF_ROWS, False, SAME_TEMPERATURE, GIVEN
+    )  # fmt: skip
     sum_hard = tl.load(stats + 5, mask=read, other=0.0).to(dtype) if HARD else max_student
     if HARD >= 2:
         hard_scale *= tl.load(stats + 6, mask=read, other=0.0).to(dtype)
+    if GIVEN == 3:
+        grad_scale *= tl.load(stats + 6, mask=read, other=0.0).to(dtype)
     hard = (classes, read, hard_scale, sum_hard, smoothings, V, soft_weights)
     values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
     store(grad, grad_step, live, V, columns, values)

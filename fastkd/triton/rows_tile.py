@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .divergences import log1p, two_classes
+from .divergences import acceptance_of_row, log1p, two_classes
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -15,6 +15,8 @@ INF = tl.constexpr(float("inf"))
 #           gradient; the sum of e^(z - max) of the student; smoothing; V; and the weight of the soft loss
 #   inputs  what load needs: pointers to the rows [ROWS] and the step between classes, for
 #           student and teacher; which rows to read [ROWS]; V
+#   GIVEN   what a divergence is given of a class: 0 p and q, 1 their logarithms, 2 log odds; 3: p and q, and its loss
+#           is made of two sums
 #   of_row  constants of a row, [ROWS] each: a = 1 / T, b = 1 / T - 1 / T_teacher, the maxima and
 #           the sums of e^((z - max) / T) of student and teacher
 
@@ -99,6 +101,15 @@ def loss_scales(
 
 
 @triton.jit
+def functor_parameters(parameter, second_rows, second_stride, second, row, read, GIVEN: tl.constexpr):
+    """What a divergence is made of: its parameter, or both where it is given logarithms, as that has two."""
+    found = parameter[:, None]
+    if GIVEN == 1:
+        found = (found, per_row(second_rows, second_stride, second, row, read, tl.float64)[:, None])
+    return found
+
+
+@triton.jit
 def temperatures(
     temperature_rows, temperature_stride, temperature,
     teacher_temperature_rows, teacher_temperature_stride, teacher_temperature, row, read,
@@ -180,11 +191,30 @@ def _accumulate(z, maximum, total, inv_temperature):
 
 
 @triton.jit
-def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
-    """p, q and w of a tile. A class that is not there has p = q = 0."""
+def _log_odds_of(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
+    a, b = of_row[0][:, None], of_row[1][:, None]
+    w = (s - t) * a
+    if not SAME_TEMPERATURE:
+        w += tl.where(t == -INF, 0.0, t * b)
+    return s * a, t * (a - b), w
+
+
+@triton.jit
+def _log_of(z, maximum, total, inv_temperature):
+    """The logarithm of a side's probability."""
+    log_sum = tl.where(total == 0.0, 0.0, log1p(total - 1.0))
+    return (z - maximum[:, None]) * inv_temperature[:, None] - log_sum[:, None]
+
+
+@triton.jit
+def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr, LOGS: tl.constexpr):
+    """p, q and w of a tile, or the logarithms of p and q. A class that is not there has p = q = 0."""
     a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
-    p = exp(s, max_student, a) * tl.where(sum_student == 0.0, 0.0, 1.0 / sum_student)[:, None]
-    q = exp(t, max_teacher, a - b) * tl.where(sum_teacher == 0.0, 0.0, 1.0 / sum_teacher)[:, None]
+    if LOGS:
+        p, q = _log_of(s, max_student, sum_student, a), _log_of(t, max_teacher, sum_teacher, a - b)
+    else:
+        p = exp(s, max_student, a) * tl.where(sum_student == 0.0, 0.0, 1.0 / sum_student)[:, None]
+        q = exp(t, max_teacher, a - b) * tl.where(sum_teacher == 0.0, 0.0, 1.0 / sum_teacher)[:, None]
     # Where student and teacher differ by a constant, which changes nothing, the difference would be
     # rounded at the size of that constant: there both are taken from their maxima. Where they do
     # not, s - t itself is the most exact, and near convergence it is what counts.
@@ -203,14 +233,41 @@ def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
 def visit(
     s, t, of_row, parameter,
     DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, BLOCK] each: loss, slope and p of the classes of a tile."""
-    p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE)
+    """[ROWS, BLOCK] each: loss, slope and p of the classes of a tile; and what a second sum is of."""
+    if GIVEN == 2:
+        p, q, w = _log_odds_of(s, t, of_row, SAME_TEMPERATURE)
+    else:
+        p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE, GIVEN == 1)
     loss, slope = DIVERGENCE(p, q, w, parameter, OF_ROWS)
+    second = tl.minimum(p, q)
+    if GIVEN == 1:
+        p = tl.exp(p)
     if ENTROPY:  # the teacher's entropy is this and log sum_teacher
         a, b, _max_student, _sum_student, max_teacher, _sum_teacher = of_row
         loss += tl.where(q == 0.0, 0.0, q * ((max_teacher[:, None] - t) * (a - b)[:, None]))
-    return loss, slope, p
+    return loss, slope, p, second
+
+
+@triton.jit
+def sums_of_softmax(of_row, read, GIVEN: tl.constexpr):
+    """Where every class is by itself none is impossible, and no sum over them is asked for."""
+    a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
+    if GIVEN == 2:
+        sum_student = tl.where(read, 1.0, 0.0).to(a.dtype)
+        sum_teacher = sum_student
+    return a, b, max_student, sum_student, max_teacher, sum_teacher
+
+
+@triton.jit
+def row_of_sums(total, sum_slope, second, factor, grad_scale, GIVEN: tl.constexpr):
+    """What a row's sums come to; the factor is what its slopes are multiplied by."""
+    if GIVEN == 3:
+        total, factor = acceptance_of_row(total, second)
+        sum_slope = tl.where(total == INF, INF, sum_slope)
+        grad_scale *= factor
+    return total, sum_slope, factor, grad_scale
 
 
 @triton.jit
@@ -404,36 +461,44 @@ def walk_for_statistics(
 def walk_for_loss(
     inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
     DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IS_CENTRED: tl.constexpr,
-    SAME_TEMPERATURE: tl.constexpr, HARD: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    SAME_TEMPERATURE: tl.constexpr, GIVEN: tl.constexpr, HARD: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of losses and slopes over rows longer than a tile; the gradient where it needs no sum of slopes."""
+    """Sums of losses and slopes over rows longer than a tile, and a second one; the gradient where it needs no sum of
+    slopes."""
     V = inputs[5]
-    total, sum_slope = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
+    total, sum_slope, second = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
     last = (V - 1) // BLOCK * BLOCK
     for first in range(0, V, BLOCK):
         columns = last - first + tl.arange(0, BLOCK)
         s, t, _, _ = load_parted(inputs, columns, hard[0], dtype, "evict_first" if IS_CENTRED else "evict_last", HARD)
-        losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
+        losses, slopes, p, seconds = visit(
+            s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN
+        )  # fmt: skip
         total += tl.sum(losses, 1)
+        if GIVEN == 3:
+            second += tl.sum(seconds, 1)
         if not IS_CENTRED:
             sum_slope += tl.sum(slopes, 1)
         elif grad is not None:
             values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
             store(grad, grad_step, live, V, columns, values)
-    return total, sum_slope
+    return total, sum_slope, second
 
 
 @triton.jit
 def walk_for_grad(
     inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope, hard,
     DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
-    HARD: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
+    GIVEN: tl.constexpr, HARD: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     V = inputs[5]
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         s, t, _, _ = load_parted(inputs, columns, hard[0], dtype, "evict_first", HARD)
-        _losses, slopes, p = visit(s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE)
+        _losses, slopes, p, _seconds = visit(
+            s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN
+        )  # fmt: skip
         values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
         store(grad, grad_step, live, V, columns, values)
 

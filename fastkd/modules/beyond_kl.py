@@ -1,0 +1,285 @@
+"""Losses of logits that are no Kullback-Leibler divergence between two softmaxes, as modules: see
+:mod:`fastkd.functional.beyond_kl`."""
+
+from torch import Tensor
+
+from .. import _check, _divergences, functional
+from .._types import Reduction
+from ._loss import _Loss
+
+
+class NegativeLogAcceptanceLoss(_Loss):
+    r"""Negative logarithm of the rate at which speculative decoding accepts the student's tokens.
+
+    .. math:: -T^2 \log \sum_v \min(p_v, q_v)
+
+    The options and what the loss does are those of :func:`fastkd.functional.negative_log_acceptance`.
+
+    Args:
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.NegativeLogAcceptanceLoss(temperature=2.0)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0
+    """
+
+    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.negative_log_acceptance(
+            student,
+            teacher,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class AlphaBetaDivLoss(_Loss):
+    r"""Alpha-beta divergence, which weighs where the student is wrong and where it is sure by two numbers.
+
+    .. math::
+
+        -\frac{T^2}{\alpha \beta} \sum_v \left(q_v^\alpha p_v^\beta - \frac{\alpha}{\alpha + \beta} q_v^{\alpha + \beta}
+        - \frac{\beta}{\alpha + \beta} p_v^{\alpha + \beta}\right)
+
+    The options and what the loss does are those of :func:`fastkd.functional.alpha_beta_div`.
+
+    Args:
+        alpha: the power of q, at least 0. Default 0.2.
+        beta: the power of p, at least 0. Default 0.7.
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.AlphaBetaDivLoss(alpha=0.5, beta=0.5)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0
+    """
+
+    _options = ("alpha", "beta", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        alpha: float = 0.2,
+        beta: float = 0.7,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.parameter(_divergences.REGISTRY["alpha_beta_div"].parameter, alpha)
+        _check.parameter(_divergences.REGISTRY["alpha_beta_div"].second, beta)
+        self.alpha = alpha
+        self.beta = beta
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.alpha_beta_div(
+            student,
+            teacher,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
+
+
+class BernoulliKLDivLoss(_Loss):
+    r"""Kullback-Leibler divergence of labels that do not exclude each other: every class is a coin.
+
+    .. math:: T^2 \sum_v \left(q_v \log \frac{q_v}{p_v} + (1 - q_v) \log \frac{1 - q_v}{1 - p_v}\right)
+
+    The options and what the loss does are those of :func:`fastkd.functional.bernoulli_kl_div`.
+
+    Args:
+        temperature: T, a positive number. Default 1.
+        teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
+        t_squared: whether the loss is multiplied by T**2. Default True.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
+        inplace: whether the gradient is written over the student's logits. Default False.
+
+    Shape:
+        student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
+        ``reduction="none"``.
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss_function = fastkd.BernoulliKLDivLoss(temperature=2.0)
+        >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.0
+    """
+
+    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        teacher_temperature: float | None = None,
+        t_squared: bool = True,
+        dim: int = -1,
+        reduction: Reduction = "batchmean",
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        self.temperature = temperature
+        self.teacher_temperature = teacher_temperature
+        self.t_squared = t_squared
+        self.dim = dim
+        self.reduction: Reduction = reduction
+        self.inplace = inplace
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        temperature: Tensor | float | None = None,
+        teacher_temperature: Tensor | float | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+
+        Args:
+            student: raw logits ``[*, V]``, whose classes are at ``dim``.
+            teacher: raw logits of the same shape, a constant.
+            temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
+            teacher_temperature: for this call, of the same form. Default: the module's.
+            mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
+            weight: float, broadcastable to ``[*]``, multiplies the row's loss. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.bernoulli_kl_div(
+            student,
+            teacher,
+            temperature=self.temperature if temperature is None else temperature,
+            teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
+            t_squared=self.t_squared,
+            dim=self.dim,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            inplace=self.inplace,
+        )
