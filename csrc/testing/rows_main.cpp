@@ -2,8 +2,8 @@
 //   rows_main DIVERGENCE DTYPE N V INNER CLUSTERS TARGETS MODE SEED  prints "right" or what is wrong
 // INNER: how many rows lie side by side, in runs of that length; 1: none do.
 // DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; TARGETS 1: rows have a hard loss too; of
-// NonTargetKL, 2: a decoupled loss, 3: a normalized one; MODE and SEED: the order of the threads. The truth is computed in double from the formulas, without any of the kernels'
-// code.
+// NonTargetKL, 2: a decoupled loss, 3: a normalized one; MODE and SEED: the order of the threads. The truth is computed
+// in double from the formulas, without any of the kernels' code.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
