@@ -126,7 +126,7 @@ double with_parted_target(const std::vector<double>& s, const std::vector<double
   grad.insert(grad.begin() + long(target), 0);
   const double at = decoupled ? kTemperature : 1;
   const std::vector<double> log_p = log_softmax(s, at), log_q = log_softmax(t, at);
-  const double p = std::exp(log_p[target]), q = std::exp(log_q[target]);
+  const double q = std::exp(log_q[target]);
   double rest_p = 0, rest_q = 0;
   for (size_t v = 0; v < s.size(); ++v) {
     if (v == target) continue;
