@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
-from fastkd._divergences import NUMBERS, REGISTRY
+from fastkd._divergences import NON_TARGET, NUMBERS, REGISTRY, TARGET_LOSSES
 from fastkd.ops import rows
 from fastkd.ops.numbers import as_tensor
 
@@ -27,6 +27,7 @@ from .truth import Truth, wrong
 TEMPERATURE = 2.0
 SHAPES = {  # named after what has them
     "digits": (32, 10),
+    "cifar": (256, 100),
     "imagenet-256": (256, 1000),
     "imagenet-4096": (4096, 1000),
     "imagenet-65536": (65536, 1000),
@@ -39,6 +40,7 @@ SHAPES = {  # named after what has them
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEP = "forward+backward"
+WITH_TARGETS = ("kd_loss", *TARGET_LOSSES)
 ON_CPU = ("digits", "imagenet-256", "imagenet-4096", "llama-2", "llama-3")
 ON_GPU = (
     ("llama-3-8192", "bfloat16"),
@@ -51,12 +53,14 @@ ON_GPU = (
 CASES = {  # loss, shape, dtype, mode
     "cpu": [
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
-        *itertools.product([*list(REGISTRY)[1:], "kd_loss"], ["llama-2"], ["float32"], [STEP]),
+        *itertools.product([*list(REGISTRY)[1:], *WITH_TARGETS], ["llama-2"], ["float32"], [STEP]),
+        *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
     ],
     "cuda": [
         *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
-        *itertools.product(["reverse_kl_div", "js_div", "kd_loss"], ["llama-3-8192"], ["bfloat16"], [STEP]),
+        *itertools.product(["reverse_kl_div", "js_div", *WITH_TARGETS], ["llama-3-8192"], ["bfloat16"], [STEP]),
+        *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
     ],
 }
 
@@ -125,8 +129,35 @@ def eager_with_targets(student, teacher):
     return 0.5 * hard + 0.5 * eager_log_target(student, teacher)
 
 
+def eager_decoupled(student, teacher):
+    """As published code has it: two masks, two classes of their sums, and 1000 less for the target."""
+    index = targets(*student.shape, student.device)[:, None]
+    of_target = torch.zeros_like(student).scatter_(1, index, 1).bool()
+    p, q = (
+        torch.cat([(x * of_target).sum(1, keepdim=True), (x * ~of_target).sum(1, keepdim=True)], 1)
+        for x in (F.softmax(logits / TEMPERATURE, 1) for logits in (student, teacher))
+    )
+    log_others, others = (x / TEMPERATURE - 1000.0 * of_target for x in (student, teacher))
+    log_others, others = F.log_softmax(log_others, 1), F.softmax(others, 1)
+    target_class = F.kl_div(p.log(), q, reduction="batchmean")
+    other_classes = F.kl_div(log_others, others, reduction="batchmean")
+    return (1.0 * target_class + 8.0 * other_classes) * TEMPERATURE**2
+
+
+def eager_normalized(student, teacher):
+    """As published code has it: the other classes are copied out of the logits."""
+    index = targets(*student.shape, student.device)[:, None]
+    log_p, q = F.log_softmax(student, 1).gather(1, index), F.softmax(teacher, 1).gather(1, index)
+    others = torch.ones_like(student).scatter_(1, index, 0).bool()
+    s, t = (x[others].reshape(len(x), -1) / TEMPERATURE for x in (student, teacher))
+    other_classes = (F.softmax(t, 1) * F.log_softmax(s, 1)).sum(1).mean()
+    return -(q * log_p).mean() - 1.5 * TEMPERATURE**2 * other_classes
+
+
 EAGER = {  # the last one is compiled
     "kd_loss": {"eager": eager_with_targets},
+    "dkd_loss": {"eager": eager_decoupled},
+    "nkd_loss": {"eager": eager_normalized},
     "kl_div": {"eager": eager, "eager log_target": eager_log_target},
     "soft_cross_entropy": {"eager": eager_soft_cross_entropy},
     "reverse_kl_div": {"eager": eager_reverse},
@@ -139,11 +170,11 @@ EAGER = {  # the last one is compiled
 
 
 def own(name, backend, **options):
-    if name == "kd_loss":
+    if name in WITH_TARGETS:
 
         def loss(student, teacher):
             target = targets(*student.shape, student.device)
-            return functional.kd_loss(student, teacher, target, temperature=TEMPERATURE, **options)
+            return getattr(functional, name)(student, teacher, target, temperature=TEMPERATURE, **options)
 
         return with_backend(loss, backend)
     return with_backend(functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options), backend)
@@ -151,20 +182,23 @@ def own(name, backend, **options):
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
-    of_targets = name == "kd_loss"
-    name = "kl_div" if of_targets else name
-    namespace, entry = _backend.namespace(backend), REGISTRY[name]
-    parameter = 0.0 if entry.parameter is None else entry.parameter.default
+    namespace, parted = _backend.namespace(backend), TARGET_LOSSES.get(name)
+    divergence = NON_TARGET.name if parted else "kl_div" if name == "kd_loss" else name
+    entry = parted or REGISTRY[divergence]
+    parameter, second = (0.0 if of is None else of.default for of in (entry.parameter, entry.second))
 
     def alone(student, teacher):
         scale = 1 / len(student)
         call = RowsCall(
-            student, teacher, NUMBERS[name], parameter, None, TEMPERATURE, None, TEMPERATURE, None, True, None, None,
-            scale, None,
+            student, teacher, NUMBERS[divergence], parameter, None, TEMPERATURE, None, TEMPERATURE, None, True, None,
+            None, scale, None,
         )  # fmt: skip
-        if of_targets:
-            target = targets(*student.shape, student.device)
-            call = call._replace(target=target, target_numbers=as_tensor(0.5, 0.5, 0.0))
+        if name in WITH_TARGETS:
+            call = call._replace(target=targets(*student.shape, student.device))
+            if parted:
+                call = call._replace(target_loss=parted.number, second_parameter=second)
+            else:
+                call = call._replace(target_numbers=as_tensor(0.5, 0.5, 0.0))
         return rows.forward(namespace, call, grad=student)
 
     return alone
@@ -266,7 +300,7 @@ def measure(benchmark, name, shape, dtype, mode, rounds, device, left_out=(), **
     inputs = Inputs(shape, DTYPES[dtype], device)
     found, missing = providers(name, inputs, mode, device)
     found = [provider for provider in found if provider.name not in left_out]
-    target = targets(*shape, device) if name == "kd_loss" else None
+    target = targets(*shape, device) if name in WITH_TARGETS else None
     errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE, target))
     repeat = 50 if elements < 10_000 else 1
     results = interleave(benchmark, found, rounds * (4 if elements < 10**7 else 1), repeat, device)

@@ -34,7 +34,7 @@ class Case(NamedTuple):
             return torch.rand(shape, generator=generator) < 0.6
         if name in ("labels", "target"):
             return torch.randint(0, 3 if name == "labels" else 7, shape, generator=generator)
-        if name in ("weight", "temperature", "teacher_temperature", "beta"):
+        if name in ("weight", "temperature", "teacher_temperature", "alpha", "beta", "gamma"):
             return torch.rand(shape, generator=generator) + (0.0 if name == "beta" else 0.5)
         if name == "normalizer":
             return torch.full(shape, 7.0)
@@ -62,6 +62,19 @@ def target_cases():
     yield Case("kd_loss", "a whole target and a plain mask", with_target | ROWS, SPLIT | {"target": "R"}, options)
     yield Case("kd_loss", "a target alone is a DTensor", with_target, {"target": "0"}, options)
     yield Case("kd_loss", "replicated", with_target, WHOLE | {"target": "R"}, options | {"divergence": "js_div"})
+    for loss, weights in (("dkd_loss", ("alpha", "beta")), ("nkd_loss", ("gamma",))):
+        options = {"temperature": 2.0, "ignore_index": 3}
+        of_rows = SPLIT | {"target": "0", "mask": "0", "weight": "0"}
+        for reduction in ("batchmean", "sum", "none"):
+            yield Case(loss, f"targets, {reduction}", with_target | ROWS, of_rows, options | {"reduction": reduction})
+        shapes = with_target | {name: (B, 1) for name in weights}
+        yield Case(
+            loss, "weights of the parts, of rows", shapes, SPLIT | dict.fromkeys(("target", *weights), "0"), options
+        )
+        plain = with_target | {name: (L,) for name in weights}
+        yield Case(loss, "plain weights of the parts", plain, SPLIT, options | {"reduction": "none"})
+        yield Case(loss, "a plain target", with_target, SPLIT, options)
+        yield Case(loss, "replicated", with_target, WHOLE | {"target": "R"}, options)
 
 
 def logit_cases():

@@ -34,6 +34,7 @@ class Mutation(NamedTuple):
 
 ROWS = "tests/test_rows.py"
 TARGETS = "tests/test_targets.py"
+PARTED = "tests/test_parted_targets.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
 FEATURES = "tests/test_features.py tests/test_attention.py"
 MUTATIONS = [
@@ -84,7 +85,13 @@ MUTATIONS = [
     Mutation("cpu targets: the cube is a square", "csrc/cpu/rows_math.h",
              "return x * x * x;", "return x * x;", TARGETS),
     Mutation("cpu targets: lanes of several temperatures take the first one's power", "csrc/cpu/rows_lanes.h",
-             "power = P.temperature[row] == P.temperature[begin] ? power : 0;", "", TARGETS),
+             "power = P.temperature[row] == P.temperature[begin] || P.hard.loss == TargetLoss::kDecoupled ? power : 0;", "", TARGETS),
+    Mutation("cpu parted targets: the target is one of the other classes", "csrc/cpu/rows_chunks.h",
+             "memory[target] = -kInf<T>;", "", PARTED),
+    Mutation("cpu parted targets: a normalized loss takes the teacher's target at T", "csrc/cpu/rows_math.h",
+             "inv_teacher = decoupled ? r.inv_teacher_temperature : 1;", "inv_teacher = r.inv_teacher_temperature;", PARTED),
+    Mutation("functor: the gradient of a parted target has the other sign", "csrc/math/two_classes.h",
+             "return {k.loss(), -k.slope()};", "return {k.loss(), k.slope()};", PARTED),
     Mutation("checks: a masked row's target is looked at", "fastkd/_check/logits.py",
              "wrong = wrong & mask_", "pass", TARGETS),
     Mutation("dtensor: ignored rows of other ranks count", "fastkd/_dtensor.py",
@@ -92,14 +99,14 @@ MUTATIONS = [
              "tests/test_dtensor.py"),
     # schedules of CUDA, run as host code
     Mutation("cuda rows: a row's edges are left out of its sums", "csrc/cuda/rows_kernel.cuh",
-             "    add<T, 1, D::kTeacherEntropy>(own.sums, hard_sums, s1, t1, r, P.hard);\n", "", ROWS),
+             "    add<T, 1, D::kTeacherEntropy, kParted>(own.sums, hard_sums, s1, t1, r, P.hard);\n", "", ROWS),
     Mutation("cuda targets: sums of a thread keep its own maximum", "csrc/cuda/rows_kernel.cuh",
-             "    hard_sums = rebased(hard_sums, own.sums.max_student, k.max_student);\n", "", TARGETS),
+             "    hard_sums = rebased<kParted>(hard_sums, own.sums, k);\n", "", TARGETS),
     Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_math.cuh",
              "hard.logits += i < count ? s[i] - sums.max_student : T(0);", "hard.logits += s[i] - sums.max_student;", TARGETS),
     Mutation("cuda targets: a row without a soft gradient has none at all", "csrc/cuda/rows_split.cuh",
-             "if (write) hard_grad(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);",
-             "if (write) hard_grad<S, U, T>(P, L, slice.begin, slice.end, slice.edges, rank, threads, nullptr);", TARGETS),
+             "if (write) hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);",
+             "if (write) hard_grad<kParted, S, U, T>(P, L, slice.begin, slice.end, slice.edges, rank, threads, nullptr);", TARGETS),
     Mutation("cuda lanes: a warp's classes past those that are kept are the first ones", "csrc/cuda/rows_lanes.cuh",
              ": reinterpret_cast<const From*>(p);", ": reinterpret_cast<const From*>(room) + threadIdx.x;", ROWS),
     Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",

@@ -330,7 +330,7 @@ def test_the_op_checks_its_own_contract():
     for match, outputs in wrong_outputs.items():
         with pytest.raises(RuntimeError, match=match):
             ops.fwd(*call, *outputs)
-    stats, grad = torch.empty(4, 6, dtype=torch.float64), torch.empty_like(S)
+    stats, grad = torch.empty(4, 7, dtype=torch.float64), torch.empty_like(S)
     for match, rest in {
         "stats": (torch.ones(2), torch.ones(()), grad),
         "upstream": (stats, torch.ones(3), grad),

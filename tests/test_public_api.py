@@ -29,6 +29,8 @@ MODULES = {  # by function
     "skew_reverse_kl_div": "SkewReverseKLDivLoss",
     "total_variation": "TotalVariationLoss",
     "kd_loss": "KDLoss",
+    "dkd_loss": "DKDLoss",
+    "nkd_loss": "NKDLoss",
     "feature_mse": "FeatureMSELoss",
     "feature_cosine": "FeatureCosineLoss",
     "attention_transfer": "AttentionTransferLoss",

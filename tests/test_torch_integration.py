@@ -14,6 +14,7 @@ from tolerances import FLOOR, error
 import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
+from fastkd._divergences import NON_TARGET, NUMBERS
 from fastkd.ops import attention, features, relations, rows
 from fastkd.ops.numbers import as_tensor
 from fastkd.reference import compute_dtype
@@ -38,9 +39,21 @@ def op_calls(backend_name):
         scale_tensor=torch.tensor(0.2, dtype=torch.float64),
     )  # fmt: skip
     targets = full._replace(target=torch.arange(12), target_numbers=as_tensor(0.3, 0.6, 0.1))
-    calls = (("plain", plain, ()), ("full", full, (3, 4)), ("divided", divided, ()), ("targets", targets, (3, 4)))
-    for name, call, shape in calls:
-        stats = torch.empty(3, 4, 6, dtype=torch.float64)
+    decoupled = targets._replace(
+        divergence=NUMBERS[NON_TARGET.name], parameter=8.0, target_loss=1, second_parameter_rows=rows_of.double(),
+        target_numbers=None,
+    )  # fmt: skip
+    normalized = decoupled._replace(parameter_rows=rows_of.double(), target_loss=2, second_parameter_rows=None)
+    calls = {
+        "plain": (plain, ()),
+        "full": (full, (3, 4)),
+        "divided": (divided, ()),
+        "targets": (targets, (3, 4)),
+        "decoupled": (decoupled, (3, 4)),
+        "normalized": (normalized, ()),
+    }
+    for name, (call, shape) in calls.items():
+        stats = torch.empty(3, 4, 7, dtype=torch.float64)
         saved = {"nothing": (None, None), "gradient": (torch.empty_like(student), None), "statistics": (None, stats)}
         for what, outputs in saved.items():
             yield f"rows_fwd-{name}-{what}", ops.fwd, (*call, torch.empty(shape), *outputs)
@@ -234,6 +247,26 @@ def test_compile_fullgraph(reduction, dtype, backend_name):
     assert error(compiled_grad, grad) < 2 * FLOOR[dtype]
 
 
+@pytest.mark.parametrize(("backend_name", "dtype"), COMPILED, ids=str)
+@pytest.mark.parametrize("name", ["kd_loss", "dkd_loss", "nkd_loss"])
+def test_compile_fullgraph_of_targets(name, dtype, backend_name):
+    """Shapes that change are compiled once more."""
+
+    def training_loss(student, teacher, target, mask):
+        options = {"temperature": 2.0, "mask": mask, "weight": mask.float() + 1, "ignore_index": 0}
+        return getattr(functional, name)(student * 2, teacher, target, **options)
+
+    compiled = torch.compile(training_loss, fullgraph=True, dynamic=True, backend=compiler_of(backend_name))
+    for B, V in ((4, 50), (9, 33)):
+        logits = [torch.randn(B, 3, V).to(dtype) for _ in range(2)]
+        arguments = *logits, torch.randint(V, (B, 3)), torch.rand(B, 3) < 0.7
+        with fastkd.backend(backend_name):
+            loss, grad = both(training_loss, *arguments)
+            compiled_loss, compiled_grad = both(compiled, *arguments)
+        assert error(compiled_loss, loss) < 2 * FLOOR[torch.float32]
+        assert error(compiled_grad, grad) < 2 * FLOOR[dtype]
+
+
 def test_compile_of_a_teacher_made_in_inference_mode():
     """Where forward makes the gradient; elsewhere PyTorch refuses in the call."""
     compiled = torch.compile(functional.kl_div, fullgraph=True, backend="aot_eager")
@@ -332,6 +365,8 @@ def test_compile_with_a_temperature_that_changes():
 CHANGING = {
     "weights of kd_loss": lambda s, t, x: functional.kd_loss(s, t, torch.arange(6), hard_weight=x, soft_weight=1 + x),
     "smoothing of kd_loss": lambda s, t, x: functional.kd_loss(s, t, torch.arange(6), label_smoothing=x),
+    "dkd_loss": lambda s, t, x: functional.dkd_loss(s, t, torch.arange(6), alpha=x, beta=1 + x, temperature=1 + x),
+    "nkd_loss": lambda s, t, x: functional.nkd_loss(s, t, torch.arange(6), gamma=x, temperature=1 + x),
     "js_div": lambda s, t, x: functional.js_div(s, t, beta=x),
     "beta of relation_kl": lambda s, t, x: functional.relation_kl(s, t, divergence="js_div", beta=x),
     "temperature of relation_kl": lambda s, t, x: functional.relation_kl(
@@ -433,6 +468,16 @@ def test_export_with_a_dynamic_batch():
     student, teacher = torch.randn(7, 50), torch.randn(7, 50)
     expected = functional.kl_div(student, teacher, temperature=2.0, reduction="none")
     assert torch.equal(program.module()(student, teacher), expected)
+
+
+@pytest.mark.parametrize("module", [fastkd.KDLoss, fastkd.DKDLoss, fastkd.NKDLoss])
+def test_export_of_targets(module):
+    batch = torch.export.Dim("batch", min=2)
+    made = module(temperature=2.0, reduction="none")
+    example = torch.randn(4, 50), torch.randn(4, 50), torch.randint(50, (4,))
+    program = torch.export.export(made, example, dynamic_shapes=({0: batch}, {0: batch}, {0: batch}))
+    arguments = torch.randn(7, 50), torch.randn(7, 50), torch.randint(50, (7,))
+    assert torch.equal(program.module()(*arguments), made(*arguments))
 
 
 def test_module_equals_function(backend):

@@ -15,7 +15,10 @@ LOSSES = {
         "feature_cosine", "attention_transfer",
     )
 }  # fmt: skip
-LOSSES["kd_loss"] = lambda s, t: functional.kd_loss(s, t, torch.tensor([0, 8, 3, 3, 1]), label_smoothing=0.1)
+TARGET = torch.tensor([0, 8, 3, 3, 1])
+LOSSES["kd_loss"] = lambda s, t: functional.kd_loss(s, t, TARGET, label_smoothing=0.1)
+LOSSES["dkd_loss"] = lambda s, t: functional.dkd_loss(s, t, TARGET)
+LOSSES["nkd_loss"] = lambda s, t: functional.nkd_loss(s, t, TARGET)
 NO_FORWARD_MODE = ("rkd_distance", "rkd_loss", "relational_triplet")  # torch.cdist has none
 
 

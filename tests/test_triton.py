@@ -16,6 +16,7 @@ import tempfile
 import pytest
 import torch
 
+from fastkd._divergences import NON_TARGET, NUMBERS, TARGET_LOSSES
 from fastkd.ops.numbers import as_tensor
 from fastkd.reference import compute_dtype
 
@@ -31,6 +32,7 @@ REGISTERS = 128
 # Bytes. In loops over tiles ptxas prefers 64 registers (twice the programs) and keeps some of the row's constants,
 # which a tile needs once or not at all, in memory; were the tile's values there, it would be hundreds.
 STACK = {ONE_TILE: 0, TILED: 16}
+STACK_OF_TARGETS = 32  # the same, of rows that have more constants
 # What is not logits: the loss of a program; a row's statistics and the upstream gradient; the factor.
 NARROW_LOADS = {"rows_fwd_kernel": 0, "rows_bwd_kernel": 6, "scale_kernel": 1}
 NARROW_STORES = {"rows_fwd_kernel": 1, "rows_bwd_kernel": 0, "scale_kernel": 0}
@@ -66,11 +68,26 @@ def launches(rows, scale):
             for divergence in (KL_DIV, JS_DIV):
                 arguments = *rows_call(x, x, divergence), loss, torch.empty_like(x), None
                 calls[f"{str(dtype)[6:]}/{V}/{divergence}/fwd"] = functools.partial(rows.rows_fwd, *arguments)
-        stats, upstream = torch.empty(1, 6, dtype=torch.float64), torch.empty(1)
+        stats, upstream = torch.empty(1, 7, dtype=torch.float64), torch.empty(1)
         y = torch.empty(1, ONE_TILE, dtype=dtype)
         arguments = *rows_call(y, y, KL_DIV), stats, upstream, torch.empty_like(y)
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/bwd"] = functools.partial(rows.rows_bwd, *arguments)
         calls[f"{str(dtype)[6:]}/{ONE_TILE}/0/scale"] = lambda y=y, u=upstream: scale.scale_([y], u)
+    return calls
+
+
+def parted_launches(rows, whole, x, of_a_tile, maps):
+    """Of a target that is parted from the other classes: rows that are walked along, and rows in one tile."""
+    calls = {}
+    for name, entry in TARGET_LOSSES.items():
+        parted = {"divergence": NUMBERS[NON_TARGET.name], "target_numbers": None, "target_loss": entry.number}
+        whole, of_a_tile = whole._replace(**parted), of_a_tile._replace(**parted)
+        stats = torch.empty(3, 7, dtype=torch.float64)
+        calls |= {
+            name: (rows.rows_fwd, *whole, torch.empty(3), x, None),
+            f"{name}_bwd": (rows.rows_bwd, *whole, stats, torch.empty(3), x),
+            f"{name}_of_a_tile": (rows.rows_fwd, *of_a_tile, torch.empty(()), torch.empty_like(maps), None),
+        }
     return calls
 
 
@@ -84,7 +101,7 @@ def other_launches(rows):
         x, teacher, 1, temperature_rows=row, teacher_temperature_rows=row.clone(), weight=row, mask=mask,
         scale_tensor=number, t_squared=False,
     )  # fmt: skip
-    stats, half = torch.empty(*x.shape[:-1], 6, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
+    stats, half = torch.empty(*x.shape[:-1], 7, dtype=torch.float64), torch.empty(3, 5000, dtype=torch.float16)
     masked = rows_call(half, half, 2, mask=torch.ones(3, dtype=torch.bool), scale_tensor=number)
     double = rows_call(half.double(), half, 3)
     maps = torch.empty(2, 19, 5, 13).movedim(1, -1)
@@ -97,15 +114,16 @@ def other_launches(rows):
         "everything": (rows.rows_fwd, *everything, number, None, stats),
         "everything_bwd": (rows.rows_bwd, *everything, stats, row, x),
         "targets": (rows.rows_fwd, *targets, torch.empty(3), half, None),
-        "targets_bwd": (rows.rows_bwd, *targets, torch.empty(3, 6, dtype=torch.float64), torch.empty(3), half),
+        "targets_bwd": (rows.rows_bwd, *targets, torch.empty(3, 7, dtype=torch.float64), torch.empty(3), half),
         "targets_of_a_tile": (rows.rows_fwd, *targets_of_maps, torch.empty(()), torch.empty_like(maps), None),
+        **parted_launches(rows, targets, half, targets_of_maps, maps),
         "masked": (rows.rows_fwd, *masked, torch.empty(()), half, None),
         "double": (rows.rows_fwd, *double, torch.empty(3, dtype=torch.float64), None, None),
         "maps": (rows.rows_fwd, *side_by_side, torch.empty(2, 5, 13), torch.empty_like(maps), None),
         "maps_bwd": (
             rows.rows_bwd,
             *side_by_side,
-            torch.empty(2, 5, 13, 6).double(),
+            torch.empty(2, 5, 13, 7).double(),
             torch.empty(130),
             torch.empty_like(maps),
         ),
@@ -341,6 +359,14 @@ def test_maps_are_read_across_their_pixels(compiled):
         assert numbers["wide_loads"] >= 1
         assert numbers["wide_stores"] >= 1
         assert numbers["narrow_loads"] == 0
+
+
+@pytest.mark.gates
+def test_registers_suffice_for_targets(compiled):
+    for name, kernel, numbers in compiled:
+        if name.startswith("other/") and name.removeprefix("other/").startswith(("targets", *TARGET_LOSSES)):
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] <= STACK_OF_TARGETS, (name, kernel, numbers)
 
 
 @pytest.mark.gates

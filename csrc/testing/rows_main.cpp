@@ -1,9 +1,9 @@
 // The launches of the rows schedule as a program without torch, for the sanitizers.
 //   rows_main DIVERGENCE DTYPE N V INNER CLUSTERS TARGETS MODE SEED  prints "right" or what is wrong
 // INNER: how many rows lie side by side, in runs of that length; 1: none do.
-// DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; TARGETS 1: rows have a hard loss too; MODE
-// and SEED: the order of the threads. The truth is computed in double from the formulas, without any of the kernels'
-// code.
+// DTYPE 0 half, 1 bfloat16, 2 float; CLUSTERS 0: a GPU of before clusters; TARGETS 1: rows have a hard loss too; of
+// NonTargetKL, 2: a decoupled loss, 3: a normalized one; MODE and SEED: the order of the threads. The truth is computed
+// in double from the formulas, without any of the kernels' code.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -24,7 +24,7 @@ using namespace fastkd;
 
 namespace {
 
-constexpr double kBeta = 0.3, kTemperature = 2.0, kHard = 0.3, kSoft = 0.6, kSmoothing = 0.1;
+constexpr double kBeta = 0.3, kTemperature = 2.0, kHard = 0.3, kSoft = 0.6, kSmoothing = 0.1, kCoin = 1.5;
 
 // Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
 template <class S>
@@ -82,6 +82,7 @@ double truth(Divergence which, const std::vector<double>& s, const std::vector<d
     const double p = std::exp(log_p[v]), q = std::exp(log_q[v]), m = kBeta * q + (1 - kBeta) * p;
     switch (which) {
       case Divergence::kForwardKL:
+      case Divergence::kNonTargetKL:
         loss += q * (log_q[v] - log_p[v]);
         slope.push_back(-q);
         break;
@@ -111,6 +112,40 @@ double with_target(double soft, const std::vector<double>& s, size_t target, std
   return kSoft * soft + kHard * loss;
 }
 
+// With a target that is parted from the other classes, of which kBeta times the divergence counts.
+double with_parted_target(const std::vector<double>& s, const std::vector<double>& t, size_t target, bool decoupled,
+                          std::vector<double>& grad) {
+  std::vector<double> others_s = s, others_t = t;
+  others_s.erase(others_s.begin() + long(target));
+  others_t.erase(others_t.begin() + long(target));
+  double loss = kBeta * truth(Divergence::kNonTargetKL, others_s, others_t, grad);
+  if (!decoupled) {  // the cross-entropy in its place: the teacher's entropy comes to it
+    for (double x : log_softmax(others_t)) loss -= kBeta * kTemperature * kTemperature * std::exp(x) * x;
+  }
+  for (double& x : grad) x *= kBeta;
+  grad.insert(grad.begin() + long(target), 0);
+  const double at = decoupled ? kTemperature : 1;
+  const std::vector<double> log_p = log_softmax(s, at), log_q = log_softmax(t, at);
+  const double q = std::exp(log_q[target]);
+  double rest_p = 0, rest_q = 0;
+  for (size_t v = 0; v < s.size(); ++v) {
+    if (v == target) continue;
+    rest_p += std::exp(log_p[v]);
+    rest_q += std::exp(log_q[v]);
+  }
+  const double scale = decoupled ? kCoin * at * at : 1;
+  if (decoupled) {
+    loss += scale * (q * (log_q[target] - log_p[target]) + rest_q * std::log(rest_q / rest_p));
+  } else {
+    loss -= q * log_p[target];
+  }
+  for (size_t v = 0; v < s.size(); ++v) {
+    const double p_v = std::exp(log_p[v]);
+    grad[v] += decoupled ? scale / at * (p_v - (v == target ? q : rest_q * p_v / rest_p)) : q * (p_v - (v == target));
+  }
+  return loss;
+}
+
 template <Divergence kWhich>
 cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
                              const RowsParams<float>& back) {
@@ -118,8 +153,8 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
   return cuda::rows_backward<kWhich>(back, device, nullptr);
 }
 
-// One divergence of each kind: centred, with the teacher's entropy, not centred and with other functors at its ends.
-// The kernels of the others take the same ways.
+// One divergence of each kind: centred, with the teacher's entropy, not centred and with other functors at its ends,
+// between the classes beside a target. The kernels of the others take the same ways.
 cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
                              const RowsParams<float>& back) {
   switch (P.divergence) {
@@ -129,13 +164,15 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
       return forward_backward<Divergence::kSoftCrossEntropy>(P, device, workspace, back);
     case Divergence::kJensenShannon:
       return forward_backward<Divergence::kJensenShannon>(P, device, workspace, back);
+    case Divergence::kNonTargetKL:
+      return forward_backward<Divergence::kNonTargetKL>(P, device, workspace, back);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
 template <class S, DType kType>
-int run(Divergence which, int64_t N, int64_t V, int64_t inner, bool targets) {
+int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
   Matrix<S> student(N, V, inner), teacher(N, V, inner), grad(N, V, inner), again(N, V, inner);
   Normal normal;
   for (int64_t i = 0; i < N * V; ++i) {
@@ -158,7 +195,8 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, bool targets) {
 
   RowsParams<float> P{};
   P.divergence = which;
-  P.parameter.of_all = which == Divergence::kJensenShannon ? kBeta : 0;
+  P.parameter.of_all = which == Divergence::kJensenShannon || which == Divergence::kNonTargetKL ? kBeta : 0;
+  P.second_parameter.of_all = kCoin;
   P.N = N;
   P.V = V;
   P.student = student.rows(kType);
@@ -167,7 +205,8 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, bool targets) {
   P.temperature.of_all = P.teacher_temperature.of_all = kTemperature;
   P.t_squared = true;
   P.mask = mask.get();
-  if (targets) P.hard = {target.data(), kHard, kSoft, kSmoothing};
+  if (targets == 1) P.hard = {target.data(), TargetLoss::kCrossEntropy, kHard, kSoft, kSmoothing};
+  if (targets > 1) P.hard = {target.data(), targets == 2 ? TargetLoss::kDecoupled : TargetLoss::kNormalized, 1, 1, 0};
   P.scale = &scale;
   P.loss = loss.data();
   P.stats = stats.data();
@@ -193,8 +232,11 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, bool targets) {
       s.push_back(student.at(n, v));
       t.push_back(teacher.at(n, v));
     }
-    double row = mask[n] ? truth(which, s, t, exact) : 0;
-    if (mask[n] && targets) row = with_target(row, s, size_t(target[n]), exact);
+    double row = 0;
+    if (mask[n]) {
+      row = targets > 1 ? with_parted_target(s, t, size_t(target[n]), targets == 2, exact) : truth(which, s, t, exact);
+      if (targets == 1) row = with_target(row, s, size_t(target[n]), exact);
+    }
     if (std::fabs(loss[n] - row) > 4e-6 * std::fmax(row, 1)) worst = INFINITY;
     total += row;
     counted += mask[n];
@@ -223,7 +265,7 @@ int main(int count, char** argument) {
     cusim_device(int(cudaDevAttrComputeCapabilityMajor), 8);
     cusim_device(int(cudaDevAttrMaxSharedMemoryPerBlockOptin), 48 << 10);
   }
-  const bool targets = atoi(argument[7]);
+  const int targets = atoi(argument[7]);
   cusim_order(atoi(argument[8]), unsigned(atoi(argument[9])));
   switch (atoi(argument[2])) {
     case 0:

@@ -192,7 +192,7 @@ def dkd_loss(
         >>> loss = dkd_loss(student, teacher, torch.tensor([0, 2]))
         >>> loss.backward()
         >>> round(loss.item(), 4), student.grad.shape
-        (0.0, torch.Size([2, 3]))
+        (0.5734, torch.Size([2, 3]))
 
     Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022.
     """
@@ -273,7 +273,7 @@ def nkd_loss(
         >>> loss = nkd_loss(student, teacher, torch.tensor([0, 2]))
         >>> loss.backward()
         >>> round(loss.item(), 4), student.grad.shape
-        (0.0, torch.Size([2, 3]))
+        (1.2449, torch.Size([2, 3]))
 
     Source: Yang, Zeng, Li, Zhang, Yuan, Li, "From Knowledge Distillation to Self-Knowledge Distillation: A Unified
     Approach with Normalized Loss and Customized Soft Labels", 2023.
