@@ -33,6 +33,7 @@ def kd_loss(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
@@ -70,6 +71,8 @@ def kd_loss(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the soft loss is multiplied by T**2, so that gradients keep their size when T changes.
             Default: True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. The hard loss sees the logits as they are. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         label_smoothing: s, from 0 to 1. Default 0.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
@@ -111,6 +114,6 @@ def kd_loss(
     target = _check.as_classes(target)
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, parameter,
-        target, ignore_index, hard_weight, soft_weight, label_smoothing,
+        target, ignore_index, hard_weight, soft_weight, label_smoothing, standardize=standardize,
     )  # fmt: skip
     return _logits_loss(divergence, student, teacher, options, dim)

@@ -25,6 +25,8 @@ class KDLoss(_Loss):
         temperature: T of the soft loss, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the soft loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1, for the soft loss
+            alone. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         label_smoothing: from 0 to 1. Default 0.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
@@ -56,6 +58,7 @@ class KDLoss(_Loss):
         "temperature",
         "teacher_temperature",
         "t_squared",
+        "standardize",
         "ignore_index",
         "label_smoothing",
         "dim",
@@ -75,6 +78,7 @@ class KDLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dim: int = -1,
@@ -87,7 +91,7 @@ class KDLoss(_Loss):
         if entry is not None:
             _check.parameter(entry, parameter)
         _check.hard_options(hard_weight, soft_weight, label_smoothing, reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.whole_number("ignore_index", ignore_index)
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight
@@ -98,6 +102,7 @@ class KDLoss(_Loss):
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.dim = dim
@@ -141,6 +146,7 @@ class KDLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             dim=self.dim,
