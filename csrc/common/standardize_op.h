@@ -29,10 +29,10 @@ struct StandardizeOps {
     P.rows.student = rows_tensor(x, const_cast<void*>(x.const_data_ptr()), "x");
     P.rows.teacher = P.rows.student;
     const auto dense = [&](const Tensor& y, ScalarType type, int64_t of_row, const char* name) {
-      FASTKD_CHECK(Device::lies_with(y, x) && y.scalar_type() == type && y.numel() == of_row * P.rows.N &&
-                       y.is_contiguous(),
-                   name, ": a contiguous tensor ", Device::kName, " with ", of_row,
-                   " elements of the right dtype per row wanted");
+      FASTKD_CHECK(
+          Device::lies_with(y, x) && y.scalar_type() == type && y.numel() == of_row * P.rows.N && y.is_contiguous(),
+          name, ": a contiguous tensor ", Device::kName, " with ", of_row,
+          " elements of the right dtype per row wanted");
       return const_cast<void*>(y.const_data_ptr());
     };
     if (mask) P.rows.mask = static_cast<const bool*>(dense(*mask, ScalarType::Bool, 1, "mask"));

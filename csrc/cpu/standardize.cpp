@@ -20,9 +20,9 @@ struct Cpu {
   template <class T>
   void run(const StandardizeParams<T>& P, bool backward) const {
     const StandardizeKernel<T>& k = FASTKD_OF_ISA(standardize_kernel<T>());
-    torch::stable::parallel_for(
-        0, P.rows.N, (kGrain + P.rows.V - 1) / P.rows.V,
-        [&](int64_t begin, int64_t end) { backward ? k.backward(P, begin, end) : k.forward(P, begin, end); });
+    torch::stable::parallel_for(0, P.rows.N, (kGrain + P.rows.V - 1) / P.rows.V, [&](int64_t begin, int64_t end) {
+      backward ? k.backward(P, begin, end) : k.forward(P, begin, end);
+    });
   }
 };
 

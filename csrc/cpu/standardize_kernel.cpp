@@ -1,5 +1,6 @@
-// Standardizes rows of logits on the CPU, and brings a gradient back through that: see fastkd/ops/standardize.py for the
-// formulas. Compiled once per instruction set. Vectors run across classes; across rows where these lie side by side.
+// Standardizes rows of logits on the CPU, and brings a gradient back through that: see fastkd/ops/standardize.py for
+// the formulas. Compiled once per instruction set. Vectors run across classes; across rows where these lie side by
+// side.
 //
 // The mean is found as the first class and what the others lie beyond it, and once more from what is left: a row of
 // equal classes is 0 exactly, and one far from 0 keeps its digits. A row's result depends on that row alone.

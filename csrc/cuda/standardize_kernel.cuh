@@ -1,9 +1,10 @@
-// Standardizes rows of logits on the GPU, and brings a gradient back through that: see fastkd/ops/standardize.py for the
-// formulas. Threads share rows as they do in the rows schedule: those of a warp or more a row, or, where rows lie side by
-// side, a lane each of 32 of them, whose classes several warps share. A row is read three times, forward, or twice.
+// Standardizes rows of logits on the GPU, and brings a gradient back through that: see fastkd/ops/standardize.py for
+// the formulas. Threads share rows as they do in the rows schedule: those of a warp or more a row, or, where rows lie
+// side by side, a lane each of 32 of them, whose classes several warps share. A row is read three times, forward, or
+// twice.
 //
-// Each thread adds up what its classes lie beyond its first one, so that a row of equal classes is 0 exactly and one far
-// from 0 keeps its digits; the mean is found once more from what is left beyond it.
+// Each thread adds up what its classes lie beyond its first one, so that a row of equal classes is 0 exactly and one
+// far from 0 keeps its digits; the mean is found once more from what is left beyond it.
 #pragma once
 #include "cuda/rows_lanes.cuh"
 #include "cuda/standardize_launch.h"
@@ -60,10 +61,7 @@ struct RowWalk {
   const RowLayout<AnyType, AnyType> at;
 
   __device__ RowWalk(const StandardizeParams<T>& S, int64_t, int64_t)
-      : P(S.rows),
-        row(int64_t(blockIdx.x) * blockDim.y + threadIdx.y),
-        exists(row < P.N),
-        at(P, exists ? row : 0) {
+      : P(S.rows), row(int64_t(blockIdx.x) * blockDim.y + threadIdx.y), exists(row < P.N), at(P, exists ? row : 0) {
     row = exists ? row : 0;
   }
   __device__ bool leads() const { return threadIdx.x == 0; }
