@@ -15,7 +15,7 @@ last dimension, W, is taken for the classes.
 sides, before it is divided by the temperature: the student learns how the teacher's logits relate to each other, and
 not how large they are. The standard deviation is that of a sample, with V - 1. Logits of -inf stay so, and count for
 neither number; a row whose other logits are all equal becomes 0, and its gradient is 0. The gradient flows through both
-numbers. Beside the gradient this takes two slabs of rows, of 2 MiB each on the CPU and 32 MiB on a GPU, or of one row
+numbers. Beside the gradient this takes two slabs of rows, of 4 MiB each on the CPU and 32 MiB on a GPU, or of one row
 where that is longer. (Source: Sun et al., "Logit Standardization in Knowledge Distillation", 2024.)
 
 **The teacher is a constant.** A teacher that requires a gradient, while gradients are recorded, is an error: detach it.

@@ -26,7 +26,7 @@ from ..reference import compute_dtype
 from . import rows
 
 # Elements of a slab. On a GPU launches cost as much as many elements do.
-SLAB = {"cpu": 2**19, "cuda": 2**23}
+SLAB = {"cpu": 2**20, "cuda": 2**23}
 
 
 class Ops(NamedTuple):
