@@ -357,6 +357,18 @@ def test_logits_move_in_128_bits(compiled_rows):
 
 
 @pytest.mark.gates
+def test_standardized_logits_move_in_128_bits(compiled):
+    """But for a row's three moments."""
+    for name, kernel, numbers in compiled:
+        if name.startswith("standardize") and "/float64/" not in name:
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] == 0, (name, kernel, numbers)
+            assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+            assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
+            assert numbers["narrow_loads"] + numbers["narrow_stores"] <= 3, (name, kernel, numbers)
+
+
+@pytest.mark.gates
 def test_maps_are_read_across_their_pixels(compiled):
     """64 pixels in a run: in 128 bits too."""
     others = [(name, numbers) for name, kernel, numbers in compiled if name.startswith("other/") and "rows" in kernel]
