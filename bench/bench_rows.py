@@ -22,7 +22,7 @@ from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
-from .truth import Truth, wrong
+from .truth import Truth, function_of, wrong
 
 TEMPERATURE = 2.0
 SHAPES = {  # named after what has them
@@ -48,15 +48,18 @@ ON_GPU = (
     ("llama-3-16", "bfloat16"),
     ("digits", "float32"),
 )
+STANDARDIZED = "kl_div standardized"
 CASES = {  # loss, shape, dtype, mode
     "cpu": [
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
         *itertools.product([*list(REGISTRY)[1:], "kd_loss"], ["llama-2"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
+        *itertools.product([STANDARDIZED], ["imagenet-4096", "llama-2"], ["float32"], [STEP]),
     ],
     "cuda": [
         *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
         *itertools.product(["reverse_kl_div", "js_div", "kd_loss"], ["llama-3-8192"], ["bfloat16"], [STEP]),
+        (STANDARDIZED, "llama-3-8192", "bfloat16", STEP),
     ],
 }
 
@@ -125,6 +128,14 @@ def eager_with_targets(student, teacher):
     return 0.5 * hard + 0.5 * eager_log_target(student, teacher)
 
 
+def standardized(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-7)
+
+
+def eager_standardized(student, teacher):
+    return eager_log_target(standardized(student), standardized(teacher))
+
+
 EAGER = {  # the last one is compiled
     "kd_loss": {"eager": eager_with_targets},
     "kl_div": {"eager": eager, "eager log_target": eager_log_target},
@@ -135,6 +146,7 @@ EAGER = {  # the last one is compiled
     "skew_kl_div": {"eager": eager_skew},
     "skew_reverse_kl_div": {"eager": eager_skew_reverse},
     "total_variation": {"eager": eager_total_variation},
+    STANDARDIZED: {"eager": eager_standardized},
 }
 
 
@@ -146,14 +158,15 @@ def own(name, backend, **options):
             return functional.kd_loss(student, teacher, target, temperature=TEMPERATURE, **options)
 
         return with_backend(loss, backend)
-    return with_backend(functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options), backend)
+    return with_backend(functools.partial(function_of(name), temperature=TEMPERATURE, **options), backend)
 
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
-    of_targets = name == "kd_loss"
-    name = "kl_div" if of_targets else name
+    of_targets, of_standardized = name == "kd_loss", name == STANDARDIZED
+    name = "kl_div" if of_targets or of_standardized else name
     namespace, entry = _backend.namespace(backend), REGISTRY[name]
+    namespace = rows.standardized(namespace) if of_standardized else namespace
     parameter = 0.0 if entry.parameter is None else entry.parameter.default
 
     def alone(student, teacher):
