@@ -22,7 +22,7 @@ from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
-from .truth import Truth, wrong
+from .truth import Truth, function_of, wrong
 
 TEMPERATURE = 2.0
 SHAPES = {  # named after what has them
@@ -50,17 +50,20 @@ ON_GPU = (
     ("llama-3-16", "bfloat16"),
     ("digits", "float32"),
 )
+STANDARDIZED = "kl_div standardized"
 CASES = {  # loss, shape, dtype, mode
     "cpu": [
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
         *itertools.product([*list(REGISTRY)[1:], *WITH_TARGETS], ["llama-2"], ["float32"], [STEP]),
         *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
+        *itertools.product([STANDARDIZED], ["imagenet-4096", "llama-2"], ["float32"], [STEP]),
     ],
     "cuda": [
         *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
         *itertools.product(["reverse_kl_div", "js_div", *WITH_TARGETS], ["llama-3-8192"], ["bfloat16"], [STEP]),
         *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
+        (STANDARDIZED, "llama-3-8192", "bfloat16", STEP),
     ],
 }
 
@@ -154,6 +157,14 @@ def eager_normalized(student, teacher):
     return -(q * log_p).mean() - 1.5 * TEMPERATURE**2 * other_classes
 
 
+def standardized(x):
+    return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-7)
+
+
+def eager_standardized(student, teacher):
+    return eager_log_target(standardized(student), standardized(teacher))
+
+
 EAGER = {  # the last one is compiled
     "kd_loss": {"eager": eager_with_targets},
     "dkd_loss": {"eager": eager_decoupled},
@@ -166,6 +177,7 @@ EAGER = {  # the last one is compiled
     "skew_kl_div": {"eager": eager_skew},
     "skew_reverse_kl_div": {"eager": eager_skew_reverse},
     "total_variation": {"eager": eager_total_variation},
+    STANDARDIZED: {"eager": eager_standardized},
 }
 
 
@@ -177,13 +189,14 @@ def own(name, backend, **options):
             return getattr(functional, name)(student, teacher, target, temperature=TEMPERATURE, **options)
 
         return with_backend(loss, backend)
-    return with_backend(functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options), backend)
+    return with_backend(functools.partial(function_of(name), temperature=TEMPERATURE, **options), backend)
 
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
-    namespace, parted = _backend.namespace(backend), TARGET_LOSSES.get(name)
-    divergence = NON_TARGET.name if parted else "kl_div" if name == "kd_loss" else name
+    namespace, parted, of_standardized = _backend.namespace(backend), TARGET_LOSSES.get(name), name == STANDARDIZED
+    namespace = rows.standardized(namespace) if of_standardized else namespace
+    divergence = NON_TARGET.name if parted else "kl_div" if name == "kd_loss" or of_standardized else name
     entry = parted or REGISTRY[divergence]
     parameter, second = (0.0 if of is None else of.default for of in (entry.parameter, entry.second))
 

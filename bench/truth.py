@@ -1,5 +1,7 @@
 """How far a provider's loss and gradient are from the reference in float64, at the size that is timed."""
 
+import functools
+
 import torch
 
 import fastkd
@@ -9,6 +11,13 @@ ELEMENTS = 2**23  # held in float64 at a time, and of the gradient compared
 # ||out - ref|| / ||ref||: float32 sums for the loss, one rounding of the stored type for the gradient
 LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
+
+
+def function_of(name):
+    """A loss by its name, perhaps of standardized logits."""
+    name, _, standardized = name.partition(" ")
+    function = getattr(functional, name)
+    return functools.partial(function, standardize=True) if standardized else function
 
 
 class Truth:
@@ -21,7 +30,7 @@ class Truth:
             s, t = (x[start : start + step].detach().double() for x in (student, teacher))
             of_rows = () if target is None else (target[start : start + step],)
             with fastkd.backend("torch"):
-                loss = getattr(functional, name)(
+                loss = function_of(name)(
                     s.requires_grad_(start == 0), t, *of_rows, temperature=temperature, reduction="sum"
                 )
             if start == 0:

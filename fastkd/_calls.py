@@ -69,10 +69,32 @@ class InverseDivisor(NamedTuple):
     scale: Out  # [] float64
 
 
+class Standardize(NamedTuple):
+    """``standardize_fwd``: each row less its mean, over its standard deviation + 1e-7."""
+
+    x: Tensor  # [*, V], any strides
+    mask: Tensor | None  # [N] bool, True: the row counts; of others nothing is read, and anything written
+    out: Out  # [*, V], float32 or float64: at least what x has
+    moments: OptionalOut  # [N, 3] float64: mean, standard deviation, number of classes that are not -inf
+
+
+class StandardizeBackward(NamedTuple):
+    """``standardize_bwd``: from the gradient of what became of x to that of x."""
+
+    x: Tensor  # [*, V], any strides
+    mask: Tensor | None  # [N] bool
+    moments: Tensor  # [N, 3] float64, as standardize_fwd makes them
+    upstream: Tensor  # [*, V], the dtype of standardize_fwd's out
+    addend: Tensor | None  # the same, in the same strides: a gradient of x itself, which is added
+    grad: Out  # [*, V], the dtype of x; it may be x itself
+
+
 OPS = {
     "rows_fwd": (RowsCall, RowsForward),
     "rows_bwd": (RowsCall, RowsBackward),
     "inverse_divisor": (InverseDivisor,),
+    "standardize_fwd": (Standardize,),
+    "standardize_bwd": (StandardizeBackward,),
 }
 
 # By annotation: in a schema, and in C++.
@@ -93,11 +115,11 @@ def _fields(structure):
         yield name, getattr(annotation, "__forward_arg__", annotation)
 
 
-def schema(name):
-    """The schema of an op."""
+def schema(name, structures, *first):
+    """The schema of an op, whose first arguments may be others."""
     letters = iter("abcdefgh")
-    arguments = []
-    for structure in OPS[name]:
+    arguments = [*first]
+    for structure in structures:
         for field, annotation in _fields(structure):
             kind = _TYPES[annotation][0]
             arguments.append(f"{kind.format(next(letters)) if '{}' in kind else kind} {field}")
@@ -106,7 +128,7 @@ def schema(name):
 
 # Every implementation has these ops, in a namespace of its own: those that are told above, and the others.
 EVERYWHERE = (
-    *(schema(name) for name in OPS),
+    *(schema(name, structures) for name, structures in OPS.items()),
     # Numbers, such as delta, are tensors in float64 on the CPU: see ops/numbers.py.
     # embeddings [N, D_s] and [N, D_t]; count: rows from there on are not, they hold finite numbers; weight: one per
     # row; grad, here as below, is in float32 where the student is in float16, whose range it would leave before a
@@ -170,6 +192,9 @@ ONCE = (
     # namespace whose op computes each strip; active: the share of triplets that have a loss
     "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, Tensor margin, Tensor? mask, "
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
+    # the rows schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
+    schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
+    schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),
     # embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is
     # [B, N]; exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
     "relation_kl_fwd(Tensor student, Tensor teacher, Tensor? student_keys, Tensor? teacher_keys, bool exclude_self, "

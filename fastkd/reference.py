@@ -35,6 +35,25 @@ def _log_softmax(logits, temperature):
     return log_p.masked_fill(nothing, -torch.inf)
 
 
+STANDARDIZE_EPS = 1e-7
+
+
+def _standardized_logits(logits):
+    """(x - mean) / (std + 1e-7) of each row, std unbiased, of the classes that are possible. What is taken from the
+    largest of them first is 0 where all are equal: such a row becomes 0, and has no gradient."""
+    counts = logits != -torch.inf
+    largest = logits.detach().amax(-1, keepdim=True)
+    from_largest = torch.where(counts, logits - torch.where(largest == -torch.inf, 0.0, largest), 0.0)
+    number = counts.sum(-1, keepdim=True)
+    mean = from_largest.sum(-1, keepdim=True) / number.clamp(min=1)
+    centred = torch.where(counts, from_largest - mean, 0.0)
+    variance = centred.square().sum(-1, keepdim=True) / (number - 1).clamp(min=1)
+    constant = variance == 0
+    std = torch.where(constant, 1.0, variance).sqrt()  # what is not chosen must stay finite, or its gradient is NaN
+    rows = torch.where(constant, 0.0, centred / (std + STANDARDIZE_EPS))
+    return torch.where(counts, rows, -torch.inf)
+
+
 def _kl_div(log_p, log_q, _=None):
     """sum q (log q - log p) = sum q (e^w - 1 - w) with w = log p - log q: nothing cancels."""
     p, q = log_p.exp(), log_q.exp()
@@ -323,6 +342,9 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
     if mask is not None:  # before anything is computed: a masked row may hold NaN
         s = torch.where(mask[..., None], s, 0.0)
         t = torch.where(mask[..., None], t, 0.0)
+    raw = s  # what a hard loss sees
+    if options.standardize:
+        s, t = _standardized_logits(s), _standardized_logits(t)
     if options.target_loss is not None:
         rows = _parted_target(s, t, temperature, per_row(options.teacher_temperature), options)
         return _finished(rows, student, mask, options)
@@ -347,11 +369,11 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.target is not None:
-        hard = _cross_entropy(s, options)
+        hard = _cross_entropy(raw, options)
         rows = _weighted(options.soft_weight, rows) + _weighted(options.hard_weight, hard)
         rows = torch.where(hard.isnan(), hard, rows)  # of a target out of range, whatever its weight
         if not rows.requires_grad:  # both weights are 0: a gradient of 0 is one
-            rows = rows + 0.0 * torch.where(s.isfinite(), s, 0.0).sum(-1)
+            rows = rows + 0.0 * torch.where(raw.isfinite(), raw, 0.0).sum(-1)
     return _finished(rows, student, mask, options)
 
 

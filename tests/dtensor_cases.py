@@ -116,6 +116,10 @@ def logit_cases():
     yield Case(kl, "sums that are pending", LOGITS, {"student": "P", "teacher": "P"})
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         yield Case(kl, f"{dtype}", LOGITS | ROWS, SPLIT | {"mask": "0"}, {}, dtype)
+    for options in ({"temperature": 2.0}, {"reduction": "none"}):
+        yield Case(
+            kl, f"standardized, {options}", LOGITS | ROWS, SPLIT | {"mask": "0"}, options | {"standardize": True}
+        )
     yield Case(kl, "inplace", LOGITS | ROWS, SPLIT | {"mask": "0"}, {"inplace": True}, before=lambda x: 1.5 * x)
     options = {"inplace": True, "reduction": "none"}
     yield Case(kl, "inplace, row by row", LOGITS, SPLIT, options, before=lambda x: 1.5 * x)

@@ -33,6 +33,7 @@ class Mutation(NamedTuple):
 
 
 ROWS = "tests/test_rows.py"
+STANDARDIZE = "tests/test_standardize.py"
 TARGETS = "tests/test_targets.py"
 PARTED = "tests/test_parted_targets.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
@@ -92,6 +93,13 @@ MUTATIONS = [
              "inv_teacher = decoupled ? r.inv_teacher_temperature : 1;", "inv_teacher = r.inv_teacher_temperature;", PARTED),
     Mutation("functor: the gradient of a parted target has the other sign", "csrc/math/two_classes.h",
              "return {k.loss(), -k.slope()};", "return {k.loss(), k.slope()};", PARTED),
+    Mutation("standardize: the deviation has no gradient", "csrc/common/standardize_params.h",
+             "deviation == 0 ? 0 : 1 / ((count - 1)", "deviation >= 0 ? 0 : 1 / ((count - 1)", STANDARDIZE),
+    Mutation("standardize: the variance is that of all classes", "csrc/cpu/standardize_kernel.cpp",
+             "left / (count - 1)", "left / count", STANDARDIZE),
+    Mutation("standardize: the hard loss sees standardized logits", "fastkd/ops/standardize.py",
+             'room.of("hard", call.student).copy_(call.student)', 'room.of("hard", call.student).copy_(room.of("student", call.student))',
+             STANDARDIZE),
     Mutation("checks: a masked row's target is looked at", "fastkd/_check/logits.py",
              "wrong = wrong & mask_", "pass", TARGETS),
     Mutation("dtensor: ignored rows of other ranks count", "fastkd/_dtensor.py",

@@ -85,6 +85,8 @@ def test_powers(backend, shape, powers, kind, dtype):
     # near convergence w = log p - log q is as good as the sums of the exponentials
     bound = 16 * FLOOR[dtype] if kind == "far" else 16 * FLOOR[dtype] / 1e-3
     bound *= math.log(shape[1]) if backend == "torch" else 1
+    if kind == "near" and 0 < min(powers) < 0.1:
+        bound = max(bound, 1e-9)  # of the truth: its formula cancels there, in extended precision too
     assert error(loss, loss_ref) <= bound
     assert error(grad, grad_ref) <= bound * max(1.0, (terms.norm() / grad_ref.norm()).item())
 

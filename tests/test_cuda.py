@@ -145,6 +145,30 @@ def test_the_kernels_of_features_are_clean(compiler, build, feature):
     assert run_program([features_program(compiler, build), *arguments]) == "right\n"
 
 
+def standardize_program(compiler, build):
+    return compiler.program("standardize", build, "reduce", "standardize")
+
+
+# (dtype, N, V, rows side by side)
+STANDARDIZED = {
+    "several rows a block": (FLOAT, 9, 10, 1),
+    "rows that begin at every alignment": (BFLOAT16, 9, 131, 1),
+    "a block a row": (HALF, 3, 4104, 1),
+    "maps": (HALF, 86, 21, 43),
+    "maps, runs of few rows": (FLOAT, 20, 30, 5),
+    "maps, many classes": (BFLOAT16, 26, 301, 13),
+}
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("shape", STANDARDIZED)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernels_that_standardize_are_clean(compiler, build, shape):
+    for order in ORDERS if build == "plain" else ("random",):
+        arguments = [*map(str, STANDARDIZED[shape]), *ORDERS[order]]
+        assert run_program([standardize_program(compiler, build), *arguments]) == "right\n", order
+
+
 def strips_program(compiler, build):
     return compiler.program("strips", build, "pkt", "triplet")
 
@@ -385,6 +409,7 @@ COPIES, STORES, LOADS = r"LDGSTS\.\S*128", r"STG\.\S*128", r"LDS\.128"  # of 16 
 INSTRUCTIONS = {
     r"rows_kernelIf13__nv_bfloat16S2_\w*ForwardKL": (COPIES, STORES, LOADS),
     r"rows_kernelIfff\w*ForwardKL": (COPIES, STORES, LOADS),
+    r"standardize_[fb]wd_kernelIf\w*RowWalk": (r"LDG\.E\.\S*128", STORES),
     r"pairs_sweep_kernelI6__half": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32 "),
     r"pairs_gradient_kernelI13__nv_bfloat16": (COPIES, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.16816\.F32\.BF16"),
     r"pairs_gradient_kernelIf": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.1688\.F32\.TF32"),

@@ -79,6 +79,7 @@ BAD = {
     "normalizer_bool_tensor": (S, T, {"normalizer": torch.tensor(True)}, TypeError, "normalizer"),
     "normalizer_complex": (S, T, {"normalizer": torch.tensor(1j)}, TypeError, "normalizer"),
     "t_squared_number": (S, T, {"t_squared": 2}, TypeError, "t_squared"),
+    "standardize_number": (S, T, {"standardize": 1}, TypeError, "standardize"),
     "inplace_number": (S, T, {"inplace": 1}, TypeError, "inplace"),
     "inplace_unfolded": (lambda: (torch.randn(20, requires_grad=True).mul(1).unfold(0, 10, 1)[:4], T), None, {"inplace": True}, ValueError, "inplace"),
     "inplace_chunk": (lambda: (torch.randn(8, 10, requires_grad=True).mul(1).chunk(2)[0], T), None, {"inplace": True}, ValueError, "inplace"),
@@ -177,6 +178,7 @@ def test_options_are_keywords():
         ({"temperature": "hot"}, TypeError, "temperature"),
         ({"reduction": "average"}, ValueError, "reduction"),
         ({"t_squared": 2}, TypeError, "t_squared"),
+        ({"standardize": None}, TypeError, "standardize"),
         ({"inplace": None}, TypeError, "inplace"),
     ],
 )

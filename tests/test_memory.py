@@ -5,6 +5,7 @@ import torch
 
 from bench.measure import CLOCKS, Provider
 from fastkd import functional
+from fastkd.ops import standardize
 
 N, V = 512, 32000
 GRADIENT = N * V * 4
@@ -47,6 +48,16 @@ def test_inplace_holds_none(logits):
         lambda: (student.detach().requires_grad_().clone(),),
     )
     assert used <= SLACK
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_standardized_logits_are_held_in_slabs(logits, inplace):
+    student, teacher = logits
+    used = peak(
+        lambda s: (0.5 * functional.kl_div(s, teacher, standardize=True, inplace=inplace)).backward(),
+        lambda: (student.detach().requires_grad_().clone(),),
+    )
+    assert used <= (0 if inplace else GRADIENT) + 2 * 4 * standardize.SLAB["cpu"] + SLACK
 
 
 def test_inference_holds_none(logits):

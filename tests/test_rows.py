@@ -277,11 +277,7 @@ def test_no_worse_than_eager(backend, name, shape, temperature, dtype):
 # The loss of the first does not go to 0, and those of the others go there with the difference and not with its square.
 @pytest.mark.parametrize(
     "name",
-    [
-        name
-        for name in cases.LOSSES
-        if name not in ("soft_cross_entropy", "total_variation", "negative_log_acceptance")
-    ],
+    [name for name in cases.LOSSES if name not in ("soft_cross_entropy", "total_variation", "negative_log_acceptance")],
 )
 def test_near_convergence(backend, name, V, shift, temperature):
     """A loss of 5e-7: F.kl_div in float32 has lost it, the fused form has not."""

@@ -15,7 +15,7 @@ import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
 from fastkd._divergences import NON_TARGET, NUMBERS
-from fastkd.ops import attention, features, relations, rows
+from fastkd.ops import attention, features, relations, rows, standardize
 from fastkd.ops.numbers import as_tensor
 from fastkd.reference import compute_dtype
 
@@ -66,8 +66,28 @@ def op_calls(backend_name):
     half = student.bfloat16().transpose(0, 1)
     for factor in (1.0, 0.5):
         yield f"scale_-{factor}", ops.scale_, ([student.clone(), student.clone()], torch.tensor(factor))
+    yield from standardized_calls(backend_name, plain, targets, student)
     call = plain._replace(student=half, teacher=teacher.transpose(0, 1))
     yield "rows_fwd-bfloat16", ops.fwd, (*call, torch.empty(()), torch.empty_like(half), None)
+
+
+def standardized_calls(backend_name, plain, targets, student):
+    namespace = _backend.namespace(backend_name)
+    ops, kernels = rows.OPS[rows.standardized(namespace)], standardize.OPS[namespace]
+    stats, grad = torch.empty(3, 4, 6, dtype=torch.float64), torch.empty_like(student)
+    for name, call, shape in (("plain", plain, ()), ("targets", targets, (3, 4))):
+        fwd, bwd = ops.fwd, ops.bwd
+        for what, outputs in {"nothing": (None, None), "gradient": (grad, None), "statistics": (None, stats)}.items():
+            arguments = (*fwd.args, *call, torch.empty(shape), *outputs)
+            yield f"standardized_rows_fwd-{name}-{what}", fwd.func, arguments
+        arguments = (*bwd.args, *call, stats, torch.rand(shape).reshape(-1), grad)
+        yield f"standardized_rows_bwd-{name}", bwd.func, arguments
+    half, mask, moments = student.bfloat16(), targets.mask, torch.empty(12, 3, dtype=torch.float64)
+    for what, given in (("alone", None), ("moments", moments)):
+        yield f"standardize_fwd-{what}", kernels.fwd, (half, mask, torch.empty_like(student), given)
+    kernels.fwd(half, None, torch.empty_like(student), moments)
+    for what, addend in (("alone", None), ("addend", torch.randn_like(student))):
+        yield f"standardize_bwd-{what}", kernels.bwd, (half, mask, moments, grad, addend, torch.empty_like(half))
 
 
 def relational_calls(backend_name):
@@ -368,6 +388,7 @@ CHANGING = {
     "dkd_loss": lambda s, t, x: functional.dkd_loss(s, t, torch.arange(6), alpha=x, beta=1 + x, temperature=1 + x),
     "nkd_loss": lambda s, t, x: functional.nkd_loss(s, t, torch.arange(6), gamma=x, temperature=1 + x),
     "js_div": lambda s, t, x: functional.js_div(s, t, beta=x),
+    "temperature of standardized logits": lambda s, t, x: functional.kl_div(s, t, temperature=x, standardize=True),
     "beta of relation_kl": lambda s, t, x: functional.relation_kl(s, t, divergence="js_div", beta=x),
     "temperature of relation_kl": lambda s, t, x: functional.relation_kl(
         s, t, temperature=x, teacher_temperature=2 * x

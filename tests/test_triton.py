@@ -140,6 +140,33 @@ def other_launches(rows):
     return {f"other/{name}": functools.partial(*call) for name, call in calls.items()}
 
 
+def standardize_launches(standardize):
+    """Every kernel that standardizes logits: standardize/dtype/V/call."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for V in (ONE_TILE, TILED):
+            x, moments = torch.empty(1, V, dtype=dtype), torch.empty(1, 3, dtype=torch.float64)
+            wide = torch.empty(1, V, dtype=compute_dtype(x, x))
+            name = f"standardize/{str(dtype)[6:]}/{V}"
+            calls[f"{name}/fwd"] = functools.partial(standardize.standardize_fwd, x, None, wide, moments)
+            calls[f"{name}/bwd"] = functools.partial(standardize.standardize_bwd, x, None, moments, wide, None, x)
+    return calls
+
+
+def other_standardize_launches(standardize):
+    """That they compile at all: maps, masks, strides, an addend."""
+    maps = torch.empty(2, 19, 5, 13, dtype=torch.float16).movedim(1, -1)
+    apart = torch.empty(2, 3, 2, 200)[:, 1:, :, :-1].movedim(-1, 1)
+    calls = {}
+    for name, x in (("maps", maps), ("apart", apart)):
+        wide, N = torch.empty_like(x, dtype=torch.float32), x.numel() // x.shape[-1]
+        mask, moments = torch.ones(N, dtype=torch.bool), torch.empty(N, 3, dtype=torch.float64)
+        calls[f"other/standardize/{name}"] = functools.partial(standardize.standardize_fwd, x, mask, wide, None)
+        arguments = x, mask, moments, wide, torch.empty_like(wide), torch.empty_like(x)
+        calls[f"other/standardize/{name}/bwd"] = functools.partial(standardize.standardize_bwd, *arguments)
+    return calls
+
+
 def relation_launches(pairs, angles):
     """Every kernel of the pairs and angles schedules: relation/dtype/N/save."""
     calls = {}
@@ -238,7 +265,7 @@ def compile_for(target_name):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import angles, attention, features, pairs, pkt, rows, scale, triplet
+    from fastkd.triton import angles, attention, features, pairs, pkt, rows, scale, standardize, triplet
 
     class Driver:
         def get_current_device(self):
@@ -259,10 +286,10 @@ def compile_for(target_name):
 
     triton.runtime.jit.JITFunction.run = compile_only
     calls = launches(rows, scale) | relation_launches(pairs, angles) | feature_launches(features, attention)
-    calls |= strip_launches(pkt, triplet)
+    calls |= strip_launches(pkt, triplet) | standardize_launches(standardize)
     if target_name in WHOLE:
         calls |= other_launches(rows) | other_feature_launches(features, attention)
-        calls |= other_strip_launches(pkt, triplet)
+        calls |= other_strip_launches(pkt, triplet) | other_standardize_launches(standardize)
     else:  # That the others compile at all is seen of the two above. float64 has no bounds, and float16 those of bfloat16;
         # the fewest samples and the most have the smallest tiles and the largest; counted and weighted, programs have
         # all that they have without, and more.
@@ -345,6 +372,18 @@ def test_logits_move_in_128_bits(compiled_rows):
         assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
         assert numbers["narrow_loads"] <= NARROW_LOADS[kernel], (name, kernel, numbers)
         assert numbers["narrow_stores"] <= NARROW_STORES[kernel], (name, kernel, numbers)
+
+
+@pytest.mark.gates
+def test_standardized_logits_move_in_128_bits(compiled):
+    """But for a row's three moments."""
+    for name, kernel, numbers in compiled:
+        if name.startswith("standardize") and "/float64/" not in name:
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] == 0, (name, kernel, numbers)
+            assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+            assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
+            assert numbers["narrow_loads"] + numbers["narrow_stores"] <= 3, (name, kernel, numbers)
 
 
 @pytest.mark.gates

@@ -186,12 +186,33 @@ def _parted(name, logits, temperatures, target, first, second, t_squared):
     left = ~(nothing[0] | nothing[1])[:, None]
     size = (p + q) * np.reshape(first * squared / T, (-1, 1)) + np.abs(of_hard)
     return loss, np.where(left, of_soft + of_hard, 0), np.where(left, size, 0)
+def _standardized(x):
+    """(x - mean) / (std + 1e-7) of each row, and what brings a gradient back through that; absolute: the size of its
+    terms."""
+    counts = ~np.isneginf(x)
+    n = counts.sum(-1, keepdims=True)
+    c = np.where(counts, x - np.where(counts, x, 0).sum(-1, keepdims=True) / np.maximum(n, 1), 0)
+    constant = np.where(counts, x, -np.inf).max(-1, keepdims=True) == np.where(counts, x, np.inf).min(-1, keepdims=True)
+    constant = constant | (n < 2)
+    c = np.where(constant, 0, c)
+    std = np.sqrt((c * c).sum(-1, keepdims=True) / np.maximum(n - 1, 1))
+    scale, slope = 1 / (std + np.longdouble("1e-7")), 1 / (np.maximum(n - 1, 1) * np.where(constant, 1, std))
+
+    def back(g, absolute):
+        g, along, less = np.where(counts, g, 0), c, -1
+        if absolute:
+            g, along, less = np.abs(g), np.abs(c), 1
+        means, products = g.sum(-1, keepdims=True) / np.maximum(n, 1), (g * along).sum(-1, keepdims=True)
+        grad = scale * (g + less * means + less * along * slope * scale * products)
+        return np.where(counts & ~constant, grad, 0)
+
+    return np.where(counts, c * scale, -np.inf), back
 
 
 def truth(
     name, student, teacher, temperature=1.0, teacher_temperature=None, t_squared=True, mask=None, weight=None,
     reduction="batchmean", normalizer=None, terms_of_gradient=False, target=None, hard_weight=0.5, soft_weight=0.5,
-    label_smoothing=0.0, ignore_index=-100, **parameter,
+    label_smoothing=0.0, ignore_index=-100, standardize=False, **parameter,
 ):  # fmt: skip
     """Loss, and its gradient for the upstream gradient of ``upstream_like``, as float64 tensors.
 
@@ -208,12 +229,18 @@ def truth(
     if target is not None:
         counts = counts & (target.reshape(-1).numpy() != ignore_index)
     s, t = (np.where(counts[:, None], _extended(x.reshape(-1, V)), 0) for x in (student, teacher))
+    x, y = s, t
+    if standardize:
+        (x, back), (y, _) = _standardized(s), _standardized(t)
     with np.errstate(all="ignore"):
         p, log_p = _softmax(s, np.reshape(T, (-1, 1)))
         q, log_q = _softmax(t, np.reshape(teacher_T, (-1, 1)))
         terms, slope = DIVERGENCES.get(name, _cross_entropy)(
             p, q, log_p, log_q, **parameter if name in DIVERGENCES else {}
         )
+        p, log_p = _softmax(x, np.reshape(T, (-1, 1)))
+        q, log_q = _softmax(y, np.reshape(teacher_T, (-1, 1)))
+        terms, slope = DIVERGENCES[name](p, q, log_p, log_q, **parameter)
         loss = terms.sum(-1)
         shift = p * slope.sum(-1, keepdims=True)
         grad = np.abs(slope) + np.abs(shift) if terms_of_gradient else slope - shift
@@ -236,6 +263,8 @@ def truth(
         scale = counts * (np.longdouble(1) if weight is None else rows(weight))
         loss, grad = np.where(counts, loss * scale, 0), (size if terms_of_gradient else grad) * scale[:, None]
     elif target is not None:
+    grad = back(grad, terms_of_gradient) if standardize else grad
+    if target is not None:
         hard, hard_grad = _hard(s, np.where(counts, target.reshape(-1).numpy(), 0), np.longdouble(label_smoothing))
         scale = counts * (1 if weight is None else rows(weight)) * np.longdouble(hard_weight)
         of_both = [(soft_weight, loss, 1), (hard_weight, hard, scale)]

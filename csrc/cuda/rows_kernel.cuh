@@ -21,6 +21,10 @@ namespace fastkd::cuda {
 
 inline constexpr int kMaxThreads = 256;
 
+// Divergences whose loops need so few registers that three blocks share a multiprocessor.
+template <class D>
+inline constexpr bool kSmall = D::kCentred && !kWithoutTarget<D> && given<D>() == Given::kProbabilities;
+
 // ---- one class, or one pack of them
 
 template <class S, class U, Memory kMemory, class T>
@@ -169,7 +173,7 @@ struct RowsRoom {
 // packs: of a row that this block keeps.
 template <class T, class S, class U, class D>
 __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
-                                               : D::kCentred              ? 3
+                                               : kSmall<D>                ? 3
                                                                           : 2)
     rows_kernel(const __grid_constant__ RowsParams<T> P, int packs) {
   using Shared = SharedSums<T, D::kTeacherEntropy>;

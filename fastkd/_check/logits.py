@@ -51,6 +51,7 @@ class LogitsOptions(NamedTuple):
     label_smoothing: Any = None
     target_loss: Any = None  # the name of a loss that parts the target from the other classes
     second: Any = None  # the second parameter of a loss that has two
+    standardize: Any = False
 
 
 def logits_loss(student, teacher, options, dim=-1):
@@ -65,6 +66,7 @@ def logits_loss(student, teacher, options, dim=-1):
     if options.weight is not None:
         weight(options.weight, student)
     flag("t_squared", options.t_squared)
+    flag("standardize", options.standardize)
     flag("inplace", options.inplace)
     if options.target is None:
         reduction(options.reduction)
@@ -148,7 +150,7 @@ def not_overwritten(student):
         )
 
 
-def logits_module(temperature, teacher_temperature, t_squared, dim, reduction_, inplace_):
+def logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction_, inplace_):
     """The options that the module of a logit loss is made with."""
     whole_number("dim", dim)
     if isinstance(temperature, torch.nn.Parameter):
@@ -157,6 +159,7 @@ def logits_module(temperature, teacher_temperature, t_squared, dim, reduction_, 
     if teacher_temperature is not None:
         number("teacher_temperature", teacher_temperature)
     flag("t_squared", t_squared)
+    flag("standardize", standardize)
     flag("inplace", inplace_)
     reduction(reduction_)
 

@@ -16,6 +16,7 @@ def negative_log_acceptance(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -41,6 +42,8 @@ def negative_log_acceptance(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -76,7 +79,16 @@ def negative_log_acceptance(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
+        temperature,
+        teacher_temperature,
+        t_squared,
+        mask,
+        weight,
+        reduction,
+        normalizer,
+        inplace,
+        0.0,
+        standardize=standardize,
     )
     return _logits_loss("negative_log_acceptance", student, teacher, options, dim)
 
@@ -90,6 +102,7 @@ def alpha_beta_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -123,6 +136,8 @@ def alpha_beta_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -159,7 +174,17 @@ def alpha_beta_div(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha, second=beta
+        temperature,
+        teacher_temperature,
+        t_squared,
+        mask,
+        weight,
+        reduction,
+        normalizer,
+        inplace,
+        alpha,
+        standardize=standardize,
+        second=beta,
     )
     return _logits_loss("alpha_beta_div", student, teacher, options, dim)
 
@@ -171,6 +196,7 @@ def bernoulli_kl_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -197,6 +223,8 @@ def bernoulli_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -232,6 +260,15 @@ def bernoulli_kl_div(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0
+        temperature,
+        teacher_temperature,
+        t_squared,
+        mask,
+        weight,
+        reduction,
+        normalizer,
+        inplace,
+        0.0,
+        standardize=standardize,
     )
     return _logits_loss("bernoulli_kl_div", student, teacher, options, dim)

@@ -16,6 +16,7 @@ def js_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -44,6 +45,8 @@ def js_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -79,8 +82,9 @@ def js_div(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, beta
-    )
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, beta,
+        standardize=standardize,
+    )  # fmt: skip
     return _logits_loss("js_div", student, teacher, options, dim)
 
 
@@ -92,6 +96,7 @@ def symmetric_kl_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -120,6 +125,8 @@ def symmetric_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -155,8 +162,9 @@ def symmetric_kl_div(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, student_weight
-    )
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, student_weight,
+        standardize=standardize,
+    )  # fmt: skip
     return _logits_loss("symmetric_kl_div", student, teacher, options, dim)
 
 
@@ -168,6 +176,7 @@ def skew_kl_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -194,6 +203,8 @@ def skew_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -229,8 +240,9 @@ def skew_kl_div(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha
-    )
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha,
+        standardize=standardize,
+    )  # fmt: skip
     return _logits_loss("skew_kl_div", student, teacher, options, dim)
 
 
@@ -242,6 +254,7 @@ def skew_reverse_kl_div(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     dim: int = -1,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
@@ -267,6 +280,8 @@ def skew_reverse_kl_div(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
@@ -302,6 +317,7 @@ def skew_reverse_kl_div(
     if teacher_temperature is None:
         teacher_temperature = temperature
     options = _check.LogitsOptions(
-        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha
-    )
+        temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha,
+        standardize=standardize,
+    )  # fmt: skip
     return _logits_loss("skew_reverse_kl_div", student, teacher, options, dim)

@@ -33,6 +33,7 @@ def kd_loss(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
@@ -72,6 +73,8 @@ def kd_loss(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the soft loss is multiplied by T**2, so that gradients keep their size when T changes.
             Default: True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. The hard loss sees the logits as they are. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         label_smoothing: s, from 0 to 1. Default 0.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
@@ -114,7 +117,7 @@ def kd_loss(
     target = _check.as_classes(target)
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, parameter,
-        target, ignore_index, hard_weight, soft_weight, label_smoothing, second=second,
+        target, ignore_index, hard_weight, soft_weight, label_smoothing, second=second, standardize=standardize,
     )  # fmt: skip
     return _logits_loss(divergence, student, teacher, options, dim)
 
@@ -129,6 +132,7 @@ def dkd_loss(
     temperature: Tensor | float = 4.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     ignore_index: int = -100,
     dim: int = -1,
     mask: Tensor | None = None,
@@ -163,6 +167,8 @@ def dkd_loss(
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2, so that gradients keep their size when T changes. Default:
             True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
@@ -197,8 +203,8 @@ def dkd_loss(
     Source: Zhao, Cui, Song, Qiu, Liang, "Decoupled Knowledge Distillation", 2022.
     """
     return _parted_target(
-        "dkd_loss", student, teacher, target, beta, alpha, temperature, teacher_temperature, t_squared, ignore_index,
-        dim, mask, weight, reduction, normalizer, inplace,
+        "dkd_loss", student, teacher, target, beta, alpha, temperature, teacher_temperature, t_squared, standardize,
+        ignore_index, dim, mask, weight, reduction, normalizer, inplace,
     )  # fmt: skip
 
 
@@ -211,6 +217,7 @@ def nkd_loss(
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
+    standardize: bool = False,
     ignore_index: int = -100,
     dim: int = -1,
     mask: Tensor | None = None,
@@ -244,6 +251,8 @@ def nkd_loss(
         teacher_temperature: the teacher's own temperature there, of the same form. Default: ``temperature``.
         t_squared: whether the second term is multiplied by T**2, so that its gradient keeps its size when T changes.
             Default: True.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            :mod:`fastkd.functional.logits` says. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
@@ -279,19 +288,19 @@ def nkd_loss(
     Approach with Normalized Loss and Customized Soft Labels", 2023.
     """
     return _parted_target(
-        "nkd_loss", student, teacher, target, gamma, None, temperature, teacher_temperature, t_squared, ignore_index,
-        dim, mask, weight, reduction, normalizer, inplace,
+        "nkd_loss", student, teacher, target, gamma, None, temperature, teacher_temperature, t_squared, standardize,
+        ignore_index, dim, mask, weight, reduction, normalizer, inplace,
     )  # fmt: skip
 
 
 def _parted_target(
-    name, student, teacher, target, parameter, second, temperature, teacher_temperature, t_squared, ignore_index,
-    dim, mask, weight, reduction, normalizer, inplace,
+    name, student, teacher, target, parameter, second, temperature, teacher_temperature, t_squared, standardize,
+    ignore_index, dim, mask, weight, reduction, normalizer, inplace,
 ):  # fmt: skip
     """A loss that parts the target from the other classes."""
     options = _check.LogitsOptions(
         temperature, temperature if teacher_temperature is None else teacher_temperature, t_squared, mask, weight,
         reduction, normalizer, inplace, parameter, _check.as_classes(target), ignore_index, target_loss=name,
-        second=second,
+        second=second, standardize=standardize,
     )  # fmt: skip
     return _logits_loss(name, student, teacher, options, dim)

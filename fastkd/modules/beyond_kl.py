@@ -19,6 +19,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -38,7 +39,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         0.0
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -46,15 +47,17 @@ class NegativeLogAcceptanceLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -87,6 +90,7 @@ class NegativeLogAcceptanceLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -112,6 +116,7 @@ class AlphaBetaDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -131,7 +136,17 @@ class AlphaBetaDivLoss(_Loss):
         0.0
     """
 
-    _options = ("alpha", "beta", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = (
+        "alpha",
+        "beta",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -141,12 +156,13 @@ class AlphaBetaDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.parameter(_divergences.REGISTRY["alpha_beta_div"].parameter, alpha)
         _check.parameter(_divergences.REGISTRY["alpha_beta_div"].second, beta)
         self.alpha = alpha
@@ -154,6 +170,7 @@ class AlphaBetaDivLoss(_Loss):
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -188,6 +205,7 @@ class AlphaBetaDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -208,6 +226,7 @@ class BernoulliKLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -227,7 +246,7 @@ class BernoulliKLDivLoss(_Loss):
         0.0
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -235,15 +254,17 @@ class BernoulliKLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -276,6 +297,7 @@ class BernoulliKLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,

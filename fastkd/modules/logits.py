@@ -21,6 +21,7 @@ class KLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -40,7 +41,7 @@ class KLDivLoss(_Loss):
         0.1207
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -48,15 +49,17 @@ class KLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -89,6 +92,7 @@ class KLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -109,6 +113,7 @@ class SoftCrossEntropyLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -128,7 +133,7 @@ class SoftCrossEntropyLoss(_Loss):
         3.7445
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -136,15 +141,17 @@ class SoftCrossEntropyLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -177,6 +184,7 @@ class SoftCrossEntropyLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -197,6 +205,7 @@ class ReverseKLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -216,7 +225,7 @@ class ReverseKLDivLoss(_Loss):
         0.1234
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -224,15 +233,17 @@ class ReverseKLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -265,6 +276,7 @@ class ReverseKLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -285,6 +297,7 @@ class TotalVariationLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -304,7 +317,7 @@ class TotalVariationLoss(_Loss):
         0.1786
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -312,15 +325,17 @@ class TotalVariationLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -353,6 +368,7 @@ class TotalVariationLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,

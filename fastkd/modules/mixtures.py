@@ -20,6 +20,7 @@ class JSDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -39,7 +40,7 @@ class JSDivLoss(_Loss):
         0.0219
     """
 
-    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
 
     def __init__(
         self,
@@ -48,17 +49,19 @@ class JSDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         self.beta = beta
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -92,6 +95,7 @@ class JSDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -113,6 +117,7 @@ class SymmetricKLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -132,7 +137,16 @@ class SymmetricKLDivLoss(_Loss):
         0.0893
     """
 
-    _options = ("student_weight", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = (
+        "student_weight",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -141,17 +155,19 @@ class SymmetricKLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.parameter(_divergences.REGISTRY["symmetric_kl_div"].parameter, student_weight)
         self.student_weight = student_weight
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -185,6 +201,7 @@ class SymmetricKLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -206,6 +223,7 @@ class SkewKLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -225,7 +243,16 @@ class SkewKLDivLoss(_Loss):
         0.0678
     """
 
-    _options = ("alpha", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = (
+        "alpha",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -234,17 +261,19 @@ class SkewKLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.parameter(_divergences.REGISTRY["skew_kl_div"].parameter, alpha)
         self.alpha = alpha
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -278,6 +307,7 @@ class SkewKLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,
@@ -299,6 +329,7 @@ class SkewReverseKLDivLoss(_Loss):
         temperature: T, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
@@ -318,7 +349,16 @@ class SkewReverseKLDivLoss(_Loss):
         0.075
     """
 
-    _options = ("alpha", "temperature", "teacher_temperature", "t_squared", "dim", "reduction", "inplace")
+    _options = (
+        "alpha",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -327,17 +367,19 @@ class SkewReverseKLDivLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         dim: int = -1,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.parameter(_divergences.REGISTRY["skew_reverse_kl_div"].parameter, alpha)
         self.alpha = alpha
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.dim = dim
         self.reduction: Reduction = reduction
         self.inplace = inplace
@@ -371,6 +413,7 @@ class SkewReverseKLDivLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             dim=self.dim,
             mask=mask,
             weight=weight,

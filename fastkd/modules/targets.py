@@ -27,6 +27,8 @@ class KDLoss(_Loss):
         temperature: T of the soft loss, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the soft loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1, for the soft loss
+            alone. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         label_smoothing: from 0 to 1. Default 0.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
@@ -58,6 +60,7 @@ class KDLoss(_Loss):
         "temperature",
         "teacher_temperature",
         "t_squared",
+        "standardize",
         "ignore_index",
         "label_smoothing",
         "dim",
@@ -77,6 +80,7 @@ class KDLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dim: int = -1,
@@ -90,7 +94,7 @@ class KDLoss(_Loss):
             _check.parameter(entry, value)
         _check.hard_options(hard_weight, soft_weight, label_smoothing)
         _check.target_reduction(reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.whole_number("ignore_index", ignore_index)
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight
@@ -101,6 +105,7 @@ class KDLoss(_Loss):
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.dim = dim
@@ -144,6 +149,7 @@ class KDLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             dim=self.dim,
@@ -168,6 +174,7 @@ class DKDLoss(_Loss):
         temperature: T, a positive number. Default 4.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the loss is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
@@ -194,6 +201,7 @@ class DKDLoss(_Loss):
         "temperature",
         "teacher_temperature",
         "t_squared",
+        "standardize",
         "ignore_index",
         "dim",
         "reduction",
@@ -208,6 +216,7 @@ class DKDLoss(_Loss):
         temperature: float = 4.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         ignore_index: int = -100,
         dim: int = -1,
         reduction: TargetReduction = "batchmean",
@@ -217,13 +226,14 @@ class DKDLoss(_Loss):
         _check.parameter(_divergences.TARGET_LOSSES["dkd_loss"].second, alpha)
         _check.parameter(_divergences.TARGET_LOSSES["dkd_loss"].parameter, beta)
         _check.target_reduction(reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.whole_number("ignore_index", ignore_index)
         self.alpha = alpha
         self.beta = beta
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.ignore_index = ignore_index
         self.dim = dim
         self.reduction: TargetReduction = reduction
@@ -260,6 +270,7 @@ class DKDLoss(_Loss):
             alpha=self.alpha,
             beta=self.beta,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             ignore_index=self.ignore_index,
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
@@ -284,6 +295,7 @@ class NKDLoss(_Loss):
         temperature: T of the second term, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature there, a positive number. Default: ``temperature``.
         t_squared: whether the second term is multiplied by T**2. Default True.
+        standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
@@ -309,6 +321,7 @@ class NKDLoss(_Loss):
         "temperature",
         "teacher_temperature",
         "t_squared",
+        "standardize",
         "ignore_index",
         "dim",
         "reduction",
@@ -322,6 +335,7 @@ class NKDLoss(_Loss):
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
+        standardize: bool = False,
         ignore_index: int = -100,
         dim: int = -1,
         reduction: TargetReduction = "batchmean",
@@ -330,12 +344,13 @@ class NKDLoss(_Loss):
         super().__init__()
         _check.parameter(_divergences.TARGET_LOSSES["nkd_loss"].parameter, gamma)
         _check.target_reduction(reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, dim, reduction, inplace)
+        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.whole_number("ignore_index", ignore_index)
         self.gamma = gamma
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
+        self.standardize = standardize
         self.ignore_index = ignore_index
         self.dim = dim
         self.reduction: TargetReduction = reduction
@@ -371,6 +386,7 @@ class NKDLoss(_Loss):
             target,
             gamma=self.gamma,
             t_squared=self.t_squared,
+            standardize=self.standardize,
             ignore_index=self.ignore_index,
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,

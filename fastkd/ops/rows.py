@@ -44,6 +44,11 @@ def use_namespace(namespace: str) -> None:
 use_namespace("fastkd")
 
 
+def standardized(namespace: str) -> str:
+    """What the ops of a namespace are known by that standardize their logits first: see ops/standardize.py."""
+    return f"standardized {namespace}"
+
+
 class _Rows(torch.autograd.Function):
     """The loss of a student that wants a gradient.
 
@@ -106,6 +111,8 @@ def logits_loss(
 ) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
+    if options.standardize:
+        namespace = standardized(namespace)
     temperatures = [options.temperature, options.teacher_temperature]
     parameters = [options.parameter, options.second]
     if torch.compiler.is_compiling():

@@ -1,0 +1,2 @@
+// The launches of what standardizes logits as host code.
+#include "cuda/standardize.cu"

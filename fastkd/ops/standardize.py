@@ -1,0 +1,190 @@
+"""Standardized logits: (x - mean) / (std + 1e-7) of each row, std unbiased, before the rows schedule sees them.
+
+With z = c / (std + eps), c = x - mean, of the n classes of a row that are not -inf, and g = dL/dz
+
+    dL/dx_v = (g_v - mean(g) - c_v sum_u g_u c_u / ((n - 1) std (std + eps))) / (std + eps)
+
+Rows are taken in slabs that the caches hold: the standardized logits of both sides are written there, the rows schedule
+writes g over the student's, and from x and g comes the gradient, which is rounded once, also over x itself. Of every
+loss that the schedule computes the definition holds so, with its temperatures and T^2 as they are, in logits that agree
+to the last digit where the inputs do. A hard loss, which sees x, is a second call of the schedule. Traffic: student +
+teacher + gradient, once each, as far as a slab stays in the caches. Saved for backward: the gradient; or nothing but
+the call, and backward computes both passes anew, with the upstream gradient for weights.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _library
+from .._calls import RowsBackward, RowsCall, RowsForward, Standardize, StandardizeBackward
+from ..reference import compute_dtype
+from . import rows
+
+# Elements of a slab. On a GPU launches cost as much as many elements do.
+SLAB = {"cpu": 2**20, "cuda": 2**23}
+
+
+class Ops(NamedTuple):
+    """One implementation of the ops of the schedule."""
+
+    fwd: Any
+    bwd: Any
+
+
+NAMES = ("standardize_fwd", "standardize_bwd")
+OPS: dict[str, Ops] = {}  # by namespace
+# Of what a call has for each row, where that is a tensor.
+OF_ROWS = (
+    "parameter_rows",
+    "second_parameter_rows",
+    "temperature_rows",
+    "teacher_temperature_rows",
+    "mask",
+    "weight",
+    "target",
+)
+
+
+def _fake(*_):
+    """The ops write into what they are given, and return nothing."""
+
+
+def use_namespace(namespace: str) -> None:
+    """Makes the ops of a namespace, which _library has defined, known here and to the rows schedule."""
+    for name in NAMES:
+        torch.library.register_fake(f"{namespace}::{name}", _fake)
+    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
+    rows.OPS[rows.standardized(namespace)] = rows.OPS[namespace]._replace(
+        fwd=functools.partial(torch.ops.fastkd.standardized_rows_fwd.default, namespace),
+        bwd=functools.partial(torch.ops.fastkd.standardized_rows_bwd.default, namespace),
+    )
+
+
+class _Slab(NamedTuple):
+    """Some rows: x[index] of a tensor [*, V], and first to last of what is [N]."""
+
+    index: tuple[Any, ...]
+    first: int
+    last: int
+
+    def call(self, call: RowsCall) -> RowsCall:
+        of_rows = {name: self.of_rows(getattr(call, name)) for name in OF_ROWS}
+        return call._replace(student=call.student[self.index], teacher=call.teacher[self.index], **of_rows)
+
+    def of_rows(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        return x if x is None or x.dim() == 0 else x[self.first : self.last]
+
+
+def slabs(leading: torch.Size, most: int) -> Iterator[_Slab]:
+    """Slabs of at most so many rows, in their order: ranges of one of the leading dimensions. They are the same for any
+    number of threads, and so are the sums over their rows."""
+    if not leading:
+        yield _Slab((), 0, 1)
+        return
+    split = 0
+    while split + 1 < len(leading) and math.prod(leading[split + 1 :]) > most:
+        split += 1
+    rows_of_one = math.prod(leading[split + 1 :])
+    step = max(most // max(rows_of_one, 1), 1)
+    row = 0
+    for at in itertools.product(*map(range, leading[:split])):
+        for begin in range(0, leading[split], step):
+            end = min(begin + step, leading[split])
+            last = row + (end - begin) * rows_of_one
+            yield _Slab((*at, slice(begin, end)), row, last)
+            row = last
+
+
+class _Room:
+    """Memory for a slab, which the next one of its layout takes again."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.kept: dict[Any, torch.Tensor] = {}
+
+    def of(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Rows that lie side by side do so there."""
+        key = name, like.shape, like.stride()
+        if key not in self.kept:
+            self.kept = {of: x for of, x in self.kept.items() if of[0] != name}
+            self.kept[key] = torch.empty_like(like, dtype=self.dtype)
+        return self.kept[key]
+
+
+def _soft(namespace, call, room, moments, loss, grad):
+    """The loss of a slab's standardized logits; where it is wanted, the gradient with respect to these."""
+    standardize, of_rows = OPS[namespace].fwd, rows.OPS[namespace].fwd
+    s, t = room.of("student", call.student), room.of("teacher", call.teacher)
+    standardize(*Standardize(call.student, call.mask, s, moments))
+    standardize(*Standardize(call.teacher, call.mask, t, None))
+    of_rows(*call._replace(student=s, teacher=t), *RowsForward(loss, s if grad else None, None))
+    return s
+
+
+def _hard(namespace, call, room, loss, grad):
+    """The hard loss of a slab, which sees the student's logits as they are; its gradient."""
+    x = room.of("hard", call.student).copy_(call.student)
+    of_rows = rows.OPS[namespace].fwd  # the soft loss is left out: the teacher is one that has been read already
+    of_rows(*call._replace(student=x, teacher=x), *RowsForward(loss, x if grad else None, None))
+    return x
+
+
+def _parts(call):
+    """A call of the soft loss, and one of the hard loss or None. Divergences see the standardized logits."""
+    if call.target is None or call.target_loss != 0:
+        return call, None
+    numbers = call.target_numbers
+    soft, hard = numbers.new_tensor([0, 1, 1]), numbers.new_tensor([1, 0, 1])
+    return call._replace(target_numbers=numbers * soft), call._replace(target_numbers=numbers * hard)
+
+
+@torch.no_grad()
+def _run(namespace, call, loss, grad):
+    """Loss, [*] or [], and gradient where it is wanted."""
+    student, leading, V = call.student, call.student.shape[:-1], call.student.shape[-1]
+    dtype, per_row = compute_dtype(student, call.teacher), loss.dim() > 0
+    soft, hard = _parts(call)
+    found = list(slabs(leading, max(SLAB.get(student.device.type, SLAB["cpu"]) // V, 1)))
+    room = _Room(dtype)
+    losses = loss.view(-1) if per_row else student.new_empty((2 if hard else 1, len(found)), dtype=dtype)
+    of_hard = torch.empty_like(losses) if per_row and hard else None
+    for i, slab in enumerate(found):
+        part = slab.call(soft)
+        of_slab = slab.of_rows(losses) if per_row else losses[0, i]
+        moments = None if grad is None else student.new_empty((slab.last - slab.first, 3), dtype=torch.float64)
+        g = _soft(namespace, part, room, moments, of_slab, grad is not None)
+        h = None
+        if hard:
+            of_slab = slab.of_rows(of_hard) if per_row else losses[1, i]
+            h = _hard(namespace, slab.call(hard), room, of_slab, grad is not None)
+        if grad is not None:
+            OPS[namespace].bwd(*StandardizeBackward(part.student, part.mask, moments, g, h, grad[slab.index]))
+    if not per_row:
+        loss.copy_(losses.sum(dtype=torch.float64))
+    elif of_hard is not None:
+        losses += of_hard
+
+
+def _standardized_rows_fwd(namespace, *arguments):
+    call, out = RowsCall(*arguments[: len(RowsCall._fields)]), RowsForward(*arguments[len(RowsCall._fields) :])
+    _run(namespace, call, out.loss, out.grad)
+    if out.stats is not None:  # backward needs none
+        out.stats.zero_()
+
+
+def _standardized_rows_bwd(namespace, *arguments):
+    call, rest = RowsCall(*arguments[: len(RowsCall._fields)]), RowsBackward(*arguments[len(RowsCall._fields) :])
+    N = math.prod(call.student.shape[:-1])
+    weight = rest.upstream.expand(N) if call.weight is None else call.weight * rest.upstream
+    _run(namespace, call._replace(weight=weight.contiguous()), weight.new_empty(N), rest.grad)
+
+
+for _name, _implementation in (("fwd", _standardized_rows_fwd), ("bwd", _standardized_rows_bwd)):
+    _library.fastkd.impl(f"standardized_rows_{_name}", _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastkd::standardized_rows_{_name}", _fake)
+use_namespace("fastkd")
