@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd import _backend, functional
+from fastkd import _backend, _check, functional
 from fastkd._calls import RowsCall
-from fastkd._divergences import NUMBERS, REGISTRY
-from fastkd.ops import rows
+from fastkd._divergences import BY_NAME, DERIVED, NUMBERS, REGISTRY
+from fastkd.ops import head, rows
 from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
@@ -51,7 +51,7 @@ ON_GPU = (
 CASES = {  # loss, shape, dtype, mode
     "cpu": [
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
-        *itertools.product([*list(REGISTRY)[1:], "kd_loss"], ["llama-2"], ["float32"], [STEP]),
+        *itertools.product([*list(BY_NAME)[1:], "kd_loss"], ["llama-2"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
     ],
     "cuda": [
@@ -99,6 +99,19 @@ def eager_symmetric(student, teacher):
     return sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in both) / 2 * TEMPERATURE**2
 
 
+def eager_adaptive(student, teacher, mu=0.5):
+    log_p, log_q = logarithms(student, teacher)
+    with torch.no_grad():
+        difference, (q, order) = (log_p.exp() - log_q.exp()).abs(), log_q.exp().sort(-1, descending=True)
+        in_head = q.cumsum(-1) <= mu
+        in_head[:, 0] = True
+        head = torch.where(in_head, difference.gather(-1, order), 0.0).sum(-1) / difference.sum(-1)
+    forward, reverse = (
+        F.kl_div(a, b, reduction="none", log_target=True).sum(-1) for a, b in ((log_p, log_q), (log_q, log_p))
+    )
+    return (head * forward + (1 - head) * reverse).mean() * TEMPERATURE**2
+
+
 def eager_skew(student, teacher, own=1):
     sides = logarithms(student, teacher)
     log_m = torch.logaddexp(sides[own] + math.log(0.1), sides[1 - own] + math.log(0.9))
@@ -135,6 +148,7 @@ EAGER = {  # the last one is compiled
     "skew_kl_div": {"eager": eager_skew},
     "skew_reverse_kl_div": {"eager": eager_skew_reverse},
     "total_variation": {"eager": eager_total_variation},
+    "adaptive_kl_div": {"eager": eager_adaptive},
 }
 
 
@@ -151,8 +165,8 @@ def own(name, backend, **options):
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
-    of_targets = name == "kd_loss"
-    name = "kl_div" if of_targets else name
+    of_targets, derived = name == "kd_loss", DERIVED.get(name)
+    name = "kl_div" if of_targets else derived.divergence if derived else name
     namespace, entry = _backend.namespace(backend), REGISTRY[name]
     parameter = 0.0 if entry.parameter is None else entry.parameter.default
 
@@ -162,6 +176,11 @@ def kernel_alone(name, backend):
             student, teacher, NUMBERS[name], parameter, None, TEMPERATURE, None, TEMPERATURE, None, True, None, None,
             scale, None,
         )  # fmt: skip
+        if derived:
+            options = _check.LogitsOptions(
+                TEMPERATURE, TEMPERATURE, True, None, None, "batchmean", None, False, derived.parameter.default
+            )
+            call = call._replace(parameter_rows=head.student_weight(namespace, student, teacher, options))
         if of_targets:
             target = targets(*student.shape, student.device)
             call = call._replace(target=target, target_numbers=as_tensor(0.5, 0.5, 0.0))

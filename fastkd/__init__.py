@@ -8,6 +8,7 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 from . import functional
 from ._backend import backend
 from .modules import (
+    AdaptiveKLDivLoss,
     AttentionTransferLoss,
     FeatureCosineLoss,
     FeatureMSELoss,
@@ -32,6 +33,7 @@ from .modules import (
 )
 
 __all__ = [
+    "AdaptiveKLDivLoss",
     "AttentionTransferLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",

@@ -55,6 +55,22 @@ class RowsBackward(NamedTuple):
     grad: Out  # [*, V], the student's dtype; may be the student itself
 
 
+class HeadWeight(NamedTuple):
+    """``head_weight``: of each row the student's weight that makes ``symmetric_kl_div`` the ``adaptive_kl_div``: the
+    share of sum |p - q| that does not lie in the teacher's head; 1/2 where p = q, and of rows that have no share."""
+
+    student: Tensor  # [*, V], any strides
+    teacher: Tensor  # [*, V], any strides
+    temperature: float  # as in RowsCall
+    temperature_rows: Tensor | None
+    teacher_temperature: float
+    teacher_temperature_rows: Tensor | None
+    mask: Tensor | None  # [N] bool, True: the row counts
+    mu: float  # what the classes of the head sum to, at most, where there is no mu_tensor
+    mu_tensor: Tensor | None  # [] float64
+    student_weight: Out  # [N] float64
+
+
 class InverseDivisor(NamedTuple):
     """``inverse_divisor``: 1 / divisor of a reduction that only the device knows; 0 where no row counts. The divisor is
     the normalizer, or else the number of rows that count times ``each``. One of mask and normalizer is given."""
@@ -70,6 +86,7 @@ OPS = {
     "rows_fwd": (RowsCall, RowsForward),
     "rows_bwd": (RowsCall, RowsBackward),
     "inverse_divisor": (InverseDivisor,),
+    "head_weight": (HeadWeight,),
 }
 
 # By annotation: in a schema, and in C++.

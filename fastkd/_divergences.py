@@ -20,6 +20,7 @@ class Parameter(NamedTuple):
     low: float
     high: float
     ends: dict[float, str]  # what the divergence is, by convention, where the parameter is this number
+    per_row: bool = True  # else one for all rows
 
     @property
     def range(self) -> str:
@@ -70,6 +71,28 @@ REGISTRY = {
         Divergence("total_variation", "TotalVariation", centred=False),
     )
 }
+
+
+class Derived(NamedTuple):
+    """A divergence of the registry whose own parameter, one per row, is computed from the logits (fastkd/ops/head.py).
+    The user gives another one."""
+
+    name: str
+    divergence: str
+    parameter: Parameter
+
+
+DERIVED = {
+    entry.name: entry
+    for entry in (
+        Derived(
+            "adaptive_kl_div",
+            "symmetric_kl_div",
+            Parameter("mu", 0.5, 0.0, 1.0, {1.0: "kl_div"}, per_row=False),
+        ),
+    )
+}
+BY_NAME: dict[str, Divergence | Derived] = {**REGISTRY, **DERIVED}  # what users know by name
 # Those of relation_kl, which has beta and no other parameter.
 OF_RELATIONS = [name for name, entry in REGISTRY.items() if entry.parameter is None or entry.parameter.name == "beta"]
 NUMBERS = {name: number for number, name in enumerate(REGISTRY)}

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _check
-from ._divergences import REGISTRY
+from ._divergences import BY_NAME, REGISTRY
 from ._inplace import overwritten
 from ._layouts import _GATHER, _dtensor, _first, _is_plain, _is_split, _layout, _list, _local, _mesh, _whole
 from .reference import compute_dtype
@@ -157,7 +157,7 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
     names = ("temperature", "teacher_temperature", "mask", "weight", "target")
     per_row = {name: getattr(options, name) for name in names}
-    if entry := REGISTRY[divergence].parameter:
+    if entry := BY_NAME[divergence].parameter:
         per_row[entry.name] = options.parameter
     mesh = _mesh(student=student, teacher=teacher, **per_row, normalizer=options.normalizer)
     layout = _layout(mesh, student)

@@ -15,6 +15,7 @@ SoftDivergence: TypeAlias = Literal[
     "skew_kl_div",
     "skew_reverse_kl_div",
     "total_variation",
+    "adaptive_kl_div",
 ]
 # Of losses with a target: they have no "mean", which libraries read in three ways.
 TargetReduction: TypeAlias = Literal["none", "sum", "batchmean"]

@@ -19,6 +19,7 @@ LOSSES = {
     "skew_kl_div": functional.skew_kl_div,
     "skew_reverse_kl_div": functional.skew_reverse_kl_div,
     "total_variation": functional.total_variation,
+    "adaptive_kl_div": functional.adaptive_kl_div,
 }
 
 # One of each kind, as the kernels see divergences: one that asks for the teacher's entropy, one whose slopes do not add

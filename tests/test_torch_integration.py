@@ -333,6 +333,7 @@ CHANGING = {
     "weights of kd_loss": lambda s, t, x: functional.kd_loss(s, t, torch.arange(6), hard_weight=x, soft_weight=1 + x),
     "smoothing of kd_loss": lambda s, t, x: functional.kd_loss(s, t, torch.arange(6), label_smoothing=x),
     "js_div": lambda s, t, x: functional.js_div(s, t, beta=x),
+    "mu": lambda s, t, x: functional.adaptive_kl_div(s, t, mu=x),
     "beta of relation_kl": lambda s, t, x: functional.relation_kl(s, t, divergence="js_div", beta=x),
     "temperature of relation_kl": lambda s, t, x: functional.relation_kl(
         s, t, temperature=x, teacher_temperature=2 * x

@@ -77,6 +77,26 @@ def _total_variation(p, q, log_p, log_q):
     return np.abs(p - q) / 2, np.where((p == 0) & (q == 0), 0, p * np.sign(log_p - log_q) / 2)
 
 
+def _head(q, mu):
+    """The classes of a row that are at least as probable as the last of those that sum to at most mu; the best ones."""
+    values, which, count = np.unique(-q, return_inverse=True, return_counts=True)
+    mass = np.cumsum(-values * count)
+    return ((mass <= mu * mass[-1]) | (np.arange(len(values)) == 0))[which]
+
+
+def _adaptive(p, q, log_p, log_q, mu=0.5):
+    difference = np.abs(p - q)
+    head = np.array([_head(row, np.longdouble(mu)) for row in q]).reshape(q.shape)
+    total = difference.sum(-1, keepdims=True)
+    w = np.where(total > 0, np.where(head, 0, difference).sum(-1, keepdims=True) / np.where(total > 0, total, 1), 0.5)
+    (a, x), (b, y) = _forward(p, q, log_p, log_q), _reverse(p, q, log_p, log_q)
+
+    def weighted(forward, reverse):
+        return np.where(w == 1, 0, (1 - w) * forward) + np.where(w == 0, 0, w * reverse)
+
+    return weighted(a, b), weighted(x, y)
+
+
 # Each class's share of the divergence, and the derivative of the whole with respect to log p.
 DIVERGENCES = {
     "kl_div": _forward,
@@ -87,6 +107,7 @@ DIVERGENCES = {
     "skew_kl_div": _skew,
     "skew_reverse_kl_div": _skew_reverse,
     "total_variation": _total_variation,
+    "adaptive_kl_div": _adaptive,
 }
 
 

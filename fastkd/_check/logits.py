@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._divergences import REGISTRY
+from .._divergences import BY_NAME
 from .._inplace import was_overwritten
 from .arguments import (
     at_least_zero,
@@ -188,13 +188,14 @@ def parameter(entry, value, student=None):
     """A divergence's own number, within the range of its entry in _divergences; or, where there is a student, a tensor
     of them, broadcastable to the leading dimensions."""
     name = entry.name
-    if student is not None and isinstance(value, torch.Tensor):
+    tensors = student is not None and entry.per_row
+    if tensors and isinstance(value, torch.Tensor):
         rows_of_numbers(name, value, student)
         if values_known(value) and not bool(((value >= entry.low) & (value <= entry.high)).all()):
             raise ValueError(f"{name}: values {entry.range} wanted")
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: a number{' or a tensor' * (student is not None)} wanted, got {type(value).__name__}")
+        raise TypeError(f"{name}: a number{' or a tensor' * tensors} wanted, got {type(value).__name__}")
     if student is not None and torch.compiler.is_compiling():
         return  # the number may be a symbol; the op checks it when it runs
     if not entry.low <= value <= entry.high:  # false for NaN
@@ -204,9 +205,9 @@ def parameter(entry, value, student=None):
 def soft_divergence(name, parameters):
     """The entry of the divergence that a loss with a target names, and the parameter it is given: of those that there
     are, by name, only its own may be."""
-    if not isinstance(name, str) or name not in REGISTRY:
-        raise ValueError(f"divergence: one of {', '.join(REGISTRY)} wanted, got {name!r}")
-    own = REGISTRY[name].parameter
+    if not isinstance(name, str) or name not in BY_NAME:
+        raise ValueError(f"divergence: one of {', '.join(BY_NAME)} wanted, got {name!r}")
+    own = BY_NAME[name].parameter
     for other, value in parameters.items():
         if value is not None and (own is None or other != own.name):
             has = "has no parameter" if own is None else f"has {own.name}"

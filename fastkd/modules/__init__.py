@@ -1,5 +1,6 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
+from .adaptive import AdaptiveKLDivLoss
 from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
@@ -16,6 +17,7 @@ from .relations import (
 from .targets import KDLoss
 
 __all__ = [
+    "AdaptiveKLDivLoss",
     "AttentionTransferLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",

@@ -102,7 +102,7 @@ def temperatures(
 
 
 @triton.jit
-def _load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
+def load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
     pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
     mask = read[:, None] & (columns < V)[None, :]
     return tl.load(pointers, mask=mask, other=-INF, eviction_policy=EVICT).to(dtype)
@@ -112,8 +112,8 @@ def _load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.cons
 def load(inputs, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
     """[ROWS, BLOCK] logits of student and teacher; -inf where there are none."""
     student, student_step, teacher, teacher_step, read, V = inputs
-    s = _load_side(student, student_step, read, V, columns, dtype, EVICT)
-    t = _load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
+    s = load_side(student, student_step, read, V, columns, dtype, EVICT)
+    t = load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
     return s, t
 
 
@@ -146,7 +146,7 @@ def _accumulate(z, maximum, total, inv_temperature):
 
 
 @triton.jit
-def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
+def probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
     """p, q and w of a tile. A class that is not there has p = q = 0."""
     a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
     p = exp(s, max_student, a) * tl.where(sum_student == 0.0, 0.0, 1.0 / sum_student)[:, None]
@@ -171,7 +171,7 @@ def visit(
     DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, BLOCK] each: loss, slope and p of the classes of a tile."""
-    p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE)
+    p, q, w = probabilities(s, t, of_row, SAME_TEMPERATURE)
     loss, slope = DIVERGENCE(p, q, w, parameter, OF_ROWS)
     if ENTROPY:  # the teacher's entropy is this and log sum_teacher
         a, b, _max_student, _sum_student, max_teacher, _sum_teacher = of_row
