@@ -1,11 +1,10 @@
 // The weights of adaptive_kl_div on the CPU: of each row the share of sum |p - q| that lies outside of the teacher's
 // head; see math/head.h. Compiled once per instruction set.
 //
-// A row by itself: its maxima; e^(z - max) of both sides, in a workspace that stays in cache; and the bound of the head.
-// Two rounds of floating-point sums of the mass above a few logits guess where the bound lies. The whole masses then
-// say whether it lies there, and which logit it is: so that the guess costs time alone. Last the differences on either
-// side of the bound.
-// Traffic: student and teacher, once each.
+// A row by itself: its maxima; e^(z - max) of both sides, in a workspace that stays in cache; and the bound of the
+// head. Two rounds of floating-point sums of the mass above a few logits guess where the bound lies. The whole masses
+// then say whether it lies there, and which logit it is: so that the guess costs time alone. Last the differences on
+// either side of the bound. Traffic: student and teacher, once each.
 #include "cpu/head_kernel.h"
 
 #include "cpu/prefetch.h"
@@ -208,9 +207,8 @@ T bound_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row, doubl
            Prefetch& ahead) {
   const double mu = P.parameter[row];
   ladder = ladder.between(mu * sum);
-  walk_teacher(P, row, ahead, [&](int64_t first, const T* teacher, int64_t n) {
-    ladder.add(teacher, W.exp_teacher + first, n);
-  });
+  walk_teacher(P, row, ahead,
+               [&](int64_t first, const T* teacher, int64_t n) { ladder.add(teacher, W.exp_teacher + first, n); });
   ladder = ladder.between(mu * sum);
   const T below_best = next_below(T(max));
   const T high = ladder.at[0] < below_best ? ladder.at[0] : below_best;

@@ -1,7 +1,7 @@
 // The weights of adaptive_kl_div on the GPU: of each row the share of sum |p - q| that lies outside of the teacher's
 // head; see math/head.h. A team of threads has a row: a block; or, of rows that lie side by side, a lane of each warp
-// of a block. It reads the row for its maxima and sums, keeps as much of the teacher in shared memory as fits, and reads
-// the rest again, from the L2, for each step of the search; last both sides, for the differences.
+// of a block. It reads the row for its maxima and sums, keeps as much of the teacher in shared memory as fits, and
+// reads the rest again, from the L2, for each step of the search; last both sides, for the differences.
 #pragma once
 #include "cuda/rows_lanes.cuh"
 #include "math/head.h"
