@@ -167,7 +167,7 @@ def test_opcheck(name):
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "batchmean", "mean"])
-@pytest.mark.parametrize("name", cases.LOSSES)
+@pytest.mark.parametrize("name", [name for name in cases.LOSSES if name != "adaptive_kl_div"])  # whose g is a constant
 def test_gradcheck(backend, name, reduction):
     loss_function = cases.LOSSES[name]
     student, teacher = (
