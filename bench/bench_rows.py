@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd import _backend, functional
+from fastkd import _backend, _check, functional
 from fastkd._calls import RowsCall
-from fastkd._divergences import NON_TARGET, NUMBERS, REGISTRY, TARGET_LOSSES
-from fastkd.ops import rows
+from fastkd._divergences import BY_NAME, DERIVED, NON_TARGET, NUMBERS, REGISTRY, TARGET_LOSSES
+from fastkd.ops import head, rows
 from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
@@ -54,7 +54,7 @@ STANDARDIZED = "kl_div standardized"
 CASES = {  # loss, shape, dtype, mode
     "cpu": [
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
-        *itertools.product([*list(REGISTRY)[1:], *WITH_TARGETS], ["llama-2"], ["float32"], [STEP]),
+        *itertools.product([*list(BY_NAME)[1:], *WITH_TARGETS], ["llama-2"], ["float32"], [STEP]),
         *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
         *itertools.product([STANDARDIZED], ["imagenet-4096", "llama-2"], ["float32"], [STEP]),
@@ -104,6 +104,19 @@ def eager_symmetric(student, teacher):
     log_p, log_q = logarithms(student, teacher)
     both = ((log_p, log_q), (log_q, log_p))
     return sum(F.kl_div(a, b, reduction="batchmean", log_target=True) for a, b in both) / 2 * TEMPERATURE**2
+
+
+def eager_adaptive(student, teacher, mu=0.5):
+    log_p, log_q = logarithms(student, teacher)
+    with torch.no_grad():
+        difference, (q, order) = (log_p.exp() - log_q.exp()).abs(), log_q.exp().sort(-1, descending=True)
+        in_head = q.cumsum(-1) <= mu
+        in_head[:, 0] = True
+        head = torch.where(in_head, difference.gather(-1, order), 0.0).sum(-1) / difference.sum(-1)
+    forward, reverse = (
+        F.kl_div(a, b, reduction="none", log_target=True).sum(-1) for a, b in ((log_p, log_q), (log_q, log_p))
+    )
+    return (head * forward + (1 - head) * reverse).mean() * TEMPERATURE**2
 
 
 def eager_skew(student, teacher, own=1):
@@ -178,6 +191,7 @@ EAGER = {  # the last one is compiled
     "skew_reverse_kl_div": {"eager": eager_skew_reverse},
     "total_variation": {"eager": eager_total_variation},
     STANDARDIZED: {"eager": eager_standardized},
+    "adaptive_kl_div": {"eager": eager_adaptive},
 }
 
 
@@ -194,9 +208,10 @@ def own(name, backend, **options):
 
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
-    namespace, parted, of_standardized = _backend.namespace(backend), TARGET_LOSSES.get(name), name == STANDARDIZED
-    namespace = rows.standardized(namespace) if of_standardized else namespace
-    divergence = NON_TARGET.name if parted else "kl_div" if name == "kd_loss" or of_standardized else name
+    namespace, parted, derived = _backend.namespace(backend), TARGET_LOSSES.get(name), DERIVED.get(name)
+    namespace = rows.standardized(namespace) if name == STANDARDIZED else namespace
+    divergence = NON_TARGET.name if parted else derived.divergence if derived else name
+    divergence = divergence if divergence in NUMBERS else "kl_div"
     entry = parted or REGISTRY[divergence]
     parameter, second = (0.0 if of is None else of.default for of in (entry.parameter, entry.second))
 
@@ -206,10 +221,17 @@ def kernel_alone(name, backend):
             student, teacher, NUMBERS[divergence], parameter, None, TEMPERATURE, None, TEMPERATURE, None, True, None,
             None, scale, None,
         )  # fmt: skip
+        if derived:
+            options = _check.LogitsOptions(
+                TEMPERATURE, TEMPERATURE, True, None, None, "batchmean", None, False, derived.parameter.default
+            )
+            call = call._replace(parameter_rows=head.student_weight(namespace, student, teacher, options))
+        elif second:
+            call = call._replace(second_parameter=second)
         if name in WITH_TARGETS:
             call = call._replace(target=targets(*student.shape, student.device))
             if parted:
-                call = call._replace(target_loss=parted.number, second_parameter=second)
+                call = call._replace(target_loss=parted.number)
             else:
                 call = call._replace(target_numbers=as_tensor(0.5, 0.5, 0.0))
         return rows.forward(namespace, call, grad=student)

@@ -8,6 +8,7 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 from . import functional
 from ._backend import backend
 from .modules import (
+    AdaptiveKLDivLoss,
     AlphaBetaDivLoss,
     AttentionTransferLoss,
     BernoulliKLDivLoss,
@@ -37,6 +38,7 @@ from .modules import (
 )
 
 __all__ = [
+    "AdaptiveKLDivLoss",
     "AlphaBetaDivLoss",
     "AttentionTransferLoss",
     "BernoulliKLDivLoss",

@@ -58,6 +58,22 @@ class RowsBackward(NamedTuple):
     grad: Out  # [*, V], the student's dtype; may be the student itself
 
 
+class HeadWeight(NamedTuple):
+    """``head_weight``: of each row the student's weight that makes ``symmetric_kl_div`` the ``adaptive_kl_div``: the
+    share of sum |p - q| that does not lie in the teacher's head; 1/2 where p = q, and of rows that have no share."""
+
+    student: Tensor  # [*, V], any strides
+    teacher: Tensor  # [*, V], any strides
+    temperature: float  # as in RowsCall
+    temperature_rows: Tensor | None
+    teacher_temperature: float
+    teacher_temperature_rows: Tensor | None
+    mask: Tensor | None  # [N] bool, True: the row counts
+    mu: float  # what the classes of the head sum to, at most, where there is no mu_tensor
+    mu_tensor: Tensor | None  # [] float64
+    student_weight: Out  # [N] float64
+
+
 class InverseDivisor(NamedTuple):
     """``inverse_divisor``: 1 / divisor of a reduction that only the device knows; 0 where no row counts. The divisor is
     the normalizer, or else the number of rows that count times ``each``. One of mask and normalizer is given."""
@@ -95,6 +111,7 @@ OPS = {
     "inverse_divisor": (InverseDivisor,),
     "standardize_fwd": (Standardize,),
     "standardize_bwd": (StandardizeBackward,),
+    "head_weight": (HeadWeight,),
 }
 
 # By annotation: in a schema, and in C++.
@@ -195,6 +212,7 @@ ONCE = (
     # the rows schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
     schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
     schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),
+    schema("standardized_head_weight", OPS["head_weight"], "str rows"),
     # embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is
     # [B, N]; exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
     "relation_kl_fwd(Tensor student, Tensor teacher, Tensor? student_keys, Tensor? teacher_keys, bool exclude_self, "

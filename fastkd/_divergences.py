@@ -26,6 +26,7 @@ class Parameter(NamedTuple):
     low: float
     high: float
     ends: dict[float, str]  # what the divergence is, by convention, where the parameter is this number
+    per_row: bool = True  # else one for all rows
 
     @property
     def range(self) -> str:
@@ -105,6 +106,29 @@ TARGET_LOSSES = {
     "dkd_loss": TargetLoss(1, Parameter("beta", 8.0, 0.0, ENDLESS, {}), Parameter("alpha", 1.0, 0.0, ENDLESS, {})),
     "nkd_loss": TargetLoss(2, Parameter("gamma", 1.5, 0.0, ENDLESS, {})),
 }
+
+
+class Derived(NamedTuple):
+    """A divergence of the registry whose own parameter, one per row, is computed from the logits (fastkd/ops/head.py).
+    The user gives another one."""
+
+    name: str
+    divergence: str
+    parameter: Parameter
+    second: Parameter | None = None
+
+
+DERIVED = {
+    entry.name: entry
+    for entry in (
+        Derived(
+            "adaptive_kl_div",
+            "symmetric_kl_div",
+            Parameter("mu", 0.5, 0.0, 1.0, {1.0: "kl_div"}, per_row=False),
+        ),
+    )
+}
+BY_NAME: dict[str, Divergence | Derived] = {**REGISTRY, **DERIVED}  # what users know by name
 # Those of relation_kl, which has beta and no other parameter, and compares distributions.
 OF_RELATIONS = [
     name
@@ -119,7 +143,7 @@ NUMBERS = {entry.name: number for number, entry in enumerate(ENTRIES)}
 
 def parameters_of(name: str) -> list[Parameter]:
     """Of a divergence, or of a loss of a target."""
-    entry = TARGET_LOSSES.get(name) or REGISTRY[name]
+    entry = TARGET_LOSSES.get(name) or BY_NAME[name]
     return [parameter for parameter in (entry.parameter, entry.second) if parameter is not None]
 
 

@@ -18,6 +18,7 @@ SoftDivergence: TypeAlias = Literal[
     "negative_log_acceptance",
     "alpha_beta_div",
     "bernoulli_kl_div",
+    "adaptive_kl_div",
 ]
 # Of losses with a target: they have no "mean", which libraries read in three ways.
 TargetReduction: TypeAlias = Literal["none", "sum", "batchmean"]

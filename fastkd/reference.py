@@ -12,7 +12,7 @@ import torch
 
 from . import _transforms
 from ._check import LogitsOptions
-from ._divergences import REGISTRY
+from ._divergences import BY_NAME, DERIVED, REGISTRY
 from ._inplace import overwritten
 
 
@@ -151,11 +151,16 @@ def _skew_reverse_kl_div(log_p, log_q, alpha):
     return _between(log_p, log_q, alpha, _skewed(log_p, log_q, alpha), _reverse_kl_div)
 
 
-def _total_variation(log_p, log_q, _=None):
-    """1/2 sum |p - q| = 1/2 sum q |e^w - 1|"""
+def _difference(log_p, log_q):
+    """p - q = q (e^w - 1)"""
     p, q = log_p.exp(), log_q.exp()
     w = torch.where((p == 0) | (q == 0), torch.inf, log_p - log_q)
-    difference = torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
+    return torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
+
+
+def _total_variation(log_p, log_q, _=None):
+    """1/2 sum |p - q|"""
+    difference = _difference(log_p, log_q)
     # not abs(), whose gradient is 0 of NaN
     sign = torch.where(difference.isnan(), difference, difference.sign()).detach()
     return (difference * sign).sum(-1) / 2
@@ -220,6 +225,19 @@ def _alpha_beta_div(log_p, log_q, parameters):
 def _bernoulli_kl_div(a, b, _=None):
     """Of log odds: the sum over classes of KL(coin of b || coin of a)."""
     return _kl_div(_coin(a), _coin(b)).sum(-1)
+
+
+def _adaptive_kl_div(log_p, log_q, mu, teacher):
+    """The student's weight [*, 1] that makes it symmetric_kl_div: the share of sum |p - q| outside of the teacher's
+    head. Classes of equal logits are in it or are not together, so the mass that counts is that of the last of them."""
+    logits, order = teacher.sort(-1, descending=True)
+    mass = log_q.exp().gather(-1, order).cumsum(-1)
+    is_last = torch.cat([logits[..., 1:] != logits[..., :-1], torch.ones_like(logits[..., :1], dtype=torch.bool)], -1)
+    mass_of_equals = torch.where(is_last, mass, torch.inf).flip(-1).cummin(-1).values.flip(-1)
+    in_head = (mass_of_equals <= mu * mass[..., -1:]) | (logits == logits[..., :1])
+    difference = _difference(log_p, log_q).abs().gather(-1, order)
+    tail, total = (x.sum(-1, keepdim=True) for x in (torch.where(in_head, 0.0, difference), difference))
+    return torch.where((total > 0) & (total < torch.inf), tail / total, 0.5)  # a NaN shows in the divergence itself
 
 
 # Each takes log p and log q [*, V], or log odds, and its parameter, where it has one: a number, or a tensor [*, 1].
@@ -357,12 +375,15 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         # not rounded to what is computed in: of an x near 1, 1 - x keeps its digits
         return ordinary(x).to(torch.promote_types(x.dtype, dtype)).expand(student.shape[:-1])[..., None]
 
-    entry, parameter = REGISTRY[divergence], options.parameter
+    entry, parameter = BY_NAME[divergence], options.parameter
     if entry.parameter is not None:
         parameter = number(parameter)
     if entry.second is not None:
         parameter = parameter, number(options.second)
-    if entry.given == "LogOdds":
+    if divergence in DERIVED:
+        parameter = globals()[f"_{divergence}"](log_p.detach(), log_q, parameter, t)
+        divergence = DERIVED[divergence].divergence
+    if REGISTRY[divergence].given == "LogOdds":
         rows = DIVERGENCES[divergence](s / temperature, t / per_row(options.teacher_temperature))
     else:
         rows = _divergence(divergence, log_p, log_q, parameter)

@@ -21,6 +21,7 @@ LOSSES = {
     "total_variation": functional.total_variation,
     "negative_log_acceptance": functional.negative_log_acceptance,
     "alpha_beta_div": functional.alpha_beta_div,
+    "adaptive_kl_div": functional.adaptive_kl_div,
 }
 
 # One of each kind, as the kernels see divergences: one that asks for the teacher's entropy, one whose slopes do not add

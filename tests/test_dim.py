@@ -8,10 +8,10 @@ import torch
 
 import fastkd
 from fastkd import functional
-from fastkd._divergences import REGISTRY
+from fastkd._divergences import BY_NAME
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LOSSES = list(REGISTRY)
+LOSSES = list(BY_NAME)
 MAPS = (2, 19, 5, 13)  # 65 pixels: no whole number of vectors
 
 

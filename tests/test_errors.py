@@ -8,7 +8,7 @@ import torch
 import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import RowsCall
-from fastkd._divergences import REGISTRY
+from fastkd._divergences import BY_NAME
 from fastkd.ops import relations, rows
 from fastkd.ops.numbers import as_tensor
 
@@ -115,7 +115,8 @@ def test_error_names_the_argument(name, backend_name):
 @pytest.mark.parametrize(
     ("function", "module", "parameter"),
     [("js_div", "JSDivLoss", "beta"), ("symmetric_kl_div", "SymmetricKLDivLoss", "student_weight"),
-     ("skew_kl_div", "SkewKLDivLoss", "alpha"), ("skew_reverse_kl_div", "SkewReverseKLDivLoss", "alpha")],
+     ("skew_kl_div", "SkewKLDivLoss", "alpha"), ("skew_reverse_kl_div", "SkewReverseKLDivLoss", "alpha"),
+     ("adaptive_kl_div", "AdaptiveKLDivLoss", "mu")],
 )  # fmt: skip
 def test_a_parameter_out_of_its_range_is_refused(function, module, parameter, beta, error):
     for make in (functools.partial(getattr(functional, function), S, T), getattr(fastkd, module)):
@@ -141,7 +142,7 @@ def test_js_div_refuses_a_tensor_of_betas(loss, beta, error, match):
         loss(S, T, beta=beta)
 
 
-LOGIT_LOSSES = [getattr(functional, name) for name in REGISTRY]
+LOGIT_LOSSES = [getattr(functional, name) for name in BY_NAME]
 
 
 @pytest.mark.parametrize(("widths", "slice_"), [((10, 16), "teacher"), ((16, 10), "student")])

@@ -15,6 +15,7 @@ from fastkd import _divergences, _types, functional, modules
 FAMILIES = {
     "logits": "logits",
     "mixtures": "logits",
+    "adaptive": "logits",
     "targets": "logits",
     "features": "features",
     "relations": "relations",
@@ -28,6 +29,7 @@ MODULES = {  # by function
     "skew_kl_div": "SkewKLDivLoss",
     "skew_reverse_kl_div": "SkewReverseKLDivLoss",
     "total_variation": "TotalVariationLoss",
+    "adaptive_kl_div": "AdaptiveKLDivLoss",
     "kd_loss": "KDLoss",
     "dkd_loss": "DKDLoss",
     "nkd_loss": "NKDLoss",
@@ -52,11 +54,11 @@ losses = pytest.mark.parametrize(("function", "module"), MODULES.items(), ids=MO
 
 def test_every_divergence_has_its_name_among_the_types():
     assert typing.get_args(_types.Divergence) == tuple(_divergences.OF_RELATIONS)
-    assert typing.get_args(_types.SoftDivergence) == tuple(_divergences.REGISTRY)
+    assert typing.get_args(_types.SoftDivergence) == tuple(_divergences.BY_NAME)
 
 
 def test_every_parameter_of_a_divergence_is_one_of_kd_loss():
-    of_divergences = {entry.parameter.name for entry in _divergences.REGISTRY.values() if entry.parameter}
+    of_divergences = {entry.parameter.name for entry in _divergences.BY_NAME.values() if entry.parameter}
     assert of_divergences <= set(parameters(functional.kd_loss))
 
 

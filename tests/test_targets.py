@@ -15,7 +15,7 @@ from truth import truth, upstream_like
 
 import fastkd
 from fastkd import functional, reference
-from fastkd._divergences import REGISTRY
+from fastkd._divergences import BY_NAME, parameters_of
 from fastkd.functional import kd_loss
 
 WEIGHTS = {"hard_weight": 0.3, "soft_weight": 0.6}
@@ -58,11 +58,13 @@ def test_both_parts_match_float64(backend, name, case, dtype, smoothing):
         assert error(grad, grad_ref) <= tolerance + 2 * storage_error(grad, grad_ref)
 
 
-@pytest.mark.parametrize("name", REGISTRY)
+@pytest.mark.parametrize("name", BY_NAME)
 def test_any_divergence_may_be_the_soft_part(backend, name):
     student, teacher, target = torch.randn(6, 40), torch.randn(6, 40), torch.randint(40, (6,))
-    entry = REGISTRY[name].parameter
-    parameter = {} if entry is None else {entry.name: torch.linspace(entry.low, min(entry.high, 2.0), 6)}
+    parameter = {
+        entry.name: torch.linspace(entry.low, min(entry.high, 2.0), 6) if entry.per_row else 0.3
+        for entry in parameters_of(name)
+    }
     options = {"temperature": 2.0, "reduction": "none"}
     loss, grad = run(kd_loss, student, teacher, target=target, divergence=name, **WEIGHTS, **parameter, **options)
     soft, soft_grad = run(getattr(functional, name), student, teacher, **parameter, **options)

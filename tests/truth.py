@@ -110,6 +110,26 @@ def _coins(a, b):
     return terms.sum(-1), np.where(p < 0.5, p - q, q_not - 1 / (1 + np.exp(a))), p + q
 
 
+def _head(q, mu):
+    """The classes of a row that are at least as probable as the last of those that sum to at most mu; the best ones."""
+    values, which, count = np.unique(-q, return_inverse=True, return_counts=True)
+    mass = np.cumsum(-values * count)
+    return ((mass <= mu * mass[-1]) | (np.arange(len(values)) == 0))[which]
+
+
+def _adaptive(p, q, log_p, log_q, mu=0.5):
+    difference = np.abs(p - q)
+    head = np.array([_head(row, np.longdouble(mu)) for row in q]).reshape(q.shape)
+    total = difference.sum(-1, keepdims=True)
+    w = np.where(total > 0, np.where(head, 0, difference).sum(-1, keepdims=True) / np.where(total > 0, total, 1), 0.5)
+    (a, x), (b, y) = _forward(p, q, log_p, log_q), _reverse(p, q, log_p, log_q)
+
+    def weighted(forward, reverse):
+        return np.where(w == 1, 0, (1 - w) * forward) + np.where(w == 0, 0, w * reverse)
+
+    return weighted(a, b), weighted(x, y)
+
+
 # Each class's share of the divergence, and the derivative of the whole with respect to log p.
 DIVERGENCES = {
     "kl_div": _forward,
@@ -122,6 +142,7 @@ DIVERGENCES = {
     "total_variation": _total_variation,
     "negative_log_acceptance": _negative_log_acceptance,
     "alpha_beta_div": _alpha_beta,
+    "adaptive_kl_div": _adaptive,
 }
 
 
@@ -186,6 +207,8 @@ def _parted(name, logits, temperatures, target, first, second, t_squared):
     left = ~(nothing[0] | nothing[1])[:, None]
     size = (p + q) * np.reshape(first * squared / T, (-1, 1)) + np.abs(of_hard)
     return loss, np.where(left, of_soft + of_hard, 0), np.where(left, size, 0)
+
+
 def _standardized(x):
     """(x - mean) / (std + 1e-7) of each row, and what brings a gradient back through that; absolute: the size of its
     terms."""
@@ -233,14 +256,10 @@ def truth(
     if standardize:
         (x, back), (y, _) = _standardized(s), _standardized(t)
     with np.errstate(all="ignore"):
-        p, log_p = _softmax(s, np.reshape(T, (-1, 1)))
-        q, log_q = _softmax(t, np.reshape(teacher_T, (-1, 1)))
-        terms, slope = DIVERGENCES.get(name, _cross_entropy)(
-            p, q, log_p, log_q, **parameter if name in DIVERGENCES else {}
-        )
         p, log_p = _softmax(x, np.reshape(T, (-1, 1)))
         q, log_q = _softmax(y, np.reshape(teacher_T, (-1, 1)))
-        terms, slope = DIVERGENCES[name](p, q, log_p, log_q, **parameter)
+        of = parameter if name in DIVERGENCES else {}
+        terms, slope = DIVERGENCES.get(name, _cross_entropy)(p, q, log_p, log_q, **of)
         loss = terms.sum(-1)
         shift = p * slope.sum(-1, keepdims=True)
         grad = np.abs(slope) + np.abs(shift) if terms_of_gradient else slope - shift
@@ -250,21 +269,20 @@ def truth(
     grad = np.where((no_p | no_q | endless)[:, None], 0, grad)
     if name == "bernoulli_kl_div":
         with np.errstate(all="ignore"):
-            loss, grad, size = _coins(s / np.reshape(T, (-1, 1)), t / np.reshape(teacher_T, (-1, 1)))
+            loss, grad, size = _coins(x / np.reshape(T, (-1, 1)), y / np.reshape(teacher_T, (-1, 1)))
         grad = size if terms_of_gradient else grad
     scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
     loss = np.where(counts, loss * scale, 0)
     grad = grad * (scale / T)[:, None]
-    if name in ("dkd_loss", "nkd_loss"):
+    if name in PARTED:
         numbers = [rows(parameter.get(k, default)) for k, default in PARTED[name]]
         with np.errstate(all="ignore"):
             at = np.where(counts, target.reshape(-1).numpy(), 0)
-            loss, grad, size = _parted(name, (s, t), (T, teacher_T), at, *numbers, t_squared)
+            loss, grad, size = _parted(name, (x, y), (T, teacher_T), at, *numbers, t_squared)
         scale = counts * (np.longdouble(1) if weight is None else rows(weight))
         loss, grad = np.where(counts, loss * scale, 0), (size if terms_of_gradient else grad) * scale[:, None]
-    elif target is not None:
     grad = back(grad, terms_of_gradient) if standardize else grad
-    if target is not None:
+    if target is not None and name not in PARTED:
         hard, hard_grad = _hard(s, np.where(counts, target.reshape(-1).numpy(), 0), np.longdouble(label_smoothing))
         scale = counts * (1 if weight is None else rows(weight)) * np.longdouble(hard_weight)
         of_both = [(soft_weight, loss, 1), (hard_weight, hard, scale)]

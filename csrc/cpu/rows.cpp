@@ -2,7 +2,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <memory>
@@ -12,19 +11,12 @@
 #include "common/rows_op.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
+#include "cpu/rows_groups.h"
 #include "cpu/rows_kernel.h"
 #include "cpu/scratch.h"
 
 namespace fastkd {
 namespace {
-
-int64_t second_level_cache() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (size > 0) return size;
-#endif
-  return int64_t(1) << 20;
-}
 
 // Past this size a gradient is written past the caches, which it would only flush; unless it goes
 // where the logits were just read: their lines are in cache (86 % of the copy bandwidth, against 72 %).
@@ -52,61 +44,6 @@ const RowsLanes<T>& lanes(Divergence which) {
   return FASTKD_OF_ISA(rows_lanes<T>(which));
 }
 
-// Groups of rows that are computed together, each in a lane of its own.
-struct Groups {
-  int64_t inner = 1;  // rows in a run, with one step between neighbours in every tensor
-  int64_t rows = 0;   // of a group; 0: a row is computed by itself
-  int64_t in_run = 0, count = 0;
-
-  // rows begin .. end of a group
-  std::pair<int64_t, int64_t> of(int64_t group) const {
-    const int64_t run = group / in_run * inner, begin = group % in_run * rows;
-    return {run + begin, run + std::min(begin + rows, inner)};
-  }
-};
-
-// Rows of so few classes are computed faster together, wherever they lie.
-constexpr int64_t kFewClasses = 64;
-constexpr int64_t kFewRows = 8;  // that leave most lanes without a row
-
-template <class T>
-Groups groups_of(const RowsParams<T>& P) {
-  Groups groups;
-  const bool targets = P.hard.target != nullptr;
-  const RowsTensor* tensors[] = {&P.student, &P.teacher, &P.grad};
-  bool side_by_side = true;
-  groups.inner = P.N;
-  for (const RowsTensor* x : tensors) {
-    if (!x->data || x->dims == 0) continue;
-    groups.inner = std::min(groups.inner, x->size[x->dims - 1]);
-    side_by_side = side_by_side && x->stride[x->dims - 1] == 1 && x->stride_v != 1;
-  }
-  if (groups.inner < kFewRows || !(side_by_side || P.V <= kFewClasses)) return groups;
-  for (const RowsTensor* x : tensors) {
-    if (x->data && x->dims > 0 && x->size[x->dims - 1] % groups.inner != 0) return groups;
-  }
-  constexpr int64_t kLeast = 16;  // a vector of the widest
-  int64_t rows = kMostLanes;
-  while (rows > kLeast && RowsLanes<T>::bytes(P.V, rows, targets) > second_level_cache() / 2) rows /= 2;
-  if (RowsLanes<T>::bytes(P.V, rows, targets) > 2 * second_level_cache()) return groups;
-  groups.rows = rows;
-  groups.in_run = (groups.inner + rows - 1) / rows;
-  groups.count = P.N / groups.inner * groups.in_run;
-  return groups;
-}
-
-template <class T>
-bool one_parameter(const RowsParams<T>& P, int64_t begin, int64_t end) {
-  const auto same = [&](const Number<double>& x) {
-    for (int64_t row = begin; !x.one() && row < end; ++row) {
-      if (!(x[row] == x[begin])) return false;
-    }
-    return true;
-  };
-  return same(P.parameter) && same(P.second_parameter);
-}
-
-constexpr int64_t kGrain = 16384;  // classes that are worth a thread
 constexpr int64_t kBlockGrain = kGrain / kRowsBlock;
 
 // Rows are dealt to threads; few long rows are shared, block by block, by all of them.
@@ -114,15 +51,12 @@ bool share_rows(int64_t N, int64_t V) {
   const int64_t threads = torch::stable::get_num_threads();
   return threads > 1 && N < 2 * threads && rows_blocks(V) >= 2 * kBlockGrain;
 }
-int64_t row_grain(int64_t V) { return (kGrain + V - 1) / V; }
-
-int64_t group_grain(int64_t V, const Groups& groups) { return row_grain(V * groups.rows); }
 
 template <class T>
 void forward(const RowsParams<T>& P) {
   using torch::stable::parallel_for;
   const RowsKernel<T>& k = kernel<T>(P.divergence);
-  if (const Groups groups = groups_of(P); groups.rows > 0) {
+  if (const Groups groups = groups_of(P, P.hard.target != nullptr); groups.rows > 0) {
     const RowsLanes<T>& together = lanes<T>(P.divergence);
     const bool targets = P.hard.target != nullptr;
     const int64_t bytes =
@@ -131,7 +65,7 @@ void forward(const RowsParams<T>& P) {
       void* memory = scratch(bytes);
       for (int64_t group = first; group < last; ++group) {
         const auto [begin, end] = groups.of(group);
-        if (one_parameter(P, begin, end)) {
+        if (together.any_parameters || one_parameter(P, begin, end)) {
           together.forward(P, memory, begin, end);
         } else {
           k.forward(P, RowsWorkspace<T>(memory, P.V, targets), begin, end);
@@ -170,12 +104,13 @@ template <class T>
 void backward(const RowsParams<T>& P) {
   using torch::stable::parallel_for;
   const RowsKernel<T>& k = kernel<T>(P.divergence);
-  if (const Groups groups = groups_of(P); groups.rows > 0) {
+  if (const Groups groups = groups_of(P, P.hard.target != nullptr); groups.rows > 0) {
     const RowsLanes<T>& together = lanes<T>(P.divergence);
     parallel_for(0, groups.count, group_grain(P.V, groups), [&](int64_t first, int64_t last) {
       for (int64_t group = first; group < last; ++group) {
         const auto [begin, end] = groups.of(group);
-        one_parameter(P, begin, end) ? together.backward(P, begin, end) : k.backward(P, begin, end);
+        const bool all = together.any_parameters || one_parameter(P, begin, end);
+        all ? together.backward(P, begin, end) : k.backward(P, begin, end);
       }
     });
     return;

@@ -47,7 +47,8 @@ void first_pass_chunk(const T* s, const T* t, int64_t n, const Row<T>& r, RowsSt
 #pragma omp simd reduction(+ : sum_student, sum_teacher)
   for (int64_t i = 0; i < n; ++i) {
     exp_student[i] = kept_of<given<D>()>(s[i], max_student, k.scale_student, k.lowest_student, k.a, sum_student);
-    exp_teacher[i] = kept_of<given<D>()>(t[i], max_teacher, k.scale_teacher, k.lowest_teacher, k.a_teacher, sum_teacher);
+    exp_teacher[i] =
+        kept_of<given<D>()>(t[i], max_teacher, k.scale_teacher, k.lowest_teacher, k.a_teacher, sum_teacher);
     difference[i] = difference_of(s[i] - centre_student, t[i] - centre_teacher, k.a, k.b);
   }
   if (given<D>() == Given::kLogOdds) sum_student = sum_teacher = T(1);  // none is needed, and all is possible

@@ -55,7 +55,8 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
         sum_teacher += hard_chunk(t + i, m, sums.max_teacher, power, W.exp_teacher + at, W.exp_hard + at);
       }
       if (P.hard.target) {
-        sums.sum_hard += hard_chunk(s + i, m, sums.max_student, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at);
+        sums.sum_hard +=
+            hard_chunk(s + i, m, sums.max_student, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at);
       }
       if (P.hard.smoothing != 0) logits += logits_chunk(s + i, part(i, n, kChunk), sums.max_student);
       ahead.some();
@@ -147,7 +148,8 @@ void hard_grad(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, c
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       std::memset(grad, 0, sizeof(grad));
       const int64_t at = first + i;
-      add_hard(P, row, k, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at, at, part(i, padded(n), kChunk), grad);
+      add_hard(P, row, k, power_of_row<D>(r), W.exp_student + at, W.exp_hard + at, at, part(i, padded(n), kChunk),
+               grad);
       store_block(P.grad, P.grad.row(row), first + i, part(i, n, kChunk), grad, P.stream);
     }
   }
@@ -377,8 +379,8 @@ void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t e
 }
 
 template <class T, class D>
-const RowsKernel<T> kernel = {forward<T, D>,    backward<T, D>,    statistics_part<T, D>,
-                              combine<T>,       reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T, D>,
+const RowsKernel<T> kernel = {forward<T, D>,       backward<T, D>,    statistics_part<T, D>,
+                              combine<T>,          reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T, D>,
                               gradient_part<T, D>, finish<T, D>,      backward_part<T, D>};
 
 }  // namespace

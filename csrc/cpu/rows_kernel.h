@@ -57,19 +57,32 @@ struct RowsKernel {
 };
 
 // The same for many rows at once, each in a lane of its own: rows begin .. end, at most kMostLanes, with one step from
-// each to the next in every tensor, and one parameter.
+// each to the next in every tensor, and one parameter unless any will do.
 inline constexpr int64_t kMostLanes = 256;
 
 template <class T>
 struct RowsLanes {
   void (*forward)(const RowsParams<T>&, void* memory, int64_t begin, int64_t end);
   void (*backward)(const RowsParams<T>&, int64_t begin, int64_t end);
+  bool any_parameters;
 
   // of memory, for a group of so many rows
   static FASTKD_HD constexpr int64_t bytes(int64_t V, int64_t rows, bool targets) {
     return (targets ? 4 : 3) * V * rows * int64_t(sizeof(T));
   }
 };
+
+// Whether rows begin .. end have the same parameters.
+template <class T>
+FASTKD_HD bool one_parameter(const RowsParams<T>& P, int64_t begin, int64_t end) {
+  const auto same = [&](const Number<double>& x) {
+    for (int64_t row = begin; !x.one() && row < end; ++row) {
+      if (!(x[row] == x[begin])) return false;
+    }
+    return true;
+  };
+  return same(P.parameter) && same(P.second_parameter);
+}
 
 // One for each level of isa.h.
 namespace baseline {

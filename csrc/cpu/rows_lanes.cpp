@@ -6,7 +6,7 @@
 // cache; there its maxima are found, the exponentials and differences take the logits' place, and the rest is written
 // from them. No lane waits for another: a row's result does not depend on its neighbours', but for roundings of a hard
 // loss where their temperatures differ. Rows of a group that differ in the divergence's parameter are computed row by
-// row in its place. Traffic: student + teacher + gradient, once each.
+// row in its place, unless the divergence has a functor for that. Traffic: student + teacher + gradient, once each.
 #include "cpu/rows_lanes.h"
 
 #include "common/enum.h"
@@ -42,6 +42,57 @@ FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t 
   }
 }
 
+// The functor of each lane: one for all, or one each.
+template <class D>
+struct OneFunctor {
+  D of;
+  FASTKD_HD const D& operator[](int64_t) const { return of; }
+};
+template <class D>
+struct FunctorOfLane {
+  D of[kMostLanes];
+  FASTKD_HD const D& operator[](int64_t i) const { return of[i]; }
+};
+
+// The divergence of rows that differ in its parameter, ends and all, where there is one for that.
+template <class D>
+struct OfAnyParameter {};
+template <class T>
+struct OfAnyParameter<SymmetricKL<T>> {
+  struct type {
+    T student, rest;
+    FASTKD_HD type() {}
+    FASTKD_HD explicit type(double parameter) : student(T(parameter)), rest(T(1 - parameter)) {}
+
+    // what has no weight is left out, be it infinite
+    FASTKD_HD T sum(T forward, T reverse) const {
+      forward = rest == T(0) ? T(0) : rest * forward;
+      return forward + (student == T(0) ? T(0) : student * reverse);
+    }
+    FASTKD_HD T loss(Element<T> e) const { return sum(ForwardKL<T>().loss(e), ReverseKL<T>().loss(e)); }
+    FASTKD_HD T slope(Element<T> e) const { return sum(ForwardKL<T>().slope(e), ReverseKL<T>().slope(e)); }
+  };
+};
+template <class D>
+constexpr bool kAnyParameters = requires { typename OfAnyParameter<D>::type; };
+
+// f(functors) of the rows begin .. begin + n.
+template <class D, class T, class F>
+void with_functors(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, F&& f) {
+  if constexpr (kAnyParameters<D>) {
+    if (!one_parameter(P, begin, begin + n)) {
+      using Of = typename OfAnyParameter<D>::type;
+      FunctorOfLane<Of> functors;
+      for (int64_t i = 0; i < lanes; ++i) {
+        functors.of[i] = Of(P.parameter[begin + (i < n ? i : n - 1)]);
+      }
+      return f(functors);
+    }
+  }
+  with_functor<D>(P.parameter[begin], P.second_parameter[begin],
+                  [&](auto divergence) { f(OneFunctor<decltype(divergence)>{divergence}); });
+}
+
 struct LossSums {
   Lanes<double> loss, entropy, second;
 };
@@ -72,8 +123,8 @@ FASTKD_ONCE void exponentials(const FirstPass<T>& k, int64_t V, int64_t lanes, T
 }
 
 // Sums the loss; writes the gradient where the slopes add up to 0, else leaves them in the place of the difference.
-template <class T, class D>
-void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student,
+template <class T, class D, class Functors>
+void reduce(const Functors& functors, const SecondPass<T>& k, int64_t V, int64_t n, int64_t lanes, const T* student,
             const T* teacher, T* difference, Group& group, LossSums& sums, const GroupOf& of_grad, const Hard<T>* hard,
             const T* exp_hard) {
   Lanes<T> part_loss, part_slope, part_second, grad;
@@ -82,13 +133,13 @@ void reduce(D divergence, const SecondPass<T>& k, int64_t V, int64_t n, int64_t 
   for (int64_t v = 0; v < V; ++v, student += lanes, teacher += lanes, difference += lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
-      part_loss[i] += element_loss(divergence, student[i], teacher[i], difference[i], k.at(i));
-      const T slope = element_slope(divergence, student[i], teacher[i], difference[i], k.at(i));
+      part_loss[i] += element_loss(functors[i], student[i], teacher[i], difference[i], k.at(i));
+      const T slope = element_slope(functors[i], student[i], teacher[i], difference[i], k.at(i));
       if constexpr (D::kCentred) {
         grad[i] = k.gradient(i, slope);
       } else {
         part_slope[i] += slope;
-        part_second[i] += element_second(divergence, student[i], teacher[i], difference[i], k.at(i));
+        part_second[i] += element_second(functors[i], student[i], teacher[i], difference[i], k.at(i));
         difference[i] = slope;
       }
     }
@@ -156,8 +207,8 @@ void forward(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end) {
     second.keep(i, i < n && counts(P, begin + i) && !no_gradient(group.stats(i)) && !P.hard.without_soft());
   }
   const GroupOf of_grad(P.grad, begin);
-  with_functor<D>(P.parameter[begin], P.second_parameter[begin], [&](auto divergence) {
-    reduce(divergence, second, P.V, n, lanes, student, teacher, difference, group, sums, of_grad, hard, exp_hard);
+  with_functors<D>(P, begin, n, lanes, [&](const auto& functors) {
+    reduce<T, D>(functors, second, P.V, n, lanes, student, teacher, difference, group, sums, of_grad, hard, exp_hard);
   });
   for (int64_t i = 0; i < n; ++i) {
     const bool kept = counts(P, begin + i);
@@ -203,7 +254,7 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
     hard->set_targets(P, begin, n, lanes, kGiven == Given::kProbabilities);
     hard->set_scales(P, begin, n, lanes, group);
   }
-  with_functor<D>(P.parameter[begin], P.second_parameter[begin], [&](auto divergence) {
+  with_functors<D>(P, begin, n, lanes, [&](const auto& functors) {
     for (int64_t v = 0; v < P.V; ++v) {
       const T *s = of_student.load(v, n, student_buffer.of), *t = of_teacher.load(v, n, teacher_buffer.of);
       if constexpr (kWithoutTarget<D>) {
@@ -216,7 +267,7 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
         const T exp_student = first.template student<kGiven>(i, s[i], sum);
         const T exp_teacher = first.template teacher<kGiven>(i, t[i], sum);
         const T difference = first.difference(i, s[i], t[i]);
-        const T slope = element_slope(divergence, exp_student, exp_teacher, difference, second.at(i));
+        const T slope = element_slope(functors[i], exp_student, exp_teacher, difference, second.at(i));
         grad[i] = D::kCentred ? second.gradient(i, slope) : second.template gradient<kGiven>(i, slope, exp_student);
         exp_of_student[i] = exp_student;
       }
@@ -230,7 +281,7 @@ void backward(const RowsParams<T>& P, int64_t begin, int64_t end) {
 }
 
 template <class T, class D>
-const RowsLanes<T> lanes = {forward<T, D>, backward<T, D>};
+const RowsLanes<T> lanes = {forward<T, D>, backward<T, D>, kAnyParameters<D>};
 
 }  // namespace
 

@@ -330,9 +330,7 @@ struct LossSums {
   T second;  // of a divergence that has two sums
 
   static __device__ LossSums empty() { return {T(0), T(0), T(0)}; }
-  static __device__ LossSums combine(LossSums x) {
-    return {warp_sum(x.loss), warp_sum(x.slope), warp_sum(x.second)};
-  }
+  static __device__ LossSums combine(LossSums x) { return {warp_sum(x.loss), warp_sum(x.slope), warp_sum(x.second)}; }
   __device__ void add(const LossSums& x) {
     loss += x.loss;
     slope += x.slope;

@@ -30,8 +30,8 @@ template <class T, class D>
 __device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
   const int lane = threadIdx.x % 32;
   const Sums<T> mine = lane < parts.splits ? parts.sums[row * parts.splits + lane] : Sums<T>::empty();
-  return sums_of_softmax<D>(
-      SharedSums<T, D::kTeacherEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums, true);
+  return sums_of_softmax<D>(SharedSums<T, D::kTeacherEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums,
+                            true);
 }
 
 template <bool kParted, class T>

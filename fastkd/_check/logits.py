@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .._divergences import REGISTRY, parameters_of
+from .._divergences import BY_NAME, parameters_of
 from .._inplace import was_overwritten
 from .arguments import (
     at_least_zero,
@@ -199,13 +199,14 @@ def parameter(entry, value, student=None):
     """A divergence's own number, within the range of its entry in _divergences; or, where there is a student, a tensor
     of them, broadcastable to the leading dimensions."""
     name = entry.name
-    if student is not None and isinstance(value, torch.Tensor):
+    tensors = student is not None and entry.per_row
+    if tensors and isinstance(value, torch.Tensor):
         rows_of_numbers(name, value, student)
         if values_known(value) and not bool(((value >= entry.low) & (value <= entry.high)).all()):
             raise ValueError(f"{name}: values {entry.range} wanted")
         return
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: a number{' or a tensor' * (student is not None)} wanted, got {type(value).__name__}")
+        raise TypeError(f"{name}: a number{' or a tensor' * tensors} wanted, got {type(value).__name__}")
     if student is not None and torch.compiler.is_compiling():
         return  # the number may be a symbol; the op checks it when it runs
     if not entry.low <= value <= entry.high:  # false for NaN
@@ -215,8 +216,8 @@ def parameter(entry, value, student=None):
 def soft_divergence(name, parameters):
     """The two parameters of the divergence that a loss with a target names, None where it has less: of those that
     there are, by name, only its own may be given."""
-    if not isinstance(name, str) or name not in REGISTRY:
-        raise ValueError(f"divergence: one of {', '.join(REGISTRY)} wanted, got {name!r}")
+    if not isinstance(name, str) or name not in BY_NAME:
+        raise ValueError(f"divergence: one of {', '.join(BY_NAME)} wanted, got {name!r}")
     own = {entry.name: entry.default for entry in parameters_of(name)}
     for other, value in parameters.items():
         if value is not None and other not in own:

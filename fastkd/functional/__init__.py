@@ -1,5 +1,6 @@
 """The losses as functions. The student comes first, the teacher second, and options are keywords."""
 
+from .adaptive import adaptive_kl_div
 from .beyond_kl import alpha_beta_div, bernoulli_kl_div, negative_log_acceptance
 from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
@@ -17,6 +18,7 @@ from .relations import (
 from .targets import dkd_loss, kd_loss, nkd_loss
 
 __all__ = [
+    "adaptive_kl_div",
     "alpha_beta_div",
     "attention_transfer",
     "bernoulli_kl_div",

@@ -75,7 +75,7 @@ def _of_parameter(divergence, value):
     """
     if isinstance(value, Tensor) or torch.compiler.is_compiling():
         return divergence, value
-    ends = _divergences.REGISTRY[divergence].parameter.ends
+    ends = _divergences.BY_NAME[divergence].parameter.ends
     return (ends[value], 0.0) if value in ends else (divergence, float(value))
 
 
@@ -115,9 +115,13 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     backend = _backend.select(student.device)
     if backend == "torch":
         return reference.logits_loss(divergence, student, teacher, options)
-    from ..ops import rows
+    from ..ops import head, rows
 
-    return rows.logits_loss(_backend.namespace(backend), divergence, student, teacher, options)
+    namespace = _backend.namespace(backend)
+    if divergence in _divergences.DERIVED:
+        options = options._replace(parameter=head.student_weight(namespace, student, teacher, options))
+        divergence = _divergences.DERIVED[divergence].divergence
+    return rows.logits_loss(namespace, divergence, student, teacher, options)
 
 
 def kl_div(

@@ -30,6 +30,7 @@ def kd_loss(
     beta: Tensor | float | None = None,
     student_weight: Tensor | float | None = None,
     alpha: Tensor | float | None = None,
+    mu: float | None = None,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
     t_squared: bool = True,
@@ -63,11 +64,12 @@ def kd_loss(
         soft_weight: what the divergence is multiplied by, at least 0. Default 0.5.
         divergence: ``"kl_div"``, the default, ``"soft_cross_entropy"``, ``"reverse_kl_div"``, ``"js_div"``,
             ``"symmetric_kl_div"``, ``"skew_kl_div"``, ``"skew_reverse_kl_div"``, ``"total_variation"``,
-            ``"negative_log_acceptance"``, ``"alpha_beta_div"`` or ``"bernoulli_kl_div"``.
+            ``"negative_log_acceptance"``, ``"alpha_beta_div"``, ``"bernoulli_kl_div"`` or ``"adaptive_kl_div"``.
         beta: of ``js_div`` and ``alpha_beta_div``, and of no other; see there. Default: that function's.
         student_weight: of ``symmetric_kl_div``, and of no other; see there. Default: that function's.
         alpha: of ``skew_kl_div``, ``skew_reverse_kl_div`` and ``alpha_beta_div``, and of no other; see there. Default:
             that function's.
+        mu: of ``adaptive_kl_div``, and of no other; see there. Default: that function's.
         temperature: T of the soft loss, a positive number, or a tensor that broadcasts to ``[*]``, one per row.
             Default 1.
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
@@ -112,7 +114,7 @@ def kd_loss(
     """
     if teacher_temperature is None:
         teacher_temperature = temperature
-    parameters = {"beta": beta, "student_weight": student_weight, "alpha": alpha}
+    parameters = {"beta": beta, "student_weight": student_weight, "alpha": alpha, "mu": mu}
     parameter, second = _check.soft_divergence(divergence, parameters)
     target = _check.as_classes(target)
     options = _check.LogitsOptions(

@@ -1,5 +1,6 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
+from .adaptive import AdaptiveKLDivLoss
 from .beyond_kl import AlphaBetaDivLoss, BernoulliKLDivLoss, NegativeLogAcceptanceLoss
 from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
@@ -17,6 +18,7 @@ from .relations import (
 from .targets import DKDLoss, KDLoss, NKDLoss
 
 __all__ = [
+    "AdaptiveKLDivLoss",
     "AlphaBetaDivLoss",
     "AttentionTransferLoss",
     "BernoulliKLDivLoss",

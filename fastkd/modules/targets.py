@@ -19,11 +19,12 @@ class KDLoss(_Loss):
         soft_weight: what the divergence is multiplied by, at least 0. Default 0.5.
         divergence: ``"kl_div"``, the default, ``"soft_cross_entropy"``, ``"reverse_kl_div"``, ``"js_div"``,
             ``"symmetric_kl_div"``, ``"skew_kl_div"``, ``"skew_reverse_kl_div"``, ``"total_variation"``,
-            ``"negative_log_acceptance"``, ``"alpha_beta_div"`` or ``"bernoulli_kl_div"``.
+            ``"negative_log_acceptance"``, ``"alpha_beta_div"``, ``"bernoulli_kl_div"`` or ``"adaptive_kl_div"``.
         beta: of ``js_div`` and ``alpha_beta_div``, and of no other. Default: that function's.
         student_weight: of ``symmetric_kl_div``, and of no other, from 0 to 1. Default: that function's.
         alpha: of ``skew_kl_div``, ``skew_reverse_kl_div`` and ``alpha_beta_div``, and of no other. Default: that
             function's.
+        mu: of ``adaptive_kl_div``, and of no other, from 0 to 1. Default: that function's.
         temperature: T of the soft loss, a positive number. Default 1.
         teacher_temperature: the teacher's own temperature, a positive number. Default: ``temperature``.
         t_squared: whether the soft loss is multiplied by T**2. Default True.
@@ -57,6 +58,7 @@ class KDLoss(_Loss):
         "beta",
         "student_weight",
         "alpha",
+        "mu",
         "temperature",
         "teacher_temperature",
         "t_squared",
@@ -77,6 +79,7 @@ class KDLoss(_Loss):
         beta: float | None = None,
         student_weight: float | None = None,
         alpha: float | None = None,
+        mu: float | None = None,
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
         t_squared: bool = True,
@@ -88,7 +91,7 @@ class KDLoss(_Loss):
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        parameters = {"beta": beta, "student_weight": student_weight, "alpha": alpha}
+        parameters = {"beta": beta, "student_weight": student_weight, "alpha": alpha, "mu": mu}
         found = _check.soft_divergence(divergence, parameters)
         for entry, value in zip(_divergences.parameters_of(divergence), found, strict=False):
             _check.parameter(entry, value)
@@ -102,6 +105,7 @@ class KDLoss(_Loss):
         self.beta = beta
         self.student_weight = student_weight
         self.alpha = alpha
+        self.mu = mu
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -146,6 +150,7 @@ class KDLoss(_Loss):
             beta=self.beta,
             student_weight=self.student_weight,
             alpha=self.alpha,
+            mu=self.mu,
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             t_squared=self.t_squared,

@@ -113,18 +113,11 @@ def logits_loss(
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     if options.standardize:
         namespace = standardized(namespace)
-    temperatures = [options.temperature, options.teacher_temperature]
     parameters = [options.parameter, options.second]
     if torch.compiler.is_compiling():
-        temperatures = [positive(changeable(x, student, dtype)) for x in temperatures]
         for i, _ in enumerate(parameters_of(options.target_loss or divergence)):
             parameters[i] = changeable(parameters[i], student, torch.float64)
     parameter, parameter_rows = number_or_rows(parameters[0], leading, torch.float64)
-    temperature, temperature_rows = number_or_rows(temperatures[0], leading, dtype)
-    teacher_temperature, teacher_temperature_rows = temperature, temperature_rows
-    # under torch.compile an autograd.Function takes no tensor twice
-    if options.teacher_temperature is not options.temperature or torch.compiler.is_compiling():
-        teacher_temperature, teacher_temperature_rows = number_or_rows(temperatures[1], leading, dtype)
     mask = None if options.mask is None else options.mask.reshape(-1).contiguous()
     scale, scale_tensor = inverse_divisor(
         OPS[namespace], student, options.reduction, mask, options.normalizer, dtype
@@ -135,10 +128,7 @@ def logits_loss(
         NUMBERS[divergence],
         parameter,
         parameter_rows,
-        temperature,
-        temperature_rows,
-        teacher_temperature,
-        teacher_temperature_rows,
+        *temperatures(student, dtype, options),
         options.t_squared,
         mask,
         None if options.weight is None else options.weight.to(dtype).reshape(-1).contiguous(),
@@ -153,6 +143,20 @@ def logits_loss(
     if student.requires_grad and torch.is_grad_enabled():
         return _Rows.apply(namespace, options.inplace, per_row, *call)
     return forward(namespace, call, per_row)
+
+
+def temperatures(
+    student: torch.Tensor, dtype: torch.dtype, options: LogitsOptions
+) -> tuple[float, torch.Tensor | None, float, torch.Tensor | None]:
+    """Both temperatures, each as an op takes it."""
+    both, leading = [options.temperature, options.teacher_temperature], student.shape[:-1]
+    if torch.compiler.is_compiling():
+        both = [positive(changeable(x, student, dtype)) for x in both]
+    of_student = number_or_rows(both[0], leading, dtype)
+    # under torch.compile an autograd.Function takes no tensor twice
+    if options.teacher_temperature is options.temperature and not torch.compiler.is_compiling():
+        return *of_student, *of_student
+    return *of_student, *number_or_rows(both[1], leading, dtype)
 
 
 def _target(options):

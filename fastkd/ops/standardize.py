@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .._calls import RowsBackward, RowsCall, RowsForward, Standardize, StandardizeBackward
+from .._calls import HeadWeight, RowsBackward, RowsCall, RowsForward, Standardize, StandardizeBackward
 from ..reference import compute_dtype
-from . import rows
+from . import head, rows
 
 # Elements of a slab. On a GPU launches cost as much as many elements do.
 SLAB = {"cpu": 2**20, "cuda": 2**23}
@@ -63,6 +63,9 @@ def use_namespace(namespace: str) -> None:
         fwd=functools.partial(torch.ops.fastkd.standardized_rows_fwd.default, namespace),
         bwd=functools.partial(torch.ops.fastkd.standardized_rows_bwd.default, namespace),
     )
+    head.OPS[rows.standardized(namespace)] = functools.partial(
+        torch.ops.fastkd.standardized_head_weight.default, namespace
+    )
 
 
 class _Slab(NamedTuple):
@@ -98,6 +101,11 @@ def slabs(leading: torch.Size, most: int) -> Iterator[_Slab]:
             last = row + (end - begin) * rows_of_one
             yield _Slab((*at, slice(begin, end)), row, last)
             row = last
+
+
+def rows_of_slab(student: torch.Tensor) -> int:
+    """At most."""
+    return max(SLAB.get(student.device.type, SLAB["cpu"]) // student.shape[-1], 1)
 
 
 class _Room:
@@ -146,10 +154,10 @@ def _parts(call):
 @torch.no_grad()
 def _run(namespace, call, loss, grad):
     """Loss, [*] or [], and gradient where it is wanted."""
-    student, leading, V = call.student, call.student.shape[:-1], call.student.shape[-1]
+    student, leading = call.student, call.student.shape[:-1]
     dtype, per_row = compute_dtype(student, call.teacher), loss.dim() > 0
     soft, hard = _parts(call)
-    found = list(slabs(leading, max(SLAB.get(student.device.type, SLAB["cpu"]) // V, 1)))
+    found = list(slabs(leading, rows_of_slab(student)))
     room = _Room(dtype)
     losses = loss.view(-1) if per_row else student.new_empty((2 if hard else 1, len(found)), dtype=dtype)
     of_hard = torch.empty_like(losses) if per_row and hard else None
@@ -184,7 +192,30 @@ def _standardized_rows_bwd(namespace, *arguments):
     _run(namespace, call._replace(weight=weight.contiguous()), weight.new_empty(N), rest.grad)
 
 
-for _name, _implementation in (("fwd", _standardized_rows_fwd), ("bwd", _standardized_rows_bwd)):
-    _library.fastkd.impl(f"standardized_rows_{_name}", _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastkd::standardized_rows_{_name}", _fake)
+@torch.no_grad()
+def _standardized_head_weight(namespace, *arguments):
+    """``head_weight`` of the standardized logits."""
+    call = HeadWeight(*arguments)
+    student, leading = call.student, call.student.shape[:-1]
+    room, standardize = _Room(compute_dtype(student, call.teacher)), OPS[namespace].fwd
+    for slab in slabs(leading, rows_of_slab(student)):
+        of_rows = ("temperature_rows", "teacher_temperature_rows", "mask")
+        part = call._replace(
+            student=student[slab.index], teacher=call.teacher[slab.index],
+            student_weight=slab.of_rows(call.student_weight.view(-1)),
+            **{name: slab.of_rows(getattr(call, name)) for name in of_rows},
+        )  # fmt: skip
+        s, t = room.of("student", part.student), room.of("teacher", part.teacher)
+        standardize(*Standardize(part.student, part.mask, s, None))
+        standardize(*Standardize(part.teacher, part.mask, t, None))
+        head.OPS[namespace](*part._replace(student=s, teacher=t))
+
+
+for _name, _implementation in (
+    ("rows_fwd", _standardized_rows_fwd),
+    ("rows_bwd", _standardized_rows_bwd),
+    ("head_weight", _standardized_head_weight),
+):
+    _library.fastkd.impl(f"standardized_{_name}", _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastkd::standardized_{_name}", _fake)
 use_namespace("fastkd")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
+from .._calls import HeadWeight, InverseDivisor, RowsBackward, RowsCall, RowsForward
 from .._divergences import ENTRIES
 from ..reference import compute_dtype
 from .divergences import FUNCTIONS
@@ -118,13 +118,13 @@ def side_by_side(N: int, layouts: Sequence[Layout]) -> int | None:
     return run if not runs and run >= FEW_NEIGHBOURS // 2 else None
 
 
-def _same_temperature(call):
+def same_temperature(call: RowsCall | HeadWeight) -> bool:
     if call.temperature_rows is None and call.teacher_temperature_rows is None:
         return call.temperature == call.teacher_temperature
     return call.temperature_rows is call.teacher_temperature_rows
 
 
-def _sizes(call):
+def sizes(call: RowsCall | HeadWeight) -> tuple[int, int, int]:
     """N, V and the bytes of the wider of both sides' elements."""
     V = call.student.shape[-1]
     return call.student.numel() // V, V, max(call.student.element_size(), call.teacher.element_size())
@@ -135,22 +135,23 @@ def _layouts(call, grad):
     return layout_of(call.student), layout_of(call.teacher), NO_LAYOUT if grad is None else layout_of(grad)
 
 
-def _number(rows, number):
-    return rows, int(rows is not None and rows.dim() > 0), number
+def number(rows: torch.Tensor | None, of_all: float) -> tuple[torch.Tensor | None, int, float]:
+    """As a kernel takes it: what lies in memory, the step there from row to row, and the number where nothing does."""
+    return rows, int(rows is not None and rows.dim() > 0), of_all
 
 
 def _arguments(call, layouts):
     """Those that both kernels begin with."""
     return (
         *(value for layout in layouts for value in layout),
-        *_number(call.temperature_rows, call.temperature),
-        *_number(call.teacher_temperature_rows, call.teacher_temperature),
+        *number(call.temperature_rows, call.temperature),
+        *number(call.teacher_temperature_rows, call.teacher_temperature),
         call.mask,
         call.weight,
         call.scale_tensor,
         call.scale,
-        *_number(call.parameter_rows, call.parameter),
-        *_number(call.second_parameter_rows, call.second_parameter),
+        *number(call.parameter_rows, call.parameter),
+        *number(call.second_parameter_rows, call.second_parameter),
         call.target,
         *((0.0, 1.0, 0.0) if call.target_numbers is None else call.target_numbers.tolist()),
     )
@@ -166,13 +167,14 @@ def _hard(call):
     return 0 if call.target is None else 1 + call.target_loss
 
 
-def _programs(N, run, rows):
+def programs(N: int, run: int | None, rows: int) -> int:
+    """Of so many rows each, which take no more than one run."""
     return triton.cdiv(N, rows) if run is None else N // run * triton.cdiv(run, rows)
 
 
 def rows_fwd(*arguments: Any) -> None:
     call, out = RowsCall(*arguments[: len(RowsCall._fields)]), RowsForward(*arguments[len(RowsCall._fields) :])
-    N, V, element_size = _sizes(call)
+    N, V, element_size = sizes(call)
     dtype, per_row = compute_dtype(call.student, call.teacher), out.loss.dim() > 0
     entry = ENTRIES[call.divergence]
     if N == 0:
@@ -184,35 +186,35 @@ def rows_fwd(*arguments: Any) -> None:
     limits = limited(dtype)
     if limits and entry.parameter is not None:  # js_div holds more of each class: half as many in a thread fit
         warps = min(16, 2 * warps)
-    programs = _programs(N, run, rows)
-    parts = out.loss if per_row else out.loss.new_empty(programs)
+    count = programs(N, run, rows)
+    parts = out.loss if per_row else out.loss.new_empty(count)
     with torch.cuda.device_of(call.student):
-        rows_fwd_kernel[(programs,)](
+        rows_fwd_kernel[(count,)](
             *_arguments(call, layouts), parts, out.stats, N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred,
             ENTROPY=entry.teacher_entropy and _hard(call) != 2, GIVEN=_given(entry), HARD=_hard(call),
-            SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
+            SAME_TEMPERATURE=same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
             ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limits,
         )  # fmt: skip
         if not per_row:
             sum_kernel[(1,)](
-                parts, call.scale_tensor, call.scale, out.loss, programs, BLOCK=SUM_BLOCK, num_warps=8
+                parts, call.scale_tensor, call.scale, out.loss, count, BLOCK=SUM_BLOCK, num_warps=8
             )  # fmt: skip
 
 
 def rows_bwd(*arguments: Any) -> None:
     call, rest = RowsCall(*arguments[: len(RowsCall._fields)]), RowsBackward(*arguments[len(RowsCall._fields) :])
-    N, V, element_size = _sizes(call)
+    N, V, element_size = sizes(call)
     if N == 0:
         return
     layouts = _layouts(call, rest.grad)
     run = side_by_side(N, layouts)
     rows, block, warps = backward_configuration(V, element_size, run)
     with torch.cuda.device_of(call.student):
-        rows_bwd_kernel[(_programs(N, run, rows), triton.cdiv(V, block))](
+        rows_bwd_kernel[(programs(N, run, rows), triton.cdiv(V, block))](
             *_arguments(call, layouts), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], GIVEN=_given(ENTRIES[call.divergence]),
-            SAME_TEMPERATURE=_same_temperature(call), T_SQUARED=call.t_squared, HARD=_hard(call),
+            SAME_TEMPERATURE=same_temperature(call), T_SQUARED=call.t_squared, HARD=_hard(call),
             ROWS=rows, BLOCK=block, num_warps=warps,
             **limited(compute_dtype(call.student, call.teacher)),
         )  # fmt: skip

@@ -127,7 +127,7 @@ def temperatures(
 
 
 @triton.jit
-def _load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
+def load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
     pointers = rows[:, None] + (columns.to(tl.int64) * step)[None, :]
     mask = read[:, None] & (columns < V)[None, :]
     return tl.load(pointers, mask=mask, other=-INF, eviction_policy=EVICT).to(dtype)
@@ -137,8 +137,8 @@ def _load_side(rows, step, read, V, columns, dtype: tl.constexpr, EVICT: tl.cons
 def load(inputs, columns, dtype: tl.constexpr, EVICT: tl.constexpr):
     """[ROWS, BLOCK] logits of student and teacher; -inf where there are none."""
     student, student_step, teacher, teacher_step, read, V = inputs
-    s = _load_side(student, student_step, read, V, columns, dtype, EVICT)
-    t = _load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
+    s = load_side(student, student_step, read, V, columns, dtype, EVICT)
+    t = load_side(teacher, teacher_step, read, V, columns, dtype, EVICT)
     return s, t
 
 
@@ -207,7 +207,7 @@ def _log_of(z, maximum, total, inv_temperature):
 
 
 @triton.jit
-def _probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr, LOGS: tl.constexpr):
+def probabilities(s, t, of_row, SAME_TEMPERATURE: tl.constexpr, LOGS: tl.constexpr):
     """p, q and w of a tile, or the logarithms of p and q. A class that is not there has p = q = 0."""
     a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
     if LOGS:
@@ -239,7 +239,7 @@ def visit(
     if GIVEN == 2:
         p, q, w = _log_odds_of(s, t, of_row, SAME_TEMPERATURE)
     else:
-        p, q, w = _probabilities(s, t, of_row, SAME_TEMPERATURE, GIVEN == 1)
+        p, q, w = probabilities(s, t, of_row, SAME_TEMPERATURE, GIVEN == 1)
     loss, slope = DIVERGENCE(p, q, w, parameter, OF_ROWS)
     second = tl.minimum(p, q)
     if GIVEN == 1:

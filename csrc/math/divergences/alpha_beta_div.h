@@ -55,7 +55,12 @@ struct AlphaBeta {
     bool none;     // p = q = 0
     FASTKD_HD Powers(const AlphaBeta& of, Element<T> e) {
       const T least = T(-1e30);  // 0 times it is 0
-      const T log_p = e.p > least ? e.p : e.p <= least ? least : e.p, log_q = e.q > least ? e.q : e.q <= least ? least : e.q;
+      const T log_p = e.p > least    ? e.p
+                      : e.p <= least ? least
+                                     : e.p,
+              log_q = e.q > least    ? e.q
+                      : e.q <= least ? least
+                                     : e.q;
       none = log_p == least && log_q == least;
       p = power(of.s * log_p);
       q = power(of.s * log_q);
