@@ -102,6 +102,7 @@ def _alpha_beta(p, q, log_p, log_q, alpha=0.2, beta=0.7):
     return np.where(none, 0, terms), np.where(none, 0, slope)
 
 
+@np.errstate(all="ignore")
 def _coins(a, b):
     """KL(q || p) of coins with log odds b and a, summed over classes, and the gradient by a."""
     p, q, q_not = 1 / (1 + np.exp(-a)), 1 / (1 + np.exp(-b)), 1 / (1 + np.exp(b))
@@ -164,6 +165,7 @@ def _hard(logits, target, smoothing):
 PARTED = {"dkd_loss": (("beta", 8.0), ("alpha", 1.0)), "nkd_loss": (("gamma", 1.5), ("-", 1.0))}
 
 
+@np.errstate(all="ignore")
 def _parted(name, logits, temperatures, target, first, second, t_squared):
     """dkd_loss and nkd_loss, and the gradient; and the size of the terms whose sum that is."""
     rows, T = np.arange(len(target)), temperatures[0]
@@ -268,19 +270,17 @@ def truth(
     endless = slope.sum(-1) == np.inf  # no finite gradient: 0 stands for it
     grad = np.where((no_p | no_q | endless)[:, None], 0, grad)
     if name == "bernoulli_kl_div":
-        with np.errstate(all="ignore"):
-            loss, grad, size = _coins(x / np.reshape(T, (-1, 1)), y / np.reshape(teacher_T, (-1, 1)))
-        grad = size if terms_of_gradient else grad
+        loss, *grad = _coins(x / np.reshape(T, (-1, 1)), y / np.reshape(teacher_T, (-1, 1)))
+        grad = grad[terms_of_gradient]
     scale = counts * (T**2 if t_squared else 1) * (1 if weight is None else rows(weight))
     loss = np.where(counts, loss * scale, 0)
     grad = grad * (scale / T)[:, None]
     if name in PARTED:
         numbers = [rows(parameter.get(k, default)) for k, default in PARTED[name]]
-        with np.errstate(all="ignore"):
-            at = np.where(counts, target.reshape(-1).numpy(), 0)
-            loss, grad, size = _parted(name, (x, y), (T, teacher_T), at, *numbers, t_squared)
+        at = np.where(counts, target.reshape(-1).numpy(), 0)
+        loss, *grad = _parted(name, (x, y), (T, teacher_T), at, *numbers, t_squared)
         scale = counts * (np.longdouble(1) if weight is None else rows(weight))
-        loss, grad = np.where(counts, loss * scale, 0), (size if terms_of_gradient else grad) * scale[:, None]
+        loss, grad = np.where(counts, loss * scale, 0), grad[terms_of_gradient] * scale[:, None]
     grad = back(grad, terms_of_gradient) if standardize else grad
     if target is not None and name not in PARTED:
         hard, hard_grad = _hard(s, np.where(counts, target.reshape(-1).numpy(), 0), np.longdouble(label_smoothing))

@@ -211,7 +211,8 @@ def acceptance_of_row(variation, acceptance):
     """What the sums of a row's classes come to, and what its slopes are multiplied by."""
     none = acceptance == 0.0
     safe = tl.where(none, 1.0, acceptance)
-    loss = tl.where(variation < 0.5, -log1p(-variation), -log1p(safe - 1.0))
+    log_accepted, _r, _tail = log_ratio(safe, tl.full(safe.shape, 1.0, safe.dtype), safe - 1.0, False)
+    loss = tl.where(variation < 0.5, -log1p(-variation), -log_accepted)
     return tl.where(none, float("inf"), loss), tl.where(none, 0.0, 1.0 / safe)
 
 

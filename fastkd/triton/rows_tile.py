@@ -244,6 +244,8 @@ def visit(
     second = tl.minimum(p, q)
     if GIVEN == 1:
         p = tl.exp(p)
+    if GIVEN == 2:  # a gradient without a softmax has no use for it
+        p = tl.zeros_like(p)
     if ENTROPY:  # the teacher's entropy is this and log sum_teacher
         a, b, _max_student, _sum_student, max_teacher, _sum_teacher = of_row
         loss += tl.where(q == 0.0, 0.0, q * ((max_teacher[:, None] - t) * (a - b)[:, None]))
