@@ -30,6 +30,7 @@ MODULES = {  # by function
     "total_variation": "TotalVariationLoss",
     "kd_loss": "KDLoss",
     "feature_mse": "FeatureMSELoss",
+    "feature_smooth_l1": "FeatureSmoothL1Loss",
     "feature_cosine": "FeatureCosineLoss",
     "attention_transfer": "AttentionTransferLoss",
     "linear_feature_mse": "LinearFeatureMSELoss",

@@ -1,6 +1,6 @@
 """The losses as functions. The student comes first, the teacher second, and options are keywords."""
 
-from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
+from .features import attention_transfer, feature_cosine, feature_mse, feature_smooth_l1, linear_feature_mse
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
 from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
 from .relations import (
@@ -19,6 +19,7 @@ __all__ = [
     "attention_transfer",
     "feature_cosine",
     "feature_mse",
+    "feature_smooth_l1",
     "gram_mse",
     "js_div",
     "kd_loss",

@@ -1,6 +1,12 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
-from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
+from .features import (
+    AttentionTransferLoss,
+    FeatureCosineLoss,
+    FeatureMSELoss,
+    FeatureSmoothL1Loss,
+    LinearFeatureMSELoss,
+)
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
 from .relations import (
@@ -19,6 +25,7 @@ __all__ = [
     "AttentionTransferLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
+    "FeatureSmoothL1Loss",
     "GramMSELoss",
     "JSDivLoss",
     "KDLoss",
