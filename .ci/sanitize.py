@@ -77,7 +77,8 @@ def features():
         forms = ({}, {"mask": mask}, {"reduction": "none"})
         for normalize, form in itertools.product((None, "l2", "standardize"), forms):
             run("feature_mse", student, teacher, normalize=normalize, **form)
-            count += 1
+            run("feature_smooth_l1", student, teacher, normalize=normalize, **form)
+            count += 2
         if len(shape) == 4:
             run("attention_transfer", student, teacher, p=3)
             count += 1

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from fastkd import _backend, functional
 from fastkd.ops import features
+from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
@@ -21,12 +22,19 @@ ON_CPU = [  # loss, layers x shape, dtype
     ("feature_mse", "1x65536x1024", "float32"),
     ("feature_mse l2", "1x65536x1024", "float32"),
     ("feature_mse standardize", "1x65536x1024", "float32"),
+    ("feature_smooth_l1", "1x65536x1024", "float32"),
+    ("feature_smooth_l1 l2", "1x65536x1024", "float32"),
+    ("feature_smooth_l1 standardize", "1x65536x1024", "float32"),
+    ("feature_smooth_l1", "1x65536x1024", "bfloat16"),
+    ("feature_smooth_l1", "24x8x128x768", "bfloat16"),
+    ("feature_smooth_l1 l2", "1x64x256x56x56", "float32"),
     ("feature_cosine", "1x65536x1024", "bfloat16"),
     ("feature_mse", "24x8x128x768", "bfloat16"),
     ("feature_mse l2", "1x64x256x56x56", "float32"),
     ("attention_transfer", "1x64x256x56x56", "float32"),
 ]
 CASES = {"cpu": ON_CPU, "cuda": [*ON_CPU, ("feature_mse", "48x8x128x768", "bfloat16")]}
+BETA = 0.05  # of smooth L1: of rows that are normalised, too, some differences are smaller and some larger
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7}
 
 
@@ -47,6 +55,11 @@ EAGER = {  # of one layer
     "feature_mse": F.mse_loss,
     "feature_mse l2": lambda s, t: F.mse_loss(F.normalize(s, dim=channels(s)), F.normalize(t, dim=channels(s))),
     "feature_mse standardize": lambda s, t: F.mse_loss(standardized(s), standardized(t)),
+    "feature_smooth_l1": functools.partial(F.smooth_l1_loss, beta=BETA),
+    "feature_smooth_l1 l2": lambda s, t: F.smooth_l1_loss(
+        F.normalize(s, dim=channels(s)), F.normalize(t, dim=channels(s)), beta=BETA
+    ),
+    "feature_smooth_l1 standardize": lambda s, t: F.smooth_l1_loss(standardized(s), standardized(t), beta=BETA),
     "feature_cosine": lambda s, t: (1 - F.cosine_similarity(s, t, dim=channels(s))).mean(),
     "attention_transfer": lambda s, t: (attention(s) - attention(t)).pow(2).mean(),
 }
@@ -60,6 +73,8 @@ def eager(name):
 def own(name, backend):
     function, _, normalize = name.partition(" ")
     options = {"normalize": normalize} if normalize else {}
+    if function == "feature_smooth_l1":
+        options["beta"] = BETA
     loss = functools.partial(getattr(functional, function), **options)
     if function == "attention_transfer":  # takes no lists
         return with_backend(lambda students, teachers: loss(students[0], teachers[0]), backend)
@@ -103,13 +118,14 @@ def provide(label, loss, students, teachers):
 def kernel_alone(name, backend, student, teacher):
     """Loss and gradient, written over the student: no autograd, nothing allocated."""
     op = features.OPS[_backend.namespace(backend)].fwd_
-    feature = features.FEATURES[name.partition(" ")[2] or {"feature_cosine": "cosine"}.get(name, "squares")]
+    feature = features.FEATURES[name.partition(" ")[2] or {"feature_cosine": "cosine"}.get(name, "plain")]
+    beta = as_tensor(BETA) if name.startswith("feature_smooth_l1") else None
     dim = channels(student) % student.dim()
     # it makes sums, of which the losses are means: over elements, of cosines over rows
     terms = student.numel() // (student.shape[dim] if name == "feature_cosine" else 1)
 
     def call(s, t):
-        return op(s, t, dim, feature, None, None, features.REDUCTION_NUMBERS["sum"])
+        return op(s, t, dim, feature, None, None, features.REDUCTION_NUMBERS["sum"], beta)
 
     def answer():
         grad = student.clone()

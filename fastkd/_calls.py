@@ -168,14 +168,15 @@ EVERYWHERE = (
     "triplet_strip_(Tensor(a!) strip, Tensor x, Tensor norms, Tensor positives, Tensor first, Tensor last, "
     "Tensor valid, Tensor count, Tensor weight, float margin, int row, Tensor(b!)? grad) -> Tensor sums",
     # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
-    # none at all; loss: of all layers, weighted, one per row where nothing is reduced; layers: each one's own
+    # none at all; beta: of smooth L1, else squares; loss: of all layers, weighted, one per row where nothing is
+    # reduced; layers: each one's own
     "features_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
-    "int reduction, Tensor layer_weights, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
+    "int reduction, Tensor layer_weights, Tensor? beta, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
     "features_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
-    "int reduction, Tensor layer_weights, Tensor upstream) -> Tensor[] grad",
+    "int reduction, Tensor layer_weights, Tensor? beta, Tensor upstream) -> Tensor[] grad",
     # one layer; the gradient is written over the student; reduction: per row, or their sum
     "features_fwd_(Tensor(a!) student, Tensor teacher, int feature_dim, int feature, Tensor? mask, Tensor? weight, "
-    "int reduction) -> Tensor loss",
+    "int reduction, Tensor? beta) -> Tensor loss",
     # maps [B, C, H, W], whose channels may differ in number
     "attention_fwd(Tensor student, Tensor teacher, Tensor p, bool save) -> (Tensor loss, Tensor grad)",
     "attention_bwd(Tensor student, Tensor teacher, Tensor p, Tensor upstream) -> Tensor grad",

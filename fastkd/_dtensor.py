@@ -258,7 +258,7 @@ def _wrapped(loss, reduction, students, dims, layouts):
 
 
 def feature_loss(
-    again, feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim
+    again, feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim, beta
 ):
     """again: the function that computes it of plain tensors; the other arguments are its own."""
     listed = isinstance(student, (list, tuple))
@@ -271,7 +271,7 @@ def feature_loss(
     widths = [1 if feature == "cosine" else x.shape[at] for x, at in zip(students, dims, strict=True)]
     rows = _Rows(mask, weight, reduction, normalizer).local(students, widths, layouts, dim, [*students, *teachers])
     local = [[_local(x, at) for x, at in zip(layers, layouts, strict=True)] for layers in (students, teachers)]
-    loss = again(feature, *(local if listed else (x[0] for x in local)), *rows, layer_weights, return_layers, dim)
+    loss = again(feature, *(local if listed else (x[0] for x in local)), *rows, layer_weights, return_layers, dim, beta)
     if not return_layers:
         return _wrapped(loss, reduction, students, dims, layouts)
     return _wrapped(loss[0], reduction, students, dims, layouts), _sum(loss[1], layouts[0])

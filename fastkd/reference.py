@@ -688,15 +688,26 @@ def _standardized(x):
     return centred / (centred.square().mean(-1, keepdim=True) + (1e-3 / unit).square()).sqrt()
 
 
-_FEATURES = {"squares": lambda x: x, "l2": _of_length_one, "standardize": _standardized, "cosine": _of_length_one}
+_FEATURES = {"plain": lambda x: x, "l2": _of_length_one, "standardize": _standardized, "cosine": _of_length_one}
 
 
-def _feature_layer(feature, student, teacher, dim, mask, weight, dtype):
+def _smooth_l1(e, beta):
+    """As F.smooth_l1_loss, elementwise, but for numbers that torch.compile would build into the graph."""
+    beta = e.new_ones(()) * beta
+    beta = torch.where(beta >= 0, beta, torch.nan).clamp(max=torch.finfo(e.dtype).max)  # compiled, it was not checked
+    sign = torch.where(e.isnan(), e, e.sign()).detach()  # of NaN, torch's is 0
+    inside = e.abs() < beta
+    near = torch.where(inside, e, 0.0)  # what is not chosen below must stay differentiable
+    return torch.where(inside, near * (near / torch.where(beta == 0, 1.0, beta)) / 2, e * sign - beta / 2)
+
+
+def _feature_layer(feature, student, teacher, dim, mask, weight, dtype, beta):
     """The losses of a layer's rows [*]."""
     s, t = (x.movedim(dim, -1).to(dtype) for x in (student, ordinary(teacher).detach()))
     if mask is not None:  # before anything is computed: a masked row may hold NaN
         s, t = (torch.where(ordinary(mask)[..., None], x, 0.0) for x in (s, t))
-    rows = (_FEATURES[feature](s) - _FEATURES[feature](t)).square().sum(-1)
+    difference = _FEATURES[feature](s) - _FEATURES[feature](t)
+    rows = (difference.square() if beta is None else _smooth_l1(difference, beta)).sum(-1)
     if feature == "cosine":
         rows = rows / 2
     return rows if weight is None else rows * ordinary(weight).to(dtype)
@@ -711,13 +722,14 @@ def feature_loss(
     weights: list[torch.Tensor],
     reduction: str,
     layer_weights: list[float],
+    beta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and layers; the arguments have been checked."""
     dtype = compute_dtype(*students, *teachers)
     losses = []
     for layer, (student, teacher, dim) in enumerate(zip(students, teachers, dims, strict=True)):
         mask, weight = (x[layer] if x else None for x in (masks, weights))
-        rows = _feature_layer(feature, student, teacher, dim, mask, weight, dtype)
+        rows = _feature_layer(feature, student, teacher, dim, mask, weight, dtype, beta)
         D = 1 if feature == "cosine" else student.shape[dim]
         losses.append(rows if reduction == "none" else _reduce(rows, D, mask, reduction, None))
     # tensors: a number times a tensor without dimensions has a forward derivative in float64

@@ -158,6 +158,10 @@ def feature_cases():
     split = {"student": "2", "teacher": "2"}
     yield Case(mse, "maps, split by height", MAPS | {"mask": (B, 2, 3)}, split | {"mask": "1"})
     yield Case(mse, "maps, split by width, row by row", MAPS, {"student": "3"}, {"reduction": "none"})
+    smooth = {"normalize": "standardize", "beta": 0.5}
+    for reduction in REDUCTIONS:
+        yield Case("feature_smooth_l1", f"layers, {reduction}", LAYERS, SPLIT, {"reduction": reduction, **smooth})
+    yield Case("feature_smooth_l1", "absolute differences", FEATURES | ROWS, SPLIT | {"mask": "0"}, {"beta": 0})
     yield Case(mse, "a rank without rows", {"student": (1, D), "teacher": (1, D)}, SPLIT)
     yield Case(mse, "no row counts", FEATURES, SPLIT, {"mask": torch.zeros(B, 1, dtype=torch.bool)})
     yield Case(mse, "bfloat16", FEATURES, SPLIT, {}, torch.bfloat16)

@@ -5,13 +5,15 @@ import torch
 
 def rows_of(name, s, t):
     """The losses of rows whose features are last."""
-    if name == "feature_mse":
-        return (s - t).square().sum(-1)
-    if name == "feature_mse-standardize":
+    function, *options = name.split("-")
+    if "standardize" in options:
         s, t = ((x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt() for x in (s, t))
-        return (s - t).square().sum(-1)
-    s, t = (unit(x) for x in (s, t))
-    return (s - t).square().sum(-1) / (2 if name == "feature_cosine" else 1)
+    if "l2" in options or function == "feature_cosine":
+        s, t = (unit(x) for x in (s, t))
+    if function == "feature_smooth_l1":
+        beta = float(options[-1]) if options else 1.0
+        return torch.nn.functional.smooth_l1_loss(s, t, beta=beta, reduction="none").sum(-1)
+    return (s - t).square().sum(-1) / (2 if function == "feature_cosine" else 1)
 
 
 def unit(x):

@@ -142,6 +142,11 @@ CASES = {
         f"feature_mse-{name}": ("feature_mse", {"normalize": name}, functools.partial(features, f"feature_mse-{name}"))
         for name in ("l2", "standardize")
     },
+    "feature_smooth_l1-0.5": (
+        "feature_smooth_l1",
+        {"beta": 0.5, **WEIGHTED},
+        functools.partial(features, "feature_smooth_l1-0.5", weighted=True),
+    ),
     "feature_cosine": ("feature_cosine", {}, functools.partial(features, "feature_cosine")),
     "attention_transfer": ("attention_transfer", {"p": 3}, functools.partial(attention, p=3)),
 }

@@ -124,13 +124,16 @@ def features_program(compiler, build):
 
 # (of csrc/testing/features_main.cpp, dtype, whether rows are masked)
 FEATURES = {
-    "squares, flat": (0, FLOAT, 0),
-    "squares of halves, flat": (0, HALF, 0),
-    "squares, masked": (0, BFLOAT16, 1),
+    "plain, flat": (0, FLOAT, 0),
+    "plain, of halves, flat": (0, HALF, 0),
+    "plain, masked": (0, BFLOAT16, 1),
     "l2": (1, FLOAT, 1),
     "standardized": (2, BFLOAT16, 0),
     "standardized, masked": (2, FLOAT, 1),
     "cosine in double": (3, DOUBLE, 1),
+    "smooth L1, flat": (5, BFLOAT16, 0),
+    "smooth L1 of l2": (6, DOUBLE, 1),
+    "smooth L1, standardized": (7, FLOAT, 1),
     "attention": (4, FLOAT, 0),
     "attention of halves": (4, BFLOAT16, 0),
 }

@@ -161,7 +161,7 @@ class Behaviours:
         from torch.distributed.tensor import Shard
 
         whole, split = self.of(self.student, self.whole), self.of(self.student, [Shard(2)])
-        for loss in (functional.feature_mse, functional.feature_cosine):
+        for loss in (functional.feature_mse, functional.feature_smooth_l1, functional.feature_cosine):
             self.raises("^student: .*features that are split over ranks", loss, split, whole)
             self.raises("^teacher: .*features that are split over ranks", loss, [whole], [split])
         maps = [torch.randn(4, 4, 4, 4) for _ in range(2)]

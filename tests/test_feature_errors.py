@@ -54,7 +54,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("loss", ["feature_mse", "feature_cosine"])
+@pytest.mark.parametrize("loss", ["feature_mse", "feature_smooth_l1", "feature_cosine"])
 @pytest.mark.parametrize("backend_name", ["cpu", "torch"])
 def test_features_are_checked(backend_name, loss, name):
     student, teacher, options, error, message = BAD[name]
@@ -64,8 +64,35 @@ def test_features_are_checked(backend_name, loss, name):
 
 @pytest.mark.parametrize("value", ["L2", "mean", "", True, 2])
 def test_normalize_is_checked(value):
-    for call in (lambda: functional.feature_mse(S, T, normalize=value), lambda: fastkd.FeatureMSELoss(normalize=value)):
+    for call in (
+        lambda: functional.feature_mse(S, T, normalize=value),
+        lambda: fastkd.FeatureMSELoss(normalize=value),
+        lambda: functional.feature_smooth_l1(S, T, normalize=value),
+        lambda: fastkd.FeatureSmoothL1Loss(normalize=value),
+    ):
         with pytest.raises(ValueError, match=r"^normalize: None, 'l2' or 'standardize' wanted, got"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (-0.5, ValueError, "a finite number of at least 0 wanted, got -0.5"),
+        (float("inf"), ValueError, "a finite number of at least 0 wanted, got inf"),
+        (float("nan"), ValueError, "a finite number of at least 0 wanted, got nan"),
+        (10**400, ValueError, "a finite number of at least 0 wanted, got 1000"),
+        ("1", TypeError, "a number wanted, got str"),
+        (True, TypeError, "a number wanted, got bool"),
+        (None, TypeError, "a number wanted, got NoneType"),
+        (torch.tensor(1.0), TypeError, "a number wanted, got Tensor"),
+    ],
+)
+def test_beta_is_checked(value, error, message):
+    for call in (
+        lambda: functional.feature_smooth_l1(S, T, beta=value),
+        lambda: fastkd.FeatureSmoothL1Loss(beta=value),
+    ):
+        with pytest.raises(error, match=f"^beta: {message}"):
             call()
 
 
@@ -160,6 +187,7 @@ def test_projectors_are_checked(backend_name, name):
         (lambda: fastkd.FeatureMSELoss(reduction="max"), ValueError, "reduction: "),
         (lambda: fastkd.FeatureMSELoss(layer_weights=[1, -1]), ValueError, "layer_weights: "),
         (lambda: fastkd.FeatureMSELoss(return_layers=None), TypeError, "return_layers: "),
+        (lambda: fastkd.FeatureSmoothL1Loss(beta=1, reduction="max"), ValueError, "reduction: "),
         (lambda: fastkd.FeatureCosineLoss(layer_weights=3), TypeError, "layer_weights: "),
         (lambda: fastkd.FeatureCosineLoss(dim=1.5), TypeError, "dim: "),
         (lambda: fastkd.AttentionTransferLoss(p=0), ValueError, "p: "),
@@ -177,7 +205,7 @@ def test_modules_check_their_options_when_they_are_built(make, error, message):
 def test_the_ops_check_their_own_contract():
     """Called past the functions, an op still refuses what it would read out of bounds."""
     one = as_tensor(1.0)
-    fwd, options = features.OPS["fastkd"].fwd, (1, [], [], 3, one, True)
+    fwd, options = features.OPS["fastkd"].fwd, (1, [], [], 3, one, None, True)
     fwd([S], [T], [1], *options)
     for students, teachers, dims in (
         ([S], [T[:3]], [1]),
@@ -186,22 +214,27 @@ def test_the_ops_check_their_own_contract():
         ([S], [T], []),
     ):
         with pytest.raises(RuntimeError, match="student and teacher: "):
-            fwd(students, teachers, dims, *options[:-2], as_tensor(*(1.0 for _ in students)), True)
+            fwd(students, teachers, dims, *options[:-3], as_tensor(*(1.0 for _ in students)), None, True)
     with pytest.raises(RuntimeError, match="mask: "):
-        fwd([S], [T], [1], 1, [MASK[:3]], [], 3, one, True)
+        fwd([S], [T], [1], 1, [MASK[:3]], [], 3, one, None, True)
     with pytest.raises(RuntimeError, match="weight: "):
-        fwd([S], [T], [1], 1, [], [torch.ones(4).double()], 3, one, True)
+        fwd([S], [T], [1], 1, [], [torch.ones(4).double()], 3, one, None, True)
     with pytest.raises(RuntimeError, match="feature: unknown number"):
         fwd([S], [T], [1], 4, *options[1:])
     with pytest.raises(RuntimeError, match="reduction: unknown number"):
-        fwd([S], [T], [1], 1, [], [], 7, one, True)
+        fwd([S], [T], [1], 1, [], [], 7, one, None, True)
     for wrong in (as_tensor(1.0, 1.0), as_tensor(-0.5), as_tensor(float("nan")), one.float()):
         with pytest.raises(RuntimeError, match="layer_weights: "):
-            fwd([S], [T], [1], 1, [], [], 3, wrong, True)
+            fwd([S], [T], [1], 1, [], [], 3, wrong, None, True)
+    for wrong in (as_tensor(1.0, 1.0), as_tensor(-0.5), as_tensor(float("inf")), one.float()):
+        with pytest.raises(RuntimeError, match="beta: "):
+            fwd([S], [T], [1], 1, [], [], 3, one, wrong, True)
+    with pytest.raises(RuntimeError, match="beta: none wanted of cosines, got 1"):
+        fwd([S], [T], [1], 3, [], [], 3, one, one, True)
     with pytest.raises(RuntimeError, match="upstream: "):
-        features.OPS["fastkd"].bwd([S], [T], [1], 1, [], [], 3, one, torch.ones(3))
+        features.OPS["fastkd"].bwd([S], [T], [1], 1, [], [], 3, one, None, torch.ones(3))
     with pytest.raises(RuntimeError, match="reduction: per row or the sum"):
-        features.OPS["fastkd"].fwd_(S.clone(), T, 1, 0, None, None, 3)
+        features.OPS["fastkd"].fwd_(S.clone(), T, 1, 0, None, None, 3, None)
     ops = attention.OPS["fastkd"]
     for student, teacher in ((S, T), (MAPS, MAPS[:1]), (MAPS[:, :0], MAPS)):
         with pytest.raises(RuntimeError, match="student and teacher: "):

@@ -1,5 +1,7 @@
 """Values and gradients of the feature losses, against float64, and what their callers may rely on."""
 
+import functools
+
 import feature_cases as cases
 import pytest
 import torch
@@ -240,8 +242,48 @@ def test_equals_torch(backend):
         ),
         (functional.feature_cosine(student, teacher), (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()),
         (functional.feature_mse(student, teacher, dim=0, reduction="sum"), (student - teacher).square().sum()),
+        (functional.feature_smooth_l1(student, teacher), F.smooth_l1_loss(student, teacher)),
+        (functional.feature_smooth_l1(student, teacher, beta=3), F.huber_loss(student, teacher, delta=3) / 3),
+        (functional.feature_smooth_l1(student, teacher, beta=0), F.l1_loss(student, teacher)),
+        (
+            functional.feature_smooth_l1(student, teacher, beta=0.1, normalize="l2"),
+            F.smooth_l1_loss(F.normalize(student, dim=-1), F.normalize(teacher, dim=-1), beta=0.1),
+        ),
     ):
         assert error(ours, theirs) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("beta", [0, 1e-300, 1e-3, 0.5, 1, 7.25, 1e30, 1e300])
+def test_smooth_l1_element_by_element(backend, beta, dtype):
+    """As torch's in float64: on both sides of beta and at it, where nothing differs, and at the ends of a dtype's range;
+    a beta beyond the range too."""
+    at = torch.tensor([0.0, 1.0, 2.0**-60, 3e-30, 1e30, 1e38 if beta == 1e300 else torch.inf], dtype=dtype)
+    near = torch.tensor([0.5, 1 - 2.0**-20, 1.0, 1 + 2.0**-20, 2.0], dtype=dtype) * min(max(beta, 1e-30), 1e30)
+    student = torch.cat([at, near, -at, -near])[:, None]
+    loss_function = functools.partial(functional.feature_smooth_l1, beta=beta, reduction="none")
+    loss, grad = run(loss_function, student, torch.zeros_like(student))
+    exact = student.double().requires_grad_()
+    right = F.smooth_l1_loss(exact, torch.zeros_like(exact), beta=beta, reduction="none")
+    (right_grad,) = torch.autograd.grad(right.sum(), exact)
+    tolerance = {"rtol": 1e-6, "atol": 1e-37} if dtype == torch.float32 else {"rtol": 1e-15, "atol": 0}
+    torch.testing.assert_close(loss.double(), right.detach()[:, 0], **tolerance)
+    torch.testing.assert_close(grad.double(), right_grad, **tolerance)
+    assert not grad[student == 0].any()
+
+
+@pytest.mark.parametrize("normalize", ["l2", "standardize"])
+@pytest.mark.parametrize("shape", [(6, 20), (3, 5003), (2, 7, 5, 9)], ids=str)
+def test_absolute_differences_of_normalized_rows(backend, shape, normalize):
+    """The slope of each element is 1 or -1, or 0 where nothing differs: there the rows' gradient is 0."""
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    student[1] = teacher[1]
+    loss_function = functools.partial(functional.feature_smooth_l1, beta=0, normalize=normalize)
+    loss, grad = run(loss_function, student, teacher)
+    loss_ref, grad_ref = truth(f"feature_smooth_l1-{normalize}-0", student, teacher)
+    assert error(loss, loss_ref) <= PROMISED[torch.float32]
+    assert error(grad, grad_ref) <= 2 * PROMISED[torch.float32]
+    assert not grad[1].any()
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -34,6 +34,7 @@ MODULES = {  # by function
     "dkd_loss": "DKDLoss",
     "nkd_loss": "NKDLoss",
     "feature_mse": "FeatureMSELoss",
+    "feature_smooth_l1": "FeatureSmoothL1Loss",
     "feature_cosine": "FeatureCosineLoss",
     "attention_transfer": "AttentionTransferLoss",
     "linear_feature_mse": "LinearFeatureMSELoss",

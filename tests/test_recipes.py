@@ -243,7 +243,16 @@ CONSTANTS = {
     "beta": ["js_div", "relation_kl"],
     "student_weight": ["symmetric_kl_div"],
     "alpha": ["skew_kl_div", "skew_reverse_kl_div"],
-    "weight": ["kl_div", "feature_mse", "feature_cosine", "rkd_distance", "pkt", "gram_mse", "relation_kl"],
+    "weight": [
+        "kl_div",
+        "feature_mse",
+        "feature_smooth_l1",
+        "feature_cosine",
+        "rkd_distance",
+        "pkt",
+        "gram_mse",
+        "relation_kl",
+    ],
     "normalizer": ["kl_div", "feature_mse"],
 }
 CALLS = [(argument, name) for argument, names in CONSTANTS.items() for name in names]

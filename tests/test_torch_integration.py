@@ -166,17 +166,18 @@ def feature_calls(backend_name):
     students = [torch.randn(3, 4, 6), torch.randn(2, 5, 3, 3).bfloat16().to(memory_format=torch.channels_last)]
     teachers = [torch.randn(3, 4, 6), torch.randn(2, 5, 3, 3)]
     masks, weights = [torch.rand(12) < 0.7, torch.rand(18) < 0.7], [torch.rand(12), torch.rand(18)]
-    for feature in range(4):
+    for feature, beta in [*((f, None) for f in range(4)), *((f, as_tensor(0.5)) for f in range(3))]:
+        name = feature if beta is None else f"{feature}-beta"
         options = ([2, 1], feature, masks if feature % 2 else [], weights if feature > 1 else [])
         for reduction in (0, 3):
-            tail = (reduction, as_tensor(1.0, 0.5))
+            tail = (reduction, as_tensor(1.0, 0.5), beta)
             for save in (False, True):
-                yield f"features_fwd-{feature}-{reduction}-{save}", ops.fwd, (students, teachers, *options, *tail, save)
+                yield f"features_fwd-{name}-{reduction}-{save}", ops.fwd, (students, teachers, *options, *tail, save)
             upstream = torch.rand(30) if reduction == 0 else torch.rand(())
-            yield f"features_bwd-{feature}-{reduction}", ops.bwd, (students, teachers, *options, *tail, upstream)
+            yield f"features_bwd-{name}-{reduction}", ops.bwd, (students, teachers, *options, *tail, upstream)
         for reduction in (0, 1):
-            one = (students[0].clone(), teachers[0], 2, feature, masks[0], None, reduction)
-            yield f"features_fwd_-{feature}-{reduction}", ops.fwd_, one
+            one = (students[0].clone(), teachers[0], 2, feature, masks[0], None, reduction, beta)
+            yield f"features_fwd_-{name}-{reduction}", ops.fwd_, one
     maps = students[1], torch.randn(2, 7, 3, 3)
     for save in (False, True):
         yield f"attention_fwd-{save}", attention_ops.fwd, (*maps, as_tensor(2.0), save)
@@ -400,6 +401,7 @@ CHANGING = {
     "pkt": lambda s, t, x: functional.pkt(s, t, eps=x),
     "relational_triplet": lambda s, t, x: functional.relational_triplet(s, t, margin=x),
     "layer_weights": lambda s, t, x: functional.feature_mse([s, s], [t, t], layer_weights=[x, 1.0]),
+    "feature_smooth_l1": lambda s, t, x: functional.feature_smooth_l1(s, t, beta=x),
     "normalizer of features": lambda s, t, x: functional.feature_cosine(s, t, normalizer=x),
     "attention_transfer": lambda s, t, x: functional.attention_transfer(
         s.view(1, -1, 10, 1), t.view(1, -1, 10, 1), p=1 + x
@@ -414,16 +416,17 @@ def test_compile_with_a_number_that_changes(name, backend_name):
         compiles_twice(CHANGING[name], (0.5, 0.25, 0.75, 0.1, 0.9, 0.3, 1.0, 0.2, 0.6, 0.05), backend_name, name)
 
 
+@pytest.mark.parametrize("name", ["js_div", "feature_smooth_l1"])
 @pytest.mark.parametrize("backend_name", ["cpu", "torch"])
-def test_compile_with_a_beta_at_an_end(backend_name):
+def test_compile_with_a_beta_at_an_end(backend_name, name):
+    loss = getattr(functional, name)
     student, teacher = torch.randn(6, 10), torch.randn(6, 10)
     for beta in (0.0, 1.0):
         torch.compiler.reset()
         with fastkd.backend(backend_name):
-            compiled = torch.compile(functional.js_div, fullgraph=True, backend="aot_eager")
+            compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
             found, expected = (
-                both(lambda s, t, f=f, beta=beta: f(s, t, beta=beta), student, teacher)
-                for f in (compiled, functional.js_div)
+                both(lambda s, t, f=f, beta=beta: f(s, t, beta=beta), student, teacher) for f in (compiled, loss)
             )
         for out, exact in zip(found, expected, strict=True):
             assert error(out, exact) < 2 * FLOOR[torch.float32]
@@ -704,6 +707,7 @@ def feature_losses():
     yield "mse", fastkd.FeatureMSELoss(), layers
     yield "l2", fastkd.FeatureMSELoss(normalize="l2", layer_weights=[1, 2]), layers
     yield "none", fastkd.FeatureMSELoss(normalize="standardize", reduction="none"), (maps, teacher_maps)
+    yield "smooth l1", fastkd.FeatureSmoothL1Loss(beta=0.5, normalize="l2"), layers
     yield "cosine", fastkd.FeatureCosineLoss(), (maps, teacher_maps)
     yield "attention", fastkd.AttentionTransferLoss(), (maps, torch.randn(2, 3, 4, 4))
     yield "projector", fastkd.LinearFeatureMSELoss(6, 8), (torch.randn(3, 4, 6), torch.randn(3, 4, 8))

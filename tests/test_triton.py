@@ -222,10 +222,10 @@ def feature_launches(features, attention):
         for kind, shape in shapes.items():
             x = torch.empty(shape, dtype=dtype, device="meta")
             dim = 1 if len(shape) == 4 else len(shape) - 1
-            for feature in (0,) if kind == "flat" else (1, 2):
-                reduction = 3 if kind == "flat" else 0
-                calls[f"feature/{str(dtype)[6:]}/{kind}/{feature}"] = lambda x=x, d=dim, f=feature, r=reduction: (
-                    features.features_fwd([x, x], [x, x], [d, d], f, [], [], r, as_tensor(1.0, 0.5), True)
+            for feature, beta in itertools.product((0,) if kind == "flat" else (1, 2), (None, 0.5)):
+                reduction, tail = 3 if kind == "flat" else 0, (as_tensor(1.0, 0.5), beta and as_tensor(beta), True)
+                calls[f"feature/{str(dtype)[6:]}/{kind}/{feature}/{beta}"] = functools.partial(
+                    features.features_fwd, [x, x], [x, x], [dim, dim], feature, [], [], reduction, *tail
                 )
         maps = torch.empty(16, 256, 56, 56, dtype=dtype, device="meta")
         for p in (2.0, 3.0, 2.5):
@@ -243,18 +243,16 @@ def other_feature_launches(features, attention):
         torch.empty(8, dtype=torch.float64, device="meta"),
     )
     single = torch.empty(5, 1, device="meta")
-    calls = {
-        f"other/everything/{f}": lambda f=f: features.features_bwd(
-            [x], [t], [1], f, [row > 0], [row], 0, as_tensor(0.1), row
+    calls = {}
+    for f, beta in [*itertools.product(range(4), (None,)), *itertools.product(range(3), (as_tensor(0.5),))]:
+        calls[f"other/everything/{f}/{beta is not None}"] = lambda f=f, beta=beta: features.features_bwd(
+            [x], [t], [1], f, [row > 0], [row], 0, as_tensor(0.1), beta, row
         )
-        for f in range(4)
-    }
-    calls |= {
-        f"other/one_feature/{f}": lambda f=f: features.features_fwd_(single, single, 1, f, None, None, 1)
-        for f in range(4)
-    }
+        calls[f"other/one_feature/{f}/{beta is not None}"] = lambda f=f, beta=beta: features.features_fwd_(
+            single, single, 1, f, None, None, 1, beta
+        )
     calls["other/upstream"] = lambda: features.features_bwd(
-        [single], [single], [1], 0, [single[:, 0] > 0], [], 3, as_tensor(0.1), single[:1, 0]
+        [single], [single], [1], 0, [single[:, 0] > 0], [], 3, as_tensor(0.1), None, single[:1, 0]
     )
     calls["other/attention"] = lambda: attention.attention_bwd(x, t, as_tensor(2.0), row[:1])
     return calls
@@ -592,7 +590,8 @@ def test_the_ops_refuse_a_bad_number(bad):
     calls = {
         "delta": lambda: pairs.pairs_fwd(x, x, None, None, 0, as_tensor(bad), True, False),
         "weight": lambda: angles.angles_fwd(x, x, None, as_tensor(bad, 1.0, 1.0, 1.0), False),
-        "layer_weights": lambda: features.features_fwd([x], [x], [1], 0, [], [], 3, as_tensor(bad), False),
+        "layer_weights": lambda: features.features_fwd([x], [x], [1], 0, [], [], 3, as_tensor(bad), None, False),
+        "beta": lambda: features.features_fwd([x], [x], [1], 0, [], [], 3, as_tensor(1.0), as_tensor(bad), False),
         "p": lambda: attention.attention_fwd(maps, maps, as_tensor(bad), False),
     }
     for name, call in calls.items():

@@ -289,6 +289,11 @@ def truth(
         loss = sum(np.where(counts, x * (scale if x is hard else soft_weight), 0) for w, x, scale in of_both if w)
         size = np.abs if terms_of_gradient else lambda x: x
         grad = soft_weight * grad + size(hard_grad) * scale[:, None]
+    return _reduced(loss, grad, shape, counts, reduction, normalizer)
+
+
+def _reduced(loss, grad, shape, counts, reduction, normalizer):
+    V = shape[-1]
     if reduction == "none":
         loss, upstream = loss.reshape(shape[:-1]), _extended(upstream_like(torch.empty(shape[:-1])))
         grad = grad * upstream.reshape(-1, 1)

@@ -1,5 +1,7 @@
 // What the features ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
+#include <optional>
+
 #include "common/features_params.h"
 #include "common/layout.h"
 #include "common/numbers.h"
@@ -16,7 +18,8 @@ struct FeaturesInputs {
         mask(a.next<std::vector<Tensor>>()),
         weight(a.next<std::vector<Tensor>>()),
         reduction(a.next<int64_t>()),
-        layer_weights(numbers(a.next<Tensor>(), int64_t(student.size()), "layer_weights")) {}
+        layer_weights(numbers(a.next<Tensor>(), int64_t(student.size()), "layer_weights")),
+        beta(optional(a.next<OptionalTensor>())) {}
 
   // Of features_fwd_: one layer.
   struct OneLayer {};
@@ -28,9 +31,14 @@ struct FeaturesInputs {
         mask(listed(a.next<OptionalTensor>())),
         weight(listed(a.next<OptionalTensor>())),
         reduction(a.next<int64_t>()),
-        layer_weights{1.0} {}
+        layer_weights{1.0},
+        beta(optional(a.next<OptionalTensor>())) {}
   static std::vector<Tensor> listed(const OptionalTensor& x) {
     return x ? std::vector<Tensor>{*x} : std::vector<Tensor>{};
+  }
+
+  static std::optional<double> optional(const OptionalTensor& x) {
+    return x ? std::optional<double>(number(*x, "beta")) : std::nullopt;
   }
 
   std::vector<Tensor> student, teacher;
@@ -39,6 +47,7 @@ struct FeaturesInputs {
   std::vector<Tensor> mask, weight;  // one for each layer, [N] each; or none at all
   int64_t reduction;
   std::vector<double> layer_weights;
+  std::optional<double> beta;  // of smooth L1; none: squares
 
   size_t layers() const { return student.size(); }
   int64_t D(size_t l) const { return student[l].size(feature_dim[l]); }
@@ -69,6 +78,11 @@ inline void check(const FeaturesInputs& in) {
   FASTKD_CHECK(in.feature >= 0 && in.feature < int64_t(Feature::kCount), "feature: unknown number ", in.feature);
   FASTKD_CHECK(in.reduction >= 0 && in.reduction <= int64_t(Reduction::kMean), "reduction: unknown number ",
                in.reduction);
+  if (in.beta) {
+    FASTKD_CHECK(*in.beta >= 0 && std::isfinite(*in.beta), "beta: a finite number of at least 0 wanted, got ",
+                 *in.beta);
+    FASTKD_CHECK(Feature(in.feature) != Feature::kCosine, "beta: none wanted of cosines, got ", *in.beta);
+  }
   for (size_t l = 0; l < L; ++l) {
     const Tensor &s = in.student[l], &t = in.teacher[l];
     FASTKD_CHECK(s.dim() == t.dim() && in.feature_dim[l] >= 0 && in.feature_dim[l] < s.dim(),
@@ -102,7 +116,7 @@ inline FeaturesLayer features_layer(const FeaturesInputs& in, size_t l, const Te
   const Tensor &s = in.student[l], &t = in.teacher[l];
   layer.numel = s.numel();
   layer.layer_weight = in.layer_weights[l];
-  const bool rows_matter = Feature(in.feature) != Feature::kSquares || !in.mask.empty() || !in.weight.empty() ||
+  const bool rows_matter = normalized(Feature(in.feature)) || !in.mask.empty() || !in.weight.empty() ||
                            Reduction(in.reduction) == Reduction::kNone;
   layer.flat = !rows_matter && same_dense_layout(s, t) && (!grad || same_dense_layout(s, *grad));
   layer.D = layer.flat ? kFlatRow : in.D(l);

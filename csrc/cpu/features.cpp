@@ -16,8 +16,8 @@ namespace fastkd {
 namespace {
 
 template <class T>
-const FeaturesKernel<T>& kernel(Feature feature) {
-  return FASTKD_OF_ISA(features_kernel<T>(feature));
+const FeaturesKernel<T>& kernel(const FeaturesInputs& in) {
+  return FASTKD_OF_ISA(features_kernel<T>(Feature(in.feature), in.beta.has_value()));
 }
 
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
@@ -32,8 +32,7 @@ template <class T>
 class Elements {
  public:
   // grads: one for each layer, or none
-  Elements(const FeaturesInputs& in, const std::vector<Tensor>& grads)
-      : in_(in), kernel_(kernel<T>(Feature(in.feature))) {
+  Elements(const FeaturesInputs& in, const std::vector<Tensor>& grads) : in_(in), kernel_(kernel<T>(in)) {
     int64_t row = 0, bytes = 0;
     for (size_t l = 0; l < in.layers(); ++l) {
       FeaturesLayer layer = features_layer(in, l, grads.empty() ? nullptr : &grads[l]);
@@ -55,7 +54,7 @@ class Elements {
 
   // The sum of each layer's rows, times what its reduction says.
   std::vector<double> run(const T* upstream, int64_t upstream_stride, T* row_loss) const {
-    const FeaturesCall<T> call{upstream, upstream_stride, row_loss, stream_};
+    const FeaturesCall<T> call{upstream, upstream_stride, row_loss, stream_, SmoothL1<T>(in_.beta.value_or(0))};
     std::vector<double> sums(blocks_.size());
     torch::stable::parallel_for(0, int64_t(blocks_.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

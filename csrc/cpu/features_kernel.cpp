@@ -104,8 +104,9 @@ FASTKD_HD Half narrowed(Half, float x) { return to_half(x); }
 FASTKD_HD float narrowed(float, float x) { return x; }
 
 // Where all three are of one dtype and features lie next to each other: in one walk, without buffers.
-template <class S>
-double squares_of(const void* student, const void* teacher, void* grad, int64_t n, float k, bool stream) {
+template <class S, class Distance>
+double plain_of(const Distance& distance, const void* student, const void* teacher, void* grad, int64_t n, float k,
+                bool stream) {
   const S *s = static_cast<const S*>(student), *t = static_cast<const S*>(teacher);
   S* out = static_cast<S*>(grad);
   double loss = 0;
@@ -117,8 +118,9 @@ double squares_of(const void* student, const void* teacher, void* grad, int64_t 
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < m; ++i) {
       const float e = to_float(s[begin + i]) - to_float(t[begin + i]);
-      to[i] = narrowed(S(), k * e);
-      sum += e * e;
+      const float u = distance.half_slope(e);
+      to[i] = narrowed(S(), k * u);
+      sum += distance.value(e, u);
     }
     if (out && stream) {
       stream_copy(reinterpret_cast<char*>(out + begin), reinterpret_cast<const char*>(chunk), m * sizeof(S));
@@ -133,10 +135,11 @@ bool alike(const FeaturesLayer& layer) {
   return s.dtype == t.dtype && s.stride_v == 1 && t.stride_v == 1 && (!g.data || g.stride_v == 1);
 }
 
-inline double squares_alike(const FeaturesLayer& layer, int64_t row, float k, bool stream) {
+template <class Distance>
+double plain_alike(const FeaturesLayer& layer, const Distance& distance, int64_t row, float k, bool stream) {
   const auto of = [&](auto zero) {
-    return squares_of<decltype(zero)>(layer.student.row(row), layer.teacher.row(row),
-                                      layer.grad.data ? layer.grad.row(row) : nullptr, layer.width(row), k, stream);
+    return plain_of<decltype(zero)>(distance, layer.student.row(row), layer.teacher.row(row),
+                                    layer.grad.data ? layer.grad.row(row) : nullptr, layer.width(row), k, stream);
   };
   switch (layer.student.dtype) {
     case DType::kHalf:
@@ -148,13 +151,17 @@ inline double squares_alike(const FeaturesLayer& layer, int64_t row, float k, bo
   }
 }
 
-template <class T>
-double squares_row(const FeaturesLayer& layer, const FeaturesCall<T>& call, double scale, int64_t row, T* buffer) {
+template <class T, class Distance>
+double plain_row(const FeaturesLayer& layer, const FeaturesCall<T>& call, const Distance& distance, double scale,
+                 int64_t row, T* buffer) {
   T *student = buffer, *teacher = buffer + kFlatRow, *out = buffer + 2 * kFlatRow;
   const int64_t D = layer.width(row);
   const T k = T(2 * scale * row_scale(layer, call, row, true));
-  if (sizeof(T) == 4 && alike(layer)) {
-    return keep(layer, call, row, squares_alike(layer, row, k, call.stream) * row_scale(layer, call, row, false));
+  if constexpr (sizeof(T) == 4) {
+    if (alike(layer)) {
+      const double loss = plain_alike(layer, distance, row, k, call.stream);
+      return keep(layer, call, row, loss * row_scale(layer, call, row, false));
+    }
   }
   double loss = 0;
   for (int64_t begin = 0; begin < D; begin += kFlatRow) {
@@ -166,9 +173,9 @@ double squares_row(const FeaturesLayer& layer, const FeaturesCall<T>& call, doub
       T sum = 0;
 #pragma omp simd reduction(+ : sum)
       for (int64_t i = first; i < last; ++i) {
-        const T e = s[i] - t[i];
-        out[i] = k * e;
-        sum += e * e;
+        const T e = s[i] - t[i], u = distance.half_slope(e);
+        out[i] = k * u;
+        sum += distance.value(e, u);
       }
       loss += double(sum);
     }
@@ -177,40 +184,42 @@ double squares_row(const FeaturesLayer& layer, const FeaturesCall<T>& call, doub
   return keep(layer, call, row, loss * row_scale(layer, call, row, false));
 }
 
-template <class T, Feature F>
-double normalized_row(const FeaturesLayer& layer, const FeaturesCall<T>& call, double scale, int64_t row, T* buffer) {
+template <class T, Feature F, class Distance>
+double normalized_row(const FeaturesLayer& layer, const FeaturesCall<T>& call, const Distance& distance, double scale,
+                      int64_t row, T* buffer) {
   constexpr bool kCentred = F == Feature::kStandardized;
   const int64_t D = layer.D;
-  T *student = buffer, *teacher = student + padded(D), *difference = teacher + padded(D);
+  T *student = buffer, *teacher = student + padded(D), *slopes = teacher + padded(D);
   const T* s = load_block(layer.student, layer.student.row(row), 0, D, student);
   const T* t = load_block(layer.teacher, layer.teacher.row(row), 0, D, teacher);
   const Statistics<T> of_s = statistics<kCentred>(s, D), of_t = statistics<kCentred>(t, D);
   const FeatureScale scale_s = feature_scale(F, 0, of_s.squares, D), scale_t = feature_scale(F, 0, of_t.squares, D);
   const Scale<T> a = to_scale(scale_s, of_s), b = to_scale(scale_t, of_t);
-  double squares = 0, sum_e = 0, sum_xe = 0;
+  double loss = 0, sum_u = 0, sum_xu = 0;
   for (int64_t begin = 0; begin < D; begin += kAtOnce) {
     const int64_t end = std::min(begin + kAtOnce, D);
-    T ee = 0, e1 = 0, xe = 0;
-#pragma omp simd reduction(+ : ee, e1, xe)
+    T sum = 0, u1 = 0, xu = 0;
+#pragma omp simd reduction(+ : sum, u1, xu)
     for (int64_t i = begin; i < end; ++i) {
       const T x = scaled<T, kCentred>(s[i], a), e = x - scaled<T, kCentred>(t[i], b);
-      difference[i] = e;
-      ee += e * e;
-      e1 += e;
-      xe += x * e;
+      const T u = distance.half_slope(e);
+      slopes[i] = u;
+      sum += distance.value(e, u);
+      u1 += u;
+      xu += x * u;
     }
-    squares += double(ee);
-    sum_e += double(e1);
-    sum_xe += double(xe);
+    loss += double(sum);
+    sum_u += double(u1);
+    sum_xu += double(xu);
   }
   if (layer.grad.data) {
-    const FeatureSlope slope = feature_slope(F, scale_s, sum_e, sum_xe, D, scale * row_scale(layer, call, row, true));
+    const FeatureSlope slope = feature_slope(F, scale_s, sum_u, sum_xu, D, scale * row_scale(layer, call, row, true));
     const T k = T(slope.k), mean = T(slope.mean), p = T(slope.p);
 #pragma omp simd
-    for (int64_t i = 0; i < D; ++i) difference[i] = k * ((difference[i] - mean) - scaled<T, kCentred>(s[i], a) * p);
-    store_block(layer.grad, layer.grad.row(row), 0, D, difference, call.stream);
+    for (int64_t i = 0; i < D; ++i) slopes[i] = k * ((slopes[i] - mean) - scaled<T, kCentred>(s[i], a) * p);
+    store_block(layer.grad, layer.grad.row(row), 0, D, slopes, call.stream);
   }
-  return keep(layer, call, row, squares * loss_share(F) * row_scale(layer, call, row, false));
+  return keep(layer, call, row, loss * loss_share(F) * row_scale(layer, call, row, false));
 }
 
 // Rows that lie next to each other, as the positions of [B, C, H, W] do: vectors run across the rows.
@@ -302,14 +311,14 @@ void find_scales(const T* x, int64_t D, int64_t lanes, Scales<T>& s) {
 
 template <class T, Feature F>
 FASTKD_HD T scaled_lane(const T* x, int64_t r, const Scales<T>& s) {
-  if constexpr (F == Feature::kSquares) return x[r];
+  if constexpr (F == Feature::kPlain) return x[r];
   return (F == Feature::kStandardized ? (x[r] - s.base[r]) - s.offset[r] : x[r]) * s.factor[r];
 }
 
-template <class T, Feature F>
-double side_by_side(const FeaturesLayer& layer, const FeaturesCall<T>& call, double scale, int64_t row, int64_t rows,
-                    T* buffer) {
-  constexpr bool kNormalized = F != Feature::kSquares, kCentred = F == Feature::kStandardized;
+template <class T, Feature F, class Distance>
+double side_by_side(const FeaturesLayer& layer, const FeaturesCall<T>& call, const Distance& distance, double scale,
+                    int64_t row, int64_t rows, T* buffer) {
+  constexpr bool kNormalized = F != Feature::kPlain, kCentred = F == Feature::kStandardized;
   const int64_t D = layer.D, lanes = padded(rows);
   T *s = buffer, *t = s + D * lanes;
   load_side_by_side(layer.student, row, rows, D, s);
@@ -322,14 +331,15 @@ double side_by_side(const FeaturesLayer& layer, const FeaturesCall<T>& call, dou
   double sums[3][kMostRows];
   sum_features<3, T>(D, lanes, sums, [&](int64_t k, T(*part)[kMostRows]) {
     const T* student = s + k * lanes;
-    T* difference = t + k * lanes;
+    T* teacher = t + k * lanes;
 #pragma omp simd
     for (int64_t r = 0; r < lanes; ++r) {
-      const T x = scaled_lane<T, F>(student, r, of_s), e = x - scaled_lane<T, F>(difference, r, of_t);
-      difference[r] = e;
-      part[0][r] += e * e;
-      if (kCentred) part[1][r] += e;
-      if (kNormalized) part[2][r] += x * e;
+      const T x = scaled_lane<T, F>(student, r, of_s), e = x - scaled_lane<T, F>(teacher, r, of_t);
+      const T u = distance.half_slope(e);
+      teacher[r] = u;
+      part[0][r] += distance.value(e, u);
+      if (kCentred) part[1][r] += u;
+      if (kNormalized) part[2][r] += x * u;
     }
   });
   double loss = 0;
@@ -397,17 +407,18 @@ int64_t scratch_bytes(const FeaturesLayer& layer) {
   return elements * int64_t(sizeof(T));
 }
 
-template <class T, Feature F>
+template <class T, Feature F, class Distance>
 double rows(const FeaturesLayer& layer, const FeaturesCall<T>& call, double scale, int64_t begin, int64_t end,
             void* scratch) {
   T* buffer = static_cast<T*>(scratch);
+  const Distance distance(call.smooth_l1);
   double loss = 0;
   if (lie_side_by_side(layer)) {
     const int64_t tile = tile_rows<T>(layer);
     for (int64_t row = begin; row < end;) {
       int64_t n = std::min({end - row, tile, run(layer.student, row), run(layer.teacher, row)});
       if (layer.grad.data) n = std::min(n, run(layer.grad, row));
-      loss += side_by_side<T, F>(layer, call, scale, row, n, buffer);
+      loss += side_by_side<T, F>(layer, call, distance, scale, row, n, buffer);
       row += n;
     }
   } else {
@@ -415,10 +426,10 @@ double rows(const FeaturesLayer& layer, const FeaturesCall<T>& call, double scal
       if (!counts(layer, row)) {
         keep(layer, call, row, 0);
         if (layer.grad.data) zero_row(layer.grad, row, layer.D, buffer);
-      } else if constexpr (F == Feature::kSquares) {
-        loss += squares_row(layer, call, scale, row, buffer);
+      } else if constexpr (F == Feature::kPlain) {
+        loss += plain_row(layer, call, distance, scale, row, buffer);
       } else {
-        loss += normalized_row<T, F>(layer, call, scale, row, buffer);
+        loss += normalized_row<T, F>(layer, call, distance, scale, row, buffer);
       }
     }
   }
@@ -426,16 +437,21 @@ double rows(const FeaturesLayer& layer, const FeaturesCall<T>& call, double scal
   return loss;
 }
 
-template <class T, Feature F>
-constexpr FeaturesKernel<T> kKernel{rows<T, F>, block_rows<T>, scratch_bytes<T>};
+template <class T, Feature F, class Distance>
+constexpr FeaturesKernel<T> kKernel{rows<T, F, Distance>, block_rows<T>, scratch_bytes<T>};
 
 }  // namespace
 
 template <class T>
-const FeaturesKernel<T>& features_kernel(Feature feature) {
-  return with_constant(feature, [](auto k) -> const FeaturesKernel<T>& { return kKernel<T, k.value>; });
+const FeaturesKernel<T>& features_kernel(Feature feature, bool smooth_l1) {
+  return with_constant(feature, [&](auto k) -> const FeaturesKernel<T>& {
+    if constexpr (k.value != Feature::kCosine) {  // which is of squares
+      if (smooth_l1) return kKernel<T, k.value, SmoothL1<T>>;
+    }
+    return kKernel<T, k.value, Squares<T>>;
+  });
 }
-template const FeaturesKernel<float>& features_kernel(Feature);
-template const FeaturesKernel<double>& features_kernel(Feature);
+template const FeaturesKernel<float>& features_kernel(Feature, bool);
+template const FeaturesKernel<double>& features_kernel(Feature, bool);
 
 }  // namespace fastkd::FASTKD_ISA

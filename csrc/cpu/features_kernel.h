@@ -11,6 +11,7 @@ struct FeaturesCall {
   int64_t upstream_stride;  // 0: one upstream for all rows
   T* row_loss;              // [rows of all layers], or null
   bool stream;              // write the gradient past the caches
+  SmoothL1<T> smooth_l1;
 };
 
 template <class T>
@@ -25,15 +26,15 @@ struct FeaturesKernel {
 // One for each level of isa.h.
 namespace baseline {
 template <class T>
-const FeaturesKernel<T>& features_kernel(Feature);
+const FeaturesKernel<T>& features_kernel(Feature, bool smooth_l1);
 }
 namespace avx2 {
 template <class T>
-const FeaturesKernel<T>& features_kernel(Feature);
+const FeaturesKernel<T>& features_kernel(Feature, bool smooth_l1);
 }
 namespace avx512 {
 template <class T>
-const FeaturesKernel<T>& features_kernel(Feature);
+const FeaturesKernel<T>& features_kernel(Feature, bool smooth_l1);
 }
 
 }  // namespace fastkd

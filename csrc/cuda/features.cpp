@@ -41,6 +41,8 @@ class Elements {
       cuda::FeaturesParams<T> P{};
       P.count = int32_t(std::min<size_t>(in_.layers() - begin, cuda::kFeaturesLayers));
       P.feature = Feature(in_.feature);
+      P.of_smooth_l1 = in_.beta.has_value();
+      P.smooth_l1 = SmoothL1<T>(in_.beta.value_or(0));
       P.upstream = upstream;
       P.upstream_stride = upstream_stride;
       P.row_loss = row_loss;

@@ -66,15 +66,21 @@ __global__ void __launch_bounds__(kSumThreads) features_finish_kernel(const __gr
 }
 static_assert(kFeaturesLayers <= kSumThreads / 32);
 
-template <class T, Feature F>
-cudaError_t launch(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stream) {
+template <class T, Feature F, class Distance>
+cudaError_t launch_of(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stream) {
   int64_t shared = kFeaturesThreads / 32 * sizeof(double);
-  if (F != Feature::kSquares) {
+  if (F != Feature::kPlain) {
     shared = P.state_rows * sizeof(RowState<T>) + 3 * P.room * sizeof(double);
   } else if (P.row_loss) {
     shared = P.state_rows * sizeof(RowState<T>) + P.room * sizeof(double);
   }
-  return Launch(blocks, dim3(kFeaturesThreads), shared, stream)(features_kernel<T, F>, P);
+  return Launch(blocks, dim3(kFeaturesThreads), shared, stream)(features_kernel<T, F, Distance>, P);
+}
+
+template <class T, Feature F>
+cudaError_t launch(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stream) {
+  return P.of_smooth_l1 ? launch_of<T, F, SmoothL1<T>>(P, blocks, stream)
+                        : launch_of<T, F, Squares<T>>(P, blocks, stream);
 }
 
 }  // namespace
@@ -82,8 +88,8 @@ cudaError_t launch(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stre
 template <class T>
 cudaError_t features(const FeaturesParams<T>& P, int64_t blocks, cudaStream_t stream) {
   switch (P.feature) {
-    case Feature::kSquares:
-      return launch<T, Feature::kSquares>(P, blocks, stream);
+    case Feature::kPlain:
+      return launch<T, Feature::kPlain>(P, blocks, stream);
     case Feature::kStandardized:
       return launch<T, Feature::kStandardized>(P, blocks, stream);
     default:  // cosine as well: half of it, by P.feature

@@ -29,12 +29,12 @@ struct RowState {
   T first[2][2];             // values of both sides, of the rows at hand and of those before
   double mean[2];            // beyond the first value
   T offset[2], factor[2];    // the mean and the scale
-  T k, slope_mean, slope_p;  // of the gradient: k (e - slope_mean - x slope_p)
+  T k, slope_mean, slope_p;  // of the gradient: k (u - slope_mean - x slope_p)
   bool again[2];             // the squares leave the range of T
 };
 
 // One layer, for the blocks that it has been dealt.
-template <class T, class K>
+template <class T, class K, class Distance>
 class FeaturesWalk : BlockRows<T, K> {
   using Rows = BlockRows<T, K>;
   using Rows::by, Rows::counts, Rows::give, Rows::layer, Rows::part, Rows::take;
@@ -46,6 +46,7 @@ class FeaturesWalk : BlockRows<T, K> {
       : Rows(P.layers[l], reinterpret_cast<double*>(states_of_block() + P.state_rows)),
         P(P),
         l(l),
+        distance(P.smooth_l1),
         states(states_of_block()) {}
 
   // Returns what this thread adds to the sum of the rows' losses.
@@ -55,8 +56,8 @@ class FeaturesWalk : BlockRows<T, K> {
     int turn = 0;
     for (int64_t first = (blockIdx.x - layer.first_block) * int64_t(layer.rows); first < layer.N;
          first += int64_t(layer.blocks) * layer.rows) {
-      if constexpr (F == Feature::kSquares) {
-        squares(first, loss);
+      if constexpr (F == Feature::kPlain) {
+        plain(first, loss);
       } else {
         normalized<F == Feature::kStandardized>(first, turn, loss);
         turn = 1 - turn;
@@ -68,6 +69,7 @@ class FeaturesWalk : BlockRows<T, K> {
  private:
   const FeaturesParams<T>& P;
   const int l;
+  const Distance distance;
   RowState<T>* states;
 
   static __device__ __forceinline__ RowState<T>* states_of_block() {
@@ -104,7 +106,7 @@ class FeaturesWalk : BlockRows<T, K> {
     }
   }
 
-  __device__ __forceinline__ void squares(int64_t first, double& loss) const {
+  __device__ __forceinline__ void plain(int64_t first, double& loss) const {
     const Place place(*this, first);
     T k[kRows];
 #pragma unroll
@@ -126,9 +128,9 @@ class FeaturesWalk : BlockRows<T, K> {
 #pragma unroll
         for (int i = 0; i < K::kElements; ++i) {
           const int q = i % kRows;
-          const T e = kRows == 1 || place.here[q] ? a[i] - b[i] : T(0);
-          sum[q] += e * e;
-          a[i] = k[q] * e;
+          const T e = kRows == 1 || place.here[q] ? a[i] - b[i] : T(0), u = distance.half_slope(e);
+          sum[q] += distance.value(e, u);
+          a[i] = k[q] * u;
         }
         if (layer.grad.data) store_packs<K::kElements, 1>(layer.grad.dtype, at, step, left, by.threads, a);
       }
@@ -212,9 +214,10 @@ class FeaturesWalk : BlockRows<T, K> {
       T x = a.template of<kCentred>(s[i], q), e = x - b.template of<kCentred>(t[i], q);
       if (kCentred && left <= 0) x = e = 0;
       if ((i + 1) % K::kElements == 0) left -= by.threads;
-      found[0][q] += e * e;
-      found[1][q] += x * e;
-      if (kCentred) found[2][q] += e;
+      const T u = distance.half_slope(e);
+      found[0][q] += distance.value(e, u);
+      found[1][q] += x * u;
+      if (kCentred) found[2][q] += u;
     }
   }
 
@@ -232,8 +235,8 @@ class FeaturesWalk : BlockRows<T, K> {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       const int q = i % kRows;
-      const T x = a.template of<kCentred>(s[i], q), e = x - b.template of<kCentred>(t[i], q);
-      s[i] = k[q] * ((kCentred ? e - mean[q] : e) - x * p[q]);
+      const T x = a.template of<kCentred>(s[i], q), u = distance.half_slope(x - b.template of<kCentred>(t[i], q));
+      s[i] = k[q] * ((kCentred ? u - mean[q] : u) - x * p[q]);
     }
     store_packs<K::kElements, kPacks>(layer.grad.dtype, place.at.grad + int64_t(begin + by.rank) * layer.grad.step,
                                       by.threads * layer.grad.step, place.end(begin, part()) - by.rank, by.threads, s);
@@ -270,8 +273,8 @@ class FeaturesWalk : BlockRows<T, K> {
     if (!layer.grad.data) return loss;
     FeatureSlope slope{0, 0, 0};
     if (here) {
-      const double sum_e = centred(P.feature) ? take(2, r) : 0;
-      slope = feature_slope(P.feature, state.student, sum_e, take(1, r), layer.D, gradient_scale(row, w));
+      const double sum_u = centred(P.feature) ? take(2, r) : 0;
+      slope = feature_slope(P.feature, state.student, sum_u, take(1, r), layer.D, gradient_scale(row, w));
     }
     state.k = T(slope.k);
     state.slope_mean = T(slope.mean);
@@ -349,9 +352,9 @@ __device__ int layer_of(const FeaturesParams<T>& P, int block) {
   return layer;
 }
 
-template <Feature F, FeaturesPack kPack, class T>
+template <Feature F, class Distance, FeaturesPack kPack, class T>
 __device__ __forceinline__ void walk(const FeaturesParams<T>& P, int l) {
-  double loss = FeaturesWalk<T, Pack<kPack>>(P, l).template run<F>();
+  double loss = FeaturesWalk<T, Pack<kPack>, Distance>(P, l).template run<F>();
   if (!P.partials) return;
   __syncthreads();  // others may still read the rows' states
   loss = block_sum<kFeaturesThreads / 32>(loss, reinterpret_cast<double*>(ptx::dynamic_shared()));
@@ -359,19 +362,19 @@ __device__ __forceinline__ void walk(const FeaturesParams<T>& P, int l) {
 }
 
 // grid: the layers' blocks, one layer after the other.
-template <class T, Feature F>
-__global__ void __launch_bounds__(kFeaturesThreads, sizeof(T) == 8           ? 1
-                                                    : F == Feature::kSquares ? 3
-                                                                             : 2)
+template <class T, Feature F, class Distance>
+__global__ void __launch_bounds__(kFeaturesThreads, sizeof(T) == 8         ? 1
+                                                    : F == Feature::kPlain ? 3
+                                                                           : 2)
     features_kernel(const __grid_constant__ FeaturesParams<T> P) {
   const int l = layer_of(P, blockIdx.x);
   switch (P.layers[l].pack) {
     case FeaturesPack::kFeatures:
-      return walk<F, FeaturesPack::kFeatures>(P, l);
+      return walk<F, Distance, FeaturesPack::kFeatures>(P, l);
     case FeaturesPack::kRows:
-      return walk<F, FeaturesPack::kRows>(P, l);
+      return walk<F, Distance, FeaturesPack::kRows>(P, l);
     case FeaturesPack::kElement:
-      return walk<F, FeaturesPack::kElement>(P, l);
+      return walk<F, Distance, FeaturesPack::kElement>(P, l);
   }
 }
 

@@ -58,6 +58,8 @@ struct FeaturesParams {
   int32_t count;
   int32_t state_rows, room;  // the most of a layer: rows of a block; doubles of one sum
   Feature feature;
+  bool of_smooth_l1;  // else of squares
+  SmoothL1<T> smooth_l1;
   const double* scales;     // [count], where the host does not know them; or null
   const T* upstream;        // [rows of all layers], or null: 1
   int64_t upstream_stride;  // 0: one upstream for all rows

@@ -1,7 +1,8 @@
 // The launches of the features schedule and of attention transfer as a program without torch, for the
 // sanitizers.
 //   features_main WHAT DTYPE MASKED MODE SEED  prints "right" or what is wrong
-// WHAT 0 squares, 1 l2, 2 standardized, 3 cosine, of layers of every layout in one launch; 4 attention;
+// WHAT 0 plain, 1 l2, 2 standardized, 3 cosine, of layers of every layout in one launch; 4 attention; 5, 6, 7 the first
+// three of smooth L1;
 // DTYPE 0 half, 1 bfloat16, 2 float, 3 double; MASKED 1: rows that do not count, NaN, and weights; MODE
 // and SEED: the order of the threads. The truth is computed in double from the definitions, without any
 // of the kernels' code: the gradient by differentiating what a row is divided by.
@@ -121,7 +122,7 @@ struct Normal {
     if (f == Feature::kStandardized) along /= D;
     std::vector<double> g(y.size());
     for (size_t i = 0; i < y.size(); ++i) {
-      g[i] = f == Feature::kSquares ? u[i] : (u[i] - y[i] * along - (f == Feature::kStandardized ? mean : 0)) / divisor;
+      g[i] = f == Feature::kPlain ? u[i] : (u[i] - y[i] * along - (f == Feature::kStandardized ? mean : 0)) / divisor;
     }
     return g;
   }
@@ -130,9 +131,22 @@ struct Normal {
   double divisor = 1;
 };
 
+constexpr double kBeta = 0.02;  // some differences are below, whether rows are normalised or not
+
+// What a difference adds to the loss, and its slope.
+struct Term {
+  Term(double e, bool smooth_l1) : value(e * e), slope(2 * e) {
+    if (!smooth_l1) return;
+    const double size = std::fabs(e);
+    value = size < kBeta ? e * e / 2 / kBeta : size - kBeta / 2;
+    slope = size < kBeta ? e / kBeta : e / size;
+  }
+  double value, slope;
+};
+
 template <class S, class T>
-int elements(Feature f, DType type, bool masked, double tolerance) {
-  const bool flat = f == Feature::kSquares && !masked;
+int elements(Feature f, bool smooth_l1, DType type, bool masked, double tolerance) {
+  const bool flat = f == Feature::kPlain && !masked;
   const std::vector<Shape> shapes{{9, 33, 1}, {2, 5003, 1}, {3, 64, 1}, {2, 8208, 1},
                                   {2, 7, 12}, {1, 40, 15},  {2, 7, 9},  {1, 300, 4}};
   std::vector<std::unique_ptr<Features<S>>> students, teachers, grads;
@@ -190,8 +204,9 @@ int elements(Feature f, DType type, bool masked, double tolerance) {
       std::vector<double> u(shape.D);
       for (int64_t d = 0; d < shape.D; ++d) {
         const double e = x.y[d] - y.y[d];
-        right += share * w * e * e;
-        u[d] = 2 * share * w * e;
+        const Term term(e, smooth_l1);
+        right += share * w * term.value;
+        u[d] = share * w * term.slope;
       }
       const std::vector<double> g = x.back(u);
       for (int64_t d = 0; d < shape.D; ++d) exact[l][shape.at(n, d)] = g[d];
@@ -199,6 +214,8 @@ int elements(Feature f, DType type, bool masked, double tolerance) {
   }
   P->count = counts.count = losses.count = count;
   P->feature = f;
+  P->of_smooth_l1 = smooth_l1;
+  P->smooth_l1 = SmoothL1<T>(kBeta);
   const cuda::FeaturesGrid grid = cuda::plan_blocks(P->layers, count, device);
   P->state_rows = grid.rows;
   P->room = grid.room;
@@ -299,7 +316,7 @@ int attention(DType type, double tolerance) {
 template <class S, class T>
 int run(int what, DType type, bool masked, double tolerance) {
   if (what == 4) return attention<S, T>(type, tolerance);
-  return elements<S, T>(Feature(what), type, masked, tolerance);
+  return elements<S, T>(Feature(what % 5), what > 4, type, masked, tolerance);
 }
 
 }  // namespace

@@ -10,8 +10,9 @@ student's.
 maps, and the last one of tensors with fewer. Attention heads ``[B, H, L, D]`` want ``dim=-1``. Tensors of five and more
 dimensions, such as video ``[B, C, T, H, W]``, want ``dim`` said.
 
-**Layers.** :func:`fastkd.functional.feature_mse` and :func:`fastkd.functional.feature_cosine` take lists of tensors,
-one for each layer, in one call: one kernel on a GPU, one parallel region on the CPU.
+**Layers.** :func:`fastkd.functional.feature_mse`, :func:`fastkd.functional.feature_smooth_l1` and
+:func:`fastkd.functional.feature_cosine` take lists of tensors, one for each layer, in one call: one kernel on a GPU,
+one parallel region on the CPU.
 
 **The teacher is a constant.** A teacher that requires a gradient, while gradients are recorded, is an error: detach it.
 Where both sides learn, the same call with the two exchanged has the other's gradient, unless a function says otherwise.
@@ -52,17 +53,19 @@ def _normalized(total, normalizer):
     return total / torch.where((total == 0) & (divisor == 0), 1.0, divisor)
 
 
-def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim):
-    """Checks what a feature loss is given, and hands it to the backend."""
+def _feature_loss(
+    feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim, beta=None
+):
+    """Checks what a feature loss is given, and hands it to the backend. beta: of smooth L1, else squares."""
     if _dtensor.given(student, teacher, mask, weight, normalizer):
         return _dtensor.feature_loss(
             _feature_loss, feature, student, teacher, mask, weight, reduction, normalizer, layer_weights,
-            return_layers, dim,
+            return_layers, dim, beta,
         )  # fmt: skip
     listed = isinstance(student, (list, tuple))
     students, teachers = ([x] if isinstance(x, torch.Tensor) and not listed else x for x in (student, teacher))
     _check.features(students, teachers, dim)
-    name = "feature_cosine" if feature == "cosine" else "feature_mse"
+    name = "feature_cosine" if feature == "cosine" else "feature_mse" if beta is None else "feature_smooth_l1"
     for x in teachers:
         _check.constant_teacher(x, name, f"{name}({{}})")
     dims = [_check.dim_of(x, dim) % x.dim() for x in students]
@@ -79,7 +82,8 @@ def _feature_loss(feature, student, teacher, mask, weight, reduction, normalizer
         _check.layer_weights(layer_weights, len(students))
     _check.flag("return_layers", return_layers)
     backend = _backend.select(students[0].device)
-    arguments = (list(students), list(teachers), dims, masks, weights, reduction, [float(x) for x in layer_weights])
+    of_layers = [float(x) for x in layer_weights]
+    arguments = (list(students), list(teachers), dims, masks, weights, reduction, of_layers, beta)
     if backend == "torch":
         loss, layers = reference.feature_loss(feature, *arguments)
     else:
@@ -157,10 +161,84 @@ def feature_mse(
     Source: Romero et al., "FitNets: Hints for Thin Deep Nets", 2015.
     """
     _check.feature_normalize(normalize)
-    feature = normalize or "squares"
+    feature = normalize or "plain"
     return _feature_loss(
         feature, student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim
     )
+
+
+def feature_smooth_l1(
+    student: Layers,
+    teacher: Layers,
+    *,
+    beta: float = 1.0,
+    normalize: FeatureNormalize = None,
+    mask: Layers | None = None,
+    weight: Layers | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    layer_weights: Sequence[float] | None = None,
+    return_layers: bool = False,
+    dim: int | None = None,
+) -> LossOrMore:
+    r"""Smooth L1 of differences of features, of one layer or of all layers in one call.
+
+    .. math:: \frac{1}{N D} \sum_{nk} \ell(\hat s_{nk} - \hat t_{nk}),\quad
+        \ell(e) = \begin{cases} e^2 / (2 \beta) & |e| < \beta \\ |e| - \beta / 2 & \text{else} \end{cases}
+
+    with :math:`\hat x` the rows as they are, over their length, or standardized. A large difference pulls no harder
+    than one of :math:`\beta`. With ``beta=0`` the loss is L1, :math:`|e|`, which has the gradient 0 where nothing
+    differs; times :math:`\beta` it is Huber's, ``F.huber_loss``.
+
+    What all losses of features share stands in :mod:`fastkd.functional.features`.
+
+    Args:
+        student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
+        teacher: the same shapes, constants.
+        beta: where squares become absolute differences, a finite number of at least 0. Default 1.0, as of
+            ``F.smooth_l1_loss``.
+        normalize: None; ``"l2"``, rows over their length (of at least 1e-12; a row of zeros has no gradient); or
+            ``"standardize"``, rows less their mean, over sqrt(variance + 1e-6). Default None.
+        mask: bool, broadcastable to the shape without the features, True where the row counts. A masked row has loss 0
+            and gradient 0 whatever it holds. With lists one for all layers, or a list of one for each. Default: every
+            row counts.
+        weight: float, broadcastable likewise, multiplies the row's loss; the divisor does not change. Default: 1 for
+            every row.
+        reduction: ``"mean"``, the sum over (rows that count x D), the default; ``"batchmean"``, the sum over the number
+            of rows that count; ``"sum"``; or ``"none"``, a loss per row, and of lists a list.
+        normalizer: a number, or a tensor of one element, that replaces the divisor, for gradient accumulation and
+            several ranks. It is positive, or 0 where a mask lets no row count. Not with ``"none"``. Default: none.
+        layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default: 1 for each.
+        return_layers: whether each layer's own loss, without its weight, is returned as well: ``[layers]``, detached.
+            Default False.
+        dim: where the features are. Default: 1 of four dimensions, the last of fewer.
+
+    Returns:
+        The loss, a tensor without dimensions, or what ``"none"`` says; with ``return_layers`` the pair (loss, layers).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import feature_smooth_l1
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0, 3.0], [1.0, 0.5]])
+        >>> loss = feature_smooth_l1(student, teacher)
+        >>> loss.backward()
+        >>> loss.item(), student.grad.tolist()
+        (0.40625, [[0.0, -0.25], [0.0, -0.125]])
+        >>> feature_smooth_l1(student, teacher, beta=0).item()
+        0.625
+
+    Source: Girshick, "Fast R-CNN", 2015, for beta = 1.
+    """
+    _check.at_least_zero("beta", beta)
+    _check.feature_normalize(normalize)
+    return _feature_loss(
+        normalize or "plain", student, teacher, mask, weight, reduction, normalizer, layer_weights, return_layers, dim,
+        float(beta),
+    )  # fmt: skip
 
 
 def feature_cosine(
@@ -345,7 +423,7 @@ def linear_feature_mse(
         _check.normalizer(normalizer, student, mask, reduction)
         normalizer, reduction = _check.zero_as_tensor(normalizer, student), "sum"
     dim = _check.dim_of(student, dim) % student.dim()
-    feature, backend = normalize or "squares", _backend.select(student.device)
+    feature, backend = normalize or "plain", _backend.select(student.device)
     arguments = (feature, student, projector_weight, projector_bias, teacher, dim, mask, weight, reduction)
     if backend == "torch":
         loss = reference.linear_feature_loss(*arguments)

@@ -2,7 +2,13 @@
 
 from .adaptive import AdaptiveKLDivLoss
 from .beyond_kl import AlphaBetaDivLoss, BernoulliKLDivLoss, NegativeLogAcceptanceLoss
-from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
+from .features import (
+    AttentionTransferLoss,
+    FeatureCosineLoss,
+    FeatureMSELoss,
+    FeatureSmoothL1Loss,
+    LinearFeatureMSELoss,
+)
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
 from .relations import (
@@ -25,6 +31,7 @@ __all__ = [
     "DKDLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
+    "FeatureSmoothL1Loss",
     "GramMSELoss",
     "JSDivLoss",
     "KDLoss",

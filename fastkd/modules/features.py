@@ -98,6 +98,94 @@ class FeatureMSELoss(_Loss):
         )
 
 
+class FeatureSmoothL1Loss(_Loss):
+    r"""Smooth L1 of differences of features, of one layer or of lists of them.
+
+    The formula and what the loss does are those of :func:`fastkd.functional.feature_smooth_l1`.
+
+    Args:
+        beta: where squares become absolute differences, a finite number of at least 0. Default 1.0.
+        normalize: None; ``"l2"``, rows over their length; or ``"standardize"``, rows less their mean, over their
+            standard deviation. Default None.
+        reduction: ``"mean"``, ``"batchmean"``, ``"sum"`` or ``"none"``. Default: ``"mean"``.
+        layer_weights: finite numbers of at least 0, one for each layer, of its loss in the sum. Default: 1 for each.
+        return_layers: whether each layer's own loss is returned as well. Default False.
+        dim: where the features are. Default: 1 of four dimensions, the last of fewer.
+
+    Shape:
+        student and teacher ``[*, D]`` or ``[B, C, H, W]``, or lists of these; the loss has no dimensions, or is one per
+        row with ``reduction="none"``. With ``return_layers`` it is the pair (loss, layers).
+
+    Example:
+        >>> import torch, fastkd
+        >>> student = torch.tensor([[0.0, 1.0], [1.0, 0.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[0.0, 2.0], [1.0, 1.0]])
+        >>> loss = fastkd.FeatureSmoothL1Loss(beta=0.5)(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4)
+        0.375
+    """
+
+    _options = ("beta", "normalize", "reduction", "layer_weights", "return_layers", "dim")
+
+    def __init__(
+        self,
+        *,
+        beta: float = 1.0,
+        normalize: FeatureNormalize = None,
+        reduction: Reduction = "mean",
+        layer_weights: Sequence[float] | None = None,
+        return_layers: bool = False,
+        dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        _check.at_least_zero("beta", beta)
+        _check.feature_normalize(normalize)
+        _check.reduction(reduction)
+        _check_layer_weights(layer_weights)
+        _check.feature_dim(dim)
+        _check.flag("return_layers", return_layers)
+        self.beta = beta
+        self.normalize: FeatureNormalize = normalize
+        self.reduction: Reduction = reduction
+        self.layer_weights: Sequence[float] | None = layer_weights
+        self.return_layers = return_layers
+        self.dim = dim
+
+    def forward(
+        self,
+        student: Layers,
+        teacher: Layers,
+        *,
+        mask: Layers | None = None,
+        weight: Layers | None = None,
+        normalizer: Tensor | float | None = None,
+    ) -> LossOrMore:
+        """The loss.
+
+        Args:
+            student: features ``[*, D]``, or maps ``[B, C, H, W]``; or a list of these, one for each layer.
+            teacher: the same shapes, constants.
+            mask: bool, broadcastable to the shape without the features, True where the row counts; or a list. Default:
+                every row counts.
+            weight: float, broadcastable likewise, multiplies the row's loss; or a list. Default: 1 for every row.
+            normalizer: a number, or a tensor of one element, that replaces the divisor. Default: none.
+        """
+        return functional.feature_smooth_l1(
+            student,
+            teacher,
+            beta=self.beta,
+            normalize=self.normalize,
+            mask=mask,
+            weight=weight,
+            reduction=self.reduction,
+            normalizer=normalizer,
+            layer_weights=self.layer_weights,
+            return_layers=self.return_layers,
+            dim=self.dim,
+        )
+
+
 class FeatureCosineLoss(_Loss):
     r"""One minus the cosine between student's and teacher's features, of one layer or of lists of them.
 

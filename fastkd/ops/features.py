@@ -11,7 +11,7 @@ from .numbers import as_tensor
 from .saved import is_inference
 
 # The numbers are those of csrc/math/feature.h.
-FEATURES = {"squares": 0, "l2": 1, "standardize": 2, "cosine": 3}
+FEATURES = {"plain": 0, "l2": 1, "standardize": 2, "cosine": 3}
 REDUCTION_NUMBERS = {name: number for number, name in enumerate(REDUCTIONS)}
 
 
@@ -32,14 +32,14 @@ def _rows(student, dims):
     return [x.numel() // x.shape[dim] for x, dim in zip(student, dims, strict=True)]
 
 
-def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_weights, save):
+def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_weights, beta, save):
     dtype = compute_dtype(*student, *teacher)
     shape = (sum(_rows(student, dims)),) if reduction == 0 else ()
     loss, layers = student[0].new_empty(shape, dtype=dtype), student[0].new_empty(len(student), dtype=dtype)
     return loss, layers, [torch.empty_like(x) for x in student] if save else []
 
 
-def _fake_fwd_(student, teacher, dim, feature, mask, weight, reduction):
+def _fake_fwd_(student, teacher, dim, feature, mask, weight, reduction, beta):
     shape = (student.numel() // student.shape[dim],) if reduction == 0 else ()
     return student.new_empty(shape, dtype=compute_dtype(student, teacher))
 
@@ -67,15 +67,15 @@ class _Features(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, namespace, options, count, layer_weights, *tensors):
+    def forward(ctx, namespace, options, count, layer_weights, beta, *tensors):
         students, teachers = list(tensors[:count]), list(tensors[count : 2 * count])
-        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :], layer_weights)
+        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :], layer_weights, beta)
         ctx.ops, ctx.options, ctx.count = ops, options, count
         ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in students)
         loss, layers, grads = ops.fwd(students, teachers, *arguments, not ctx.recompute)
         ctx.inference = tuple(x if is_inference(x) else None for x in tensors)
         if ctx.recompute:
-            ctx.save_for_backward(layer_weights, *(None if is_inference(x) else x for x in tensors))
+            ctx.save_for_backward(layer_weights, beta, *(None if is_inference(x) else x for x in tensors))
         else:
             ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(layers)
@@ -84,17 +84,17 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         grads = [forbid_double_backward(lambda x: x, grad) for grad in _gradients(ctx, upstream)]
-        return None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[4 + ctx.count :])
+        return None, None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[5 + ctx.count :])
 
 
 def _gradients(ctx, upstream):
     with torch.no_grad():
         if not ctx.recompute:
             return all_scaled(ctx.ops.scale_, list(ctx.saved_tensors), upstream)
-        layer_weights, *saved = ctx.saved_tensors
+        layer_weights, beta, *saved = ctx.saved_tensors
         tensors = [x if y is None else y for x, y in zip(saved, ctx.inference, strict=True)]
         count = ctx.count
-        arguments = _arguments(ctx.options, tensors[2 * count :], layer_weights)
+        arguments = _arguments(ctx.options, tensors[2 * count :], layer_weights, beta)
         return ctx.ops.bwd(tensors[:count], tensors[count : 2 * count], *arguments, upstream.contiguous())
 
 
@@ -107,9 +107,9 @@ class Options(NamedTuple):
     reduction: int
 
 
-def _arguments(options, tensors, layer_weights):
+def _arguments(options, tensors, layer_weights, beta):
     masks, weights = list(tensors[: options.masks]), list(tensors[options.masks :])
-    return list(options.feature_dims), options.feature, masks, weights, options.reduction, layer_weights
+    return list(options.feature_dims), options.feature, masks, weights, options.reduction, layer_weights, beta
 
 
 def _one_each(tensors):
@@ -127,6 +127,7 @@ def feature_loss(
     weights: list[torch.Tensor],
     reduction: str,
     layer_weights: list[float],
+    beta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and layers of :mod:`fastkd.functional`; the arguments have been checked there. The loss is one
     value per row of all layers where the reduction is "none"."""
@@ -136,10 +137,10 @@ def feature_loss(
     masks = [x.reshape(-1).contiguous() for x in masks]
     weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]
     options = Options(tuple(dims), FEATURES[feature], len(masks), REDUCTION_NUMBERS[reduction])
-    of_layers = as_tensor(*layer_weights)
+    numbers = as_tensor(*layer_weights), None if beta is None else as_tensor(beta)
     if torch.is_grad_enabled() and any(x.requires_grad for x in students):
-        return _Features.apply(namespace, options, len(students), of_layers, *students, *teachers, *masks, *weights)
-    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights), of_layers), False)[:2]
+        return _Features.apply(namespace, options, len(students), *numbers, *students, *teachers, *masks, *weights)
+    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights), *numbers), False)[:2]
 
 
 def _as_maps(x, dim):
@@ -174,7 +175,7 @@ class _Linear(torch.autograd.Function):
         ctx.scale_, ctx.dim = OPS[namespace].scale_, dim
         projected = _projected(student, projector_weight, projector_bias, dim)
         rows_or_sum = REDUCTION_NUMBERS["none" if reduction == "none" else "sum"]
-        loss = OPS[namespace].fwd_(projected, teacher, dim, FEATURES[feature], mask, weight, rows_or_sum)
+        loss = OPS[namespace].fwd_(projected, teacher, dim, FEATURES[feature], mask, weight, rows_or_sum, None)
         ctx.divisor = _divisor(projected, dim, mask, reduction)
         inference = is_inference(projector_weight)
         ctx.save_for_backward(projected, student, None if inference else projector_weight)

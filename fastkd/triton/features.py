@@ -27,13 +27,22 @@ def _high_and_low(x):
     return high, x - high
 
 
+def _smooth_l1_numbers(beta, dtype):
+    """As csrc/math/feature.h makes them."""
+    range_of = torch.finfo(dtype)
+    if beta < range_of.tiny:
+        return {"beta": 0.0, "half_inverse": range_of.max}
+    return {"beta": min(beta, range_of.max), "half_inverse": 0.5 / beta}
+
+
 class _Call:
     """One call of the ops: launches for the layers that are alike."""
 
-    def __init__(self, student, teacher, feature_dim, feature, mask, weight, reduction, layer_weights):
+    def __init__(self, student, teacher, feature_dim, feature, mask, weight, reduction, layer_weights, beta):
         self.student, self.teacher, self.dims, self.feature = student, teacher, feature_dim, feature
         self.mask, self.weight, self.reduction, self.layer_weights = mask, weight, reduction, layer_weights
         self.dtype = compute_dtype(*student, *teacher)
+        self.smooth_l1 = {"SMOOTH_L1": beta is not None, **_smooth_l1_numbers(beta or 0.0, self.dtype)}
         self.counts = [x.numel() // x.shape[dim] for x, dim in zip(student, feature_dim, strict=True)]
         self.triton_dtype = tl.float64 if self.dtype is torch.float64 else tl.float32
 
@@ -60,7 +69,7 @@ class _Call:
         found = {}
         for i, (s, t, dim) in enumerate(zip(self.student, self.teacher, self.dims, strict=True)):
             tensors = (s, t, grads[i]) if grads else (s, t)
-            plain = self.feature == FEATURES["squares"] and not self.mask and not self.weight and self.reduction != NONE
+            plain = self.feature == FEATURES["plain"] and not self.mask and not self.weight and self.reduction != NONE
             if plain and is_dense(s) and all(x.stride() == s.stride() for x in tensors):
                 key, launch = s.numel(), self.flat
             else:
@@ -115,14 +124,14 @@ class _Call:
         if n:
             flat_kernel[(partials.shape[1], len(which))](
                 students, teachers, grads[0] if grads else None, self.weights(which), upstream, partials, scale, n,
-                LAYERS=len(which), BLOCK=FLAT, dtype=self.triton_dtype, num_warps=8, **UNFUSED,
+                LAYERS=len(which), BLOCK=FLAT, dtype=self.triton_dtype, num_warps=8, **self.smooth_l1, **UNFUSED,
             )  # fmt: skip
         return partials, scale, scales
 
     def rows(self, rows, which, tensors, row_losses, upstream):
         scale, scales = self.scale(which)
         students, teachers, *grads = tensors
-        tile = tile_of(rows, self.dtype.itemsize, kept=self.feature != FEATURES["squares"])
+        tile = tile_of(rows, self.dtype.itemsize, kept=self.feature != FEATURES["plain"])
         partials = students[0].new_empty(len(which), programs(rows, tile), dtype=torch.float64)
         per_row = upstream is not None and upstream.numel() != 1
         upstreams = self.part(upstream, which) if per_row else None if upstream is None else (upstream,)
@@ -135,7 +144,8 @@ class _Call:
                 self.weights(which), row_losses, upstreams, scales, partials, scale,
                 *places, rows.middle, rows.inner, rows.D,
                 FEATURE=self.feature, LAYERS=len(which), ROWS=tile.rows, BLOCK=tile.features, WHOLE=tile.whole,
-                PER_ROW=per_row, dtype=self.triton_dtype, num_warps=tile.warps, **UNFUSED, **limited(self.dtype),
+                PER_ROW=per_row, dtype=self.triton_dtype, num_warps=tile.warps,
+                **self.smooth_l1, **UNFUSED, **limited(self.dtype),
             )  # fmt: skip
         return partials, scale, scales
 
@@ -146,8 +156,8 @@ class _Call:
         )  # fmt: skip
 
 
-def _values(layer_weights):
-    return [read("layer_weights", x, 0.0) for x in layer_weights]
+def _numbers(layer_weights, beta):
+    return [read("layer_weights", x, 0.0) for x in layer_weights], None if beta is None else read("beta", beta, 0.0)
 
 
 def _empty_grads(student):
@@ -158,9 +168,9 @@ def features_fwd(
     student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_save: Any
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Loss, the layers' losses and, where they are saved, the gradients."""
-    *options, layer_weights, save = options_and_save
+    *options, layer_weights, beta, save = options_and_save
     grads = _empty_grads(student) if save else []
-    return *_Call(student, teacher, *options, _values(layer_weights)).run(grads), grads
+    return *_Call(student, teacher, *options, *_numbers(layer_weights, beta)).run(grads), grads
 
 
 def features_fwd_(
@@ -171,17 +181,19 @@ def features_fwd_(
     mask: torch.Tensor | None,
     weight: torch.Tensor | None,
     reduction: int,
+    beta: torch.Tensor | None,
 ) -> torch.Tensor:
     """Loss of one layer; the gradient is written over the student."""
     masks, weights = ([] if x is None else [x] for x in (mask, weight))
-    call = _Call([student], [teacher], [feature_dim], feature, masks, weights, reduction, [1.0])
+    numbers = _numbers(torch.ones(1), beta)
+    call = _Call([student], [teacher], [feature_dim], feature, masks, weights, reduction, *numbers)
     return call.run([student])[0]
 
 
 def features_bwd(
     student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_upstream: Any
 ) -> list[torch.Tensor]:
-    *options, layer_weights, upstream = options_and_upstream
+    *options, layer_weights, beta, upstream = options_and_upstream
     grads = _empty_grads(student)
-    _Call(student, teacher, *options, _values(layer_weights)).run(grads, upstream, reduce=False)
+    _Call(student, teacher, *options, *_numbers(layer_weights, beta)).run(grads, upstream, reduce=False)
     return grads

@@ -1,12 +1,12 @@
 """The features schedule in Triton: distances between rows of features, and their gradient.
 
     x = (s - m_s) a_s, y = (t - m_t) a_t, e = x - y;  m and a from the row's statistics, or 0 and 1
-    loss[n]    = share weight[n] sum e^2
-    grad[n, d] = 2 share a_s weight[n] upstream[n] / divisor (e - mean - x p)
+    loss[n]    = share weight[n] sum l(e), u = l'(e) / 2
+    grad[n, d] = 2 share a_s weight[n] upstream[n] / divisor (u - mean - x p)
 
-with the mean and p of csrc/math/feature.h. A program takes some rows of one layer; these stay in registers from
-the first sum to the gradient, unless they are too long: then they are read again for every sum. Layers of one
-shape, dtype and layout are one launch. Traffic: student + teacher + gradient, once each.
+with the l, a square or smooth L1, the mean and p of csrc/math/feature.h. A program takes some rows of one layer; these
+stay in registers from the first sum to the gradient, unless they are too long: then they are read again for every sum.
+Layers of one shape, dtype and layout are one launch. Traffic: student + teacher + gradient, once each.
 Saved for backward: the gradient, or nothing, and backward computes it from the features.
 
 Products are not fused with sums: of equal rows the differences are 0.
@@ -18,7 +18,7 @@ import triton.language as tl
 from ..ops.features import FEATURES
 from .layout import load_features, one_of, row_pointers, rows_of_program, store_features
 
-SQUARES, L2, STANDARDIZE, COSINE = (tl.constexpr(FEATURES[x]) for x in ("squares", "l2", "standardize", "cosine"))
+PLAIN, L2, STANDARDIZE, COSINE = (tl.constexpr(FEATURES[x]) for x in ("plain", "l2", "standardize", "cosine"))
 
 
 @triton.jit
@@ -129,19 +129,50 @@ def _first(rows, here, dtype: tl.constexpr, FEATURE: tl.constexpr):
 
 @triton.jit
 def _normalized(x, first, offset, factor, D, begin, BLOCK: tl.constexpr, FEATURE: tl.constexpr):
-    if FEATURE != SQUARES:
+    if FEATURE != PLAIN:
         x = _centred(x, first, offset, D, begin, BLOCK, FEATURE) * factor[:, None]
     return x
 
 
 @triton.jit
-def _gradient(x, e, k, along, total, D, dtype: tl.constexpr, FEATURE: tl.constexpr):
+def _differences(
+    s, s_side, of_s, t, t_side, of_t, begin,
+    dtype: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr, FEATURE: tl.constexpr,
+):  # fmt: skip
+    """x and e of a block. of_s, of_t: first value, offset and factor of each row."""
+    x = _block(s, s_side, begin, dtype, BLOCK, WHOLE)
+    y = _block(t, t_side, begin, dtype, BLOCK, WHOLE)
+    x = _normalized(x, of_s[0], of_s[1], of_s[2], s_side[3], begin, BLOCK, FEATURE)
+    return x, x - _normalized(y, of_t[0], of_t[1], of_t[2], t_side[3], begin, BLOCK, FEATURE)
+
+
+@triton.jit
+def _half_slope(e, half_inverse, SMOOTH_L1: tl.constexpr):
+    """u."""
+    if SMOOTH_L1:
+        u = e * half_inverse
+        u = tl.where(u > 0.5, 0.5, u)  # NaN stays, which a minimum may not leave
+        return tl.where(u < -0.5, -0.5, u)
+    return e
+
+
+@triton.jit
+def _value(e, u, beta, SMOOTH_L1: tl.constexpr):
+    """l(e)."""
+    if SMOOTH_L1:
+        size = tl.abs(e)
+        return tl.where(size < beta, e * u, size - 0.5 * beta)
+    return e * u
+
+
+@triton.jit
+def _gradient(x, u, k, along, total, D, dtype: tl.constexpr, FEATURE: tl.constexpr):
     if FEATURE == STANDARDIZE:
-        e = e - (total / D).to(dtype)[:, None]
+        u = u - (total / D).to(dtype)[:, None]
         along = along / D
-    if FEATURE != SQUARES:
-        e = e - x * along.to(dtype)[:, None]
-    return k.to(dtype)[:, None] * e
+    if FEATURE != PLAIN:
+        u = u - x * along.to(dtype)[:, None]
+    return k.to(dtype)[:, None] * u
 
 
 @triton.jit
@@ -173,8 +204,9 @@ def features_kernel(
     scale: tl.float64,
     student_place, teacher_place, grad_place,
     middle, inner, D,
+    beta: tl.float64, half_inverse: tl.float64,
     FEATURE: tl.constexpr, LAYERS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
-    PER_ROW: tl.constexpr, dtype: tl.constexpr,
+    PER_ROW: tl.constexpr, SMOOTH_L1: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     layer, program = tl.program_id(1), tl.program_id(0)
     outer_at, middle_at, inner_at, row = rows_of_program(program, middle, inner, ROWS)
@@ -196,37 +228,36 @@ def features_kernel(
     t = load_features(t_rows, teacher_place[3], here, D, 0, dtype, BLOCK)
     s_first, t_first = _first(s_rows, here, dtype, FEATURE), _first(t_rows, here, dtype, FEATURE)
     s_offset, s_factor, t_offset, t_factor, changes = s_first, s_first, s_first, s_first, here
-    if FEATURE != SQUARES:
+    if FEATURE != PLAIN:
         s_offset, s_wide, changes = _statistics(s, s_side, s_first, dtype, BLOCK, WHOLE, FEATURE)
         t_offset, t_wide, _ = _statistics(t, t_side, t_first, dtype, BLOCK, WHOLE, FEATURE)
         s_factor, t_factor = s_wide.to(dtype), t_wide.to(dtype)
         k *= s_wide
     share: tl.constexpr = 0.5 if FEATURE == COSINE else 1.0
     k *= 2.0 * share
+    of_s, of_t = (s_first, s_offset, s_factor), (t_first, t_offset, t_factor)
+    beta = tl.full((), beta, tl.float64).to(dtype)
+    half_inverse = tl.full((), half_inverse, tl.float64).to(dtype)
 
-    squares, along, total = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
+    values, along, total = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     for begin in range(0, BLOCK if WHOLE else D, BLOCK):
-        x = _block(s, s_side, begin, dtype, BLOCK, WHOLE)
-        y = _block(t, t_side, begin, dtype, BLOCK, WHOLE)
-        x = _normalized(x, s_first, s_offset, s_factor, D, begin, BLOCK, FEATURE)
-        e = x - _normalized(y, t_first, t_offset, t_factor, D, begin, BLOCK, FEATURE)
-        squares += tl.sum(e * e, 1).to(tl.float64)
-        if FEATURE != SQUARES:
-            along += tl.sum(x * e, 1).to(tl.float64)
-            total += tl.sum(e, 1).to(tl.float64)
+        x, e = _differences(s, s_side, of_s, t, t_side, of_t, begin, dtype, BLOCK, WHOLE, FEATURE)
+        u = _half_slope(e, half_inverse, SMOOTH_L1)
+        values += tl.sum(_value(e, u, beta, SMOOTH_L1), 1).to(tl.float64)
+        if FEATURE != PLAIN:
+            along += tl.sum(x * u, 1).to(tl.float64)
+            total += tl.sum(u, 1).to(tl.float64)
         elif grads is not None:
-            g = _gradient(x, e, k, along, total, D, dtype, FEATURE)
+            g = _gradient(x, u, k, along, total, D, dtype, FEATURE)
             store_features(g_rows, grad_place[3], exists, D, begin, tl.where(here[:, None], g, 0.0), BLOCK)
-    if grads is not None and FEATURE != SQUARES:
+    if grads is not None and FEATURE != PLAIN:
         along = tl.where(changes, along, 0.0)
         for begin in range(0, BLOCK if WHOLE else D, BLOCK):
-            x = _block(s, s_side, begin, dtype, BLOCK, WHOLE)
-            y = _block(t, t_side, begin, dtype, BLOCK, WHOLE)
-            x = _normalized(x, s_first, s_offset, s_factor, D, begin, BLOCK, FEATURE)
-            e = x - _normalized(y, t_first, t_offset, t_factor, D, begin, BLOCK, FEATURE)
-            g = _gradient(x, e, k, along, total, D, dtype, FEATURE)
+            x, e = _differences(s, s_side, of_s, t, t_side, of_t, begin, dtype, BLOCK, WHOLE, FEATURE)
+            u = _half_slope(e, half_inverse, SMOOTH_L1)
+            g = _gradient(x, u, k, along, total, D, dtype, FEATURE)
             store_features(g_rows, grad_place[3], exists, D, begin, tl.where(here[:, None], g, 0.0), BLOCK)
-    loss = tl.where(here, squares * share * weight, 0.0)
+    loss = tl.where(here, values * share * weight, 0.0)
     if row_losses is not None:
         losses = (loss * layer_weight).to(dtype)
         tl.store(one_of(row_losses, layer, LAYERS) + row, losses, mask=exists)
@@ -241,7 +272,8 @@ def flat_kernel(
     partials,  # [LAYERS, programs of a layer]
     scale: tl.float64,
     n,
-    LAYERS: tl.constexpr, BLOCK: tl.constexpr, dtype: tl.constexpr,
+    beta: tl.float64, half_inverse: tl.float64,
+    LAYERS: tl.constexpr, BLOCK: tl.constexpr, SMOOTH_L1: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     layer, program = tl.program_id(1), tl.program_id(0)
     at = program.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -249,14 +281,18 @@ def flat_kernel(
     s = tl.load(one_of(students, layer, LAYERS) + at, mask=within, other=0.0).to(dtype)
     t = tl.load(one_of(teachers, layer, LAYERS) + at, mask=within, other=0.0).to(dtype)
     e = s - t
+    beta = tl.full((), beta, tl.float64).to(dtype)
+    half_inverse = tl.full((), half_inverse, tl.float64).to(dtype)
+    u = _half_slope(e, half_inverse, SMOOTH_L1)
     if grads is not None:
         k = 2.0 * tl.full((), scale, tl.float64) * _weight_of_layer(layer_weights, layer, LAYERS)
         if upstream is not None:
             k *= tl.load(upstream).to(tl.float64)
         grad = one_of(grads, layer, LAYERS)
-        values = (e * k.to(dtype)).to(grad.dtype.element_ty)
+        values = (u * k.to(dtype)).to(grad.dtype.element_ty)
         tl.store(grad + at, values, mask=within, eviction_policy="evict_first")
-    tl.store(partials + layer.to(tl.int64) * tl.num_programs(0) + program, tl.sum(e * e, 0).to(tl.float64))
+    total = tl.sum(_value(e, u, beta, SMOOTH_L1), 0)
+    tl.store(partials + layer.to(tl.int64) * tl.num_programs(0) + program, total.to(tl.float64))
 
 
 @triton.jit
