@@ -181,8 +181,8 @@ inline constexpr const char* kDivergencesDigest = "{digest()}";
 
 def _ranges(entries: Iterable[Divergence | TargetLoss]) -> str:
     def of(parameter: Parameter | None) -> str:
-        name, _, low, high, _ = p = parameter or Parameter("parameter", 0.0, 0.0, 0.0, {})
-        return f'{{"{name}", "a number {p.range}", {low!r}, {high!r}}}'
+        p = parameter or Parameter("parameter", 0.0, 0.0, 0.0, {})
+        return f'{{"{p.name}", "a number {p.range}", {p.low!r}, {p.high!r}}}'
 
     return ", ".join(f"{{{of(entry.parameter)}, {of(entry.second)}}}" for entry in entries)
 

@@ -238,7 +238,8 @@ double weight_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row,
   alignas(64) T difference[kChunk];  // of a chunk
   Ladder<T> ladder(T(stats.max_teacher), T(stats.max_teacher - deepest));
   walk(P, row, ahead, [&](int64_t first, const T* student, const T* teacher, int64_t n) {
-    first_pass_chunk(student, teacher, n, r, stats, W.exp_student + first, W.exp_teacher + first, difference);
+    first_pass_chunk<TotalVariation<T>>(student, teacher, n, r, stats, W.exp_student + first, W.exp_teacher + first,
+                                        difference);
     ladder.add(teacher, W.exp_teacher + first, n);
   });
   const bool possible = stats.sum_student > 0 && stats.sum_student < kInf<double> && stats.sum_teacher > 0 &&
@@ -246,7 +247,7 @@ double weight_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row,
   if (!possible) return 0.5;  // the loss is 0, +inf or NaN whatever is said here
   if (mu == 1) return 0;
   const T bound = bound_of(P, W, row, stats.max_teacher, stats.sum_teacher, ladder, ahead);
-  const Scale<T> k = block_scale(r, row_scale(r, stats), stats, stats);
+  const Scale<T> k = block_scale<TotalVariation<T>>(r, row_scale<TotalVariation<T>>(r, stats), stats, stats);
   const T centre_student = T(centre_of(stats).student), centre_teacher = T(centre_of(stats).teacher), a = r.a, b = r.b;
   double head = 0, tail = 0;
   walk(P, row, ahead, [&](int64_t first, const T* student, const T* teacher, int64_t n) {
@@ -322,12 +323,11 @@ FASTKD_ONCE void exponentials(const RowsParams<T>& P, const FirstPass<T>& k, int
   for (int64_t v = 0; v < P.V; ++v, student += lanes, teacher += lanes, exp_teacher += lanes, difference += lanes) {
 #pragma omp simd
     for (int64_t i = 0; i < lanes; ++i) {
-      const T s = student[i], t = teacher[i], e = k.exp_teacher(i, t);
-      student[i] = k.exp_student(i, s);
+      const T s = student[i], t = teacher[i];
+      const T e = k.template teacher<Given::kProbabilities>(i, t, part_teacher[i]);
+      student[i] = k.template student<Given::kProbabilities>(i, s, part_student[i]);
       exp_teacher[i] = e;
       difference[i] = k.difference(i, s, t);
-      part_student[i] += student[i];
-      part_teacher[i] += e;
       total[i] += mass_of(e);
       const T below_best = t < k.max_teacher[i] ? t : -kInf<T>;
       ranges.least[i] = t < ranges.least[i] ? t : ranges.least[i];
@@ -390,7 +390,7 @@ void of_lanes(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end, 
   read(P, begin, n, lanes, student, teacher, group);
   first.set(group, lanes);
   exponentials(P, first, begin, n, lanes, student, teacher, exp_teacher, difference, group, ranges);
-  second.set(group, lanes);
+  second.template set<Given::kProbabilities>(group, lanes);
   bool open = true;
   while (open) open = halve(P.V, lanes, teacher, exp_teacher, ranges);
   Lanes<T> part_head, part_tail;

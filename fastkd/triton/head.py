@@ -75,7 +75,7 @@ def _split_of_row(
 @triton.jit
 def _shares(s, t, bound, of_row, SAME_TEMPERATURE: tl.constexpr):
     """The differences in the head and in the tail of a tile."""
-    p, q, w = probabilities(s, t, of_row, SAME_TEMPERATURE)
+    p, q, w = probabilities(s, t, of_row, SAME_TEMPERATURE, False)
     of_class, _slope = total_variation(p, q, w, 0.0, False)
     in_head = t > bound[:, None]
     return tl.sum(tl.where(in_head, of_class, 0.0), 1), tl.sum(tl.where(in_head, 0.0, of_class), 1)
