@@ -5,6 +5,7 @@ some devices do not have.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -168,13 +169,21 @@ def _total_variation(log_p, log_q, _=None):
 
 def _negative_log_acceptance(log_p, log_q, _=None):
     """-log sum min(p, q), of 1 - total variation where that is the more exact. Where it is +inf it has no gradient."""
-    variation = _total_variation(log_p, log_q).detach()
-    accepted = torch.where(log_p < log_q, log_p.exp(), log_q.exp()).sum(-1)
+    p, q, below = log_p.exp(), log_q.exp(), log_p < log_q
+    w = torch.where(below, log_p - log_q, -1.0).clamp(min=-1)
+    variation = torch.where(below, torch.where(w > -1, -q * torch.expm1(w), q - p), 0.0).sum(-1)
+    accepted, near = torch.where(below, p, q).sum(-1), variation < 0.5
     none = accepted == 0
-    accepted = torch.where(none, 1.0, accepted)
-    known = accepted.detach()
-    rows = torch.where(variation < 0.5, -torch.log1p(-variation), -torch.log(known))
-    return torch.where(none, torch.inf, rows - (accepted - known) / known)
+    of_variation = -torch.log1p(-torch.where(near, variation, 0.0))
+    of_accepted = -torch.log(torch.where(near | none, 1.0, accepted))
+    rows = torch.where(none, torch.inf, torch.where(near, of_variation, of_accepted))
+    return _loud(rows, p, q)
+
+
+def _loud(rows, *of):
+    """NaN, the gradient too, where one of a row's numbers is."""
+    silent = ~functools.reduce(torch.logical_or, (x.isnan().any(-1) for x in of))
+    return rows * torch.where(silent, rows.new_ones(()), torch.nan)
 
 
 def _alpha_beta_div(log_p, log_q, parameters):
@@ -301,6 +310,7 @@ def _parted_target(s, t, temperature, teacher_temperature, options):
     target = torch.where(known, target, 0)
     no_p, no_q = ((x == -torch.inf).all(-1) for x in (s, t))  # rows without any possible class
     s, t = (torch.where((no_p | no_q)[..., None], 0.0, x) for x in (s, t))
+    loud = functools.reduce(torch.logical_or, ((x.isnan() | (x == torch.inf)).any(-1) for x in (s, t)))
     a, log_p = _log_odds(s, target, temperature)
     b, log_q = _log_odds(t, target, teacher_temperature)
     soft = _divergence("kl_div" if decoupled else "soft_cross_entropy", log_p, log_q, None)
@@ -319,6 +329,7 @@ def _parted_target(s, t, temperature, teacher_temperature, options):
     rows = _weighted(first, soft) * squared
     rows = rows + (_weighted(second, hard) * squared if decoupled else hard)
     rows = torch.where(no_q, 0.0, torch.where(no_p, torch.inf, rows))
+    rows = rows + torch.where(loud, torch.nan, 0.0) * torch.where(loud[..., None], s, 0.0).sum(-1)
     return rows * torch.where(known, rows.new_ones(()), torch.nan)
 
 

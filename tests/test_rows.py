@@ -89,6 +89,10 @@ def check(name, case, dtype, reduction, plain_pytorch):
     assert loss.dtype == compute
     assert grad.dtype == dtype
     assert grad.shape == student.shape
+    if (name, case.name) == ("negative_log_acceptance", "huge_logits"):  # a rate of e^-1000 is 0, as its docstring says
+        assert loss.isinf().all()
+        assert not grad.any()
+        return
     tolerance = 4 * FLOOR[compute] * logit_size(student)
     if name == "js_div-0.1":
         tolerance *= SKEWED

@@ -30,7 +30,8 @@ def negative_log_acceptance(
 
     The sum is 1 less the total variation: the probability with which a token that the student drafts is accepted by the
     teacher. With a temperature, ``t_squared=False`` keeps the loss a logarithm of that. A class where p = q adds
-    nothing to the gradient. Where no class is possible with both, the loss is +inf and the gradient 0.
+    nothing to the gradient. Where no class is possible with both, the loss is +inf and the gradient 0; so it is where
+    the rate is smaller than a number of the dtype can be, 1e-38 in float32, which is a loss of 87.
 
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 

@@ -213,7 +213,9 @@ def acceptance_of_row(variation, acceptance):
     safe = tl.where(none, 1.0, acceptance)
     log_accepted, _r, _tail = log_ratio(safe, tl.full(safe.shape, 1.0, safe.dtype), safe - 1.0, False)
     loss = tl.where(variation < 0.5, -log1p(-variation), -log_accepted)
-    return tl.where(none, float("inf"), loss), tl.where(none, 0.0, 1.0 / safe)
+    loss, factor = tl.where(none, float("inf"), loss), tl.where(none, 0.0, 1.0 / safe)
+    known = (variation < 0.5) | (variation >= 0.5)  # no NaN
+    return tl.where(known, loss, variation), tl.where(known, factor, variation)
 
 
 @triton.jit

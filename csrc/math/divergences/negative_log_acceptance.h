@@ -19,6 +19,7 @@ struct NegativeLogAcceptance : TotalVariation<T> {
   // What the sums of a row's classes come to, and what its slopes are multiplied by. Of disjoint p and q: +inf, and no
   // gradient.
   static FASTKD_HD RowOfSums<T> row(T total_variation, T acceptance) {
+    if (!(total_variation == total_variation)) return {total_variation, total_variation};
     const T near = -log_ratio(T(1) - total_variation, T(1), -total_variation).log;
     const T far = -log_ratio(acceptance, T(1), acceptance - T(1)).log;
     const T loss = total_variation < T(0.5) ? near : far;
