@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .._calls import Standardize, StandardizeBackward
 from .registers import limited
-from .rows import _programs, backward_configuration, layout_of, side_by_side
+from .rows import backward_configuration, layout_of, programs, side_by_side
 from .rows_tile import INF, _load_side, finite, row_offsets, rows_of_program, rows_to_read, store
 
 
@@ -144,7 +144,7 @@ def _launch(kernel, tensors, others):
     rows, block, warps = backward_configuration(V, max(tensor.element_size() for tensor in tensors), run)
     dtype = torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
     with torch.cuda.device_of(x):
-        kernel[(_programs(N, run, rows),)](
+        kernel[(programs(N, run, rows),)](
             *(value for layout in layouts for value in layout), *others, N, V, run,
             ROWS=rows, BLOCK=block, num_warps=warps, **limited(dtype),
         )  # fmt: skip
