@@ -134,6 +134,25 @@ def eager_total_variation(student, teacher):
     return (p - q).abs().sum(-1).mean() / 2 * TEMPERATURE**2
 
 
+def eager_acceptance(student, teacher):
+    p, q = F.softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
+    return -torch.minimum(p, q).sum(-1).log().mean() * TEMPERATURE**2
+
+
+def eager_alpha_beta(student, teacher, alpha=0.2, beta=0.7):
+    p, q = F.softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
+    both, total = q**alpha * p**beta, alpha + beta
+    rows = (both - alpha / total * q**total - beta / total * p**total).sum(-1)
+    return -rows.mean() / (alpha * beta) * TEMPERATURE**2
+
+
+def eager_bernoulli(student, teacher):
+    """Cross-entropy less the teacher's entropy."""
+    q = torch.sigmoid(teacher / TEMPERATURE)
+    both, own = (F.binary_cross_entropy_with_logits(x / TEMPERATURE, q, reduction="sum") for x in (student, teacher))
+    return (both - own) / len(student) * TEMPERATURE**2
+
+
 @functools.cache
 def targets(N, V, device):
     """A class for each row, always the same."""
@@ -190,6 +209,9 @@ EAGER = {  # the last one is compiled
     "skew_kl_div": {"eager": eager_skew},
     "skew_reverse_kl_div": {"eager": eager_skew_reverse},
     "total_variation": {"eager": eager_total_variation},
+    "negative_log_acceptance": {"eager": eager_acceptance},
+    "alpha_beta_div": {"eager": eager_alpha_beta},
+    "bernoulli_kl_div": {"eager": eager_bernoulli},
     STANDARDIZED: {"eager": eager_standardized},
     "adaptive_kl_div": {"eager": eager_adaptive},
 }

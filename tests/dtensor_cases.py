@@ -102,6 +102,13 @@ def logit_cases():
     yield Case(kl, "temperatures", LOGITS | temperatures, SPLIT | {"temperature": "0"}, {"t_squared": False})
     yield Case("js_div", "betas of rows", LOGITS | {"beta": (B, 1)}, SPLIT | {"beta": "0"})
     yield Case("js_div", "plain betas of rows", LOGITS | {"beta": (L,)}, SPLIT, {"reduction": "none"})
+    for loss in ("negative_log_acceptance", "alpha_beta_div", "bernoulli_kl_div"):
+        for reduction in REDUCTIONS:
+            options, rows = {"temperature": 2.0, "reduction": reduction}, {"mask": "0", "weight": "0"}
+            yield Case(loss, f"rows that count and weights, {reduction}", LOGITS | ROWS, SPLIT | rows, options)
+    powers, both = {"alpha": (B, 1), "beta": (B, L)}, {"alpha": "0", "beta": "0"}
+    yield Case("alpha_beta_div", "powers of rows", LOGITS | powers, SPLIT | both)
+    yield Case("alpha_beta_div", "plain powers of rows", LOGITS | powers, SPLIT | {"beta": "0"}, {"reduction": "none"})
     yield Case(kl, "a normalizer", LOGITS | ROWS, SPLIT | {"mask": "0"}, {"normalizer": 11})
     yield Case(kl, "a normalizer that is a tensor", LOGITS | {"normalizer": ()}, SPLIT, {"reduction": "mean"})
     yield Case(kl, "a normalizer that is pending", LOGITS | {"normalizer": ()}, SPLIT | {"normalizer": "P"})

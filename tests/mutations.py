@@ -36,6 +36,7 @@ ROWS = "tests/test_rows.py"
 STANDARDIZE = "tests/test_standardize.py"
 TARGETS = "tests/test_targets.py"
 PARTED = "tests/test_parted_targets.py"
+BEYOND = "tests/test_beyond_kl.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
 FEATURES = "tests/test_features.py tests/test_attention.py"
 MUTATIONS = [
@@ -49,6 +50,8 @@ MUTATIONS = [
              ROWS),
     Mutation("functor: a row's beta of 1 is one of 0", "csrc/math/divergences/js_div.h",
              "using AtOne = ReverseKL<T>;", "using AtOne = ForwardKLEnd<T>;", ROWS),
+    Mutation("functor: alpha_beta_div's series without the powers of beta", "csrc/math/divergences/alpha_beta_div.h",
+             "products = products * (alpha + beta) + power;", "products = products * (alpha + beta);", BEYOND),
     Mutation("head: its limit is a share of nothing", "csrc/math/head.h",
              "return uint64_t(mu * double(total));", "return uint64_t(mu) * total;", "tests/test_adaptive.py"),
     Mutation("cpu head: the head counts for the tail as well", "csrc/cpu/head_kernel.cpp",
@@ -64,12 +67,17 @@ MUTATIONS = [
              "if (P.stats) P.stats[row] = {};\n      zero_grad(P, row, 0, blocks);", "if (P.stats) P.stats[row] = {};", ROWS),
     Mutation("cpu rows: a student without a class has a finite loss", "csrc/cpu/rows_kernel.cpp",
              "if (stats.sum_student == 0) loss = kInf<double>;", "", ROWS),
-    Mutation("cpu lanes: runs but the first are not computed", "csrc/cpu/rows.cpp",
+    Mutation("cpu lanes: runs but the first are not computed", "csrc/cpu/rows_groups.h",
              "const int64_t run = group / in_run * inner, begin", "const int64_t run = group / in_run * 0, begin", ROWS),
     Mutation("cpu lanes: a row's infinite slopes have a gradient", "csrc/cpu/rows_lanes.cpp",
              "if (!D::kCentred && no_gradient(group.stats(i))) second.keep(i, false);", "", ROWS),
-    Mutation("cpu lanes: rows that differ in beta are computed with one", "csrc/cpu/rows.cpp",
-             "if (!(P.parameter[row] == P.parameter[begin])) return false;", "", ROWS),
+    Mutation("cpu lanes: rows that differ in beta are computed with one", "csrc/cpu/rows_kernel.h",
+             "if (!(x[row] == x[begin])) return false;", "", ROWS),
+    Mutation("cpu rows: the rate that is accepted divides no gradient", "csrc/cpu/rows_math.h",
+             "if (kTwoSums<D>) k.grad *= stats.factor;", "", BEYOND),
+    Mutation("cpu lanes: coins are shifted by the row's maximum", "csrc/cpu/rows_math.h",
+             "if constexpr (kGiven == Given::kLogOdds) return z * inv_temperature;",
+             "if constexpr (kGiven == Given::kLogOdds) return (z - max) * inv_temperature;", BEYOND),
     Mutation("cpu pairs: weights of the columns are those of the rows", "csrc/cpu/pairs.cpp",
              "half_weights_ ? half_weights_.get() + bj.begin : nullptr", "half_weights_ ? half_weights_.get() + bi.begin : nullptr",
              RELATIONS),

@@ -20,6 +20,8 @@ def divergence(name, s, t, beta=0.5):
     """Of rows of logits."""
     log_p, log_q = s.log_softmax(-1), t.log_softmax(-1)
     m = (beta * log_q.exp() + (1 - beta) * log_p.exp()).log()
+    if name == "negative_log_acceptance":
+        return -torch.minimum(log_p.exp(), log_q.exp()).sum(-1).log()
     if name == "total_variation":
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     if name == "symmetric_kl_div":
@@ -35,6 +37,12 @@ def divergence(name, s, t, beta=0.5):
     a, b = pairs[name]
     rows = (a.exp() * (a - b)).sum(-1)
     return rows if name != "js_div" else beta * rows + (1 - beta) * (log_p.exp() * (log_p - m)).sum(-1)
+
+
+def alpha_beta(s, t, alpha, beta):
+    p, q, total = s.softmax(-1), t.softmax(-1), alpha + beta
+    rows = (q**alpha * p**beta - alpha / total * q**total - beta / total * p**total).sum(-1)
+    return -rows.mean() / (alpha * beta)
 
 
 def logits(name, s, t, beta=0.5, temperature=1.0, teacher_temperature=None, t_squared=True, weighted=False):
@@ -98,6 +106,16 @@ CASES = {
         for name in ("kl_div", "reverse_kl_div", "js_div")
     },
     "total_variation": ("total_variation", {}, functools.partial(logits, "total_variation")),
+    "negative_log_acceptance": (
+        "negative_log_acceptance",
+        {"temperature": 2.0, **WEIGHTED},
+        functools.partial(logits, "negative_log_acceptance", temperature=2.0, weighted=True),
+    ),
+    "alpha_beta_div": (
+        "alpha_beta_div",
+        {"alpha": 0.3, "beta": 0.5},
+        functools.partial(alpha_beta, alpha=0.3, beta=0.5),
+    ),
     **{
         name: (name, {option: 0.2}, functools.partial(logits, name, beta=0.2))
         for name, option in (
@@ -192,6 +210,7 @@ def test_the_two_calls_have_both_gradients(case):
 
 ALONE = {  # no second call has the teacher's gradient
     "soft_cross_entropy": functional.soft_cross_entropy,
+    "bernoulli_kl_div": functional.bernoulli_kl_div,
     "t_squared": lambda s, t: functional.kl_div(s, t, temperature=2.0, teacher_temperature=3.0),
     "pkt": functional.pkt,
     "relational_triplet": functional.relational_triplet,

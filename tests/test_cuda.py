@@ -38,8 +38,16 @@ from fastkd._divergences import ENTRIES
 from fastkd.ops import triplet
 
 # One of each kind, and the losses of targets that go with it: see rows_main.cpp. A hard loss takes the same ways whatever
-# the divergence: with one that is centred and one that is not.
-DIVERGENCES = {"ForwardKL": (0, 1), "SoftCrossEntropy": (0,), "JensenShannon": (0, 1), "NonTargetKL": (2, 3)}
+# the divergence: with one that is centred, one that is not, one of two sums and one without a softmax.
+DIVERGENCES = {
+    "ForwardKL": (0, 1),
+    "SoftCrossEntropy": (0,),
+    "JensenShannon": (0, 1),
+    "NegativeLogAcceptance": (0, 1),
+    "AlphaBeta": (0,),
+    "BernoulliKL": (0, 1),
+    "NonTargetKL": (2, 3),
+}
 NUMBERS = {entry.functor: str(number) for number, entry in enumerate(ENTRIES)}
 STORAGES = ["BFloat16", "Half", "Float", "Double"]  # of the pairs
 HALF, BFLOAT16, FLOAT, DOUBLE = "0", "1", "2", "3"

@@ -124,6 +124,38 @@ def test_a_parameter_out_of_its_range_is_refused(function, module, parameter, be
             make(**{parameter: beta})
 
 
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(-1e-9, ValueError), (float("nan"), ValueError), (float("inf"), ValueError), ("half", TypeError), (True, TypeError),
+     (None, TypeError)],
+)  # fmt: skip
+@pytest.mark.parametrize("parameter", ["alpha", "beta"])
+def test_powers_are_numbers_of_at_least_0(parameter, value, error):
+    for make in (functools.partial(functional.alpha_beta_div, S, T), fastkd.AlphaBetaDivLoss):
+        with pytest.raises(error, match=rf"^{parameter}: a number .*wanted"):
+            make(**{parameter: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "match"),
+    [(torch.full((3,), 0.5), ValueError, "a shape that broadcasts"), (torch.ones(4).long(), TypeError, "float"),
+     (torch.full((4,), -0.5), ValueError, "values of at least 0 wanted"),
+     (torch.tensor(torch.nan), ValueError, "values of at least 0 wanted"),
+     (torch.full((4,), 0.5, requires_grad=True), ValueError, "gradient")],
+    ids=["shape", "dtype", "range", "NaN", "gradient"],
+)  # fmt: skip
+@pytest.mark.parametrize("parameter", ["alpha", "beta"])
+def test_alpha_beta_div_refuses_a_tensor_of_powers(parameter, value, error, match):
+    with pytest.raises(error, match=f"^{parameter}: .*{match}"):
+        functional.alpha_beta_div(S, T, **{parameter: value})
+
+
+@pytest.mark.parametrize("name", ["negative_log_acceptance", "alpha_beta_div", "bernoulli_kl_div"])
+def test_relation_kl_refuses_what_compares_no_distributions_class_by_class(name):
+    with pytest.raises(ValueError, match=rf"^divergence: one of .*js_div.* wanted, got '{name}'"):
+        functional.relation_kl(S, T, divergence=name)
+
+
 def test_relation_kl_refuses_a_divergence_whose_parameter_it_has_not():
     with pytest.raises(ValueError, match=r"^divergence: one of .*js_div.* wanted, got 'skew_kl_div'"):
         functional.relation_kl(S, T, divergence="skew_kl_div")

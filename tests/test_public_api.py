@@ -16,6 +16,7 @@ FAMILIES = {
     "logits": "logits",
     "mixtures": "logits",
     "adaptive": "logits",
+    "beyond_kl": "logits",
     "targets": "logits",
     "features": "features",
     "relations": "relations",
@@ -30,6 +31,9 @@ MODULES = {  # by function
     "skew_reverse_kl_div": "SkewReverseKLDivLoss",
     "total_variation": "TotalVariationLoss",
     "adaptive_kl_div": "AdaptiveKLDivLoss",
+    "negative_log_acceptance": "NegativeLogAcceptanceLoss",
+    "alpha_beta_div": "AlphaBetaDivLoss",
+    "bernoulli_kl_div": "BernoulliKLDivLoss",
     "kd_loss": "KDLoss",
     "dkd_loss": "DKDLoss",
     "nkd_loss": "NKDLoss",
@@ -59,7 +63,7 @@ def test_every_divergence_has_its_name_among_the_types():
 
 
 def test_every_parameter_of_a_divergence_is_one_of_kd_loss():
-    of_divergences = {entry.parameter.name for entry in _divergences.BY_NAME.values() if entry.parameter}
+    of_divergences = {p.name for name in _divergences.BY_NAME for p in _divergences.parameters_of(name)}
     assert of_divergences <= set(parameters(functional.kd_loss))
 
 

@@ -240,9 +240,9 @@ def learned(*shape):
 CONSTANTS = {
     "temperature": ["kl_div", "js_div", "total_variation", "relation_kl"],
     "teacher_temperature": ["kl_div", "reverse_kl_div", "relation_kl"],
-    "beta": ["js_div", "relation_kl"],
+    "beta": ["js_div", "alpha_beta_div", "relation_kl"],
     "student_weight": ["symmetric_kl_div"],
-    "alpha": ["skew_kl_div", "skew_reverse_kl_div"],
+    "alpha": ["skew_kl_div", "skew_reverse_kl_div", "alpha_beta_div"],
     "weight": [
         "kl_div",
         "feature_mse",

@@ -44,6 +44,10 @@ def op_calls(backend_name):
         target_numbers=None,
     )  # fmt: skip
     normalized = decoupled._replace(parameter_rows=rows_of.double(), target_loss=2, second_parameter_rows=None)
+    two_sums, coins = (
+        full._replace(divergence=NUMBERS[name]) for name in ("negative_log_acceptance", "bernoulli_kl_div")
+    )
+    powers = divided._replace(divergence=NUMBERS["alpha_beta_div"], second_parameter_rows=rows_of.double())
     calls = {
         "plain": (plain, ()),
         "full": (full, (3, 4)),
@@ -51,9 +55,13 @@ def op_calls(backend_name):
         "targets": (targets, (3, 4)),
         "decoupled": (decoupled, (3, 4)),
         "normalized": (normalized, ()),
+        "two_sums": (two_sums, (3, 4)),
+        "powers": (powers, ()),
+        "one_power_of_all": (powers._replace(parameter=0.3, parameter_rows=None), ()),
+        "coins": (coins, (3, 4)),
     }
     for name, (call, shape) in calls.items():
-        stats = torch.empty(3, 4, 7, dtype=torch.float64)
+        stats = torch.empty(3, 4, rows.STATS_SIZE, dtype=torch.float64)
         saved = {"nothing": (None, None), "gradient": (torch.empty_like(student), None), "statistics": (None, stats)}
         for what, outputs in saved.items():
             yield f"rows_fwd-{name}-{what}", ops.fwd, (*call, torch.empty(shape), *outputs)
@@ -74,7 +82,7 @@ def op_calls(backend_name):
 def standardized_calls(backend_name, plain, targets, student):
     namespace = _backend.namespace(backend_name)
     ops, kernels = rows.OPS[rows.standardized(namespace)], standardize.OPS[namespace]
-    stats, grad = torch.empty(3, 4, 6, dtype=torch.float64), torch.empty_like(student)
+    stats, grad = torch.empty(3, 4, rows.STATS_SIZE, dtype=torch.float64), torch.empty_like(student)
     for name, call, shape in (("plain", plain, ()), ("targets", targets, (3, 4))):
         fwd, bwd = ops.fwd, ops.bwd
         for what, outputs in {"nothing": (None, None), "gradient": (grad, None), "statistics": (None, stats)}.items():
@@ -389,6 +397,8 @@ CHANGING = {
     "dkd_loss": lambda s, t, x: functional.dkd_loss(s, t, torch.arange(6), alpha=x, beta=1 + x, temperature=1 + x),
     "nkd_loss": lambda s, t, x: functional.nkd_loss(s, t, torch.arange(6), gamma=x, temperature=1 + x),
     "js_div": lambda s, t, x: functional.js_div(s, t, beta=x),
+    "alpha of alpha_beta_div": lambda s, t, x: functional.alpha_beta_div(s, t, alpha=x),
+    "beta of alpha_beta_div": lambda s, t, x: functional.alpha_beta_div(s, t, beta=x),
     "temperature of standardized logits": lambda s, t, x: functional.kl_div(s, t, temperature=x, standardize=True),
     "mu": lambda s, t, x: functional.adaptive_kl_div(s, t, mu=x),
     "beta of relation_kl": lambda s, t, x: functional.relation_kl(s, t, divergence="js_div", beta=x),

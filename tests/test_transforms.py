@@ -10,7 +10,8 @@ from fastkd import functional
 LOSSES = {
     name: getattr(functional, name)
     for name in (
-        "kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "rkd_distance", "rkd_angle", "rkd_loss",
+        "kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "negative_log_acceptance", "alpha_beta_div",
+        "bernoulli_kl_div", "rkd_distance", "rkd_angle", "rkd_loss",
         "similarity_preserving", "gram_mse", "pkt", "relation_kl", "relational_triplet", "feature_mse",
         "feature_smooth_l1", "feature_cosine", "attention_transfer",
     )

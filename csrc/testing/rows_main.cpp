@@ -24,7 +24,7 @@ using namespace fastkd;
 
 namespace {
 
-constexpr double kBeta = 0.3, kTemperature = 2.0, kHard = 0.3, kSoft = 0.6, kSmoothing = 0.1, kCoin = 1.5;
+constexpr double kBeta = 0.3, kPower = 0.5, kTemperature = 2.0, kHard = 0.3, kSoft = 0.6, kSmoothing = 0.1, kCoin = 1.5;
 
 // Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
 template <class S>
@@ -73,10 +73,26 @@ std::vector<double> log_softmax(const std::vector<double>& logits, double temper
   return out;
 }
 
+// The same where every class is a coin, whose gradient is that of each by itself.
+double truth_of_coins(const std::vector<double>& s, const std::vector<double>& t, std::vector<double>& grad) {
+  double loss = 0;
+  for (size_t v = 0; v < s.size(); ++v) {
+    const double a = s[v] / kTemperature, b = t[v] / kTemperature;
+    const double p = 1 / (1 + std::exp(-a)), q = 1 / (1 + std::exp(-b));
+    // log p = -log(1 + e^-a), log(1 - p) = -log(1 + e^a)
+    loss += q * (std::log1p(std::exp(-a)) - std::log1p(std::exp(-b)));
+    loss += (1 - q) * (std::log1p(std::exp(a)) - std::log1p(std::exp(b)));
+    grad.push_back((p - q) * kTemperature);
+  }
+  return loss * kTemperature * kTemperature;
+}
+
 // The row's divergence times T^2, and the gradient with respect to the student.
 double truth(Divergence which, const std::vector<double>& s, const std::vector<double>& t, std::vector<double>& grad) {
+  if (which == Divergence::kBernoulliKL) return truth_of_coins(s, t, grad);
   const std::vector<double> log_p = log_softmax(s), log_q = log_softmax(t);
-  double loss = 0, slopes = 0;
+  constexpr double kSum = kBeta + kPower;  // of the alpha-beta divergence, whose alpha is kBeta and beta kPower
+  double loss = 0, slopes = 0, accepted = 0;
   std::vector<double> slope;
   for (size_t v = 0; v < s.size(); ++v) {
     const double p = std::exp(log_p[v]), q = std::exp(log_q[v]), m = kBeta * q + (1 - kBeta) * p;
@@ -90,11 +106,26 @@ double truth(Divergence which, const std::vector<double>& s, const std::vector<d
         loss -= q * log_p[v];
         slope.push_back(-q);
         break;
+      case Divergence::kNegativeLogAcceptance:
+        accepted += std::fmin(p, q);
+        slope.push_back(p < q ? -p : 0);
+        break;
+      case Divergence::kAlphaBeta: {
+        const double both = std::pow(q, kBeta) * std::pow(p, kPower);
+        loss -= (both - kBeta / kSum * std::pow(q, kSum) - kPower / kSum * std::pow(p, kSum)) / (kBeta * kPower);
+        slope.push_back((std::pow(p, kSum) - both) / kBeta);
+        break;
+      }
       default:
         loss += kBeta * q * (log_q[v] - std::log(m)) + (1 - kBeta) * p * (log_p[v] - std::log(m));
         slope.push_back((1 - kBeta) * p * (log_p[v] - std::log(m)));
     }
     slopes += slope.back();
+  }
+  if (which == Divergence::kNegativeLogAcceptance) {  // of the logarithm of the sum
+    loss = -std::log(accepted);
+    slopes /= accepted;
+    for (double& x : slope) x /= accepted;
   }
   for (size_t v = 0; v < s.size(); ++v) grad.push_back((slope[v] - std::exp(log_p[v]) * slopes) * kTemperature);
   return loss * kTemperature * kTemperature;
@@ -154,7 +185,8 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
 }
 
 // One divergence of each kind: centred, with the teacher's entropy, not centred and with other functors at its ends,
-// between the classes beside a target. The kernels of the others take the same ways.
+// between the classes beside a target, of two sums, given logarithms and two parameters, given log odds. The kernels of
+// the others take the same ways.
 cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
                              const RowsParams<float>& back) {
   switch (P.divergence) {
@@ -166,6 +198,12 @@ cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& dev
       return forward_backward<Divergence::kJensenShannon>(P, device, workspace, back);
     case Divergence::kNonTargetKL:
       return forward_backward<Divergence::kNonTargetKL>(P, device, workspace, back);
+    case Divergence::kNegativeLogAcceptance:
+      return forward_backward<Divergence::kNegativeLogAcceptance>(P, device, workspace, back);
+    case Divergence::kAlphaBeta:
+      return forward_backward<Divergence::kAlphaBeta>(P, device, workspace, back);
+    case Divergence::kBernoulliKL:
+      return forward_backward<Divergence::kBernoulliKL>(P, device, workspace, back);
     default:
       return cudaErrorInvalidValue;
   }
@@ -195,8 +233,10 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
 
   RowsParams<float> P{};
   P.divergence = which;
-  P.parameter.of_all = which == Divergence::kJensenShannon || which == Divergence::kNonTargetKL ? kBeta : 0;
-  P.second_parameter.of_all = kCoin;
+  const bool two_powers = which == Divergence::kAlphaBeta;
+  const bool one_number = which == Divergence::kJensenShannon || which == Divergence::kNonTargetKL;
+  P.parameter.of_all = one_number || two_powers ? kBeta : 0;
+  P.second_parameter.of_all = two_powers ? kPower : kCoin;
   P.N = N;
   P.V = V;
   P.student = student.rows(kType);

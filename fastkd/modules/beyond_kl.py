@@ -36,7 +36,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
         >>> loss.backward()
         >>> round(loss.item(), 4)
-        0.0
+        0.5207
     """
 
     _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
@@ -133,7 +133,7 @@ class AlphaBetaDivLoss(_Loss):
         >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
         >>> loss.backward()
         >>> round(loss.item(), 4)
-        0.0
+        0.0884
     """
 
     _options = (
@@ -243,7 +243,7 @@ class BernoulliKLDivLoss(_Loss):
         >>> loss = loss_function(student, teacher, mask=torch.tensor([True, False]))
         >>> loss.backward()
         >>> round(loss.item(), 4)
-        0.0
+        0.0825
     """
 
     _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")

@@ -15,7 +15,7 @@ import triton.language as tl
 from .._calls import Standardize, StandardizeBackward
 from .registers import limited
 from .rows import backward_configuration, layout_of, programs, side_by_side
-from .rows_tile import INF, _load_side, finite, row_offsets, rows_of_program, rows_to_read, store
+from .rows_tile import INF, finite, load_side, row_offsets, rows_of_program, rows_to_read, store
 
 
 @triton.jit
@@ -52,19 +52,19 @@ def standardize_fwd_kernel(
     out += row_offsets(row, live, run, at, neighbours, out_index, out_inner, out_outer, out_stride)
     largest = tl.full((ROWS,), -INF, dtype)
     for first in range(0, V, BLOCK):
-        s = _load_side(x, x_step, read, V, first + tl.arange(0, BLOCK), dtype, "evict_last")
+        s = load_side(x, x_step, read, V, first + tl.arange(0, BLOCK), dtype, "evict_last")
         largest = tl.maximum(largest, tl.max(s, 1))
     largest = finite(largest)
     total, count = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     for first in range(0, V, BLOCK):
-        s = _load_side(x, x_step, read, V, first + tl.arange(0, BLOCK), dtype, "evict_last")
+        s = load_side(x, x_step, read, V, first + tl.arange(0, BLOCK), dtype, "evict_last")
         total += _sum(s != -INF, s - largest[:, None])
         count += _sum(s != -INF, 1.0)
     at_least_one = tl.where(count == 0.0, 1.0, count)
     mean = (largest.to(tl.float64) + total / at_least_one).to(dtype)
     left, squares = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     for first in range(0, V, BLOCK):
-        s = _load_side(x, x_step, read, V, first + tl.arange(0, BLOCK), dtype, "evict_last")
+        s = load_side(x, x_step, read, V, first + tl.arange(0, BLOCK), dtype, "evict_last")
         d = s - mean[:, None]
         left += _sum(s != -INF, d)
         squares += _sum(s != -INF, d * d)
@@ -82,7 +82,7 @@ def standardize_fwd_kernel(
     inverse = inverse.to(dtype)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        s = _load_side(x, x_step, read, V, columns, dtype, "evict_first")
+        s = load_side(x, x_step, read, V, columns, dtype, "evict_first")
         values = tl.where(s != -INF, _centred(s, rounded, between) * inverse[:, None], s)
         store(out, out_step, live, V, columns, values)
 
@@ -112,8 +112,8 @@ def standardize_bwd_kernel(
     total, along = tl.zeros((ROWS,), tl.float64), tl.zeros((ROWS,), tl.float64)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        s = _load_side(x, x_step, read, V, columns, dtype, "evict_last")
-        g = _load_side(upstream, up_step, read, V, columns, dtype, "evict_last")
+        s = load_side(x, x_step, read, V, columns, dtype, "evict_last")
+        g = load_side(upstream, up_step, read, V, columns, dtype, "evict_last")
         total += _sum(s != -INF, g)
         along += _sum(s != -INF, g * _centred(s, rounded, between))
     constant = deviation == 0.0
@@ -122,12 +122,12 @@ def standardize_bwd_kernel(
     slope, inverse = (along * factor).to(dtype), inverse.to(dtype)
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
-        s = _load_side(x, x_step, read, V, columns, dtype, "evict_first")
-        g = _load_side(upstream, up_step, read, V, columns, dtype, "evict_first")
+        s = load_side(x, x_step, read, V, columns, dtype, "evict_first")
+        g = load_side(upstream, up_step, read, V, columns, dtype, "evict_first")
         values = ((g - average[:, None]) - _centred(s, rounded, between) * slope[:, None]) * inverse[:, None]
         values = tl.where((s != -INF) & (~constant)[:, None], values, 0.0)
         if addend is not None:
-            more = _load_side(addend + of_upstream, up_step, read, V, columns, dtype, "evict_first")
+            more = load_side(addend + of_upstream, up_step, read, V, columns, dtype, "evict_first")
             values += tl.where(read[:, None], more, 0.0)
         store(grad, grad_step, live, V, columns, values)
 
