@@ -252,7 +252,8 @@ def test_the_same_bits_with_any_number_of_threads(threads, shape):
         assert torch.equal(grad, found[0][1])
 
 
-@pytest.mark.parametrize("name", LOSSES)
+# of adaptive_kl_div a share of the difference is a constant
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "adaptive_kl_div"])
 def test_gradcheck(backend, name):
     student, teacher = logits(3, 7, dtype=torch.float64)
     student.requires_grad_()
@@ -281,12 +282,15 @@ def test_compiled(backend_name, dynamic):
                 assert error(found, wanted) < 2 * FLOOR[torch.float32]
 
 
+WITH_TARGETS = ("KDLoss", "DKDLoss", "NKDLoss")
+
+
 def test_modules():
     student, teacher = logits(4, 20)
     for name, entry in inspect.getmembers(fastkd, inspect.isclass):
         if "standardize" not in getattr(entry, "_options", ()):
             continue
-        given = (student, teacher, torch.arange(4)) if name == "KDLoss" else (student, teacher)
+        given = (student, teacher, torch.arange(4)) if name in WITH_TARGETS else (student, teacher)
         assert "standardize=True" in repr(entry(standardize=True))
         plain = entry()(*given)
         assert entry(standardize=True)(*given) != plain

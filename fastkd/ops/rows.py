@@ -135,10 +135,9 @@ def logits_loss(
         scale,
         scale_tensor,
         *_target(options),
+        # no field's default: torch.compile takes one that is a number for one that may change
+        *((0.0, None) if options.second is None else number_or_rows(parameters[1], leading, torch.float64)),
     )
-    if options.second is not None:
-        second, second_rows = number_or_rows(parameters[1], leading, torch.float64)
-        call = call._replace(second_parameter=second, second_parameter_rows=second_rows)
     per_row = options.reduction == "none"
     if student.requires_grad and torch.is_grad_enabled():
         return _Rows.apply(namespace, options.inplace, per_row, *call)
