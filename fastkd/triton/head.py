@@ -115,7 +115,7 @@ def head_weight_kernel(
         sum_student, sum_teacher = tl.sum(exp(s, max_student, a), 1), tl.sum(exp(t, max_teacher, a - b), 1)
         of_row = (a, b, max_student, sum_student, max_teacher, sum_teacher)
     else:
-        of_row, _sum_hard, _logits, _logit = walk_for_statistics(inputs, a, b, row, dtype, ROWS, BLOCK, False)
+        of_row, _sum, _hard, _logit, _of_teacher = walk_for_statistics(inputs, a, b, row, dtype, ROWS, BLOCK, False)
         _a, _b, max_student, sum_student, max_teacher, sum_teacher = of_row
     possible = (sum_student > 0.0) & (sum_student < INF) & (sum_teacher > 0.0) & (sum_teacher < INF)
 
