@@ -361,10 +361,18 @@ __device__ __forceinline__ void walk(const FeaturesParams<T>& P, int l) {
   if (threadIdx.x == 0) P.partials[blockIdx.x] = loss;
 }
 
+// Blocks that share a multiprocessor where nothing is normalized. Of before clusters the compiler wants a few registers
+// more than three leave.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int kPlainBlocks = 2;
+#else
+inline constexpr int kPlainBlocks = 3;
+#endif
+
 // grid: the layers' blocks, one layer after the other.
 template <class T, Feature F, class Distance>
 __global__ void __launch_bounds__(kFeaturesThreads, sizeof(T) == 8         ? 1
-                                                    : F == Feature::kPlain ? 3
+                                                    : F == Feature::kPlain ? kPlainBlocks
                                                                            : 2)
     features_kernel(const __grid_constant__ FeaturesParams<T> P) {
   const int l = layer_of(P, blockIdx.x);
