@@ -9,6 +9,7 @@ which prints C++ headers. Nothing is imported from torch, as the build runs it w
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 ENDLESS = sys.float_info.max
 
 
-class Parameter(NamedTuple):
-    """The number that a divergence has of its own. One for all rows, or one per row."""
+@dataclass
+class Parameter:
+    """The number that a divergence has of its own. One for all rows, or one per row. No tuple: torch.compile would take
+    all of its numbers for ones that may change, and compile twice."""
 
     name: str
     default: float
@@ -141,10 +144,15 @@ ENTRIES = [*REGISTRY.values(), NON_TARGET]  # by number
 NUMBERS = {entry.name: number for number, entry in enumerate(ENTRIES)}
 
 
-def parameters_of(name: str) -> list[Parameter]:
+_PARAMETERS = {
+    name: tuple(parameter for parameter in (entry.parameter, entry.second) if parameter is not None)
+    for name, entry in (*BY_NAME.items(), *TARGET_LOSSES.items())
+}
+
+
+def parameters_of(name: str) -> tuple[Parameter, ...]:
     """Of a divergence, or of a loss of a target."""
-    entry = TARGET_LOSSES.get(name) or BY_NAME[name]
-    return [parameter for parameter in (entry.parameter, entry.second) if parameter is not None]
+    return _PARAMETERS[name]
 
 
 def digest() -> str:
