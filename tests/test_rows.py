@@ -625,6 +625,8 @@ def test_js_div_of_a_beta_that_rounds_to_an_end(backend, beta):
 def test_second_derivatives_of_the_reference():
     student = torch.randn(2, 4, dtype=torch.float64)
     for name, loss in cases.LOSSES.items():
+        if name == "adaptive_kl_div":  # of which a part is a constant
+            continue
         kinked = name in ("total_variation", "negative_log_acceptance")
         equal = [] if kinked else [student.clone()]
         for teacher in (torch.randn(2, 4, dtype=torch.float64), *equal):
