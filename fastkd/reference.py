@@ -182,8 +182,8 @@ def _negative_log_acceptance(log_p, log_q, _=None):
 
 def _loud(rows, *of):
     """NaN, the gradient too, where one of a row's numbers is."""
-    silent = ~functools.reduce(torch.logical_or, (x.isnan().any(-1) for x in of))
-    return rows * torch.where(silent, rows.new_ones(()), torch.nan)
+    loud = functools.reduce(torch.logical_or, (x.isnan().any(-1) for x in of))
+    return rows + torch.where(loud, torch.nan, 0.0) * torch.where(loud[..., None], of[0], 0.0).sum(-1)
 
 
 def _alpha_beta_div(log_p, log_q, parameters):
