@@ -49,8 +49,8 @@ def test_it_is_what_was_published(backend, name, T):
     weights = [entry.default for entry in parameters_of(name)]
     loss, grad = run(LOSSES[name], student, teacher, target=target, temperature=T, reduction="none")
     theirs, their_grad = run(lambda s, t: published(name, s, t, target, weights, T), student.double(), teacher.double())
-    torch.testing.assert_close(loss, theirs.float())
-    torch.testing.assert_close(grad, their_grad.float())
+    torch.testing.assert_close(loss, theirs.float(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad, their_grad.float(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -71,7 +71,8 @@ def test_loss_and_gradient_match_float64(backend, name, case, dtype):
         compute = reference.compute_dtype(student, teacher)
         assert loss.dtype == compute
         assert grad.dtype == dtype
-        tolerance = 4 * FLOOR[compute] * logit_size(student)
+        # the logits' roundings count twice: among the other classes, and in the target's log odds
+        tolerance = 8 * FLOOR[compute] * logit_size(student)
         assert error(loss, loss_ref) <= tolerance
         terms = of_truth(terms_of_gradient=True)[1]
         tolerance *= max(1.0, (terms.norm() / grad_ref.norm()).nan_to_num(1.0, posinf=1e300).item())
