@@ -98,9 +98,6 @@ def check(name, case, dtype, reduction, plain_pytorch):
         tolerance *= SKEWED
     assert error(loss, loss_ref) <= tolerance * (cancellation(name, student, teacher, options) if plain_pytorch else 1)
     tolerance *= what_cancels(name, student, teacher, reduction=reduction, **options)
-    if plain_pytorch and name in ("total_variation", "negative_log_acceptance") and student.shape[-1] > 10_000:
-        # of so many classes plain PyTorch rounds one to the other side of p = q, which the gradient jumps at
-        tolerance = max(tolerance, 1 / math.sqrt(student.shape[-1]))
     assert error(grad, grad_ref) <= tolerance + 2 * storage_error(grad, grad_ref)
 
 
