@@ -28,7 +28,7 @@ struct StandardizeParams {
 
 // How many rows lie side by side in every tensor, their elements of a class one after the other; 0: none do.
 template <class T>
-int64_t side_by_side(const StandardizeParams<T>& P) {
+FASTKD_HD int64_t side_by_side(const StandardizeParams<T>& P) {
   const RowsTensor* tensors[] = {&P.rows.student, &P.rows.teacher, &P.rows.grad};
   int64_t run = P.rows.N;
   for (const RowsTensor* x : tensors) {
