@@ -388,8 +388,8 @@ def usage(path):
 def registers_of(function, arch):
     """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
     multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
-    the pairs' sweeps, of the triples in float, and of features, three of their plain squares, but for sm_80, and of
-    rows of triplets. Five of the 128 threads of pkt in float."""
+    the pairs' sweeps, of the triples in float, and of features, three of their plain distances, but for smooth L1 on
+    sm_80, and of rows of triplets. Five of the 128 threads of pkt in float."""
     if "triplet_kernel" in function:
         return 80
     if "pkt_kernelIf" in function:
@@ -397,7 +397,7 @@ def registers_of(function, arch):
     if "pairs_sweep_kernel" in function or "angles_kernelIf" in function:
         return 128
     if re.search(r"features_kernelIf|attention_\w+_kernelI[fd]", function):
-        return 80 if "FeatureE0E" in function and arch != "sm_80" else 128
+        return 80 if "FeatureE0E" in function and ("Squares" in function or arch != "sm_80") else 128
     if "rows_kernelIf" in function and "AnyType" not in function:
         return 80 if "ForwardKL" in function or "SoftCrossEntropy" in function else 128
     return 255

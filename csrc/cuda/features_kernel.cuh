@@ -46,7 +46,6 @@ class FeaturesWalk : BlockRows<T, K> {
       : Rows(P.layers[l], reinterpret_cast<double*>(states_of_block() + P.state_rows)),
         P(P),
         l(l),
-        distance(P.smooth_l1),
         states(states_of_block()) {}
 
   // Returns what this thread adds to the sum of the rows' losses.
@@ -69,9 +68,10 @@ class FeaturesWalk : BlockRows<T, K> {
  private:
   const FeaturesParams<T>& P;
   const int l;
-  const Distance distance;
   RowState<T>* states;
 
+  // Not kept: its numbers are constants of the launch.
+  __device__ __forceinline__ Distance distance() const { return Distance(P.smooth_l1); }
   static __device__ __forceinline__ RowState<T>* states_of_block() {
     return reinterpret_cast<RowState<T>*>(ptx::dynamic_shared());
   }
@@ -128,8 +128,8 @@ class FeaturesWalk : BlockRows<T, K> {
 #pragma unroll
         for (int i = 0; i < K::kElements; ++i) {
           const int q = i % kRows;
-          const T e = kRows == 1 || place.here[q] ? a[i] - b[i] : T(0), u = distance.half_slope(e);
-          sum[q] += distance.value(e, u);
+          const T e = kRows == 1 || place.here[q] ? a[i] - b[i] : T(0), u = distance().half_slope(e);
+          sum[q] += distance().value(e, u);
           a[i] = k[q] * u;
         }
         if (layer.grad.data) store_packs<K::kElements, 1>(layer.grad.dtype, at, step, left, by.threads, a);
@@ -214,8 +214,8 @@ class FeaturesWalk : BlockRows<T, K> {
       T x = a.template of<kCentred>(s[i], q), e = x - b.template of<kCentred>(t[i], q);
       if (kCentred && left <= 0) x = e = 0;
       if ((i + 1) % K::kElements == 0) left -= by.threads;
-      const T u = distance.half_slope(e);
-      found[0][q] += distance.value(e, u);
+      const T u = distance().half_slope(e);
+      found[0][q] += distance().value(e, u);
       found[1][q] += x * u;
       if (kCentred) found[2][q] += u;
     }
@@ -235,7 +235,7 @@ class FeaturesWalk : BlockRows<T, K> {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       const int q = i % kRows;
-      const T x = a.template of<kCentred>(s[i], q), u = distance.half_slope(x - b.template of<kCentred>(t[i], q));
+      const T x = a.template of<kCentred>(s[i], q), u = distance().half_slope(x - b.template of<kCentred>(t[i], q));
       s[i] = k[q] * ((kCentred ? u - mean[q] : u) - x * p[q]);
     }
     store_packs<K::kElements, kPacks>(layer.grad.dtype, place.at.grad + int64_t(begin + by.rank) * layer.grad.step,
@@ -361,18 +361,20 @@ __device__ __forceinline__ void walk(const FeaturesParams<T>& P, int l) {
   if (threadIdx.x == 0) P.partials[blockIdx.x] = loss;
 }
 
-// Blocks that share a multiprocessor where nothing is normalized. Of before clusters the compiler wants a few registers
-// more than three leave.
+// Blocks that share a multiprocessor where nothing is normalized. Of smooth L1 the compiler wants a register more than
+// three of them leave, on GPUs of before clusters.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-inline constexpr int kPlainBlocks = 2;
+template <class Distance>
+inline constexpr int kPlainBlocks = Distance::kSquares ? 3 : 2;
 #else
+template <class Distance>
 inline constexpr int kPlainBlocks = 3;
 #endif
 
 // grid: the layers' blocks, one layer after the other.
 template <class T, Feature F, class Distance>
 __global__ void __launch_bounds__(kFeaturesThreads, sizeof(T) == 8         ? 1
-                                                    : F == Feature::kPlain ? kPlainBlocks
+                                                    : F == Feature::kPlain ? kPlainBlocks<Distance>
                                                                            : 2)
     features_kernel(const __grid_constant__ FeaturesParams<T> P) {
   const int l = layer_of(P, blockIdx.x);

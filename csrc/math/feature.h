@@ -47,6 +47,7 @@ FASTKD_HD FeatureScale feature_scale(Feature f, double mean, double squares, int
 // There the slope is 1, -1 or 0, but of subnormal e. NaN stays NaN.
 template <class T>
 struct SmoothL1 {
+  static constexpr bool kSquares = false;
   T beta = 0, half_inverse = std::numeric_limits<T>::max();
 
   SmoothL1() = default;
@@ -69,6 +70,7 @@ struct SmoothL1 {
 
 template <class T>
 struct Squares {
+  static constexpr bool kSquares = true;
   FASTKD_HD explicit Squares(const SmoothL1<T>&) {}  // made as SmoothL1 is, of the numbers of a call
   FASTKD_HD T half_slope(T e) const { return e; }
   FASTKD_HD T value(T e, T u) const { return e * u; }
