@@ -277,29 +277,6 @@ void of_rows(const RowsParams<T>& P, void* memory, int64_t begin, int64_t end, d
 
 // ---- a group of rows, lane by lane
 
-// The logits of a group, [V, lanes], and their maxima.
-template <class T>
-FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher,
-                      Group& group) {
-  const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin);
-  Lanes<T> max_student, max_teacher;
-  for (int64_t i = 0; i < lanes; ++i) max_student[i] = max_teacher[i] = -kInf<T>;
-  for (int64_t v = 0; v < P.V; ++v, student += lanes, teacher += lanes) {
-    const T *s = of_student.load(v, n, student), *t = of_teacher.load(v, n, teacher);
-#pragma omp simd
-    for (int64_t i = 0; i < lanes; ++i) {
-      student[i] = s[i];
-      teacher[i] = t[i];
-      max_student[i] = s[i] > max_student[i] ? s[i] : max_student[i];
-      max_teacher[i] = t[i] > max_teacher[i] ? t[i] : max_teacher[i];
-    }
-  }
-  for (int64_t i = 0; i < lanes; ++i) {
-    group.max_student[i] = double(finite_max(max_student[i]));
-    group.max_teacher[i] = double(finite_max(max_teacher[i]));
-  }
-}
-
 // Where the bound of each row may lie.
 template <class T>
 struct Ranges {

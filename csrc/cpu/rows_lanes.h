@@ -322,5 +322,33 @@ struct Hard {
   }
 };
 
+// The logits of a group come to lie at student and teacher, [V, lanes]; their maxima in the constants.
+template <class T>
+FASTKD_ONCE void read(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lanes, T* student, T* teacher,
+                      Group& group, Hard<T>* parted = nullptr) {
+  const GroupOf of_student(P.student, begin), of_teacher(P.teacher, begin);
+  Lanes<T> max_student, max_teacher;
+  for (int64_t i = 0; i < lanes; ++i) max_student[i] = max_teacher[i] = -kInf<T>;
+  for (int64_t v = 0; v < P.V; ++v, student += lanes, teacher += lanes) {
+    const T *s = of_student.load(v, n, student), *t = of_teacher.load(v, n, teacher);
+    if (parted) {
+      s = parted->without(v, lanes, s, student, parted->logit);
+      t = parted->without(v, lanes, t, teacher, parted->teacher_logit);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < lanes; ++i) {
+      student[i] = s[i];
+      teacher[i] = t[i];
+      max_student[i] = s[i] > max_student[i] ? s[i] : max_student[i];
+      max_teacher[i] = t[i] > max_teacher[i] ? t[i] : max_teacher[i];
+    }
+  }
+#pragma omp simd
+  for (int64_t i = 0; i < lanes; ++i) {
+    group.max_student[i] = double(finite_max(max_student[i]));
+    group.max_teacher[i] = double(finite_max(max_teacher[i]));
+  }
+}
+
 }  // namespace
 }  // namespace fastkd::FASTKD_ISA

@@ -121,24 +121,6 @@ struct LaneTeam {
   }
 };
 
-// visit(count, s, t) for the classes first, first + step, ..., kAtOnce of them at a time; count of them are there.
-template <class T, class Load, class Visit>
-__device__ __forceinline__ void walk_by(int64_t first, int64_t step, int64_t V, Load&& load, Visit&& visit) {
-  T s[kAtOnce], t[kAtOnce];
-  for (int64_t v = first; v < V; v += kAtOnce * step) {
-    int count = 0;
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      s[i] = t[i] = -kInf<T>;
-      if (v + i * step < V) {
-        load(v + i * step, s[i], t[i]);
-        ++count;
-      }
-    }
-    visit(count, s, t);
-  }
-}
-
 template <class T, class Team>
 __device__ __forceinline__ void weight_of_row(const RowsParams<T>& P, double* weight, int64_t kept, Team team) {
   const int64_t row = team.row(), first = team.first(), step = team.step();
@@ -156,9 +138,9 @@ __device__ __forceinline__ void weight_of_row(const RowsParams<T>& P, double* we
   const auto again = [&](int64_t v) { return v < kept ? *team.at(v) : load_teacher(v); };
   // visit(t) of this thread's classes
   const auto walk_teacher = [&](int64_t classes, auto&& visit) {
-    walk_by<T>(
+    walk<T>(
         first, step, classes, [&](int64_t v, T&, T& t) { t = again(v); },
-        [&](int count, const T(&)[kAtOnce], const T(&t)[kAtOnce]) {
+        [&](int64_t, int count, const T(&)[kAtOnce], const T(&t)[kAtOnce]) {
 #pragma unroll
           for (int i = 0; i < kAtOnce; ++i) {
             if (i < count) visit(t[i]);
@@ -167,14 +149,14 @@ __device__ __forceinline__ void weight_of_row(const RowsParams<T>& P, double* we
   };
 
   Sums<T> own = Sums<T>::empty();
-  walk_by<T>(
+  walk<T>(
       first, step, V,
       [&](int64_t v, T& s, T& t) {
         s = load_student(v);
         t = load_teacher(v);
         if (v < kept) *team.at(v) = t;
       },
-      [&](int, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) { add<T, kAtOnce, false>(own, s, t, r); });
+      [&](int64_t, int, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) { add<T, kAtOnce, false>(own, s, t, r); });
   const Sums<T> k = team.combine_sums(own, r);
   const bool possible =
       k.sum_student > T(0) && k.sum_student < kInf<T> && k.sum_teacher > T(0) && k.sum_teacher < kInf<T>;
@@ -217,13 +199,13 @@ __device__ __forceinline__ void weight_of_row(const RowsParams<T>& P, double* we
 
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   HeadShares<T> shares = HeadShares<T>::empty();
-  walk_by<T>(
+  walk<T>(
       first, step, possible ? V : 0,
       [&](int64_t v, T& s, T& t) {
         s = load_student(v);
         t = again(v);
       },
-      [&](int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
+      [&](int64_t, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
           const T of_class = i < count ? TotalVariation<T>().loss(softmax(s[i], t[i])) : T(0);

@@ -76,24 +76,28 @@ struct KeptClasses {
   }
 };
 
-// visit(v, count, s, t) for this thread's classes v, v + warps, ..., kAtOnce of them at a time; count of them are
-// there, and the others have p = q = 0.
+// visit(v, count, s, t) for the classes first, first + step, ..., kAtOnce of them at a time, from v on; count of them
+// are there, and the others have p = q = 0.
 template <class T, class Load, class Visit>
-__device__ __forceinline__ void walk(int64_t V, Load&& load, Visit&& visit) {
-  const int64_t warps = blockDim.y;
+__device__ __forceinline__ void walk(int64_t first, int64_t step, int64_t V, Load&& load, Visit&& visit) {
   T s[kAtOnce], t[kAtOnce];
-  for (int64_t v = threadIdx.y; v < V; v += kAtOnce * warps) {
+  for (int64_t v = first; v < V; v += kAtOnce * step) {
     int count = 0;
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       s[i] = t[i] = -kInf<T>;
-      if (v + i * warps < V) {
-        load(v + i * warps, s[i], t[i]);
+      if (v + i * step < V) {
+        load(v + i * step, s[i], t[i]);
         ++count;
       }
     }
     visit(v, count, s, t);
   }
+}
+// For the classes of a thread of this schedule.
+template <class T, class Load, class Visit>
+__device__ __forceinline__ void walk(int64_t V, Load&& load, Visit&& visit) {
+  walk<T>(int64_t(threadIdx.y), int64_t(blockDim.y), V, load, visit);
 }
 
 // What the warps of a block have summed for each row, as one, in their order. room: [warps, 32].
