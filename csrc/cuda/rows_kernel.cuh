@@ -52,7 +52,7 @@ __device__ __forceinline__ void reduce(const T (&s)[kCount], const T (&t)[kCount
                                        int64_t step, LossSums<T>& sums, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Element<T> e = softmax.template of<given<D>()>(s[i], t[i]);
+    const Element<T> e = softmax.template of<given<D>(), kWithoutTarget<D>>(s[i], t[i]);
     const T slope = divergence.slope(e);
     sums.loss += divergence.loss(e);
     if constexpr (kTwoSums<D>) sums.second += divergence.second(e);
@@ -72,7 +72,7 @@ __device__ __forceinline__ void gradient(const T (&s)[kCount], const T (&t)[kCou
                                          int64_t step, T (&grad)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Element<T> e = softmax.template of<given<D>()>(s[i], t[i]);
+    const Element<T> e = softmax.template of<given<D>(), kWithoutTarget<D>>(s[i], t[i]);
     const T slope = divergence.slope(e);
     const T p = given<D>() == Given::kLogs ? exp2_of(e.p * kLog2e<T>) : e.p;
     grad[i] = (D::kCentred ? slope : slope - p * slopes) * grad_scale;

@@ -360,6 +360,7 @@ template <class T>
 struct RowSoftmax {
   T max_student, max_teacher, log2_student, log2_teacher;
   T exp2_student, exp2_teacher;
+  T over_student, over_teacher;  // 1 / sum
   T centre_student, centre_teacher, a, b, offset;
 
   __device__ RowSoftmax(const RowConstants<T>& r, T max_student, T sum_student, T max_teacher, T sum_teacher)
@@ -367,6 +368,8 @@ struct RowSoftmax {
         max_teacher(max_teacher),
         exp2_student(r.exp2_student),
         exp2_teacher(r.exp2_teacher),
+        over_student(T(1) / sum_student),
+        over_teacher(T(1) / sum_teacher),
         a(r.inv_temperature),
         b(r.b) {
     log2_student = log_of(sum_student) * kLog2e<T>;
@@ -381,7 +384,9 @@ struct RowSoftmax {
     offset = (centred ? T(0) : shift * a) + log_of(sum_student / sum_teacher);
   }
   __device__ __forceinline__ Element<T> operator()(T s, T t) const { return of<Given::kProbabilities>(s, t); }
-  template <Given kGiven>
+  // kBySums: p and q are exponentials over their sums. Of the logarithms of the sums, which are fewer instructions, a
+  // rounding is in all of a row's p.
+  template <Given kGiven, bool kBySums = false>
   __device__ __forceinline__ Element<T> of(T s, T t) const {
     constexpr T kLog2 = T(0.69314718055994530942);
     Element<T> e;
@@ -391,14 +396,14 @@ struct RowSoftmax {
       e.w = (s - t) * a + (t > -kInf<T> ? t : T(0)) * b;
       return e;
     }
-    e.p = (s - max_student) * exp2_student - log2_student;
-    e.q = (t - max_teacher) * exp2_teacher - log2_teacher;
+    e.p = (s - max_student) * exp2_student - (kBySums ? T(0) : log2_student);
+    e.q = (t - max_teacher) * exp2_teacher - (kBySums ? T(0) : log2_teacher);
     if constexpr (kGiven == Given::kLogs) {
       e.p *= kLog2;
       e.q *= kLog2;
     } else {
-      e.p = exp2_of(e.p);
-      e.q = exp2_of(e.q);
+      e.p = exp2_of(e.p) * (kBySums ? over_student : T(1));
+      e.q = exp2_of(e.q) * (kBySums ? over_teacher : T(1));
     }
     const T x = s - centre_student, y = t - centre_teacher;
     const T lowest = T(-1e30);  // a teacher's -inf must not meet b = 0 or a b > 0
