@@ -9,6 +9,7 @@ from . import functional
 from ._backend import backend
 from .modules import (
     AttentionTransferLoss,
+    DISTLoss,
     FeatureCosineLoss,
     FeatureMSELoss,
     GramMSELoss,
@@ -33,6 +34,7 @@ from .modules import (
 
 __all__ = [
     "AttentionTransferLoss",
+    "DISTLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
     "GramMSELoss",

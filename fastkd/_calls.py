@@ -66,10 +66,40 @@ class InverseDivisor(NamedTuple):
     scale: Out  # [] float64
 
 
+class DistCall(NamedTuple):
+    """What both ops of the dist schedule begin with, as those of the rows schedule do."""
+
+    student: Tensor  # [*, V], any strides
+    teacher: Tensor  # [*, V], any strides
+    mask: Tensor | None  # [N] bool, True: the row counts
+    scale: float  # 1 / rows that count, where there is no scale_tensor
+    scale_tensor: Tensor | None  # [] float64, as inverse_divisor makes it
+    numbers: Tensor  # [4] float64 on the CPU: inter_weight, intra_weight, temperature, eps
+
+
+class DistForward(NamedTuple):
+    """The outputs of ``dist_fwd``: the loss, and what dist_bwd needs of rows and columns."""
+
+    loss: Out  # []
+    rows: Out  # [*, 6] float64: maximum and sum of the student, those of the teacher, the row's slopes
+    columns: Out  # [3, V rounded up to 16] in the loss's dtype: the slopes of each class, and 0 behind them
+
+
+class DistBackward(NamedTuple):
+    """What ``dist_bwd`` is told besides the call."""
+
+    rows: Tensor
+    columns: Tensor
+    upstream: Tensor  # one element
+    grad: Out  # [*, V], the student's dtype; may be the student itself
+
+
 OPS = {
     "rows_fwd": (RowsCall, RowsForward),
     "rows_bwd": (RowsCall, RowsBackward),
     "inverse_divisor": (InverseDivisor,),
+    "dist_fwd": (DistCall, DistForward),
+    "dist_bwd": (DistCall, DistBackward),
 }
 
 # By annotation: in a schema, and in C++.

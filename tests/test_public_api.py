@@ -16,6 +16,7 @@ FAMILIES = {
     "logits": "logits",
     "mixtures": "logits",
     "targets": "logits",
+    "dist": "logits",
     "features": "features",
     "relations": "relations",
 }  # of a file
@@ -29,6 +30,7 @@ MODULES = {  # by function
     "skew_reverse_kl_div": "SkewReverseKLDivLoss",
     "total_variation": "TotalVariationLoss",
     "kd_loss": "KDLoss",
+    "dist_loss": "DISTLoss",
     "feature_mse": "FeatureMSELoss",
     "feature_cosine": "FeatureCosineLoss",
     "attention_transfer": "AttentionTransferLoss",

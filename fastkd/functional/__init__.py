@@ -1,5 +1,6 @@
 """The losses as functions. The student comes first, the teacher second, and options are keywords."""
 
+from .dist import dist_loss
 from .features import attention_transfer, feature_cosine, feature_mse, linear_feature_mse
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
 from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
@@ -17,6 +18,7 @@ from .targets import kd_loss
 
 __all__ = [
     "attention_transfer",
+    "dist_loss",
     "feature_cosine",
     "feature_mse",
     "gram_mse",

@@ -1,5 +1,6 @@
 """Every loss as a ``torch.nn.Module``: options in the constructor, tensors in ``forward``."""
 
+from .dist import DISTLoss
 from .features import AttentionTransferLoss, FeatureCosineLoss, FeatureMSELoss, LinearFeatureMSELoss
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
@@ -17,6 +18,7 @@ from .targets import KDLoss
 
 __all__ = [
     "AttentionTransferLoss",
+    "DISTLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",
     "GramMSELoss",
