@@ -192,7 +192,7 @@ def dist_loss(again, student, teacher, options, dim):
     layout = _layout(mesh, None)
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, torch.Tensor):
-            _refuse_split(name, x, (), "all rows and classes, each of whose columns is compared,", "logits", _GATHER)
+            _refuse_split(name, x, (), "all rows and all classes", "logits", _GATHER)
     local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (student, teacher, options.mask)]
     return _sum(again(*local[:2], options._replace(mask=local[2]), dim), layout)
 

@@ -390,3 +390,35 @@ def test_ops_look_at_what_they_are_given(kernel):
         bad[i] = -1
         with pytest.raises((RuntimeError, ValueError), match=f"{name}: "):
             ops.fwd(x, x, **{**good, "numbers": bad}, **out)
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
+def test_compiled_exported_and_without_values(backend_name):
+    class Step(torch.nn.Module):
+        def forward(self, student, teacher, mask):
+            return dist_loss(student, teacher, mask=mask, temperature=2.0)
+
+    student, teacher = logits((9, 20))
+    mask = some_rows(student.shape)
+    with fastkd.backend(backend_name):
+        torch.compiler.reset()
+        compiled = torch.compile(Step(), fullgraph=True, backend="aot_eager", dynamic=True)
+        for N in (9, 7, 5):
+            x = student[:N].clone().requires_grad_()
+            loss = compiled(x, teacher[:N], mask[:N])
+            expected, grad = run(student[:N], teacher[:N], mask=mask[:N], temperature=2.0)
+            torch.testing.assert_close(loss, expected)
+            torch.testing.assert_close(torch.autograd.grad(loss, x)[0], grad)
+        batch = torch.export.Dim("batch", min=2)
+        program = torch.export.export(Step(), (student, teacher, mask), dynamic_shapes=({0: batch},) * 3)
+        torch.testing.assert_close(program.module()(student[:6], teacher[:6], mask[:6]), Step()(student[:6], teacher[:6], mask[:6]))  # fmt: skip
+        meta = dist_loss(student.to("meta").requires_grad_(), teacher.to("meta"))
+        assert (meta.shape, meta.device.type) == ((), "meta")
+        meta.backward()
+
+
+def test_autocast_does_not_round(backend):
+    student, teacher = logits((20, 30))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = run(student, teacher)
+    torch.testing.assert_close(loss, run(student, teacher)[0])

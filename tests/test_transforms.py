@@ -12,7 +12,7 @@ LOSSES = {
     for name in (
         "kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "rkd_distance", "rkd_angle", "rkd_loss",
         "similarity_preserving", "gram_mse", "pkt", "relation_kl", "relational_triplet", "feature_mse",
-        "feature_cosine", "attention_transfer",
+        "feature_cosine", "attention_transfer", "dist_loss",
     )
 }  # fmt: skip
 LOSSES["kd_loss"] = lambda s, t: functional.kd_loss(s, t, torch.tensor([0, 8, 3, 3, 1]), label_smoothing=0.1)
