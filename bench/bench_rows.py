@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from fastkd import _backend, functional
-from fastkd._calls import RowsCall
+from fastkd._calls import DistBackward, DistCall, RowsCall
 from fastkd._divergences import NUMBERS, REGISTRY
-from fastkd.ops import rows
+from fastkd.ops import dist, rows
 from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
-from .truth import Truth, wrong
+from .truth import DistTruth, Truth, wrong
 
 TEMPERATURE = 2.0
 SHAPES = {  # named after what has them
@@ -53,10 +53,12 @@ CASES = {  # loss, shape, dtype, mode
         *itertools.product(["kl_div"], ON_CPU, DTYPES, ["forward", STEP]),
         *itertools.product([*list(REGISTRY)[1:], "kd_loss"], ["llama-2"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
+        *itertools.product(["dist_loss"], ["imagenet-256", "llama-2"], ["float32"], [STEP]),
     ],
     "cuda": [
         *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
         *itertools.product(["reverse_kl_div", "js_div", "kd_loss"], ["llama-3-8192"], ["bfloat16"], [STEP]),
+        ("dist_loss", "llama-3-8192", "bfloat16", STEP),
     ],
 }
 
@@ -125,8 +127,21 @@ def eager_with_targets(student, teacher):
     return 0.5 * hard + 0.5 * eager_log_target(student, teacher)
 
 
+def correlation(x, y, eps=1e-8):
+    """As published: cosines of rows less their means."""
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + eps)
+
+
+def eager_dist(student, teacher):
+    p, q = F.softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
+    inter, intra = 1 - correlation(p, q).mean(), 1 - correlation(p.T, q.T).mean()
+    return TEMPERATURE**2 * (inter + intra)
+
+
 EAGER = {  # the last one is compiled
     "kd_loss": {"eager": eager_with_targets},
+    "dist_loss": {"eager": eager_dist},
     "kl_div": {"eager": eager, "eager log_target": eager_log_target},
     "soft_cross_entropy": {"eager": eager_soft_cross_entropy},
     "reverse_kl_div": {"eager": eager_reverse},
@@ -149,8 +164,23 @@ def own(name, backend, **options):
     return with_backend(functools.partial(getattr(functional, name), temperature=TEMPERATURE, **options), backend)
 
 
+def dist_alone(backend):
+    ops = dist.OPS[_backend.namespace(backend)]
+
+    def alone(student, teacher):
+        call = DistCall(student, teacher, None, 1 / len(student), None, as_tensor(1.0, 1.0, TEMPERATURE, 1e-8))
+        found = dist.new_outputs(call)
+        ops.fwd(*call, *found)
+        ops.bwd(*call, *DistBackward(found.rows, found.columns, torch.ones_like(found.loss), student))
+        return found.loss
+
+    return alone
+
+
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
+    if name == "dist_loss":
+        return dist_alone(backend)
     of_targets = name == "kd_loss"
     name = "kl_div" if of_targets else name
     namespace, entry = _backend.namespace(backend), REGISTRY[name]
@@ -267,7 +297,9 @@ def measure(benchmark, name, shape, dtype, mode, rounds, device, left_out=(), **
     found, missing = providers(name, inputs, mode, device)
     found = [provider for provider in found if provider.name not in left_out]
     target = targets(*shape, device) if name == "kd_loss" else None
-    errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE, target))
+    of_all_rows = name == "dist_loss"
+    truth = (DistTruth if of_all_rows else functools.partial(Truth, name))(*inputs.first, TEMPERATURE, target)
+    errors = judge(found, missing, truth)
     repeat = 50 if elements < 10_000 else 1
     results = interleave(benchmark, found, rounds * (4 if elements < 10**7 else 1), repeat, device)
     unit = elements * DTYPES[dtype].itemsize

@@ -43,7 +43,7 @@ def dist_loss(student: torch.Tensor, teacher: torch.Tensor, options: DistOptions
         s = s.clone() if s is student else s
         overwritten(student)
     s, t = s.reshape(-1, V), t.reshape(-1, V)
-    counts = s.new_ones(len(s), dtype=torch.bool)
+    counts = s.new_ones(s.shape[0], dtype=torch.bool)
     if options.mask is not None:
         counts = ordinary(options.mask).reshape(-1)
     s, t = (torch.where(counts[:, None], x, 0.0) for x in (s, t))  # a masked row may hold NaN

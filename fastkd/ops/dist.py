@@ -76,14 +76,19 @@ class _Dist(torch.autograd.Function):
         return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
-def _forward(namespace, call):
+def new_outputs(call: DistCall) -> DistForward:
+    """Memory for what dist_fwd finds."""
     student = call.student
     loss = student.new_empty((), dtype=compute_dtype(student, call.teacher))
     of_rows = student.new_empty((*student.shape[:-1], STATS_SIZE), dtype=torch.float64)
     padded = (student.shape[-1] + PADDING - 1) // PADDING * PADDING
-    columns = student.new_empty((SLOPES_SIZE, padded), dtype=loss.dtype)
-    OPS[namespace].fwd(*call, *DistForward(loss, of_rows, columns))
-    return loss, of_rows, columns
+    return DistForward(loss, of_rows, student.new_empty((SLOPES_SIZE, padded), dtype=loss.dtype))
+
+
+def _forward(namespace, call):
+    out = new_outputs(call)
+    OPS[namespace].fwd(*call, *out)
+    return out
 
 
 def _gradient(ctx, upstream):
