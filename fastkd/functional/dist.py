@@ -57,9 +57,9 @@ def dist_loss(
 
     What all losses of logits share stands in :mod:`fastkd.functional.logits`, but for this: there is one temperature
     for all rows and both sides; there is no weight, reduction or normalizer, as a column is of all rows at once; both
-    forward and backward read student and teacher, which are saved for it, with 48 bytes a row and 12 a class, in float64
-    24, but no gradient; forward takes 72 bytes a class, and 44 for each thread of the CPU, in float64 88; DTensors are
-    taken where they are replicated, while those that are split are an error.
+    forward and backward read student and teacher, which are saved for it, with 48 bytes a row and 12 a class (24 in
+    float64), but no gradient; forward takes 72 bytes a class, and 44 for each thread of the CPU (88 in float64);
+    DTensors are taken where they are replicated, while those that are split are an error.
 
     Args:
         student: raw logits ``[*, V]``.
