@@ -15,14 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from fastkd import _backend, _check, functional
-from fastkd._calls import RowsCall
+from fastkd._calls import DistBackward, DistCall, RowsCall
 from fastkd._divergences import BY_NAME, DERIVED, NON_TARGET, NUMBERS, REGISTRY, TARGET_LOSSES
-from fastkd.ops import head, rows
+from fastkd.ops import dist, head, rows
 from fastkd.ops.numbers import as_tensor
 
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
-from .truth import Truth, function_of, wrong
+from .truth import DistTruth, Truth, function_of, wrong
 
 TEMPERATURE = 2.0
 SHAPES = {  # named after what has them
@@ -58,12 +58,14 @@ CASES = {  # loss, shape, dtype, mode
         *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
         ("kd_loss", "imagenet-256", "float32", STEP),
         *itertools.product([STANDARDIZED], ["imagenet-4096", "llama-2"], ["float32"], [STEP]),
+        *itertools.product(["dist_loss"], ["imagenet-256", "llama-2"], ["float32"], [STEP]),
     ],
     "cuda": [
         *(("kl_div", *at, mode) for at in ON_GPU for mode in ("forward", STEP)),
         *itertools.product(["reverse_kl_div", "js_div", *WITH_TARGETS], ["llama-3-8192"], ["bfloat16"], [STEP]),
         *itertools.product(TARGET_LOSSES, ["cifar"], ["float32"], [STEP]),
         (STANDARDIZED, "llama-3-8192", "bfloat16", STEP),
+        ("dist_loss", "llama-3-8192", "bfloat16", STEP),
     ],
 }
 
@@ -197,10 +199,23 @@ def eager_standardized(student, teacher):
     return eager_log_target(standardized(student), standardized(teacher))
 
 
+def correlation(x, y, eps=1e-8):
+    """As published: cosines of rows less their means."""
+    x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
+    return (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1) + eps)
+
+
+def eager_dist(student, teacher):
+    p, q = F.softmax(student / TEMPERATURE, -1), F.softmax(teacher / TEMPERATURE, -1)
+    inter, intra = 1 - correlation(p, q).mean(), 1 - correlation(p.T, q.T).mean()
+    return TEMPERATURE**2 * (inter + intra)
+
+
 EAGER = {  # the last one is compiled
     "kd_loss": {"eager": eager_with_targets},
     "dkd_loss": {"eager": eager_decoupled},
     "nkd_loss": {"eager": eager_normalized},
+    "dist_loss": {"eager": eager_dist},
     "kl_div": {"eager": eager, "eager log_target": eager_log_target},
     "soft_cross_entropy": {"eager": eager_soft_cross_entropy},
     "reverse_kl_div": {"eager": eager_reverse},
@@ -228,8 +243,23 @@ def own(name, backend, **options):
     return with_backend(functools.partial(function_of(name), temperature=TEMPERATURE, **options), backend)
 
 
+def dist_alone(backend):
+    ops = dist.OPS[_backend.namespace(backend)]
+
+    def alone(student, teacher):
+        call = DistCall(student, teacher, None, 1 / len(student), None, as_tensor(1.0, 1.0, TEMPERATURE, 1e-8))
+        found = dist.new_outputs(call)
+        ops.fwd(*call, *found)
+        ops.bwd(*call, *DistBackward(found.rows, found.columns, torch.ones_like(found.loss), student))
+        return found.loss
+
+    return alone
+
+
 def kernel_alone(name, backend):
     """Loss and gradient, written over the student: no autograd, nothing of its size allocated."""
+    if name == "dist_loss":
+        return dist_alone(backend)
     namespace, parted, derived = _backend.namespace(backend), TARGET_LOSSES.get(name), DERIVED.get(name)
     namespace = rows.standardized(namespace) if name == STANDARDIZED else namespace
     divergence = NON_TARGET.name if parted else derived.divergence if derived else name
@@ -358,7 +388,9 @@ def measure(benchmark, name, shape, dtype, mode, rounds, device, left_out=(), **
     found, missing = providers(name, inputs, mode, device)
     found = [provider for provider in found if provider.name not in left_out]
     target = targets(*shape, device) if name in WITH_TARGETS else None
-    errors = judge(found, missing, Truth(name, *inputs.first, TEMPERATURE, target))
+    of_all_rows = name == "dist_loss"
+    truth = (DistTruth if of_all_rows else functools.partial(Truth, name))(*inputs.first, TEMPERATURE, target)
+    errors = judge(found, missing, truth)
     repeat = 50 if elements < 10_000 else 1
     results = interleave(benchmark, found, rounds * (4 if elements < 10**7 else 1), repeat, device)
     unit = elements * DTYPES[dtype].itemsize

@@ -6,6 +6,7 @@ RATIOS = {  # case: provider, at least
     f"kl_div 32x10 float32 {STEP}": {"eager": 1.0},
     f"kl_div 2048x32000 float32 {STEP}": {"eager": 15.0, "torch.compile": 2.5},
     f"kl_div 2048x32000 bfloat16 {STEP}": {"eager": 8.0, "torch.compile": 2.5},
+    f"dist_loss 2048x32000 float32 {STEP}": {"eager": 6.0},
     "rkd_distance 256x512 float32": {"eager": 2.0},
     "rkd_distance 1024x512 float32": {"eager": 4.0},
     "rkd_distance 4096x512 float32": {"eager": 8.0},

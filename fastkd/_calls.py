@@ -105,6 +105,34 @@ class StandardizeBackward(NamedTuple):
     grad: Out  # [*, V], the dtype of x; it may be x itself
 
 
+class DistCall(NamedTuple):
+    """What both ops of the dist schedule begin with, as those of the rows schedule do."""
+
+    student: Tensor  # [*, V], any strides
+    teacher: Tensor  # [*, V], any strides
+    mask: Tensor | None  # [N] bool, True: the row counts
+    scale: float  # 1 / rows that count, where there is no scale_tensor
+    scale_tensor: Tensor | None  # [] float64, as inverse_divisor makes it
+    numbers: Tensor  # [4] float64 on the CPU: inter_weight, intra_weight, temperature, eps
+
+
+class DistForward(NamedTuple):
+    """The outputs of ``dist_fwd``: the loss, and what dist_bwd needs of rows and columns."""
+
+    loss: Out  # []
+    rows: Out  # [*, 6] float64: maximum and sum of the student, those of the teacher, the row's slopes
+    columns: Out  # [3, V rounded up to 16] in the loss's dtype: the slopes of each class, and 0 behind them
+
+
+class DistBackward(NamedTuple):
+    """What ``dist_bwd`` is told besides the call."""
+
+    rows: Tensor
+    columns: Tensor
+    upstream: Tensor  # one element
+    grad: Out  # [*, V], the student's dtype; may be the student itself
+
+
 OPS = {
     "rows_fwd": (RowsCall, RowsForward),
     "rows_bwd": (RowsCall, RowsBackward),
@@ -112,6 +140,8 @@ OPS = {
     "standardize_fwd": (Standardize,),
     "standardize_bwd": (StandardizeBackward,),
     "head_weight": (HeadWeight,),
+    "dist_fwd": (DistCall, DistForward),
+    "dist_bwd": (DistCall, DistBackward),
 }
 
 # By annotation: in a schema, and in C++.
@@ -210,10 +240,12 @@ ONCE = (
     # namespace whose op computes each strip; active: the share of triplets that have a loss
     "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, Tensor margin, Tensor? mask, "
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
-    # the rows schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
+    # rows and dist schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
     schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
     schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),
     schema("standardized_head_weight", OPS["head_weight"], "str rows"),
+    schema("standardized_dist_fwd", OPS["dist_fwd"], "str rows"),
+    schema("standardized_dist_bwd", OPS["dist_bwd"], "str rows"),
     # embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is
     # [B, N]; exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
     "relation_kl_fwd(Tensor student, Tensor teacher, Tensor? student_keys, Tensor? teacher_keys, bool exclude_self, "

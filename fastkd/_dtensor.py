@@ -185,6 +185,17 @@ def logits_loss(again, divergence, student, teacher, options, dim):
     return _rows(loss, layout, rows) if options.reduction == "none" else _sum(loss, layout)
 
 
+def dist_loss(again, student, teacher, options, dim):
+    """The columns need all rows and the rows need all columns: both tensors are whole on every rank."""
+    mesh = _mesh(student=student, teacher=teacher, mask=options.mask)
+    layout = _layout(mesh, None)
+    for name, x in (("student", student), ("teacher", teacher)):
+        if isinstance(x, torch.Tensor):
+            _refuse_split(name, x, (), "all rows and all classes", "logits", _GATHER)
+    local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (student, teacher, options.mask)]
+    return _sum(again(*local[:2], options._replace(mask=local[2]), dim), layout)
+
+
 def _feature_layouts(mesh, dims, student, teacher):
     """Of the student's layers. A row of features is whole on a rank; rows may be split by any dimension."""
     for name, layers in (("student", student), ("teacher", teacher)):

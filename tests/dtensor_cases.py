@@ -77,6 +77,15 @@ def target_cases():
         yield Case(loss, "replicated", with_target, WHOLE | {"target": "R"}, options)
 
 
+def dist_cases():
+    options = {"temperature": 2.0, "intra_weight": 0.5}
+    yield Case("dist_loss", "replicated", LOGITS, WHOLE, options)
+    yield Case("dist_loss", "a mask that is split", LOGITS | {"mask": (B, L)}, WHOLE | {"mask": "0"})
+    yield Case("dist_loss", "a plain teacher and a plain mask", LOGITS | {"mask": (B, L)}, {"student": "R"})
+    yield Case("dist_loss", "a plain student", LOGITS, {"teacher": "R"}, {"dim": 1})
+    yield Case("dist_loss", "sums that are pending", LOGITS, {"student": "P", "teacher": "R"})
+
+
 def logit_cases():
     for loss in ("kl_div", "reverse_kl_div", "js_div", "soft_cross_entropy"):
         for reduction in REDUCTIONS:
@@ -229,6 +238,6 @@ def on_four_ranks():
 
 
 CASES = {
-    2: [*logit_cases(), *target_cases(), *feature_cases(), *relational_cases()],
+    2: [*logit_cases(), *target_cases(), *dist_cases(), *feature_cases(), *relational_cases()],
     4: list(on_four_ranks()),
 }  # by number of ranks

@@ -39,6 +39,7 @@ PARTED = "tests/test_parted_targets.py"
 BEYOND = "tests/test_beyond_kl.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
 FEATURES = "tests/test_features.py tests/test_attention.py"
+DIST = "tests/test_dist.py"
 MUTATIONS = [
     # functors, of the CPU and CUDA
     Mutation("functor: KL's far form without its first-order term", "csrc/math/divergences/kl_div.h",
@@ -62,7 +63,15 @@ MUTATIONS = [
              "kVarianceEpsilon = 1e-6", "kVarianceEpsilon = 1e-5", FEATURES),
     Mutation("functor: smooth L1 is steeper than 1", "csrc/math/feature.h",
              "u = T(0.5) < u ? T(0.5) : u;", "u = T(0.75) < u ? T(0.75) : u;", FEATURES),
+    Mutation("functor: columns that are added up keep their means", "csrc/math/correlation.h",
+             "const double p = x.mean - mean,", "const double p = 0 * mean,", DIST),
+    Mutation("functor: a lesser teacher's rows have the slopes of near ones", "csrc/math/correlation.h",
+             "if (!(m.DD < a * b / 2)) return", "if (false) return", DIST),
     # schedules of the CPU
+    Mutation("cpu dist: classes that are not there differ from the mean", "csrc/cpu/dist_kernel.cpp",
+             "const T less = i < n ? mean : T(0);", "const T less = mean;", DIST),
+    Mutation("cpu dist: a chunk begins again in every group of rows", "csrc/cpu/dist_kernel.cpp",
+             "chunk.count + i == 0, chunk)", "i == 0, chunk)", DIST),
     Mutation("cpu rows: a masked row has the gradient that its memory held", "csrc/cpu/rows_kernel.cpp",
              "if (P.stats) P.stats[row] = {};\n      zero_grad(P, row, 0, blocks);", "if (P.stats) P.stats[row] = {};", ROWS),
     Mutation("cpu rows: a student without a class has a finite loss", "csrc/cpu/rows_kernel.cpp",
@@ -139,6 +148,8 @@ MUTATIONS = [
              "N(rows_there(P.count, 0, P.options.N))", "N(P.options.N)", RELATIONS),
     Mutation("cuda features: the last rows of a block have no weight", "csrc/cuda/features_kernel.cuh",
              "double(sum[q]) * weight(place.row + q) : 0;", "double(sum[q]) * weight(place.row) : 0;", FEATURES),
+    Mutation("cuda dist: a segment's sums are of the first row of the chunk", "csrc/cuda/dist_kernel.cuh",
+             "      count = 0;\n    }\n  }\n  ColumnMoments* room", "      count = 1;\n    }\n  }\n  ColumnMoments* room", DIST),
     # schedules of Triton
     Mutation("triton: js_div's terms trade places", "fastkd/triton/divergences.py",
              "tl.where(by_student, log, log - finite)", "tl.where(by_student, log - finite, log)", ROWS),

@@ -130,6 +130,24 @@ def features_program(compiler, build):
     return compiler.program("features", build, "reduce", "features", "attention")
 
 
+# (of csrc/testing/dist_main.cpp: dtype, N, V, rows side by side, whether rows are masked)
+DISTS = {
+    "a block a row": (FLOAT, 9, 300, 1, 1),
+    "a warp a row, several chunks": (BFLOAT16, 260, 33, 1, 0),
+    "maps, a thread a row": (HALF, 86, 21, 43, 1),
+    "in double": (DOUBLE, 20, 70, 1, 1),
+}
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("shape", DISTS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernels_of_dist_are_clean(compiler, build, shape):
+    program = compiler.program("dist", build, "dist")
+    for order in ORDERS if build == "plain" else ("random",):
+        assert run_program([program, *map(str, DISTS[shape]), *ORDERS[order]]) == "right\n", order
+
+
 # (of csrc/testing/features_main.cpp, dtype, whether rows are masked)
 FEATURES = {
     "plain, flat": (0, FLOAT, 0),
@@ -388,13 +406,13 @@ def usage(path):
 def registers_of(function, arch):
     """As many as leave room for the blocks of 256 threads that are counted on. Of rows_kernel.cuh three a
     multiprocessor; two where the logarithms of js_div are in registers too, and for ReverseKL. Two of
-    the pairs' sweeps, of the triples in float, and of features, three of their plain distances, but for smooth L1 on
-    sm_80, and of rows of triplets. Five of the 128 threads of pkt in float."""
-    if "triplet_kernel" in function:
+    the pairs' sweeps, of the triples in float, of the columns of dist, and of features, three of their plain distances,
+    but for smooth L1 on sm_80, and of rows of triplets and of dist. Five of the 128 threads of pkt in float."""
+    if re.search(r"triplet_kernel|dist_(rows|gradient)_kernelIf", function):
         return 80
     if "pkt_kernelIf" in function:
         return 96
-    if "pairs_sweep_kernel" in function or "angles_kernelIf" in function:
+    if re.search(r"pairs_sweep_kernel|(angles|dist_columns)_kernelIf", function):
         return 128
     if re.search(r"features_kernelIf|attention_\w+_kernelI[fd]", function):
         return 80 if "FeatureE0E" in function and ("Squares" in function or arch != "sm_80") else 128

@@ -157,6 +157,16 @@ class Behaviours:
                 r"^student: .*classes that are split.*Shard\(dim=1\)", functools.partial(function, dim=1), maps, maps
             )
 
+    def rows_or_classes_that_are_split_are_an_error_of_dist_loss(self):
+        from torch.distributed.tensor import Shard
+
+        whole = self.of(self.student, self.whole)
+        for dim in range(self.student.dim()):
+            split = self.of(self.student, [Shard(dim)])
+            words = ": all rows and all classes wanted on every rank, got logits that are split over ranks.*full_tensor"
+            self.raises(f"^student{words}", functional.dist_loss, split, whole)
+            self.raises(f"^teacher{words}", functional.dist_loss, whole, split, dim=1)
+
     def features_that_are_split_are_an_error(self):
         from torch.distributed.tensor import Shard
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "adaptive": "logits",
     "beyond_kl": "logits",
     "targets": "logits",
+    "dist": "logits",
     "features": "features",
     "relations": "relations",
 }  # of a file
@@ -37,6 +38,7 @@ MODULES = {  # by function
     "kd_loss": "KDLoss",
     "dkd_loss": "DKDLoss",
     "nkd_loss": "NKDLoss",
+    "dist_loss": "DISTLoss",
     "feature_mse": "FeatureMSELoss",
     "feature_smooth_l1": "FeatureSmoothL1Loss",
     "feature_cosine": "FeatureCosineLoss",

@@ -13,9 +13,9 @@ from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import _backend, functional
-from fastkd._calls import RowsCall
+from fastkd._calls import DistCall, RowsCall
 from fastkd._divergences import NON_TARGET, NUMBERS
-from fastkd.ops import attention, features, relations, rows, standardize
+from fastkd.ops import attention, dist, features, relations, rows, standardize
 from fastkd.ops.numbers import as_tensor
 from fastkd.reference import compute_dtype
 
@@ -192,11 +192,27 @@ def feature_calls(backend_name):
     yield "attention_bwd", attention_ops.bwd, (*maps, as_tensor(3.0), torch.rand(()))
 
 
+def dist_calls(backend_name):
+    """The same of dist_loss."""
+    ops = dist.OPS[_backend.namespace(backend_name)]
+    x = {"float32": torch.randn(3, 4, 20), "bfloat16": torch.randn(4, 3, 20).bfloat16().transpose(0, 1)}
+    numbers, counts = as_tensor(1.0, 0.5, 2.0, 1e-8), torch.rand(12) < 0.7
+    masked = {"mask": counts, "scale": 1.0, "scale_tensor": torch.tensor(0.2, dtype=torch.float64)}
+    for name, student in x.items():
+        for what, options in (("plain", {"mask": None, "scale": 1 / 12, "scale_tensor": None}), ("masked", masked)):
+            call = DistCall(student, x["float32"], numbers=numbers, **options)
+            saved = torch.empty(3, 4, dist.STATS_SIZE, dtype=torch.float64), torch.empty(dist.SLOPES_SIZE, 32)
+            yield f"dist_fwd-{name}-{what}", ops.fwd, (*call, torch.empty(()), *saved)
+            ops.fwd(*call, torch.empty(()), *saved)
+            yield f"dist_bwd-{name}-{what}", ops.bwd, (*call, *saved, torch.tensor(2.0), torch.empty_like(student))
+
+
 CALLS = {
     f"{backend_name}-{name}": (op, arguments)
     for backend_name in ("cpu", "triton")
     if not _backend.unavailable(backend_name) and _backend.serves(backend_name, "cpu")
-    for name, op, arguments in (*op_calls(backend_name), *relational_calls(backend_name), *feature_calls(backend_name))
+    for calls in (op_calls, relational_calls, feature_calls, dist_calls)
+    for name, op, arguments in calls(backend_name)
 }
 
 
@@ -410,6 +426,9 @@ CHANGING = {
     "rkd_loss": lambda s, t, x: functional.rkd_loss(s, t, angle_weight=x, distance_delta=2 * x),
     "pkt": lambda s, t, x: functional.pkt(s, t, eps=x),
     "relational_triplet": lambda s, t, x: functional.relational_triplet(s, t, margin=x),
+    "numbers of dist_loss": lambda s, t, x: functional.dist_loss(
+        s, t, inter_weight=x, intra_weight=1 + x, temperature=2 * x, eps=x
+    ),
     "layer_weights": lambda s, t, x: functional.feature_mse([s, s], [t, t], layer_weights=[x, 1.0]),
     "feature_smooth_l1": lambda s, t, x: functional.feature_smooth_l1(s, t, beta=x),
     "normalizer of features": lambda s, t, x: functional.feature_cosine(s, t, normalizer=x),

@@ -13,7 +13,7 @@ LOSSES = {
         "kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "negative_log_acceptance", "alpha_beta_div",
         "bernoulli_kl_div", "rkd_distance", "rkd_angle", "rkd_loss",
         "similarity_preserving", "gram_mse", "pkt", "relation_kl", "relational_triplet", "feature_mse",
-        "feature_smooth_l1", "feature_cosine", "attention_transfer",
+        "feature_smooth_l1", "feature_cosine", "attention_transfer", "dist_loss",
     )
 }  # fmt: skip
 TARGET = torch.tensor([0, 8, 3, 3, 1])

@@ -214,6 +214,29 @@ def other_strip_launches(pkt, triplet):
     }
 
 
+def dist_launches(dist):
+    """Every kernel of the dist schedule: dist/dtype/shape."""
+    from fastkd._calls import DistCall
+
+    calls = {}
+    numbers, scale = as_tensor(1.0, 1.0, 2.0, 1e-8), torch.empty((), dtype=torch.float64, device="meta")
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for kind, shape in {"rows": (1024, 1000), "long": (256, 32000), "maps": (4, 21, 64, 64)}.items():
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            x = x.movedim(1, -1) if kind == "maps" else x
+            mask = torch.empty(x.shape[:-1], dtype=torch.bool, device="meta").reshape(-1)
+            call = DistCall(x, x, mask if kind == "rows" else None, 0.1, scale if kind == "rows" else None, numbers)
+            compute = compute_dtype(x, x)
+            loss, columns = (
+                torch.empty(s, dtype=compute, device="meta") for s in ((), (3, -(-x.shape[-1] // 16) * 16))
+            )
+            saved = torch.empty((*x.shape[:-1], 6), dtype=torch.float64, device="meta"), columns
+            name = f"dist/{str(dtype)[6:]}/{kind}"
+            calls[name + "/fwd"] = functools.partial(dist.dist_fwd, *call, loss, *saved)
+            calls[name + "/bwd"] = functools.partial(dist.dist_bwd, *call, *saved, loss, torch.empty_like(x))
+    return calls
+
+
 def feature_launches(features, attention):
     """Layers of every layout: feature/dtype/shape/loss."""
     calls = {}
@@ -263,7 +286,7 @@ def compile_for(target_name):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import angles, attention, features, pairs, pkt, rows, scale, standardize, triplet
+    from fastkd.triton import angles, attention, dist, features, pairs, pkt, rows, scale, standardize, triplet
 
     class Driver:
         def get_current_device(self):
@@ -284,7 +307,7 @@ def compile_for(target_name):
 
     triton.runtime.jit.JITFunction.run = compile_only
     calls = launches(rows, scale) | relation_launches(pairs, angles) | feature_launches(features, attention)
-    calls |= strip_launches(pkt, triplet) | standardize_launches(standardize)
+    calls |= strip_launches(pkt, triplet) | standardize_launches(standardize) | dist_launches(dist)
     if target_name in WHOLE:
         calls |= other_launches(rows) | other_feature_launches(features, attention)
         calls |= other_strip_launches(pkt, triplet) | other_standardize_launches(standardize)
@@ -382,6 +405,16 @@ def test_standardized_logits_move_in_128_bits(compiled):
             assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
             assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
             assert numbers["narrow_loads"] + numbers["narrow_stores"] <= 3, (name, kernel, numbers)
+
+
+@pytest.mark.gates
+def test_registers_suffice_for_dist(compiled):
+    for name, kernel, numbers in compiled:
+        if name.startswith("dist") and "/float64/" not in name:
+            # nine float64 of each class that a thread has going down rows
+            most = 255 if kernel == "dist_columns_kernel" else REGISTERS
+            assert numbers["registers"] <= most, (name, kernel, numbers)
+            assert numbers["stack"] == 0, (name, kernel, numbers)
 
 
 @pytest.mark.gates

@@ -18,6 +18,7 @@ from .arguments import (
     whole_number,
     zero_as_tensor,
 )
+from .dist import DistOptions, dist_loss, dist_module
 from .features import (
     dim_of,
     exponent,
@@ -58,6 +59,7 @@ __all__ = [
     "DTYPES",
     "REDUCTIONS",
     "SMALLEST_EPS",
+    "DistOptions",
     "LogitsOptions",
     "as_classes",
     "at_least_zero",
@@ -67,6 +69,8 @@ __all__ = [
     "constant_teacher",
     "count_of_positives",
     "dim_of",
+    "dist_loss",
+    "dist_module",
     "divergence",
     "embeddings",
     "eps",

@@ -2,6 +2,7 @@
 
 from .adaptive import adaptive_kl_div
 from .beyond_kl import alpha_beta_div, bernoulli_kl_div, negative_log_acceptance
+from .dist import dist_loss
 from .features import attention_transfer, feature_cosine, feature_mse, feature_smooth_l1, linear_feature_mse
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
 from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
@@ -22,6 +23,7 @@ __all__ = [
     "alpha_beta_div",
     "attention_transfer",
     "bernoulli_kl_div",
+    "dist_loss",
     "dkd_loss",
     "feature_cosine",
     "feature_mse",

@@ -2,6 +2,7 @@
 
 from .adaptive import AdaptiveKLDivLoss
 from .beyond_kl import AlphaBetaDivLoss, BernoulliKLDivLoss, NegativeLogAcceptanceLoss
+from .dist import DISTLoss
 from .features import (
     AttentionTransferLoss,
     FeatureCosineLoss,
@@ -28,6 +29,7 @@ __all__ = [
     "AlphaBetaDivLoss",
     "AttentionTransferLoss",
     "BernoulliKLDivLoss",
+    "DISTLoss",
     "DKDLoss",
     "FeatureCosineLoss",
     "FeatureMSELoss",

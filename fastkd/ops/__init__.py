@@ -1,11 +1,12 @@
 """One file per schedule: fakes, autograd, and the ops of every backend."""
 
-from . import attention, features, head, relations, rows, standardize
+from . import attention, dist, features, head, relations, rows, standardize
 
-NAMES = (*rows.NAMES, *head.NAMES, *standardize.NAMES, *relations.NAMES, *features.NAMES, *attention.NAMES)
+SCHEDULES = (rows, head, standardize, dist, relations, features, attention)
+NAMES = tuple(name for schedule in SCHEDULES for name in schedule.NAMES)
 
 
 def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known to every schedule."""
-    for schedule in (rows, head, standardize, relations, features, attention):
+    for schedule in SCHEDULES:
         schedule.use_namespace(namespace)

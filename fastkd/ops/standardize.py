@@ -10,6 +10,9 @@ loss that the schedule computes the definition holds so, with its temperatures a
 to the last digit where the inputs do. A hard loss, which sees x, is a second call of the schedule. Traffic: student +
 teacher + gradient, once each, as far as a slab stays in the caches. Saved for backward: the gradient; or nothing but
 the call, and backward computes both passes anew, with the upstream gradient for weights.
+
+The dist schedule finds its columns in all rows: forward it has the standardized logits of both sides whole, backward in
+slabs.
 """
 
 import functools
@@ -21,9 +24,19 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .._calls import HeadWeight, RowsBackward, RowsCall, RowsForward, Standardize, StandardizeBackward
+from .._calls import (
+    DistBackward,
+    DistCall,
+    DistForward,
+    HeadWeight,
+    RowsBackward,
+    RowsCall,
+    RowsForward,
+    Standardize,
+    StandardizeBackward,
+)
 from ..reference import compute_dtype
-from . import head, rows
+from . import dist, head, rows
 
 # Elements of a slab. On a GPU launches cost as much as many elements do.
 SLAB = {"cpu": 2**20, "cuda": 2**23}
@@ -65,6 +78,10 @@ def use_namespace(namespace: str) -> None:
     )
     head.OPS[rows.standardized(namespace)] = functools.partial(
         torch.ops.fastkd.standardized_head_weight.default, namespace
+    )
+    dist.OPS[rows.standardized(namespace)] = dist.Ops(
+        fwd=functools.partial(torch.ops.fastkd.standardized_dist_fwd.default, namespace),
+        bwd=functools.partial(torch.ops.fastkd.standardized_dist_bwd.default, namespace),
     )
 
 
@@ -211,7 +228,34 @@ def _standardized_head_weight(namespace, *arguments):
         head.OPS[namespace](*part._replace(student=s, teacher=t))
 
 
+def _standardized_dist_fwd(namespace, *arguments):
+    call, out = DistCall(*arguments[: len(DistCall._fields)]), DistForward(*arguments[len(DistCall._fields) :])
+    dtype, standardize = compute_dtype(call.student, call.teacher), OPS[namespace].fwd
+    sides = [torch.empty_like(x, dtype=dtype) for x in (call.student, call.teacher)]
+    for x, side in zip((call.student, call.teacher), sides, strict=True):
+        standardize(*Standardize(x, call.mask, side, None))
+    dist.OPS[namespace].fwd(*call._replace(student=sides[0], teacher=sides[1]), *out)
+
+
+@torch.no_grad()
+def _standardized_dist_bwd(namespace, *arguments):
+    call, rest = DistCall(*arguments[: len(DistCall._fields)]), DistBackward(*arguments[len(DistCall._fields) :])
+    student, teacher, mask = call.student, call.teacher, call.mask
+    room, standardize = _Room(compute_dtype(student, teacher)), OPS[namespace].fwd
+    for slab in slabs(student.shape[:-1], rows_of_slab(student)):
+        x, y, counts = student[slab.index], teacher[slab.index], slab.of_rows(mask)
+        s, t = room.of("student", x), room.of("teacher", y)
+        moments = student.new_empty((slab.last - slab.first, 3), dtype=torch.float64)
+        standardize(*Standardize(x, counts, s, moments))
+        standardize(*Standardize(y, counts, t, None))
+        part = call._replace(student=s, teacher=t, mask=counts)
+        dist.OPS[namespace].bwd(*part, *rest._replace(rows=rest.rows[slab.index], grad=s))
+        OPS[namespace].bwd(*StandardizeBackward(x, counts, moments, s, None, rest.grad[slab.index]))
+
+
 for _name, _implementation in (
+    ("dist_fwd", _standardized_dist_fwd),
+    ("dist_bwd", _standardized_dist_bwd),
     ("rows_fwd", _standardized_rows_fwd),
     ("rows_bwd", _standardized_rows_bwd),
     ("head_weight", _standardized_head_weight),

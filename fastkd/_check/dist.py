@@ -1,0 +1,52 @@
+"""Checks of what the DIST loss is given."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from .arguments import at_least_zero, flag, mask, number, whole_number
+from .logits import inplace, logits
+from .relations import eps
+
+
+class DistOptions(NamedTuple):
+    """What ``dist_loss`` takes beside its logits."""
+
+    inter_weight: Any
+    intra_weight: Any
+    temperature: Any
+    eps: Any
+    standardize: bool
+    mask: Any
+    inplace: bool
+
+
+def numbers(options):
+    at_least_zero("inter_weight", options.inter_weight)
+    at_least_zero("intra_weight", options.intra_weight)
+    if isinstance(options.temperature, torch.Tensor):
+        raise TypeError(
+            f"temperature: a number wanted, got {type(options.temperature).__name__}: a column has all rows, so that "
+            "they share one"
+        )
+    number("temperature", options.temperature)
+    eps(options.eps)
+    flag("standardize", options.standardize)
+
+
+def dist_loss(student, teacher, options, dim):
+    """Of tensors whose classes have been brought from dim to the end."""
+    logits(student, teacher, dim)
+    numbers(options)
+    if options.mask is not None:
+        mask(options.mask, student)
+    flag("inplace", options.inplace)
+    if options.inplace:
+        inplace(student, teacher)
+
+
+def dist_module(options, dim):
+    """The options that the module is made with."""
+    whole_number("dim", dim)
+    numbers(options)
+    flag("inplace", options.inplace)

@@ -1,0 +1,103 @@
+r"""The DIST loss: the student's probabilities correlate with the teacher's, in place of being equal to them."""
+
+from torch import Tensor
+
+from .. import _backend, _check, _dtensor, reference_dist
+
+
+def _dist_loss(student, teacher, options, dim):
+    """Checks what the loss is given, and hands it to the backend."""
+    _check.class_dim(dim, student, teacher)
+    if _dtensor.given(student, teacher, *options):
+        return _dtensor.dist_loss(_dist_loss, student, teacher, options, dim)
+    if dim != -1:  # views: the backends take any strides
+        student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
+    _check.dist_loss(student, teacher, options, dim)
+    if not options.inplace:
+        _check.not_overwritten(student)
+    _check.constant_teacher(teacher, "dist_loss", "dist_loss({})", ", without inplace" * options.inplace)
+    options = options._replace(mask=_check.for_rows(options.mask, student.shape[:-1]))
+    backend = _backend.select(student.device)
+    if backend == "torch":
+        return reference_dist.dist_loss(student, teacher, options)
+    from ..ops import dist
+
+    return dist.dist_loss(_backend.namespace(backend), student, teacher, options)
+
+
+def dist_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    inter_weight: float = 1.0,
+    intra_weight: float = 1.0,
+    temperature: float = 1.0,
+    eps: float = 1e-8,
+    standardize: bool = False,
+    dim: int = -1,
+    mask: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    r"""One less the correlation of the student's probabilities with the teacher's, along rows and along columns.
+
+    .. math:: T^2 \left(\frac{w_{inter}}{N} \sum_n \left(1 - \rho(p_{n\cdot}, q_{n\cdot})\right)
+        + \frac{w_{intra}}{V} \sum_v \left(1 - \rho(p_{\cdot v}, q_{\cdot v})\right)\right),\quad
+        \rho(x, y) = \frac{\langle a, b \rangle}{\|a\| \|b\| + \varepsilon}
+
+    with :math:`p = \mathrm{softmax}(student / T)`, :math:`q = \mathrm{softmax}(teacher / T)`, and a and b for x and y
+    less their means. A row's correlation says how the classes of one sample relate, a column's how the samples of one
+    class do. The student may be more or less certain than the teacher at no cost.
+
+    A row or column that is constant on either side has correlation 0 and no gradient: that of a class without any
+    probability, all columns where one row counts, the rows of one class. What differs from its mean by no more than
+    rounding errors is constant. A row without any possible class has probability 0 for all.
+
+    The published :math:`\varepsilon` of 1e-8 is no small number beside :math:`\|a\| \|b\|` where probabilities are
+    tiny, as those of most of 100 000 tokens are: their columns have correlations near 0, and hardly a gradient,
+    whatever the student does. A smaller ``eps`` or a higher temperature lets them count.
+
+    What all losses of logits share stands in :mod:`fastkd.functional.logits`, but for this: there is one temperature
+    for all rows and both sides; there is no weight, reduction or normalizer, as a column is of all rows at once; both
+    forward and backward read student and teacher, which are saved for it, with 48 bytes a row and 12 a class (24 in
+    float64), but no gradient; forward takes 72 bytes a class, and besides 44 for each thread of the CPU (88 in float64),
+    or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes;
+    DTensors are taken where they are replicated, while those that are split are an error.
+
+    Args:
+        student: raw logits ``[*, V]``.
+        teacher: raw logits ``[*, V]``, a constant. Where both learn, ``dist_loss(a, b.detach())`` and
+            ``dist_loss(b, a.detach())`` have their gradients.
+        inter_weight: what the mean over rows is multiplied by, at least 0. Default 1.
+        intra_weight: what the mean over columns is multiplied by, at least 0. Default 1.
+        temperature: T, a positive number. Default 1.
+        eps: what is added to the product of lengths, at least 1e-37. Default 1e-8.
+        standardize: whether each row of logits, of both sides, is first brought to mean 0 and standard deviation 1, as
+            said above. Forward then holds both sides in the dtype of the loss until it ends. Default False.
+        dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
+            in their order, ``[B, H, W]``. Default: the last.
+        mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row is in no mean and in no column,
+            and has gradient 0 whatever it holds. Default: every row counts.
+        inplace: whether the gradient is written over the student's logits, in backward, which saves its memory. Such
+            logits must not be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is
+            refused. Default False.
+
+    Returns:
+        The loss, a tensor without dimensions.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument is not as described; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from fastkd.functional import dist_loss
+        >>> student = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 1.0]], requires_grad=True)
+        >>> teacher = torch.tensor([[3.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+        >>> loss = dist_loss(student, teacher)
+        >>> loss.backward()
+        >>> round(loss.item(), 4), student.grad.shape
+        (1.4249, torch.Size([2, 3]))
+
+    Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
+    """
+    options = _check.DistOptions(inter_weight, intra_weight, temperature, eps, standardize, mask, inplace)
+    return _dist_loss(student, teacher, options, dim)

@@ -1,0 +1,115 @@
+"""The dist schedule: correlations of student's and teacher's probabilities along rows and along columns."""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .._calls import DistBackward, DistCall, DistForward
+from .._check import SMALLEST_EPS, DistOptions
+from .._inplace import overwritten
+from ..reference import compute_dtype
+from . import rows
+from .gradient import forbid_double_backward
+from .numbers import as_tensor
+from .saved import restored, save
+
+STATS_SIZE = 6  # doubles a row
+SLOPES_SIZE = 3  # numbers a class
+PADDING = 16  # classes: whole vectors of the CPU's widest
+
+
+class Ops(NamedTuple):
+    """One implementation of the ops of the schedule."""
+
+    fwd: Any
+    bwd: Any
+
+
+NAMES = ("dist_fwd", "dist_bwd")
+OPS: dict[str, Ops] = {}  # by namespace
+
+
+def _fake(*_):
+    """The ops write into what they are given, and return nothing."""
+
+
+def use_namespace(namespace: str) -> None:
+    """Makes the ops of a namespace, which _library has defined, known here."""
+    for name in NAMES:
+        torch.library.register_fake(f"{namespace}::{name}", _fake)
+    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
+
+
+use_namespace("fastkd")
+
+
+def read_numbers(numbers: torch.Tensor) -> list[float]:
+    """Those of a call, for implementations in Python: inter_weight, intra_weight, temperature and eps."""
+    names = ("inter_weight", "intra_weight", "temperature", "eps")
+    values = numbers.tolist()
+    for name, value, least in zip(names, values, (0.0, 0.0, 1e-300, SMALLEST_EPS), strict=True):
+        if not least <= value < math.inf:
+            raise ValueError(f"{name}: a finite number of at least {least} wanted, got {value}")
+    return values
+
+
+class _Dist(torch.autograd.Function):
+    """The loss of a student that wants a gradient. It follows from what forward has found of all rows and of all
+    columns; backward reads both logits once more and writes it, in float16 too times the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, namespace, inplace, *fields):
+        call = DistCall(*fields)
+        if inplace:
+            overwritten(call.student)
+            call = call._replace(student=call.student.detach())
+        ctx.ops, ctx.inplace = OPS[namespace], inplace
+        loss, of_rows, columns = _forward(namespace, call)
+        save(ctx, call, of_rows, columns)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grad = forbid_double_backward(_gradient, ctx, upstream)
+        student = 2 + DistCall._fields.index("student")
+        return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
+
+
+def new_outputs(call: DistCall) -> DistForward:
+    """Memory for what dist_fwd finds."""
+    student = call.student
+    loss = student.new_empty((), dtype=compute_dtype(student, call.teacher))
+    of_rows = student.new_empty((*student.shape[:-1], STATS_SIZE), dtype=torch.float64)
+    padded = (student.shape[-1] + PADDING - 1) // PADDING * PADDING
+    return DistForward(loss, of_rows, student.new_empty((SLOPES_SIZE, padded), dtype=loss.dtype))
+
+
+def _forward(namespace, call):
+    out = new_outputs(call)
+    OPS[namespace].fwd(*call, *out)
+    return out
+
+
+def _gradient(ctx, upstream):
+    call, of_rows, columns = restored(ctx, DistCall)
+    student = call.student
+    grad = student if ctx.inplace else rows.new_grad(student)
+    ctx.ops.bwd(*call, *DistBackward(of_rows, columns, upstream, grad))
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(student)  # another backward must not read it
+    return grad
+
+
+def dist_loss(namespace: str, student: torch.Tensor, teacher: torch.Tensor, options: DistOptions) -> torch.Tensor:
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+    if options.standardize:
+        namespace = rows.standardized(namespace)
+    mask = None if options.mask is None else options.mask.reshape(-1).contiguous()
+    dtype = compute_dtype(student, teacher)
+    scale, scale_tensor = rows.inverse_divisor(rows.OPS[namespace], student, "batchmean", mask, None, dtype)
+    numbers = as_tensor(options.inter_weight, options.intra_weight, options.temperature, options.eps)
+    call = DistCall(student, teacher.detach(), mask, scale, scale_tensor, numbers)
+    if student.requires_grad and torch.is_grad_enabled():
+        return _Dist.apply(namespace, options.inplace, *call)
+    return _forward(namespace, call)[0]
