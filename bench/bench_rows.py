@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd import _backend, _check, functional
+from fastkd import _backend, _check
 from fastkd._calls import DistBackward, DistCall, RowsCall
 from fastkd._divergences import BY_NAME, DERIVED, NON_TARGET, NUMBERS, REGISTRY, TARGET_LOSSES
 from fastkd.ops import dist, head, rows
@@ -40,7 +40,8 @@ SHAPES = {  # named after what has them
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STEP = "forward+backward"
-WITH_TARGETS = ("kd_loss", *TARGET_LOSSES)
+PARTS = "kd_loss parts"
+WITH_TARGETS = ("kd_loss", PARTS, *TARGET_LOSSES)
 ON_CPU = ("digits", "imagenet-256", "imagenet-4096", "llama-2", "llama-3")
 ON_GPU = (
     ("llama-3-8192", "bfloat16"),
@@ -166,6 +167,16 @@ def eager_with_targets(student, teacher):
     return 0.5 * hard + 0.5 * eager_log_target(student, teacher)
 
 
+def eager_with_parts(student, teacher):
+    """What people log beside it: both entropies, and how often the best class is the same."""
+    with torch.no_grad():
+        for logits in (student, teacher):
+            log_p = F.log_softmax(logits / TEMPERATURE, -1)
+            (log_p.exp() * log_p).sum(-1).mean()
+        (student.argmax(-1) == teacher.argmax(-1)).float().mean()
+    return eager_with_targets(student, teacher)
+
+
 def eager_decoupled(student, teacher):
     """As published code has it: two masks, two classes of their sums, and 1000 less for the target."""
     index = targets(*student.shape, student.device)[:, None]
@@ -213,6 +224,7 @@ def eager_dist(student, teacher):
 
 EAGER = {  # the last one is compiled
     "kd_loss": {"eager": eager_with_targets},
+    PARTS: {"eager": eager_with_parts},
     "dkd_loss": {"eager": eager_decoupled},
     "nkd_loss": {"eager": eager_normalized},
     "dist_loss": {"eager": eager_dist},
@@ -237,7 +249,7 @@ def own(name, backend, **options):
 
         def loss(student, teacher):
             target = targets(*student.shape, student.device)
-            return getattr(functional, name)(student, teacher, target, temperature=TEMPERATURE, **options)
+            return function_of(name)(student, teacher, target, temperature=TEMPERATURE, **options)
 
         return with_backend(loss, backend)
     return with_backend(functools.partial(function_of(name), temperature=TEMPERATURE, **options), backend)
@@ -286,7 +298,7 @@ def kernel_alone(name, backend):
                 call = call._replace(target_loss=parted.number)
             else:
                 call = call._replace(target_numbers=as_tensor(0.5, 0.5, 0.0))
-        return rows.forward(namespace, call, grad=student)
+        return rows.forward(namespace, call, grad=student, parts=rows.new_parts(call) if name == PARTS else None)
 
     return alone
 

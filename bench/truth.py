@@ -15,10 +15,12 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 
 
 def function_of(name):
-    """A loss by its name, perhaps of standardized logits."""
-    name, _, standardized = name.partition(" ")
+    """A loss by its name, perhaps of standardized logits, or with its parts."""
+    name, _, how = name.partition(" ")
     function = getattr(functional, name)
-    return functools.partial(function, standardize=True) if standardized else function
+    if how == "parts":
+        return lambda *given, **options: function(*given, return_parts=True, **options).loss
+    return functools.partial(function, standardize=True) if how else function
 
 
 class Truth:

@@ -48,6 +48,7 @@ class RowsForward(NamedTuple):
     loss: Out  # [*], one per row; or [], the sum over rows times scale
     grad: OptionalOut  # [*, V], the student's dtype, any strides
     stats: OptionalOut  # [*, 7] float64, what rows_bwd needs
+    parts: OptionalOut = None  # [*, 5] float64, of a hard loss beside a soft one: see RowParts in rows_params.h
 
 
 class RowsBackward(NamedTuple):

@@ -147,6 +147,16 @@ def _rows_that_count(mesh, options):
     return valid if options.mask is None else valid & _whole(mesh, options.mask)
 
 
+def _share_of_rows(mesh, options, local, here, rows):
+    """How many of the rows that count are here. local: the options of these; options: of all."""
+    count = _count(mesh, _rows_that_count(mesh, options), rows)
+    counts = torch.ones(here, dtype=torch.bool, device=local["target"].device)
+    if local["mask"] is not None:
+        counts = counts & local["mask"]
+    counts = counts & (local["target"] != options.ignore_index)
+    return counts.sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else count)
+
+
 def logits_loss(again, divergence, student, teacher, options, dim):
     """again: the function that computes it of plain tensors; the other arguments are its own."""
     for name, x in (("student", student), ("teacher", teacher)):
@@ -182,6 +192,12 @@ def logits_loss(again, divergence, student, teacher, options, dim):
     else:
         here = _local(student, layout)
     loss = again(divergence, here, _local(teacher, layout), options._replace(**local))
+    if options.return_parts:
+        loss, means = loss
+        if any(layout.split):  # of the rows here
+            means = means * _share_of_rows(mesh, options, local, here.shape[:-1], rows)
+        parts = _sum(means, layout)
+        return (_rows(loss, layout, rows) if options.reduction == "none" else _sum(loss, layout)), parts
     return _rows(loss, layout, rows) if options.reduction == "none" else _sum(loss, layout)
 
 

@@ -355,8 +355,11 @@ def ordinary(x: Any) -> Any:
     return x
 
 
-def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions) -> torch.Tensor:
-    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+def logits_loss(
+    divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
+    means over rows of its parts."""
     dtype = compute_dtype(student, teacher)
     options = options._replace(**{name: ordinary(x) for name, x in options._asdict().items()})
     s, t = student.to(dtype), ordinary(teacher).detach().to(dtype)
@@ -400,13 +403,43 @@ def logits_loss(divergence: str, student: torch.Tensor, teacher: torch.Tensor, o
         rows = _divergence(divergence, log_p, log_q, parameter)
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
-    if options.target is not None:
-        hard = _cross_entropy(raw, options)
-        rows = _weighted(options.soft_weight, rows) + _weighted(options.hard_weight, hard)
-        rows = torch.where(hard.isnan(), hard, rows)  # of a target out of range, whatever its weight
-        if not rows.requires_grad:  # both weights are 0: a gradient of 0 is one
-            rows = rows + 0.0 * torch.where(raw.isfinite(), raw, 0.0).sum(-1)
-    return _finished(rows, student, mask, options)
+    if options.target is None:
+        return _finished(rows, student, mask, options)
+    hard, soft = _cross_entropy(raw, options), rows
+    loss = _finished(_both_losses(soft, hard, raw, options), student, mask, options)
+    if not options.return_parts:
+        return loss
+    coins = REGISTRY[divergence].given == "LogOdds"
+    sides = (s / temperature, t / per_row(options.teacher_temperature)) if coins else (log_p, log_q)
+    agree = s.argmax(-1) == t.argmax(-1)
+    parts = torch.stack([hard, soft, *(_entropy(x, coins) for x in sides), agree.to(dtype)], -1)
+    return loss, _means(parts.detach(), mask)
+
+
+def _both_losses(soft, hard, logits, options):
+    """Of rows that have a target."""
+    rows = _weighted(options.soft_weight, soft) + _weighted(options.hard_weight, hard)
+    rows = torch.where(hard.isnan(), hard, rows)  # of a target out of range, whatever its weight
+    if not rows.requires_grad:  # both weights are 0: a gradient of 0 is one
+        rows = rows + 0.0 * torch.where(logits.isfinite(), logits, 0.0).sum(-1)
+    return rows
+
+
+def _entropy(x, coins):
+    """From logarithms of probabilities; or of coins from their log odds."""
+    if not coins:
+        return -torch.where(x == -torch.inf, 0.0, x.exp() * x).sum(-1)
+    a = torch.where(x.isinf(), torch.inf, x.abs())
+    return (torch.log1p(torch.exp(-a)) + torch.where(a.isinf(), 0.0, a * torch.sigmoid(-a))).sum(-1)
+
+
+def _means(parts, mask):
+    """Over the rows that count; 0 where none does."""
+    rows = parts.reshape(-1, parts.shape[-1])
+    if mask is None:
+        return rows.sum(0) / max(rows.shape[0], 1)
+    counts = mask.reshape(-1)
+    return torch.where(counts[:, None], rows, 0.0).sum(0) / counts.sum().clamp(min=1)
 
 
 def _finished(rows, student, mask, options):

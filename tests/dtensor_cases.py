@@ -41,7 +41,9 @@ class Case(NamedTuple):
         return torch.randn(shape, generator=generator).to(self.dtype)
 
     def function(self):
-        return getattr(functional, self.loss)
+        """Of several results their sum."""
+        loss = getattr(functional, self.loss)
+        return (lambda *given, **options: sum(loss(*given, **options))) if "return_parts" in self.options else loss
 
 
 B, L, V = 5, 3, 7  # two ranks have three and two of the batch
@@ -56,6 +58,10 @@ def target_cases():
     for reduction in ("batchmean", "sum", "none"):
         of_rows = SPLIT | {"target": "0", "mask": "0", "weight": "0"}
         yield Case("kd_loss", f"targets, {reduction}", with_target | ROWS, of_rows, options | {"reduction": reduction})
+        parts = options | {"reduction": reduction, "return_parts": True}
+        yield Case("kd_loss", f"targets and parts, {reduction}", with_target | ROWS, of_rows, parts)
+    yield Case("kd_loss", "parts, no mask", with_target, SPLIT, options | {"return_parts": True})
+    yield Case("kd_loss", "parts, replicated", with_target, WHOLE, options | {"return_parts": True})
     small = with_target | {"target": (2, L), "student": (2, L, V), "teacher": (2, L, V)}
     yield Case("kd_loss", "one row a rank", small, SPLIT | {"target": "0"}, options)
     yield Case("kd_loss", "a plain target", with_target, SPLIT, options)

@@ -18,6 +18,7 @@ FAMILIES = {
     "adaptive": "logits",
     "beyond_kl": "logits",
     "targets": "logits",
+    "kd": "logits",
     "dist": "logits",
     "features": "features",
     "relations": "relations",

@@ -93,6 +93,14 @@ struct RowsOps {
     return static_cast<RowsStats*>(const_cast<void*>(stats.const_data_ptr()));
   }
 
+  static RowParts* parts_data(const Tensor& parts, const RowsCall& in) {
+    constexpr int64_t kSize = sizeof(RowParts) / sizeof(double);
+    FASTKD_CHECK(in.target && in.target_loss == 0, "parts: of a loss with a target and a hard part alone");
+    FASTKD_CHECK(lies_dense(parts, in, kSize * number_of_rows(in), ScalarType::Double),
+                 "parts: a contiguous float64 tensor ", Device::kName, " with ", kSize, " elements per row wanted");
+    return static_cast<RowParts*>(const_cast<void*>(parts.const_data_ptr()));
+  }
+
   template <class T>
   static RowsParams<T> params(const RowsCall& in, const OptionalTensor& grad) {
     RowsParams<T> P{};
@@ -142,6 +150,7 @@ struct RowsOps {
       const Device device(in.student);
       RowsParams<T> P = params<T>(in, out.grad);
       if (out.stats) P.stats = stats_data(*out.stats, in);
+      if (out.parts) P.parts = parts_data(*out.parts, in);
       device.forward(P, out.loss, per_row);
     });
   }

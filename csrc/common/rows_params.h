@@ -42,6 +42,13 @@ struct HardTargets {
   FASTKD_HD bool without_soft() const { return soft_weight == 0; }  // a part of weight 0 is left out, be it NaN
 };
 
+// What is told of a row besides its loss, where it is asked for: both parts before they are weighed, the soft one with
+// its T^2; the entropies of p and q; and 1 where the best class of both is the same, the first of equal ones, else 0.
+// All 0 of a row that does not count.
+struct RowParts {
+  double hard, soft, student_entropy, teacher_entropy, agreement;
+};
+
 // T is the type that is computed in: float, or double where an input is double.
 template <class T>
 struct RowsParams {
@@ -62,6 +69,7 @@ struct RowsParams {
   const double* scale;      // the same in memory, where the host does not know it; or null
   T* loss;                  // [N]
   RowsStats* stats;         // [N], or null
+  RowParts* parts;          // [N], or null
   bool stream;              // write the gradient past the caches
   bool prefetch;            // this row and the next fit the second-level cache
 };

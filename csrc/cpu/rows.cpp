@@ -13,6 +13,7 @@
 #include "cpu/pages.h"
 #include "cpu/rows_groups.h"
 #include "cpu/rows_kernel.h"
+#include "cpu/rows_parts.h"
 #include "cpu/scratch.h"
 
 namespace fastkd {
@@ -44,6 +45,18 @@ const RowsLanes<T>& lanes(Divergence which) {
   return FASTKD_OF_ISA(rows_lanes<T>(which));
 }
 
+// Rows begin .. end, one by one where there is something to tell of each: it is in cache then.
+template <class T>
+void forward_of_rows(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t begin, int64_t end) {
+  const RowsKernel<T>& k = kernel<T>(P.divergence);
+  if (!P.parts) return k.forward(P, W, begin, end);
+  const RowsDescribe<T> describe = FASTKD_OF_ISA(rows_describe<T>());
+  for (int64_t row = begin; row < end; ++row) {
+    describe(P, row, row + 1);
+    k.forward(P, W, row, row + 1);
+  }
+}
+
 constexpr int64_t kBlockGrain = kGrain / kRowsBlock;
 
 // Rows are dealt to threads; few long rows are shared, block by block, by all of them.
@@ -66,9 +79,10 @@ void forward(const RowsParams<T>& P) {
       for (int64_t group = first; group < last; ++group) {
         const auto [begin, end] = groups.of(group);
         if (together.any_parameters || one_parameter(P, begin, end)) {
+          if (P.parts) FASTKD_OF_ISA(rows_describe<T>())(P, begin, end);
           together.forward(P, memory, begin, end);
         } else {
-          k.forward(P, RowsWorkspace<T>(memory, P.V, targets), begin, end);
+          forward_of_rows(P, RowsWorkspace<T>(memory, P.V, targets), begin, end);
         }
       }
     });
@@ -79,11 +93,13 @@ void forward(const RowsParams<T>& P) {
     return RowsWorkspace<T>(scratch(RowsWorkspace<T>::bytes(V, targets)), V, targets);
   };
   if (!share_rows(P.N, P.V)) {
-    parallel_for(0, P.N, row_grain(P.V), [&](int64_t begin, int64_t end) { k.forward(P, workspace(), begin, end); });
+    parallel_for(0, P.N, row_grain(P.V),
+                 [&](int64_t begin, int64_t end) { forward_of_rows(P, workspace(), begin, end); });
     return;
   }
   const RowsWorkspace<T> W = workspace();
   for (int64_t row = 0; row < P.N; ++row) {
+    if (P.parts) FASTKD_OF_ISA(rows_describe<T>())(P, row, row + 1);
     if (P.mask && !P.mask[row]) {
       k.forward(P, W, row, row + 1);
       continue;

@@ -250,6 +250,7 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     }
     if (stats.sum_student == 0) loss = kInf<double>;
   }
+  if (P.parts) P.parts[row].soft = loss * squared(P, row);
   if (P.hard.parted()) {
     loss = parted_loss(P, r, stats, parted(W.blocks, blocks, stats), loss);
   } else {
@@ -264,7 +265,9 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     }
     // a weight of 0 leaves out what may be infinite
     loss = P.hard.without_soft() ? 0 : loss;
-    loss += P.hard.hard_weight == 0 ? 0 : hard_loss(P, stats, logit, logits) * r.hard_loss_scale;
+    const double hard = hard_loss(P, stats, logit, logits);
+    if (P.parts) P.parts[row].hard = hard;
+    loss += P.hard.hard_weight == 0 ? 0 : hard * r.hard_loss_scale;
   }
   P.loss[row] = T(loss);
   if (P.stats) P.stats[row] = stats;

@@ -312,6 +312,10 @@ struct Hard {
   // The row's loss, of which the divergence is known.
   double loss(const RowsParams<T>& P, int64_t row, int64_t i, const Group& group, double soft) const {
     if (P.hard.parted()) return parted_loss(P, row_constants(P, row), group.stats(i), parted(i), soft);
+    if (P.parts) {
+      P.parts[row].soft = soft * squared(P, row);
+      P.parts[row].hard = hard_loss(P, group.stats(i), logit[i], logits[i]);
+    }
     return (P.hard.without_soft() ? 0 : soft * group.loss_scale[i]) + hard_part(P, row, i, group);
   }
 

@@ -275,6 +275,12 @@ int power_of_row(const Row<T>& r) {
   return given<D>() == Given::kProbabilities ? r.hard_power : 0;
 }
 
+// What a row's temperature multiplies its divergence by.
+template <class T>
+double squared(const RowsParams<T>& P, int64_t row) {
+  return P.t_squared ? P.temperature[row] * P.temperature[row] : 1.0;
+}
+
 // A row that has no gradient: a side without a possible class, or an infinite loss whose slopes
 // have no finite sum.
 inline bool no_gradient(const RowsStats& stats) {

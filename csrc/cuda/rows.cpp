@@ -22,6 +22,7 @@ struct Cuda {
     const Tensor rows = per_row ? loss : torch::stable::new_empty(student, {P.N}, kScalarType<T>);
     P.loss = static_cast<T*>(rows.mutable_data_ptr());
     if (P.N > 0) {
+      if (P.parts) FASTKD_CUDA_CHECK(cuda::rows_parts(P, context.stream));
       const cuda::RowsPlan plan = cuda::rows_plan(P, context.device);
       const int64_t parts = plan.on_chip ? 0 : P.N * plan.splits;
       const Tensor workspace = torch::stable::new_empty(student, {parts * cuda::kPartValues}, kScalarType<T>);

@@ -86,24 +86,31 @@ __device__ __forceinline__ bool no_gradient(T sum_student, T sum_teacher, T slop
   return sum_student == T(0) || sum_teacher == T(0) || slopes == kInf<T>;
 }
 
+// scale: what the loss is multiplied by.
 template <class T, class D>
-__device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r,
+__device__ __forceinline__ T soft_loss(const Sums<T>& k, const LossSums<T>& sums, const RowConstants<T>& r, T scale,
                                        const HardTargets& targets) {
-  if (kWithoutTarget<D> && r.loss_scale == T(0)) return T(0);
+  if (kWithoutTarget<D> && scale == T(0)) return T(0);
   if (k.sum_teacher == T(0)) return T(0);
-  if (k.sum_student == T(0)) return kInf<T> * r.loss_scale;
+  if (k.sum_student == T(0)) return kInf<T> * scale;
   T loss = sums.loss;
   if (D::kTeacherEntropy && !(kWithoutTarget<D> && targets.loss == TargetLoss::kDecoupled)) {
     loss += k.entropy * r.inv_teacher_temperature / k.sum_teacher + log_of(k.sum_teacher);
   }
-  return loss * r.loss_scale;
+  return loss * scale;
 }
 
 // Leaves the loss, and what backward needs, of a row that counts; where it has a target, after save_hard.
 template <class T, class D>
 __device__ __forceinline__ void save(const RowsParams<T>& P, int64_t row, const Sums<T>& k, const LossSums<T>& sums,
                                      const RowConstants<T>& r) {
-  const T loss = P.hard.without_soft() ? T(0) : soft_loss<T, D>(k, sums, r, P.hard);  // leaves out what may be infinite
+  const T loss = P.hard.without_soft()
+                     ? T(0)
+                     : soft_loss<T, D>(k, sums, r, r.loss_scale, P.hard);  // leaves out what may be infinite
+  if (!kWithoutTarget<D> && P.parts) {
+    const T temperature = T(P.temperature[row]), squared = P.t_squared ? temperature * temperature : T(1);
+    P.parts[row].soft = double(soft_loss<T, D>(k, sums, r, squared, P.hard));
+  }
   P.loss[row] = P.hard.target ? P.loss[row] + loss : loss;
   if (!P.stats) return;
   RowsStats& stats = P.stats[row];

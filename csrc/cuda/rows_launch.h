@@ -22,6 +22,11 @@ cudaError_t rows_forward(const RowsParams<T>&, const Device&, void* workspace, c
 template <Divergence kWhich, class T>
 cudaError_t rows_backward(const RowsParams<T>&, const Device&, cudaStream_t);
 
+// P.parts, but for the soft losses, which rows_forward leaves there. Before it, as the gradient may be written over the
+// student.
+template <class T>
+cudaError_t rows_parts(const RowsParams<T>&, cudaStream_t);
+
 // What the sum over rows is multiplied by, where the host does not know it: 0 where no row counts,
 // else 1 / normalizer, or 1 / (divisor * rows that count), or 1 / divisor.
 struct RowsScale {

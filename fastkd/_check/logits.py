@@ -52,6 +52,7 @@ class LogitsOptions(NamedTuple):
     target_loss: Any = None  # the name of a loss that parts the target from the other classes
     second: Any = None  # the second parameter of a loss that has two
     standardize: Any = False
+    return_parts: Any = False
 
 
 def logits_loss(student, teacher, options, dim=-1):
@@ -67,6 +68,7 @@ def logits_loss(student, teacher, options, dim=-1):
         weight(options.weight, student)
     flag("t_squared", options.t_squared)
     flag("standardize", options.standardize)
+    flag("return_parts", options.return_parts)
     flag("inplace", options.inplace)
     if options.target is None:
         reduction(options.reduction)

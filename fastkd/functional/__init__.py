@@ -4,6 +4,7 @@ from .adaptive import adaptive_kl_div
 from .beyond_kl import alpha_beta_div, bernoulli_kl_div, negative_log_acceptance
 from .dist import dist_loss
 from .features import attention_transfer, feature_cosine, feature_mse, feature_smooth_l1, linear_feature_mse
+from .kd import KDParts, kd_loss
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
 from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
 from .relations import (
@@ -16,9 +17,10 @@ from .relations import (
     rkd_loss,
     similarity_preserving,
 )
-from .targets import dkd_loss, kd_loss, nkd_loss
+from .targets import dkd_loss, nkd_loss
 
 __all__ = [
+    "KDParts",
     "adaptive_kl_div",
     "alpha_beta_div",
     "attention_transfer",

@@ -59,9 +59,9 @@ def dist_loss(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`, but for this: there is one temperature
     for all rows and both sides; there is no weight, reduction or normalizer, as a column is of all rows at once; both
     forward and backward read student and teacher, which are saved for it, with 48 bytes a row and 12 a class (24 in
-    float64), but no gradient; forward takes 72 bytes a class, and besides 44 for each thread of the CPU (88 in float64),
-    or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes;
-    DTensors are taken where they are replicated, while those that are split are an error.
+    float64), but no gradient; forward takes 72 bytes a class, and besides 44 for each thread of the CPU (88 in
+    float64), or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes; DTensors are
+    taken where they are replicated, while those that are split are an error.
 
     Args:
         student: raw logits ``[*, V]``.

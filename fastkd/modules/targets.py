@@ -35,6 +35,7 @@ class KDLoss(_Loss):
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        return_parts: whether the loss comes in a :class:`fastkd.functional.KDParts`. Default False.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``, and target ``[*]``; the loss has no dimensions, or ``[*]``
@@ -68,6 +69,7 @@ class KDLoss(_Loss):
         "dim",
         "reduction",
         "inplace",
+        "return_parts",
     )
 
     def __init__(
@@ -89,6 +91,7 @@ class KDLoss(_Loss):
         dim: int = -1,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
+        return_parts: bool = False,
     ) -> None:
         super().__init__()
         parameters = {"beta": beta, "student_weight": student_weight, "alpha": alpha, "mu": mu}
@@ -99,6 +102,7 @@ class KDLoss(_Loss):
         _check.target_reduction(reduction)
         _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
         _check.whole_number("ignore_index", ignore_index)
+        _check.flag("return_parts", return_parts)
         self.hard_weight = hard_weight
         self.soft_weight = soft_weight
         self.divergence: SoftDivergence = divergence
@@ -115,6 +119,7 @@ class KDLoss(_Loss):
         self.dim = dim
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
+        self.return_parts = return_parts
 
     def forward(
         self,
@@ -127,8 +132,9 @@ class KDLoss(_Loss):
         mask: Tensor | None = None,
         weight: Tensor | None = None,
         normalizer: Tensor | float | None = None,
-    ) -> Tensor:
-        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
+    ) -> Tensor | functional.KDParts:
+        """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``; or, if the module returns parts,
+        a named tuple that begins with it.
 
         Args:
             student: raw logits ``[*, V]``, whose classes are at ``dim``.
@@ -163,6 +169,7 @@ class KDLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            return_parts=self.return_parts,
         )
 
 

@@ -15,6 +15,7 @@ from .gradient import forbid_double_backward, scaled
 from .saved import restored, save
 
 STATS_SIZE = 7  # doubles a row
+PARTS_SIZE = 5  # hard, soft, student_entropy, teacher_entropy, agreement
 
 
 class Ops(NamedTuple):
@@ -58,9 +59,10 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, namespace, inplace, per_row, *fields):
+    def forward(ctx, namespace, inplace, per_row, return_parts, *fields):
         call = RowsCall(*fields)
         student, loss = call.student, new_loss(call, per_row)
+        parts = new_parts(call) if return_parts else None
         ctx.ops, ctx.inplace = OPS[namespace], inplace
         ctx.recompute = per_row or student.dtype is torch.float16
         if inplace:
@@ -68,18 +70,21 @@ class _Rows(torch.autograd.Function):
             call = call._replace(student=student.detach())
         if ctx.recompute:
             stats = student.new_empty((*student.shape[:-1], STATS_SIZE), dtype=torch.float64)
-            ctx.ops.fwd(*call, *RowsForward(loss, None, stats))
+            ctx.ops.fwd(*call, *RowsForward(loss, None, stats, parts))
             save(ctx, call, stats)
         else:
             grad = call.student if inplace else new_grad(student)
-            ctx.ops.fwd(*call, *RowsForward(loss, grad, None))
+            ctx.ops.fwd(*call, *RowsForward(loss, grad, None, parts))
             ctx.save_for_backward(grad)
-        return loss
+        if parts is None:
+            return loss
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, upstream, *_):
         grad = forbid_double_backward(_gradient, ctx, upstream)
-        student = 3 + RowsCall._fields.index("student")
+        student = 4 + RowsCall._fields.index("student")
         return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
@@ -101,6 +106,11 @@ def new_loss(call: RowsCall, per_row: bool) -> torch.Tensor:
     return student.new_empty(student.shape[:-1] if per_row else (), dtype=compute_dtype(student, call.teacher))
 
 
+def new_parts(call: RowsCall) -> torch.Tensor:
+    """Memory for what is told of each row besides its loss."""
+    return call.student.new_empty((*call.student.shape[:-1], PARTS_SIZE), dtype=torch.float64)
+
+
 def new_grad(student: torch.Tensor) -> torch.Tensor:
     """Memory for the gradient, in the order in which the student's lies: rows side by side stay side by side."""
     return torch.empty_like(student)
@@ -108,8 +118,9 @@ def new_grad(student: torch.Tensor) -> torch.Tensor:
 
 def logits_loss(
     namespace: str, divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
-) -> torch.Tensor:
-    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
+    means over rows of its parts."""
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     if options.standardize:
         namespace = standardized(namespace)
@@ -139,9 +150,24 @@ def logits_loss(
         *((0.0, None) if options.second is None else number_or_rows(parameters[1], leading, torch.float64)),
     )
     per_row = options.reduction == "none"
+    if not options.return_parts:
+        if student.requires_grad and torch.is_grad_enabled():
+            return _Rows.apply(namespace, options.inplace, per_row, False, *call)
+        return forward(namespace, call, per_row)
+    weighed = None
+    if options.soft_weight == 0:  # the kernels leave out what has no weight
+        weights = numbers.as_tensor(options.hard_weight, 1.0, options.label_smoothing)
+        weighed = new_parts(call)
+        forward(namespace, call._replace(student=student.detach(), target_numbers=weights), per_row, parts=weighed)
     if student.requires_grad and torch.is_grad_enabled():
-        return _Rows.apply(namespace, options.inplace, per_row, *call)
-    return forward(namespace, call, per_row)
+        loss, parts = _Rows.apply(namespace, options.inplace, per_row, True, *call)
+    else:
+        parts = new_parts(call)
+        loss = forward(namespace, call, per_row, parts=parts)
+    parts = parts if weighed is None else weighed
+    share, share_tensor = inverse_divisor(OPS[namespace], student, "batchmean", mask, None, dtype)
+    means = parts.reshape(-1, PARTS_SIZE).sum(0) * (share if share_tensor is None else share_tensor)
+    return loss, means.to(dtype)
 
 
 def temperatures(
@@ -168,10 +194,16 @@ def _target(options):
     return target, numbers.as_tensor(options.hard_weight, options.soft_weight, options.label_smoothing), 0
 
 
-def forward(namespace: str, call: RowsCall, per_row: bool = False, grad: torch.Tensor | None = None) -> torch.Tensor:
+def forward(
+    namespace: str,
+    call: RowsCall,
+    per_row: bool = False,
+    grad: torch.Tensor | None = None,
+    parts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The loss of a call, outside of autograd. grad: where its gradient goes; it may be the student."""
     loss = new_loss(call, per_row)
-    OPS[namespace].fwd(*call, *RowsForward(loss, grad, None))
+    OPS[namespace].fwd(*call, *RowsForward(loss, grad, None, parts))
     return loss
 
 

@@ -141,21 +141,21 @@ class _Room:
         return self.kept[key]
 
 
-def _soft(namespace, call, room, moments, loss, grad):
+def _soft(namespace, call, room, moments, loss, grad, parts):
     """The loss of a slab's standardized logits; where it is wanted, the gradient with respect to these."""
     standardize, of_rows = OPS[namespace].fwd, rows.OPS[namespace].fwd
     s, t = room.of("student", call.student), room.of("teacher", call.teacher)
     standardize(*Standardize(call.student, call.mask, s, moments))
     standardize(*Standardize(call.teacher, call.mask, t, None))
-    of_rows(*call._replace(student=s, teacher=t), *RowsForward(loss, s if grad else None, None))
+    of_rows(*call._replace(student=s, teacher=t), *RowsForward(loss, s if grad else None, None, parts))
     return s
 
 
-def _hard(namespace, call, room, loss, grad):
+def _hard(namespace, call, room, loss, grad, parts):
     """The hard loss of a slab, which sees the student's logits as they are; its gradient."""
     x = room.of("hard", call.student).copy_(call.student)
     of_rows = rows.OPS[namespace].fwd  # the soft loss is left out: the teacher is one that has been read already
-    of_rows(*call._replace(student=x, teacher=x), *RowsForward(loss, x if grad else None, None))
+    of_rows(*call._replace(student=x, teacher=x), *RowsForward(loss, x if grad else None, None, parts))
     return x
 
 
@@ -169,8 +169,8 @@ def _parts(call):
 
 
 @torch.no_grad()
-def _run(namespace, call, loss, grad):
-    """Loss, [*] or [], and gradient where it is wanted."""
+def _run(namespace, call, loss, grad, parts=None):
+    """Loss, [*] or [], and gradient and parts where they are wanted."""
     student, leading = call.student, call.student.shape[:-1]
     dtype, per_row = compute_dtype(student, call.teacher), loss.dim() > 0
     soft, hard = _parts(call)
@@ -178,26 +178,30 @@ def _run(namespace, call, loss, grad):
     room = _Room(dtype)
     losses = loss.view(-1) if per_row else student.new_empty((2 if hard else 1, len(found)), dtype=dtype)
     of_hard = torch.empty_like(losses) if per_row and hard else None
+    parts = None if parts is None else parts.view(-1, rows.PARTS_SIZE)
+    hard_parts = None if parts is None else torch.empty_like(parts)
     for i, slab in enumerate(found):
         part = slab.call(soft)
         of_slab = slab.of_rows(losses) if per_row else losses[0, i]
         moments = None if grad is None else student.new_empty((slab.last - slab.first, 3), dtype=torch.float64)
-        g = _soft(namespace, part, room, moments, of_slab, grad is not None)
+        g = _soft(namespace, part, room, moments, of_slab, grad is not None, slab.of_rows(parts))
         h = None
         if hard:
             of_slab = slab.of_rows(of_hard) if per_row else losses[1, i]
-            h = _hard(namespace, slab.call(hard), room, of_slab, grad is not None)
+            h = _hard(namespace, slab.call(hard), room, of_slab, grad is not None, slab.of_rows(hard_parts))
         if grad is not None:
             OPS[namespace].bwd(*StandardizeBackward(part.student, part.mask, moments, g, h, grad[slab.index]))
     if not per_row:
         loss.copy_(losses.sum(dtype=torch.float64))
     elif of_hard is not None:
         losses += of_hard
+    if parts is not None:  # the soft call has seen standardized logits
+        parts[:, 0] = hard_parts[:, 0]
 
 
 def _standardized_rows_fwd(namespace, *arguments):
     call, out = RowsCall(*arguments[: len(RowsCall._fields)]), RowsForward(*arguments[len(RowsCall._fields) :])
-    _run(namespace, call, out.loss, out.grad)
+    _run(namespace, call, out.loss, out.grad, out.parts)
     if out.stats is not None:  # backward needs none
         out.stats.zero_()
 

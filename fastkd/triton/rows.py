@@ -188,9 +188,15 @@ def rows_fwd(*arguments: Any) -> None:
         warps = min(16, 2 * warps)
     count = programs(N, run, rows)
     parts = out.loss if per_row else out.loss.new_empty(count)
+    soft_losses = None
+    if out.parts is not None:  # before the gradient is written, perhaps over the student
+        from .parts import rows_parts
+
+        rows_parts(call, out.parts)
+        soft_losses = out.parts.view(N, -1)[:, 1]
     with torch.cuda.device_of(call.student):
         rows_fwd_kernel[(count,)](
-            *_arguments(call, layouts), parts, out.stats, N, V, run,
+            *_arguments(call, layouts), parts, out.stats, soft_losses, 5, N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred,
             ENTROPY=entry.teacher_entropy and _hard(call) != 2, GIVEN=_given(entry), HARD=_hard(call),
             SAME_TEMPERATURE=same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,

@@ -25,6 +25,7 @@ from .rows_tile import (
     loss_scales,
     per_row,
     per_row_times,
+    row_loss,
     row_of_sums,
     row_offsets,
     rows_of_program,
@@ -59,6 +60,7 @@ def rows_fwd_kernel(
     hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
     stats,  # [N, 7], or None
+    soft_losses, soft_stride,  # [N] with a stride, or None: before they are weighed
     N, V, side_by_side,
     DIVERGENCE: tl.constexpr, IS_CENTRED: tl.constexpr, ENTROPY: tl.constexpr, GIVEN: tl.constexpr,
     SAME_TEMPERATURE: tl.constexpr, T_SQUARED: tl.constexpr,
@@ -128,6 +130,9 @@ def rows_fwd_kernel(
                 DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN, HARD, dtype, BLOCK,
             )  # fmt: skip
 
+    if soft_losses is not None:
+        soft = row_loss(total, of_row, T * T if T_SQUARED else T * 0.0 + 1.0, ENTROPY)
+        tl.store(soft_losses + row.to(tl.int64) * soft_stride, soft.to(tl.float64), mask=read)
     total = whole_loss(
         total, part, of_row, soft_scale, hard, hard_weight, hard_scale, logits, logit, ENTROPY, HARD
     )  # fmt: skip
