@@ -104,7 +104,9 @@ def test_standardized_logits_in_slabs_of_any_size(kernel):
     whole = run(student, teacher, standardize=True)
     for most in (1, 4, 7):
         with unittest.mock.patch.dict(standardize.SLAB, {"cpu": most * 33}):
-            assert all(torch.equal(a, b) for a, b in zip(run(student, teacher, standardize=True), whole, strict=True))
+            for found, wanted in zip(run(student, teacher, standardize=True), whole, strict=True):
+                # on a GPU the order of a row's sums depends on where in memory it begins
+                assert error(found, wanted) <= (FLOOR[torch.float32] if kernel.startswith("cuda") else 0)
 
 
 @pytest.mark.parametrize("near", [1e-2, 1e-3, 1e-5])

@@ -10,6 +10,7 @@ from .features import (
     FeatureSmoothL1Loss,
     LinearFeatureMSELoss,
 )
+from .kd import KDLoss
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
 from .relations import (
@@ -22,7 +23,7 @@ from .relations import (
     RKDLoss,
     SimilarityPreservingLoss,
 )
-from .targets import DKDLoss, KDLoss, NKDLoss
+from .targets import DKDLoss, NKDLoss
 
 __all__ = [
     "AdaptiveKLDivLoss",

@@ -13,19 +13,20 @@ import triton.language as tl
 from .divergences import bregman_series, is_near
 from .rows_tile import (
     load,
+    probabilities,
     row_offsets,
     rows_of_program,
     rows_to_read,
     store,
-    visit,
     walk_for_statistics,
 )
 
 
 @triton.jit
-def difference(p, q, w, parameter, OF_ROWS: tl.constexpr):
-    """In place of a divergence: p - q, and q."""
-    return tl.where(is_near(w), q * (w + w * w * bregman_series(w)), p - q), q
+def _sides(s, t, of_row):
+    """p, q and p - q of a tile."""
+    p, q, w = probabilities(s, t, of_row, True, False)
+    return p, q, tl.where(is_near(w), q * (w + w * w * bregman_series(w)), p - q)
 
 
 @triton.jit
@@ -86,7 +87,7 @@ def dist_rows_kernel(
     inputs = (student, student_step, teacher, teacher_step, read, V)
     one = tl.full((ROWS,), 1.0, dtype)
     a = one / tl.full((ROWS,), temperature, dtype)
-    of_row, _sum_hard, _logits, _logit = walk_for_statistics(
+    of_row, _sum_hard, _logits, _logit, _of_teacher = walk_for_statistics(
         inputs, a, tl.zeros_like(a), row, dtype, ROWS, BLOCK, False
     )
     _a, _b, max_student, sum_student, max_teacher, sum_teacher = of_row
@@ -97,7 +98,7 @@ def dist_rows_kernel(
     for first in range(0, V, BLOCK):
         columns = last - first + tl.arange(0, BLOCK)
         s, t = load(inputs, columns, dtype, "evict_first")
-        D, q, p = visit(s, t, of_row, 0.0, difference, False, False, True)
+        p, q, D = _sides(s, t, of_row)
         less = tl.where((columns < V)[None, :], mean[:, None], 0.0)
         x, y = p - less, q - less
         aa += tl.sum(x * x, 1).to(tl.float64)
@@ -178,7 +179,7 @@ def dist_columns_kernel(
         )
         s, t = load((s_rows, student_step, t_rows, teacher_step, read, V), columns, dtype, "evict_first")
         of_row = _of_rows(of_rows, row, read, temperature, dtype)
-        D, q, p = visit(s, t, of_row, 0.0, difference, False, False, True)
+        p, q, D = _sides(s, t, of_row)
         count = tl.sum(read.to(dtype), 0)
         share, here = 1.0 / tl.maximum(count, 1.0), read[:, None]
         mean, x = _centred(p, here, share)
@@ -273,13 +274,13 @@ def dist_bwd_kernel(
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         s, t = load(inputs, columns, dtype, "evict_last")
-        D, q, p = visit(s, t, of_row, 0.0, difference, False, False, True)
+        p, q, D = _sides(s, t, of_row)
         total += tl.sum(_times_slopes(slopes, padded, columns, slope, own, constant, p, q, D), 1).to(tl.float64)
     less, scale = total.to(dtype)[:, None], (tl.load(upstream).to(dtype) * of_row[0])[:, None]
     last = (V - 1) // BLOCK * BLOCK
     for first in range(0, V, BLOCK):
         columns = last - first + tl.arange(0, BLOCK)
         s, t = load(inputs, columns, dtype, "evict_first")
-        D, q, p = visit(s, t, of_row, 0.0, difference, False, False, True)
+        p, q, D = _sides(s, t, of_row)
         values = (_times_slopes(slopes, padded, columns, slope, own, constant, p, q, D) - p * less) * scale
         store(grad, grad_step, live, V, columns, tl.where(read[:, None], values, 0.0))
