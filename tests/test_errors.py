@@ -7,7 +7,7 @@ import torch
 
 import fastkd
 from fastkd import _backend, functional
-from fastkd._calls import RowsCall
+from fastkd._calls import RowsCall, RowsForward
 from fastkd._divergences import BY_NAME
 from fastkd.ops import relations, rows
 from fastkd.ops.numbers import as_tensor
@@ -356,15 +356,20 @@ def test_the_op_checks_its_own_contract():
         wrong_calls[match] = {"target": values[0], "target_numbers": values[1]}
     for match, wrong in wrong_calls.items():
         with pytest.raises(RuntimeError, match=match):
-            ops.fwd(*call._replace(**wrong), loss, None, None)
+            ops.fwd(*call._replace(**wrong), *RowsForward(loss, None, None))
     wrong_outputs = {
         "loss": (torch.empty(3), None, None),
         "grad": (loss, torch.empty(4, 5), None),
         "stats": (loss, None, torch.empty(4, 4, dtype=torch.float64)),
+        "parts: of a loss with a target": (loss, None, None, torch.empty(4, 5, dtype=torch.float64)),
     }
     for match, outputs in wrong_outputs.items():
         with pytest.raises(RuntimeError, match=match):
-            ops.fwd(*call, *outputs)
+            ops.fwd(*call, *RowsForward(*outputs))
+    with pytest.raises(RuntimeError, match="parts: a contiguous float64 tensor"):
+        ops.fwd(
+            *call._replace(target=target, target_numbers=numbers), *RowsForward(loss, None, None, torch.empty(4, 5))
+        )
     stats, grad = torch.empty(4, 7, dtype=torch.float64), torch.empty_like(S)
     for match, rest in {
         "stats": (torch.ones(2), torch.ones(()), grad),

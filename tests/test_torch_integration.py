@@ -13,7 +13,7 @@ from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import _backend, functional
-from fastkd._calls import DistCall, RowsCall
+from fastkd._calls import DistCall, RowsCall, RowsForward
 from fastkd._divergences import NON_TARGET, NUMBERS
 from fastkd.ops import attention, dist, features, relations, rows, standardize
 from fastkd.ops.numbers import as_tensor
@@ -64,8 +64,11 @@ def op_calls(backend_name):
         stats = torch.empty(3, 4, rows.STATS_SIZE, dtype=torch.float64)
         saved = {"nothing": (None, None), "gradient": (torch.empty_like(student), None), "statistics": (None, stats)}
         for what, outputs in saved.items():
-            yield f"rows_fwd-{name}-{what}", ops.fwd, (*call, torch.empty(shape), *outputs)
-        ops.fwd(*call, torch.empty(shape), None, stats)
+            yield f"rows_fwd-{name}-{what}", ops.fwd, (*call, *RowsForward(torch.empty(shape), *outputs))
+        if name == "targets":
+            parts = torch.empty(3, 4, rows.PARTS_SIZE, dtype=torch.float64)
+            yield f"rows_fwd-{name}-parts", ops.fwd, (*call, *RowsForward(torch.empty(shape), None, stats, parts))
+        ops.fwd(*call, *RowsForward(torch.empty(shape), None, stats))
         upstream = torch.rand(shape).reshape(-1)
         yield f"rows_bwd-{name}", ops.bwd, (*call, stats, upstream, torch.empty_like(student))
     scale = torch.empty((), dtype=torch.float64)
@@ -76,7 +79,7 @@ def op_calls(backend_name):
         yield f"scale_-{factor}", ops.scale_, ([student.clone(), student.clone()], torch.tensor(factor))
     yield from standardized_calls(backend_name, plain, targets, student)
     call = plain._replace(student=half, teacher=teacher.transpose(0, 1))
-    yield "rows_fwd-bfloat16", ops.fwd, (*call, torch.empty(()), torch.empty_like(half), None)
+    yield "rows_fwd-bfloat16", ops.fwd, (*call, *RowsForward(torch.empty(()), torch.empty_like(half), None))
 
 
 def standardized_calls(backend_name, plain, targets, student):
@@ -86,7 +89,7 @@ def standardized_calls(backend_name, plain, targets, student):
     for name, call, shape in (("plain", plain, ()), ("targets", targets, (3, 4))):
         fwd, bwd = ops.fwd, ops.bwd
         for what, outputs in {"nothing": (None, None), "gradient": (grad, None), "statistics": (None, stats)}.items():
-            arguments = (*fwd.args, *call, torch.empty(shape), *outputs)
+            arguments = (*fwd.args, *call, *RowsForward(torch.empty(shape), *outputs))
             yield f"standardized_rows_fwd-{name}-{what}", fwd.func, arguments
         arguments = (*bwd.args, *call, stats, torch.rand(shape).reshape(-1), grad)
         yield f"standardized_rows_bwd-{name}", bwd.func, arguments

@@ -114,6 +114,7 @@ def other_launches(rows):
         "everything": (rows.rows_fwd, *everything, number, None, stats),
         "everything_bwd": (rows.rows_bwd, *everything, stats, row, x),
         "targets": (rows.rows_fwd, *targets, torch.empty(3), half, None),
+        "parts": (rows.rows_fwd, *targets, torch.empty(3), half, None, torch.empty(3, 5, dtype=torch.float64)),
         "targets_bwd": (rows.rows_bwd, *targets, torch.empty(3, 7, dtype=torch.float64), torch.empty(3), half),
         "targets_of_a_tile": (rows.rows_fwd, *targets_of_maps, torch.empty(()), torch.empty_like(maps), None),
         **parted_launches(rows, targets, half, targets_of_maps, maps),

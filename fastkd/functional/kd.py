@@ -21,9 +21,9 @@ class KDParts(NamedTuple):
     soft: Tensor
     """The divergence from the teacher with its T**2, before its weight."""
     student_entropy: Tensor
-    """Of the student's probabilities p, those that are compared: at T, and standardized where the soft loss is."""
+    """The entropy of the student's p that the soft loss compares, which is at T and perhaps standardized."""
     teacher_entropy: Tensor
-    """Of the teacher's q, likewise."""
+    """The entropy of the teacher's q, likewise."""
     agreement: Tensor
     """The share of rows whose best class, the first of equal ones, is the same with student and teacher."""
 
