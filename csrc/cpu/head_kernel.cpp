@@ -126,23 +126,26 @@ uint32_t between(const T* x, T low, T high) {
   return bits;
 }
 
-// Whole masses of a chunk, of all classes and of those above high, added up in halves where T is float: no lane of
-// 32 bits overflows.
+// Whole masses are added up in two parts where T is float: no lane of 32 bits overflows.
+template <class T>
+inline constexpr int kLowBits = sizeof(T) == 4 ? 15 : 40;
+
+// Those of a chunk, of all classes and of those above high.
 template <class T>
 void add_masses(const T* teacher, const T* exp_teacher, int64_t n, T high, uint64_t& total, uint64_t& above) {
-  constexpr int kHalf = sizeof(T) == 4 ? 15 : 40;
-  constexpr Mass<T> kLow = (Mass<T>(1) << kHalf) - 1;
+  constexpr int kBits = kLowBits<T>;
+  constexpr Mass<T> kLow = (Mass<T>(1) << kBits) - 1;
   Mass<T> low = 0, rest = 0, above_low = 0, above_rest = 0;
 #pragma omp simd reduction(+ : low, rest, above_low, above_rest)
   for (int64_t i = 0; i < n; ++i) {
     const Mass<T> mass = mass_of(exp_teacher[i]), counts = teacher[i] > high ? ~Mass<T>(0) : 0;
     low += mass & kLow;
-    rest += mass >> kHalf;
+    rest += mass >> kBits;
     above_low += mass & kLow & counts;
-    above_rest += (mass >> kHalf) & counts;
+    above_rest += (mass >> kBits) & counts;
   }
-  total += (uint64_t(rest) << kHalf) + low;
-  above += (uint64_t(above_rest) << kHalf) + above_low;
+  total += (uint64_t(rest) << kBits) + low;
+  above += (uint64_t(above_rest) << kBits) + above_low;
 }
 
 // What whole masses say of a row, with the classes from low to high, which may be the bound, in the workspace.
@@ -171,28 +174,68 @@ Gathered<T> gather(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t ro
   return found;
 }
 
-// Among the classes that were gathered, by halves: those above them have no more than the limit, or are the best; those
-// above and these have more. Where there are none, any logit below those above will do.
+// Of some classes the mass above a logit, the least logit there, and the largest of the others.
 template <class T>
-T bound_among(const HeadWorkspace<T>& W, const Gathered<T>& found, uint64_t limit) {
-  if (found.count == 0) return found.high;
-  HeadRange<T> range{W.logits[0], W.logits[0]};
-  for (int64_t i = 1; i < found.count; ++i) {
-    range.least = W.logits[i] < range.least ? W.logits[i] : range.least;
-    range.largest = W.logits[i] > range.largest ? W.logits[i] : range.largest;
-  }
-  while (range.open()) {
-    const T middle = range.middle();
-    uint64_t above = found.above;
+struct Halves {
+  uint64_t above;
+  T least, largest;
+};
+
+template <class T>
+Halves<T> halves_of(const T* logits, const Mass<T>* masses, int64_t n, T middle) {
+  Halves<T> found{0, kInf<T>, -kInf<T>};
+  constexpr int64_t kAtOnce = 16384;
+  constexpr int kBits = kLowBits<T>;
+  constexpr Mass<T> kLow = (Mass<T>(1) << kBits) - 1;
+  for (int64_t first = 0; first < n; first += kAtOnce) {
+    const int64_t end = n - first < kAtOnce ? n : first + kAtOnce;
+    Mass<T> low = 0, rest = 0;
     T least = kInf<T>, largest = -kInf<T>;
-#pragma omp simd reduction(+ : above) reduction(min : least) reduction(max : largest)
-    for (int64_t i = 0; i < found.count; ++i) {
-      const T x = W.logits[i], high_one = x > middle ? x : kInf<T>, low_one = x > middle ? -kInf<T> : x;
-      above += x > middle ? W.masses[i] : 0;
+#pragma omp simd reduction(+ : low, rest) reduction(min : least) reduction(max : largest)
+    for (int64_t i = first; i < end; ++i) {
+      const T x = logits[i], high_one = x > middle ? x : kInf<T>, low_one = x > middle ? -kInf<T> : x;
+      const Mass<T> mass = masses[i] & (x > middle ? ~Mass<T>(0) : 0);
+      low += mass & kLow;
+      rest += mass >> kBits;
       least = high_one < least ? high_one : least;
       largest = low_one > largest ? low_one : largest;
     }
-    range.narrow(above, limit, least, largest);
+    found.above += (uint64_t(rest) << kBits) + low;
+    found.least = least < found.least ? least : found.least;
+    found.largest = largest > found.largest ? largest : found.largest;
+  }
+  return found;
+}
+
+// Among the classes that were gathered, by halves: those above them have no more than the limit, or are the best; those
+// above and these have more. Where there are none, any logit below those above will do. Of every half that cannot have
+// the bound nothing is kept.
+template <class T>
+T bound_among(const HeadWorkspace<T>& W, const Gathered<T>& found, uint64_t limit) {
+  if (found.count == 0) return found.high;
+  T* const logits = W.logits;
+  Mass<T>* const masses = W.masses;
+  HeadRange<T> range{logits[0], logits[0]};
+  for (int64_t i = 1; i < found.count; ++i) {
+    range.least = logits[i] < range.least ? logits[i] : range.least;
+    range.largest = logits[i] > range.largest ? logits[i] : range.largest;
+  }
+  int64_t count = found.count;
+  uint64_t above_all = found.above;
+  while (range.open()) {
+    const T middle = range.middle();
+    const Halves<T> found_here = halves_of(logits, masses, count, middle);
+    const uint64_t above = above_all + found_here.above;
+    const bool higher = range.narrow(above, limit, found_here.least, found_here.largest);
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool keep = (logits[i] > middle) == higher;
+      logits[kept] = logits[i];
+      masses[kept] = masses[i];
+      kept += keep;
+    }
+    count = kept;
+    above_all = higher ? above_all : above;
   }
   return range.least;
 }

@@ -27,12 +27,12 @@ struct HeadRange {
     const T x = T(0.5) * least + T(0.5) * largest;
     return !(x < largest) || x < least ? least : x;
   }
-  FASTKD_HD void narrow(uint64_t mass_above, uint64_t limit, T least_above, T largest_below) {
-    if (mass_above > limit) {
-      least = least_above;
-    } else {
-      largest = largest_below;
-    }
+  // Whether the bound is above the middle.
+  FASTKD_HD bool narrow(uint64_t mass_above, uint64_t limit, T least_above, T largest_below) {
+    const bool higher = mass_above > limit;
+    least = higher ? least_above : least;
+    largest = higher ? largest : largest_below;
+    return higher;
   }
 };
 

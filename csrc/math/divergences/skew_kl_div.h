@@ -19,7 +19,8 @@ struct Skewed {
     const bool other_larger = w > T(0);
     x = share * (is_near(w) ? own * expm1_series(w) : other - own);
     m = share * other + rest * own;
-    const bool close = 3 * x < own && -3 * x < own, by_other = other_larger && !close;
+    // not &&: of a condition that hangs on another no vectors are made
+    const bool close = (3 * x < own) & (-3 * x < own), by_other = other_larger & !close;
     const LogRatio<T> log = log_ratio(m, by_other ? other : own, by_other ? rest * (own - other) : x, close);
     // finite, so that 0 times it is 0; of NaN, where p = q = 0, anything
     const T most = T(1e30), below = most > w ? w : most, finite = below > -most ? below : -most;
