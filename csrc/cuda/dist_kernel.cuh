@@ -13,6 +13,9 @@
 namespace fastkd::cuda {
 
 inline constexpr int kDistThreads = 256;
+// Blocks that share a multiprocessor, going along rows.
+template <class T>
+inline constexpr int kDistBlocks = sizeof(T) == 8 ? 1 : 3;
 inline constexpr int kDistClasses = 2;   // of a thread, going down rows
 inline constexpr int kDistSegment = 64;  // rows whose sums are in T
 inline constexpr int kDistSumThreads = 1024;
@@ -121,7 +124,7 @@ __device__ __forceinline__ int64_t row_of_team() {
 
 // grid: rows / (kDistThreads / kTeam)
 template <class T, class S, int kTeam>
-__global__ void __launch_bounds__(kDistThreads)
+__global__ void __launch_bounds__(kDistThreads, kDistBlocks<T>)
     dist_rows_kernel(const __grid_constant__ DistParams<T> P, double* losses) {
   DistRoom<T>* room = reinterpret_cast<DistRoom<T>*>(ptx::dynamic_shared());
   const RowsParams<T>& R = P.rows;
@@ -289,7 +292,7 @@ __global__ void __launch_bounds__(kDistSumThreads)
 
 // grid: as that of the rows
 template <class T, class S, int kTeam>
-__global__ void __launch_bounds__(kDistThreads) dist_gradient_kernel(const __grid_constant__ DistParams<T> P) {
+__global__ void __launch_bounds__(kDistThreads, kDistBlocks<T>) dist_gradient_kernel(const __grid_constant__ DistParams<T> P) {
   DistRoom<T>* room = reinterpret_cast<DistRoom<T>*>(ptx::dynamic_shared());
   const RowsParams<T>& R = P.rows;
   const int64_t row = row_of_team<kTeam>(), V = R.V, stride = dist_padded(V);
