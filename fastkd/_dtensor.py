@@ -184,7 +184,8 @@ def logits_loss(again, divergence, student, teacher, options, dim):
     if options.teacher_temperature is options.temperature:
         local["teacher_temperature"] = local["temperature"]
     if any(layout.split) and options.normalizer is None and options.reduction in ("batchmean", "mean"):
-        each = student.shape[-1] if options.reduction == "mean" else 1
+        classes = student.shape[-1] if options.num_classes is None else options.num_classes
+        each = classes if options.reduction == "mean" else 1
         options = options._replace(normalizer=_count(mesh, _rows_that_count(mesh, options), rows) * each)
     if options.inplace and _check.will_be_overwritten(student):
         here = _Overwritable.apply(_whole(mesh, student).redistribute(placements=layout.placements))

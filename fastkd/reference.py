@@ -366,6 +366,7 @@ def logits_loss(
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)
+    s = s[..., : t.shape[-1]]  # the classes that count
 
     def per_row(x):  # [*, 1] beside the classes
         return x.to(dtype).expand(student.shape[:-1])[..., None] if isinstance(x, torch.Tensor) else x
@@ -379,7 +380,7 @@ def logits_loss(
         s, t = _standardized_logits(s), _standardized_logits(t)
     if options.target_loss is not None:
         rows = _parted_target(s, t, temperature, per_row(options.teacher_temperature), options)
-        return _finished(rows, student, mask, options)
+        return _finished(rows, s, mask, options)
     log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
 
     def number(x):
@@ -404,9 +405,9 @@ def logits_loss(
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.target is None:
-        return _finished(rows, student, mask, options)
+        return _finished(rows, s, mask, options)
     hard, soft = _cross_entropy(raw, options), rows
-    loss = _finished(_both_losses(soft, hard, raw, options), student, mask, options)
+    loss = _finished(_both_losses(soft, hard, raw, options), s, mask, options)
     if not options.return_parts:
         return loss
     coins = REGISTRY[divergence].given == "LogOdds"
@@ -442,13 +443,13 @@ def _means(parts, mask):
     return torch.where(counts[:, None], rows, 0.0).sum(0) / counts.sum().clamp(min=1)
 
 
-def _finished(rows, student, mask, options):
+def _finished(rows, logits, mask, options):
     """The loss of rows, weighted and reduced."""
     if options.weight is not None:
         rows = rows * options.weight.to(rows.dtype)
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
-    return _reduce(rows, student.shape[-1], mask, options.reduction, options.normalizer)
+    return _reduce(rows, logits.shape[-1], mask, options.reduction, options.normalizer)
 
 
 def _number(number: Any, like: torch.Tensor) -> Any:

@@ -37,12 +37,12 @@ def _apart(centred, means, count, eps, dim):
 
 def dist_loss(student: torch.Tensor, teacher: torch.Tensor, options: DistOptions) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
-    dtype, V = compute_dtype(student, teacher), student.shape[-1]
+    dtype, V = compute_dtype(student, teacher), teacher.shape[-1]
     s, t = student.to(dtype), ordinary(teacher).detach().to(dtype)
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)
-    s, t = s.reshape(-1, V), t.reshape(-1, V)
+    s, t = s[..., :V].reshape(-1, V), t.reshape(-1, V)  # the classes that count
     counts = s.new_ones(s.shape[0], dtype=torch.bool)
     if options.mask is not None:
         counts = ordinary(options.mask).reshape(-1)

@@ -83,6 +83,14 @@ def target_cases():
         yield Case(loss, "replicated", with_target, WHOLE | {"target": "R"}, options)
 
 
+def padded_cases():
+    """Heads of other widths."""
+    shapes = {"student": (B, L, V), "teacher": (B, L, V + 2)}
+    for reduction in ("mean", "none"):
+        yield Case("kl_div", f"padded, {reduction}", shapes, SPLIT, {"num_classes": V - 1, "reduction": reduction})
+    yield Case("dist_loss", "padded", shapes, WHOLE, {"num_classes": V - 1})
+
+
 def dist_cases():
     options = {"temperature": 2.0, "intra_weight": 0.5}
     yield Case("dist_loss", "replicated", LOGITS, WHOLE, options)
@@ -244,6 +252,6 @@ def on_four_ranks():
 
 
 CASES = {
-    2: [*logit_cases(), *target_cases(), *dist_cases(), *feature_cases(), *relational_cases()],
+    2: [*logit_cases(), *padded_cases(), *target_cases(), *dist_cases(), *feature_cases(), *relational_cases()],
     4: list(on_four_ranks()),
 }  # by number of ranks

@@ -67,6 +67,7 @@ __all__ = [
     "clamp",
     "class_dim",
     "constant_teacher",
+    "count_of_classes",
     "count_of_positives",
     "dim_of",
     "dist_loss",

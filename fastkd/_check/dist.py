@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import at_least_zero, flag, mask, number, whole_number
-from .logits import inplace, logits
+from .logits import count_of_classes, first_classes, inplace, logits
 from .relations import eps
 
 
@@ -19,6 +19,7 @@ class DistOptions(NamedTuple):
     standardize: bool
     mask: Any
     inplace: bool
+    num_classes: Any = None  # that count, of both sides the first; None: all
 
 
 def numbers(options):
@@ -36,17 +37,20 @@ def numbers(options):
 
 def dist_loss(student, teacher, options, dim):
     """Of tensors whose classes have been brought from dim to the end."""
+    whole = student
+    student, teacher = first_classes(student, teacher, options.num_classes)
     logits(student, teacher, dim)
     numbers(options)
     if options.mask is not None:
         mask(options.mask, student)
     flag("inplace", options.inplace)
     if options.inplace:
-        inplace(student, teacher)
+        inplace(whole, teacher)
 
 
 def dist_module(options, dim):
     """The options that the module is made with."""
     whole_number("dim", dim)
+    count_of_classes(options.num_classes)
     numbers(options)
     flag("inplace", options.inplace)

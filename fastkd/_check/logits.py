@@ -53,11 +53,14 @@ class LogitsOptions(NamedTuple):
     second: Any = None  # the second parameter of a loss that has two
     standardize: Any = False
     return_parts: Any = False
+    num_classes: Any = None  # that count, of both sides the first; None: all
 
 
 def logits_loss(student, teacher, options, dim=-1):
     """Everything that a logit loss is given; of tensors whose classes have been brought from dim to the end. Returns
     whether it has a target that may leave out rows."""
+    whole = student
+    student, teacher = first_classes(student, teacher, options.num_classes)
     logits(student, teacher, dim)
     temperature("temperature", options.temperature, student, LEARNED)
     if options.teacher_temperature is not options.temperature:
@@ -82,7 +85,7 @@ def logits_loss(student, teacher, options, dim=-1):
     if options.normalizer is not None:
         normalizer(options.normalizer, student, says_which_rows_count, options.reduction)
     if options.inplace:
-        inplace(student, teacher)
+        inplace(whole, teacher)
     return options.target is not None and says_which_rows_count is options.target
 
 
@@ -152,9 +155,10 @@ def not_overwritten(student):
         )
 
 
-def logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction_, inplace_):
+def logits_module(temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction_, inplace_):
     """The options that the module of a logit loss is made with."""
     whole_number("dim", dim)
+    count_of_classes(num_classes)
     if isinstance(temperature, torch.nn.Parameter):
         raise TypeError(f"temperature: a number wanted, got {type(temperature).__name__}{LEARNED}")
     number("temperature", temperature)
@@ -177,6 +181,28 @@ def class_dim(dim, student, teacher):
             raise ValueError(f"dim: a dimension of the {name}'s shape {list(x.shape)} wanted, got {dim}")
 
 
+def count_of_classes(num_classes):
+    """Of those that count, or None: all."""
+    if num_classes is None:
+        return
+    whole_number("num_classes", num_classes)
+    if num_classes < 1:
+        raise ValueError(f"num_classes: at least 1 wanted, got {num_classes}")
+
+
+def first_classes(student, teacher, num_classes):
+    """The classes of both sides that count, as constants; of tensors whose classes are last."""
+    if num_classes is None:
+        return student, teacher
+    count_of_classes(num_classes)
+    inputs(student, teacher, "logits")
+    for name, x in (("student", student), ("teacher", teacher)):
+        if x.dim() == 0 or num_classes > x.shape[-1]:
+            found = f"{x.shape[-1]} classes" if x.dim() else "no dimension of classes"
+            raise ValueError(f"num_classes: no more classes than the {name} has wanted, got {num_classes} of {found}")
+    return student.detach()[..., :num_classes], teacher.detach()[..., :num_classes]
+
+
 def logits(student, teacher, dim):
     """Two tensors [*, V] of one shape, on one device, of floating dtypes; dim: where the user has the classes."""
     inputs(student, teacher, "logits")
@@ -186,11 +212,8 @@ def logits(student, teacher, dim):
         shape, teacher_shape = (list(x.movedim(-1, dim).shape) for x in (student, teacher))
         padded = ""
         if student.shape[:-1] == teacher.shape[:-1]:
-            name, fewer = min(
-                ("student", teacher.shape[-1]), ("teacher", student.shape[-1]), key=lambda wider: wider[1]
-            )
-            part = f"[..., :{fewer}]" if dim == -1 else f".narrow({dim}, 0, {fewer})"
-            padded = f". Where a head is padded, slice the wider one: {name}{part}"
+            fewer = min(student.shape[-1], teacher.shape[-1])
+            padded = f". Where a head is padded, num_classes={fewer} takes the classes that both have"
         raise ValueError(f"teacher: the student's shape {shape} wanted, got {teacher_shape}{padded}")
     if student.shape[-1] == 0:
         raise ValueError(f"student: at least one class wanted, got shape {list(student.movedim(-1, dim).shape)}")

@@ -18,6 +18,7 @@ def adaptive_kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -56,6 +57,8 @@ def adaptive_kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -91,6 +94,6 @@ def adaptive_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, mu,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("adaptive_kl_div", student, teacher, options, dim)

@@ -18,6 +18,7 @@ def negative_log_acceptance(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -47,6 +48,8 @@ def negative_log_acceptance(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -90,6 +93,7 @@ def negative_log_acceptance(
         inplace,
         0.0,
         standardize=standardize,
+        num_classes=num_classes,
     )
     return _logits_loss("negative_log_acceptance", student, teacher, options, dim)
 
@@ -105,6 +109,7 @@ def alpha_beta_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -141,6 +146,8 @@ def alpha_beta_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -185,6 +192,7 @@ def alpha_beta_div(
         inplace,
         alpha,
         standardize=standardize,
+        num_classes=num_classes,
         second=beta,
     )
     return _logits_loss("alpha_beta_div", student, teacher, options, dim)
@@ -199,6 +207,7 @@ def bernoulli_kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -228,6 +237,8 @@ def bernoulli_kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -271,5 +282,6 @@ def bernoulli_kl_div(
         inplace,
         0.0,
         standardize=standardize,
+        num_classes=num_classes,
     )
     return _logits_loss("bernoulli_kl_div", student, teacher, options, dim)

@@ -16,6 +16,8 @@ def _dist_loss(student, teacher, options, dim):
     if not options.inplace:
         _check.not_overwritten(student)
     _check.constant_teacher(teacher, "dist_loss", "dist_loss({})", ", without inplace" * options.inplace)
+    if options.num_classes is not None:
+        teacher = teacher[..., : options.num_classes]
     options = options._replace(mask=_check.for_rows(options.mask, student.shape[:-1]))
     backend = _backend.select(student.device)
     if backend == "torch":
@@ -35,6 +37,7 @@ def dist_loss(
     eps: float = 1e-8,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
@@ -75,6 +78,8 @@ def dist_loss(
             said above. Forward then holds both sides in the dtype of the loss until it ends. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row is in no mean and in no column,
             and has gradient 0 whatever it holds. Default: every row counts.
         inplace: whether the gradient is written over the student's logits, in backward, which saves its memory. Such
@@ -99,5 +104,5 @@ def dist_loss(
 
     Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
     """
-    options = _check.DistOptions(inter_weight, intra_weight, temperature, eps, standardize, mask, inplace)
+    options = _check.DistOptions(inter_weight, intra_weight, temperature, eps, standardize, mask, inplace, num_classes)
     return _dist_loss(student, teacher, options, dim)

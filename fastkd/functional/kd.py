@@ -48,6 +48,7 @@ def kd_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: TargetReduction = "batchmean",
@@ -75,6 +76,7 @@ def kd_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: TargetReduction = "batchmean",
@@ -101,6 +103,7 @@ def kd_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: TargetReduction = "batchmean",
@@ -145,6 +148,8 @@ def kd_loss(
         label_smoothing: s, from 0 to 1. Default 0.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts that has a target.
         weight: float, broadcastable to ``[*]``, multiplies both parts of the row's loss; the divisor does not change.
@@ -186,8 +191,8 @@ def kd_loss(
     target = _check.as_classes(target)
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, parameter,
-        target, ignore_index, hard_weight, soft_weight, label_smoothing, second=second, standardize=standardize,
-        return_parts=return_parts,
+        target, ignore_index, hard_weight, soft_weight, label_smoothing, second=second,
+        standardize=standardize, num_classes=num_classes, return_parts=return_parts,
     )  # fmt: skip
     found = _logits_loss(divergence, student, teacher, options, dim)
     return KDParts(found[0], *found[1].unbind()) if return_parts else found

@@ -11,6 +11,9 @@ Probabilities are passed as their logarithms, with ``teacher_temperature=1``.
 has a row. Nothing is copied, and pixels that lie side by side in memory are computed side by side. Without it a map's
 last dimension, W, is taken for the classes.
 
+**Padded heads.** With ``num_classes`` the first classes of both sides count, and the others may hold anything: widths
+may differ then. The gradient of the others is 0. They are no part of any sum, mean or number of classes.
+
 **Standardized logits.** With ``standardize=True`` every row of logits x becomes (x - mean) / (std + 1e-7), on both
 sides, before it is divided by the temperature: the student learns how the teacher's logits relate to each other, and
 not how large they are. The standard deviation is that of a sample, with V - 1. Logits of -inf stay so, and count for
@@ -102,6 +105,8 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
         note = ", temperature and teacher_temperature exchanged"
     _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
+    if options.num_classes is not None:
+        teacher = teacher[..., : options.num_classes]
     rows = student.shape[:-1]
     mask = _check.for_rows(options.mask, rows)
     if ignores:
@@ -133,6 +138,7 @@ def kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -164,6 +170,8 @@ def kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -198,7 +206,7 @@ def kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("kl_div", student, teacher, options, dim)
 
@@ -212,6 +220,7 @@ def soft_cross_entropy(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -239,6 +248,8 @@ def soft_cross_entropy(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -273,7 +284,7 @@ def soft_cross_entropy(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("soft_cross_entropy", student, teacher, options, dim)
 
@@ -287,6 +298,7 @@ def reverse_kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -316,6 +328,8 @@ def reverse_kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -350,7 +364,7 @@ def reverse_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("reverse_kl_div", student, teacher, options, dim)
 
@@ -364,6 +378,7 @@ def total_variation(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -391,6 +406,8 @@ def total_variation(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -425,6 +442,6 @@ def total_variation(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("total_variation", student, teacher, options, dim)

@@ -18,6 +18,7 @@ def js_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -49,6 +50,8 @@ def js_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -83,7 +86,7 @@ def js_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, beta,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("js_div", student, teacher, options, dim)
 
@@ -98,6 +101,7 @@ def symmetric_kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -129,6 +133,8 @@ def symmetric_kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -163,7 +169,7 @@ def symmetric_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, student_weight,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("symmetric_kl_div", student, teacher, options, dim)
 
@@ -178,6 +184,7 @@ def skew_kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -207,6 +214,8 @@ def skew_kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -241,7 +250,7 @@ def skew_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("skew_kl_div", student, teacher, options, dim)
 
@@ -256,6 +265,7 @@ def skew_reverse_kl_div(
     t_squared: bool = True,
     standardize: bool = False,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: Reduction = "batchmean",
@@ -284,6 +294,8 @@ def skew_reverse_kl_div(
             :mod:`fastkd.functional.logits` says. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -318,6 +330,6 @@ def skew_reverse_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha,
-        standardize=standardize,
+        standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss("skew_reverse_kl_div", student, teacher, options, dim)

@@ -32,6 +32,7 @@ def dkd_loss(
     standardize: bool = False,
     ignore_index: int = -100,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: TargetReduction = "batchmean",
@@ -69,6 +70,8 @@ def dkd_loss(
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts that has a target.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -101,7 +104,7 @@ def dkd_loss(
     """
     return _parted_target(
         "dkd_loss", student, teacher, target, beta, alpha, temperature, teacher_temperature, t_squared, standardize,
-        ignore_index, dim, mask, weight, reduction, normalizer, inplace,
+        ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace,
     )  # fmt: skip
 
 
@@ -117,6 +120,7 @@ def nkd_loss(
     standardize: bool = False,
     ignore_index: int = -100,
     dim: int = -1,
+    num_classes: int | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: TargetReduction = "batchmean",
@@ -153,6 +157,8 @@ def nkd_loss(
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. What ``[*]`` says here are the other dimensions then,
             in their order, ``[B, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, where heads are padded: widths may differ
+            then, and the gradient of the other classes is 0. Default: all, of equal widths.
         mask: bool, broadcastable to ``[*]``, True where the row counts. A masked row has loss 0 and gradient 0 whatever
             it holds. Default: every row counts that has a target.
         weight: float, broadcastable to ``[*]``, multiplies the row's loss; the divisor does not change. Default: 1 for
@@ -186,18 +192,18 @@ def nkd_loss(
     """
     return _parted_target(
         "nkd_loss", student, teacher, target, gamma, None, temperature, teacher_temperature, t_squared, standardize,
-        ignore_index, dim, mask, weight, reduction, normalizer, inplace,
+        ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace,
     )  # fmt: skip
 
 
 def _parted_target(
     name, student, teacher, target, parameter, second, temperature, teacher_temperature, t_squared, standardize,
-    ignore_index, dim, mask, weight, reduction, normalizer, inplace,
+    ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace,
 ):  # fmt: skip
     """A loss that parts the target from the other classes."""
     options = _check.LogitsOptions(
         temperature, temperature if teacher_temperature is None else teacher_temperature, t_squared, mask, weight,
         reduction, normalizer, inplace, parameter, _check.as_classes(target), ignore_index, target_loss=name,
-        second=second, standardize=standardize,
+        second=second, standardize=standardize, num_classes=num_classes,
     )  # fmt: skip
     return _logits_loss(name, student, teacher, options, dim)

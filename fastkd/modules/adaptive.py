@@ -23,6 +23,7 @@ class AdaptiveKLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -41,7 +42,17 @@ class AdaptiveKLDivLoss(_Loss):
         0.0893
     """
 
-    _options = ("mu", "temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "mu",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -52,11 +63,14 @@ class AdaptiveKLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.parameter(_divergences.DERIVED["adaptive_kl_div"].parameter, mu)
         self.mu = mu
         self.temperature = temperature
@@ -64,6 +78,7 @@ class AdaptiveKLDivLoss(_Loss):
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -98,6 +113,7 @@ class AdaptiveKLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

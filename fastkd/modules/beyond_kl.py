@@ -21,6 +21,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -39,7 +40,16 @@ class NegativeLogAcceptanceLoss(_Loss):
         0.5207
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -49,16 +59,20 @@ class NegativeLogAcceptanceLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -92,6 +106,7 @@ class NegativeLogAcceptanceLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -118,6 +133,7 @@ class AlphaBetaDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -144,6 +160,7 @@ class AlphaBetaDivLoss(_Loss):
         "t_squared",
         "standardize",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
     )
@@ -158,11 +175,14 @@ class AlphaBetaDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.parameter(_divergences.REGISTRY["alpha_beta_div"].parameter, alpha)
         _check.parameter(_divergences.REGISTRY["alpha_beta_div"].second, beta)
         self.alpha = alpha
@@ -172,6 +192,7 @@ class AlphaBetaDivLoss(_Loss):
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -207,6 +228,7 @@ class AlphaBetaDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -228,6 +250,7 @@ class BernoulliKLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -246,7 +269,16 @@ class BernoulliKLDivLoss(_Loss):
         0.0825
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -256,16 +288,20 @@ class BernoulliKLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -299,6 +335,7 @@ class BernoulliKLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

@@ -21,6 +21,7 @@ class DISTLoss(_Loss):
         eps: what is added to the product of lengths, at least 1e-37. Default 1e-8.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         inplace: whether the gradient is written over the student's logits. Default False.
 
     Shape:
@@ -37,7 +38,7 @@ class DISTLoss(_Loss):
         33.4998
     """
 
-    _options = ("inter_weight", "intra_weight", "temperature", "eps", "standardize", "dim", "inplace")
+    _options = ("inter_weight", "intra_weight", "temperature", "eps", "standardize", "dim", "num_classes", "inplace")
 
     def __init__(
         self,
@@ -48,10 +49,13 @@ class DISTLoss(_Loss):
         eps: float = 1e-8,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        options = _check.DistOptions(inter_weight, intra_weight, temperature, eps, standardize, None, inplace)
+        options = _check.DistOptions(
+            inter_weight, intra_weight, temperature, eps, standardize, None, inplace, num_classes
+        )
         _check.dist_module(options, dim)
         self.inter_weight = inter_weight
         self.intra_weight = intra_weight
@@ -59,6 +63,7 @@ class DISTLoss(_Loss):
         self.eps = eps
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.inplace = inplace
 
     def forward(
@@ -86,6 +91,7 @@ class DISTLoss(_Loss):
             eps=self.eps,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             inplace=self.inplace,
         )

@@ -33,6 +33,7 @@ class KDLoss(_Loss):
         ignore_index: the target of rows that do not count. Default -100.
         label_smoothing: from 0 to 1. Default 0.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
         return_parts: whether the loss comes in a :class:`fastkd.functional.KDParts`. Default False.
@@ -67,6 +68,7 @@ class KDLoss(_Loss):
         "ignore_index",
         "label_smoothing",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
         "return_parts",
@@ -89,6 +91,7 @@ class KDLoss(_Loss):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
         return_parts: bool = False,
@@ -100,7 +103,9 @@ class KDLoss(_Loss):
             _check.parameter(entry, value)
         _check.hard_options(hard_weight, soft_weight, label_smoothing)
         _check.target_reduction(reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.whole_number("ignore_index", ignore_index)
         _check.flag("return_parts", return_parts)
         self.hard_weight = hard_weight
@@ -117,6 +122,7 @@ class KDLoss(_Loss):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
         self.return_parts = return_parts
@@ -164,6 +170,7 @@ class KDLoss(_Loss):
             ignore_index=self.ignore_index,
             label_smoothing=self.label_smoothing,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

@@ -23,6 +23,7 @@ class KLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -41,7 +42,16 @@ class KLDivLoss(_Loss):
         0.1207
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -51,16 +61,20 @@ class KLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -94,6 +108,7 @@ class KLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -115,6 +130,7 @@ class SoftCrossEntropyLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -133,7 +149,16 @@ class SoftCrossEntropyLoss(_Loss):
         3.7445
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -143,16 +168,20 @@ class SoftCrossEntropyLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -186,6 +215,7 @@ class SoftCrossEntropyLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -207,6 +237,7 @@ class ReverseKLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -225,7 +256,16 @@ class ReverseKLDivLoss(_Loss):
         0.1234
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -235,16 +275,20 @@ class ReverseKLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -278,6 +322,7 @@ class ReverseKLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -299,6 +344,7 @@ class TotalVariationLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -317,7 +363,16 @@ class TotalVariationLoss(_Loss):
         0.1786
     """
 
-    _options = ("temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -327,16 +382,20 @@ class TotalVariationLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -370,6 +429,7 @@ class TotalVariationLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

@@ -22,6 +22,7 @@ class JSDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -40,7 +41,17 @@ class JSDivLoss(_Loss):
         0.0219
     """
 
-    _options = ("beta", "temperature", "teacher_temperature", "t_squared", "standardize", "dim", "reduction", "inplace")
+    _options = (
+        "beta",
+        "temperature",
+        "teacher_temperature",
+        "t_squared",
+        "standardize",
+        "dim",
+        "num_classes",
+        "reduction",
+        "inplace",
+    )
 
     def __init__(
         self,
@@ -51,11 +62,14 @@ class JSDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         self.beta = beta
         self.temperature = temperature
@@ -63,6 +77,7 @@ class JSDivLoss(_Loss):
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -97,6 +112,7 @@ class JSDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -119,6 +135,7 @@ class SymmetricKLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -144,6 +161,7 @@ class SymmetricKLDivLoss(_Loss):
         "t_squared",
         "standardize",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
     )
@@ -157,11 +175,14 @@ class SymmetricKLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.parameter(_divergences.REGISTRY["symmetric_kl_div"].parameter, student_weight)
         self.student_weight = student_weight
         self.temperature = temperature
@@ -169,6 +190,7 @@ class SymmetricKLDivLoss(_Loss):
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -203,6 +225,7 @@ class SymmetricKLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -225,6 +248,7 @@ class SkewKLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -250,6 +274,7 @@ class SkewKLDivLoss(_Loss):
         "t_squared",
         "standardize",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
     )
@@ -263,11 +288,14 @@ class SkewKLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.parameter(_divergences.REGISTRY["skew_kl_div"].parameter, alpha)
         self.alpha = alpha
         self.temperature = temperature
@@ -275,6 +303,7 @@ class SkewKLDivLoss(_Loss):
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -309,6 +338,7 @@ class SkewKLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -331,6 +361,7 @@ class SkewReverseKLDivLoss(_Loss):
         t_squared: whether the loss is multiplied by T**2. Default True.
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -356,6 +387,7 @@ class SkewReverseKLDivLoss(_Loss):
         "t_squared",
         "standardize",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
     )
@@ -369,11 +401,14 @@ class SkewReverseKLDivLoss(_Loss):
         t_squared: bool = True,
         standardize: bool = False,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.parameter(_divergences.REGISTRY["skew_reverse_kl_div"].parameter, alpha)
         self.alpha = alpha
         self.temperature = temperature
@@ -381,6 +416,7 @@ class SkewReverseKLDivLoss(_Loss):
         self.t_squared = t_squared
         self.standardize = standardize
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
 
@@ -415,6 +451,7 @@ class SkewReverseKLDivLoss(_Loss):
             t_squared=self.t_squared,
             standardize=self.standardize,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

@@ -23,6 +23,7 @@ class DKDLoss(_Loss):
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -50,6 +51,7 @@ class DKDLoss(_Loss):
         "standardize",
         "ignore_index",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
     )
@@ -65,6 +67,7 @@ class DKDLoss(_Loss):
         standardize: bool = False,
         ignore_index: int = -100,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
     ) -> None:
@@ -72,7 +75,9 @@ class DKDLoss(_Loss):
         _check.parameter(_divergences.TARGET_LOSSES["dkd_loss"].second, alpha)
         _check.parameter(_divergences.TARGET_LOSSES["dkd_loss"].parameter, beta)
         _check.target_reduction(reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.whole_number("ignore_index", ignore_index)
         self.alpha = alpha
         self.beta = beta
@@ -82,6 +87,7 @@ class DKDLoss(_Loss):
         self.standardize = standardize
         self.ignore_index = ignore_index
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
 
@@ -121,6 +127,7 @@ class DKDLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,
@@ -144,6 +151,7 @@ class NKDLoss(_Loss):
         standardize: whether each row of logits is first brought to mean 0 and standard deviation 1. Default False.
         ignore_index: the target of rows that do not count. Default -100.
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
+        num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
 
@@ -170,6 +178,7 @@ class NKDLoss(_Loss):
         "standardize",
         "ignore_index",
         "dim",
+        "num_classes",
         "reduction",
         "inplace",
     )
@@ -184,13 +193,16 @@ class NKDLoss(_Loss):
         standardize: bool = False,
         ignore_index: int = -100,
         dim: int = -1,
+        num_classes: int | None = None,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
     ) -> None:
         super().__init__()
         _check.parameter(_divergences.TARGET_LOSSES["nkd_loss"].parameter, gamma)
         _check.target_reduction(reduction)
-        _check.logits_module(temperature, teacher_temperature, t_squared, standardize, dim, reduction, inplace)
+        _check.logits_module(
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+        )
         _check.whole_number("ignore_index", ignore_index)
         self.gamma = gamma
         self.temperature = temperature
@@ -199,6 +211,7 @@ class NKDLoss(_Loss):
         self.standardize = standardize
         self.ignore_index = ignore_index
         self.dim = dim
+        self.num_classes = num_classes
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
 
@@ -237,6 +250,7 @@ class NKDLoss(_Loss):
             temperature=self.temperature if temperature is None else temperature,
             teacher_temperature=self.teacher_temperature if teacher_temperature is None else teacher_temperature,
             dim=self.dim,
+            num_classes=self.num_classes,
             mask=mask,
             weight=weight,
             reduction=self.reduction,

@@ -59,20 +59,22 @@ class _Dist(torch.autograd.Function):
     columns; backward reads both logits once more and writes it, in float16 too times the upstream gradient."""
 
     @staticmethod
-    def forward(ctx, namespace, inplace, *fields):
-        call = DistCall(*fields)
+    def forward(ctx, namespace, inplace, num_classes, *fields):
+        call = DistCall(*fields)  # of the whole student
         if inplace:
             overwritten(call.student)
             call = call._replace(student=call.student.detach())
-        ctx.ops, ctx.inplace = OPS[namespace], inplace
-        loss, of_rows, columns = _forward(namespace, call)
+        ctx.ops, ctx.inplace, ctx.num_classes = OPS[namespace], inplace, num_classes
+        loss, of_rows, columns = _forward(
+            namespace, call._replace(student=rows.first_classes(call.student, num_classes))
+        )
         save(ctx, call, of_rows, columns)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
         grad = forbid_double_backward(_gradient, ctx, upstream)
-        student = 2 + DistCall._fields.index("student")
+        student = 3 + DistCall._fields.index("student")
         return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
@@ -95,7 +97,8 @@ def _gradient(ctx, upstream):
     call, of_rows, columns = restored(ctx, DistCall)
     student = call.student
     grad = student if ctx.inplace else rows.new_grad(student)
-    ctx.ops.bwd(*call, *DistBackward(of_rows, columns, upstream, grad))
+    counted = call._replace(student=rows.first_classes(student, ctx.num_classes))
+    ctx.ops.bwd(*counted, *DistBackward(of_rows, columns, upstream, rows.of_first_classes(grad, ctx.num_classes)))
     if ctx.inplace:
         torch.autograd.graph.increment_version(student)  # another backward must not read it
     return grad
@@ -103,6 +106,7 @@ def _gradient(ctx, upstream):
 
 def dist_loss(namespace: str, student: torch.Tensor, teacher: torch.Tensor, options: DistOptions) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+    whole, student = student, rows.first_classes(student, options.num_classes)  # the teacher has the first alone
     if options.standardize:
         namespace = rows.standardized(namespace)
     mask = None if options.mask is None else options.mask.reshape(-1).contiguous()
@@ -110,6 +114,6 @@ def dist_loss(namespace: str, student: torch.Tensor, teacher: torch.Tensor, opti
     scale, scale_tensor = rows.inverse_divisor(rows.OPS[namespace], student, "batchmean", mask, None, dtype)
     numbers = as_tensor(options.inter_weight, options.intra_weight, options.temperature, options.eps)
     call = DistCall(student, teacher.detach(), mask, scale, scale_tensor, numbers)
-    if student.requires_grad and torch.is_grad_enabled():
-        return _Dist.apply(namespace, options.inplace, *call)
+    if whole.requires_grad and torch.is_grad_enabled():
+        return _Dist.apply(namespace, options.inplace, options.num_classes, *call._replace(student=whole))
     return _forward(namespace, call)[0]

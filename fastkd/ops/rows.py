@@ -59,22 +59,23 @@ class _Rows(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, namespace, inplace, per_row, return_parts, *fields):
-        call = RowsCall(*fields)
+    def forward(ctx, namespace, inplace, per_row, return_parts, num_classes, *fields):
+        call = RowsCall(*fields)  # of the whole student
         student, loss = call.student, new_loss(call, per_row)
         parts = new_parts(call) if return_parts else None
-        ctx.ops, ctx.inplace = OPS[namespace], inplace
+        ctx.ops, ctx.inplace, ctx.num_classes = OPS[namespace], inplace, num_classes
         ctx.recompute = per_row or student.dtype is torch.float16
         if inplace:
             overwritten(student)
             call = call._replace(student=student.detach())
+        counted = call._replace(student=first_classes(call.student, num_classes))
         if ctx.recompute:
             stats = student.new_empty((*student.shape[:-1], STATS_SIZE), dtype=torch.float64)
-            ctx.ops.fwd(*call, *RowsForward(loss, None, stats, parts))
+            ctx.ops.fwd(*counted, *RowsForward(loss, None, stats, parts))
             save(ctx, call, stats)
         else:
             grad = call.student if inplace else new_grad(student)
-            ctx.ops.fwd(*call, *RowsForward(loss, grad, None, parts))
+            ctx.ops.fwd(*counted, *RowsForward(loss, of_first_classes(grad, num_classes), None, parts))
             ctx.save_for_backward(grad)
         if parts is None:
             return loss
@@ -84,7 +85,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, *_):
         grad = forbid_double_backward(_gradient, ctx, upstream)
-        student = 4 + RowsCall._fields.index("student")
+        student = 5 + RowsCall._fields.index("student")
         return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
@@ -94,10 +95,25 @@ def _gradient(ctx, upstream):
     call, stats = restored(ctx, RowsCall)
     student = call.student
     grad = student if ctx.inplace else new_grad(student)
-    ctx.ops.bwd(*call, *RowsBackward(stats, upstream.reshape(-1).contiguous(), grad))
+    counted = call._replace(student=first_classes(student, ctx.num_classes))
+    of_counted = of_first_classes(grad, ctx.num_classes)
+    ctx.ops.bwd(*counted, *RowsBackward(stats, upstream.reshape(-1).contiguous(), of_counted))
     if ctx.inplace:
         torch.autograd.graph.increment_version(student)  # another backward must not read it
     return grad
+
+
+def first_classes(x: torch.Tensor, num_classes: int | None) -> torch.Tensor:
+    """Those that count, as a view."""
+    return x if num_classes is None else x[..., :num_classes]
+
+
+def of_first_classes(grad: torch.Tensor, num_classes: int | None) -> torch.Tensor:
+    """Where their gradient goes; that of the others is 0 from here on. It may be written over the student, whose other
+    classes nobody reads."""
+    if num_classes is not None:
+        grad[..., num_classes:].zero_()
+    return first_classes(grad, num_classes)
 
 
 def new_loss(call: RowsCall, per_row: bool) -> torch.Tensor:
@@ -121,6 +137,7 @@ def logits_loss(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
     means over rows of its parts."""
+    whole, student = student, first_classes(student, options.num_classes)  # the teacher has the first alone
     dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     if options.standardize:
         namespace = standardized(namespace)
@@ -150,17 +167,17 @@ def logits_loss(
         *((0.0, None) if options.second is None else number_or_rows(parameters[1], leading, torch.float64)),
     )
     per_row = options.reduction == "none"
+    differentiates = whole.requires_grad and torch.is_grad_enabled()
+    how = namespace, options.inplace, per_row, options.return_parts, options.num_classes
     if not options.return_parts:
-        if student.requires_grad and torch.is_grad_enabled():
-            return _Rows.apply(namespace, options.inplace, per_row, False, *call)
-        return forward(namespace, call, per_row)
+        return _Rows.apply(*how, *call._replace(student=whole)) if differentiates else forward(namespace, call, per_row)
     weighed = None
     if options.soft_weight == 0:  # the kernels leave out what has no weight
         weights = numbers.as_tensor(options.hard_weight, 1.0, options.label_smoothing)
         weighed = new_parts(call)
         forward(namespace, call._replace(student=student.detach(), target_numbers=weights), per_row, parts=weighed)
-    if student.requires_grad and torch.is_grad_enabled():
-        loss, parts = _Rows.apply(namespace, options.inplace, per_row, True, *call)
+    if differentiates:
+        loss, parts = _Rows.apply(*how, *call._replace(student=whole))
     else:
         parts = new_parts(call)
         loss = forward(namespace, call, per_row, parts=parts)
