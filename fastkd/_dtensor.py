@@ -154,7 +154,7 @@ def _share_of_rows(mesh, options, local, here, rows):
     if local["mask"] is not None:
         counts = counts & local["mask"]
     counts = counts & (local["target"] != options.ignore_index)
-    return counts.sum() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else count)
+    return counts.sum().double() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else count)
 
 
 def logits_loss(again, divergence, student, teacher, options, dim):
@@ -209,8 +209,15 @@ def dist_loss(again, student, teacher, options, dim):
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, torch.Tensor):
             _refuse_split(name, x, (), "all rows and all classes", "logits", _GATHER)
-    local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (student, teacher, options.mask)]
-    return _sum(again(*local[:2], options._replace(mask=local[2]), dim), layout)
+    if options.inplace and isinstance(student, torch.Tensor) and _check.will_be_overwritten(student):
+        here = _Overwritable.apply(_whole(mesh, student).redistribute(placements=layout.placements))
+        overwritten(student)
+    else:
+        if isinstance(student, torch.Tensor):
+            _check.not_overwritten(student)
+        here = _local(student, layout) if isinstance(student, torch.Tensor) else student
+    local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (teacher, options.mask)]
+    return _sum(again(here, local[0], options._replace(mask=local[1]), dim), layout)
 
 
 def _feature_layouts(mesh, dims, student, teacher):

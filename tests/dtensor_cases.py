@@ -98,6 +98,7 @@ def dist_cases():
     yield Case("dist_loss", "a plain teacher and a plain mask", LOGITS | {"mask": (B, L)}, {"student": "R"})
     yield Case("dist_loss", "a plain student", LOGITS, {"teacher": "R"}, {"dim": 1})
     yield Case("dist_loss", "sums that are pending", LOGITS, {"student": "P", "teacher": "R"})
+    yield Case("dist_loss", "inplace", LOGITS, WHOLE, {"inplace": True}, before=lambda x: 1.5 * x)
 
 
 def logit_cases():

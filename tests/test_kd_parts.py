@@ -122,6 +122,24 @@ def test_options(backend, options, V):
     check(student, teacher, targets(student), tolerance=16, **OPTIONS | options)
 
 
+@pytest.mark.parametrize("scale", [9.0, 30.0])
+@pytest.mark.parametrize("V", [8, 300])
+def test_entropies_of_coins_that_are_nearly_sure(backend, scale, V):
+    student, teacher = logits(6, V)
+    student, teacher = scale * student.sign() - student, scale * teacher.sign() + teacher
+    check(student, teacher, targets(student), tolerance=40, divergence="bernoulli_kl_div")
+
+
+def test_rows_that_threads_share(threads):
+    student, teacher = logits(3, 40000)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        found.append(check(student, teacher, targets(student), tolerance=16, **OPTIONS))
+    for parts in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(parts, found[0], strict=True))
+
+
 def test_masked_rows_and_maps(backend):
     student, teacher = logits(2, 7, 5, 6)
     target = targets(student.movedim(1, -1))

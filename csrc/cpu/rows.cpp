@@ -97,9 +97,12 @@ void forward(const RowsParams<T>& P) {
                  [&](int64_t begin, int64_t end) { forward_of_rows(P, workspace(), begin, end); });
     return;
   }
+  if (P.parts) {
+    const RowsDescribe<T> describe = FASTKD_OF_ISA(rows_describe<T>());
+    parallel_for(0, P.N, 1, [&](int64_t begin, int64_t end) { describe(P, begin, end); });
+  }
   const RowsWorkspace<T> W = workspace();
   for (int64_t row = 0; row < P.N; ++row) {
-    if (P.parts) FASTKD_OF_ISA(rows_describe<T>())(P, row, row + 1);
     if (P.mask && !P.mask[row]) {
       k.forward(P, W, row, row + 1);
       continue;

@@ -292,7 +292,8 @@ __global__ void __launch_bounds__(kDistSumThreads)
 
 // grid: as that of the rows
 template <class T, class S, int kTeam>
-__global__ void __launch_bounds__(kDistThreads, kDistBlocks<T>) dist_gradient_kernel(const __grid_constant__ DistParams<T> P) {
+__global__ void __launch_bounds__(kDistThreads, kDistBlocks<T>)
+    dist_gradient_kernel(const __grid_constant__ DistParams<T> P) {
   DistRoom<T>* room = reinterpret_cast<DistRoom<T>*>(ptx::dynamic_shared());
   const RowsParams<T>& R = P.rows;
   const int64_t row = row_of_team<kTeam>(), V = R.V, stride = dist_padded(V);

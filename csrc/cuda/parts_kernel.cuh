@@ -32,7 +32,7 @@ struct PartsOfSide {
     if (coins) {
       const T a = (z < T(0) ? -z : z) * T(inv_temperature), e = exp2_of(-a * kLog2e<T>);
       sum = 1;
-      terms += double(log_of(T(1) + e) + (e == T(0) ? T(0) : a * e / (T(1) + e)));
+      terms += double(log_ratio(T(1) + e, T(1), e).log + (e == T(0) ? T(0) : a * e / (T(1) + e)));
       return;
     }
     const T x = z - max, e = exp2_of(x * T(inv_temperature * kLog2e<double>));

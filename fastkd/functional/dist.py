@@ -53,7 +53,8 @@ def dist_loss(
 
     A row or column that is constant on either side has correlation 0 and no gradient: that of a class without any
     probability, all columns where one row counts, the rows of one class. What differs from its mean by no more than
-    rounding errors is constant. A row without any possible class has probability 0 for all.
+    rounding errors is constant, and so is in float32 what is shorter than 1e-19. A row without any possible class has
+    probability 0 for all.
 
     The published :math:`\varepsilon` of 1e-8 is no small number beside :math:`\|a\| \|b\|` where probabilities are
     tiny, as those of most of 100 000 tokens are: their columns have correlations near 0, and hardly a gradient,

@@ -161,8 +161,9 @@ def kd_loss(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
-        return_parts: whether the loss comes with its parts, the entropies of both sides and their agreement, all from
-            the same pass, as a :class:`KDParts`. Default False.
+        return_parts: whether the loss comes with its parts, the entropies of both sides and their agreement, as a
+            :class:`KDParts`. On the CPU they are from the same pass over memory; on a GPU a kernel before it reads both
+            logits for them, and with a ``soft_weight`` of 0 the divergence takes a pass of its own. Default False.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``; with ``return_parts`` a named tuple

@@ -168,20 +168,21 @@ def logits_loss(
     )
     per_row = options.reduction == "none"
     differentiates = whole.requires_grad and torch.is_grad_enabled()
-    how = namespace, options.inplace, per_row, options.return_parts, options.num_classes
-    if not options.return_parts:
-        return _Rows.apply(*how, *call._replace(student=whole)) if differentiates else forward(namespace, call, per_row)
-    weighed = None
-    if options.soft_weight == 0:  # the kernels leave out what has no weight
-        weights = numbers.as_tensor(options.hard_weight, 1.0, options.label_smoothing)
-        weighed = new_parts(call)
-        forward(namespace, call._replace(student=student.detach(), target_numbers=weights), per_row, parts=weighed)
-    if differentiates:
-        loss, parts = _Rows.apply(*how, *call._replace(student=whole))
-    else:
+    parts = None
+    if options.return_parts and (options.soft_weight == 0 or not differentiates):
         parts = new_parts(call)
-        loss = forward(namespace, call, per_row, parts=parts)
-    parts = parts if weighed is None else weighed
+    if options.return_parts and options.soft_weight == 0:  # the kernels leave out what has no weight: a pass of its own
+        weights = numbers.as_tensor(options.hard_weight, 1.0, options.label_smoothing)
+        forward(namespace, call._replace(student=student.detach(), target_numbers=weights), per_row, parts=parts)
+    with_parts = options.return_parts and options.soft_weight != 0
+    if differentiates:
+        how = namespace, options.inplace, per_row, with_parts, options.num_classes
+        loss = _Rows.apply(*how, *call._replace(student=whole))
+        loss, parts = loss if with_parts else (loss, parts)
+    else:
+        loss = forward(namespace, call, per_row, parts=parts if with_parts else None)
+    if not options.return_parts:
+        return loss
     share, share_tensor = inverse_divisor(OPS[namespace], student, "batchmean", mask, None, dtype)
     means = parts.reshape(-1, PARTS_SIZE).sum(0) * (share if share_tensor is None else share_tensor)
     return loss, means.to(dtype)
