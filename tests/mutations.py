@@ -40,6 +40,8 @@ BEYOND = "tests/test_beyond_kl.py"
 RELATIONS = "tests/test_relations.py tests/test_row_options.py"
 FEATURES = "tests/test_features.py tests/test_attention.py"
 DIST = "tests/test_dist.py"
+PARTS = "tests/test_kd_parts.py"
+NUM_CLASSES = "tests/test_num_classes.py"
 MUTATIONS = [
     # functors, of the CPU and CUDA
     Mutation("functor: KL's far form without its first-order term", "csrc/math/divergences/kl_div.h",
@@ -68,6 +70,16 @@ MUTATIONS = [
     Mutation("functor: a lesser teacher's rows have the slopes of near ones", "csrc/math/correlation.h",
              "if (!(m.DD < a * b / 2)) return", "if (false) return", DIST),
     # schedules of the CPU
+    Mutation("cpu parts: an entropy without the logarithm of its sum", "csrc/cpu/rows_parts.cpp",
+             "std::log(sum) + terms * inv_temperature / sum", "terms * inv_temperature / sum", PARTS),
+    Mutation("cpu parts: of equal classes the last is the best", "csrc/cpu/rows_parts.cpp",
+             "if (best >= 0) return;", "if (false) return;", PARTS),
+    Mutation("cpu parts: the soft part without T^2", "csrc/cpu/rows_lanes.h",
+             "P.parts[row].soft = soft * squared(P, row);", "P.parts[row].soft = soft;", PARTS),
+    Mutation("python parts: a soft part of weight 0 is what the kernels leave", "fastkd/ops/rows.py",
+             "with_parts = options.return_parts and options.soft_weight != 0", "with_parts = options.return_parts", PARTS),
+    Mutation("python num_classes: other classes have the gradient that memory held", "fastkd/ops/rows.py",
+             "        grad[..., num_classes:].zero_()\n", "        pass\n", NUM_CLASSES),
     Mutation("cpu dist: classes that are not there differ from the mean", "csrc/cpu/dist_kernel.cpp",
              "const T less = i < n ? mean : T(0);", "const T less = mean;", DIST),
     Mutation("cpu dist: a chunk begins again in every group of rows", "csrc/cpu/dist_kernel.cpp",
@@ -148,6 +160,8 @@ MUTATIONS = [
              "N(rows_there(P.count, 0, P.options.N))", "N(P.options.N)", RELATIONS),
     Mutation("cuda features: the last rows of a block have no weight", "csrc/cuda/features_kernel.cuh",
              "double(sum[q]) * weight(place.row + q) : 0;", "double(sum[q]) * weight(place.row) : 0;", FEATURES),
+    Mutation("cuda parts: the soft part with its weight", "csrc/cuda/rows_kernel.cuh",
+             "soft_loss<T, D>(k, sums, r, squared, P.hard)", "soft_loss<T, D>(k, sums, r, r.loss_scale, P.hard)", PARTS),
     Mutation("cuda dist: a segment's sums are of the first row of the chunk", "csrc/cuda/dist_kernel.cuh",
              "      count = 0;\n    }\n  }\n  ColumnMoments* room", "      count = 1;\n    }\n  }\n  ColumnMoments* room", DIST),
     # schedules of Triton
