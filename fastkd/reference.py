@@ -251,6 +251,8 @@ def _adaptive_kl_div(log_p, log_q, mu, teacher):
 
 # Each takes log p and log q [*, V], or log odds, and its parameter, where it has one: a number, or a tensor [*, 1].
 DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}"] for name in REGISTRY}
+# Of losses that are another divergence with a parameter of each row: that parameter.
+OF_DERIVED: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}"] for name in DERIVED}
 
 
 def _divergence(name, log_p, log_q, parameter):
@@ -396,7 +398,7 @@ def logits_loss(
     if entry.second is not None:
         parameter = parameter, number(options.second)
     if divergence in DERIVED:
-        parameter = globals()[f"_{divergence}"](log_p.detach(), log_q, parameter, t)
+        parameter = OF_DERIVED[divergence](log_p.detach(), log_q, parameter, t)
         divergence = DERIVED[divergence].divergence
     if REGISTRY[divergence].given == "LogOdds":
         rows = DIVERGENCES[divergence](s / temperature, t / per_row(options.teacher_temperature))
@@ -738,12 +740,13 @@ _FEATURES = {"plain": lambda x: x, "l2": _of_length_one, "standardize": _standar
 
 def _smooth_l1(e, beta):
     """As F.smooth_l1_loss, elementwise, but for numbers that torch.compile would build into the graph."""
-    beta = e.new_ones(()) * beta
-    beta = torch.where(beta >= 0, beta, torch.nan).clamp(max=torch.finfo(e.dtype).max)  # compiled, it was not checked
+    whole = e.new_ones(()) * beta  # inf, where it is beyond the range
+    whole = torch.where(whole >= 0, whole, torch.nan)  # compiled, it was not checked
+    beta = whole.clamp(max=torch.finfo(e.dtype).max)
     sign = torch.where(e.isnan(), e, e.sign()).detach()  # of NaN, torch's is 0
     inside = e.abs() < beta
     near = torch.where(inside, e, 0.0)  # what is not chosen below must stay differentiable
-    return torch.where(inside, near * (near / torch.where(beta == 0, 1.0, beta)) / 2, e * sign - beta / 2)
+    return torch.where(inside, near * (near / torch.where(whole == 0, 1.0, whole)) / 2, e * sign - beta / 2)
 
 
 def _feature_layer(feature, student, teacher, dim, mask, weight, dtype, beta):

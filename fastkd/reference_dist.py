@@ -66,5 +66,7 @@ def dist_loss(student: torch.Tensor, teacher: torch.Tensor, options: DistOptions
     centred = [torch.where(counts[:, None], x - mean, 0.0) for x, mean in zip((p, q, D), means, strict=True)]
     intra = _apart(centred, means[:2], rows, eps, 0).mean()
 
+    # of one dimension: a float times a tensor without any has a forward derivative in float64
+    inter, intra = inter.reshape(1), intra.reshape(1)
     loss = _number(options.inter_weight, s) * inter + _number(options.intra_weight, s) * intra
-    return torch.where(valid > 0, temperature**2 * loss, 0.0)
+    return torch.where(valid > 0, temperature**2 * loss, 0.0).reshape(())
