@@ -185,7 +185,7 @@ def test_errors(dim, error, message):
 
 def test_errors_name_the_shapes_as_they_are():
     student, teacher = maps()
-    wanted = r"teacher: the student's shape \[2, 19, 5, 13\] wanted, got \[2, 10, 5, 13\].*student\.narrow\(1, 0, 10\)"
+    wanted = r"teacher: the student's shape \[2, 19, 5, 13\] wanted, got \[2, 10, 5, 13\].*num_classes=10 takes"
     with pytest.raises(ValueError, match=wanted):
         functional.kl_div(student, teacher[:, :10], dim=1)
     with pytest.raises(ValueError, match=r"dim: a dimension of the teacher's shape \[13\] wanted, got 1"):
