@@ -147,6 +147,17 @@ def _rows_that_count(mesh, options):
     return valid if options.mask is None else valid & _whole(mesh, options.mask)
 
 
+def _student_here(mesh, layout, student, inplace):
+    """What this rank has of the student's logits, over which a gradient may be written."""
+    if not inplace:
+        _check.not_overwritten(student)
+    elif _check.will_be_overwritten(student):
+        here = _Overwritable.apply(_whole(mesh, student).redistribute(placements=layout.placements))
+        overwritten(student)
+        return here
+    return _local(student, layout)
+
+
 def _share_of_rows(mesh, options, local, here, rows):
     """How many of the rows that count are here. local: the options of these; options: of all."""
     count = _count(mesh, _rows_that_count(mesh, options), rows)
@@ -176,8 +187,6 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
         for field, entry in parameters.items():
             _check.parameter(entry, getattr(options, field), student)
-    if not options.inplace:
-        _check.not_overwritten(student)
     rows = student.shape[:-1]
     local = {name: _per_row(name, x, layout, rows) for name, x in per_row.items()}
     local |= {field: local.pop(entry.name) for field, entry in parameters.items()}
@@ -187,11 +196,7 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         classes = student.shape[-1] if options.num_classes is None else options.num_classes
         each = classes if options.reduction == "mean" else 1
         options = options._replace(normalizer=_count(mesh, _rows_that_count(mesh, options), rows) * each)
-    if options.inplace and _check.will_be_overwritten(student):
-        here = _Overwritable.apply(_whole(mesh, student).redistribute(placements=layout.placements))
-        overwritten(student)
-    else:
-        here = _local(student, layout)
+    here = _student_here(mesh, layout, student, options.inplace)
     loss = again(divergence, here, _local(teacher, layout), options._replace(**local))
     if options.return_parts:
         loss, means = loss
@@ -209,13 +214,7 @@ def dist_loss(again, student, teacher, options, dim):
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, torch.Tensor):
             _refuse_split(name, x, (), "all rows and all classes", "logits", _GATHER)
-    if options.inplace and isinstance(student, torch.Tensor) and _check.will_be_overwritten(student):
-        here = _Overwritable.apply(_whole(mesh, student).redistribute(placements=layout.placements))
-        overwritten(student)
-    else:
-        if isinstance(student, torch.Tensor):
-            _check.not_overwritten(student)
-        here = _local(student, layout) if isinstance(student, torch.Tensor) else student
+    here = _student_here(mesh, layout, student, options.inplace) if isinstance(student, torch.Tensor) else student
     local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (teacher, options.mask)]
     return _sum(again(here, local[0], options._replace(mask=local[1]), dim), layout)
 
