@@ -92,7 +92,11 @@ def compiler(tmp_path_factory):
 def program(compiler, build):
     """csrc/testing/rows_main.cpp with the kernels, all instrumented alike."""
     return compiler.program(
-        "rows", build, "reduce", *(f"rows -DFASTKD_SINGLE -DFASTKD_DIVERGENCE={name}" for name in DIVERGENCES)
+        "rows",
+        build,
+        "reduce",
+        "rows_statistics -DFASTKD_SINGLE",
+        *(f"rows -DFASTKD_SINGLE -DFASTKD_DIVERGENCE={name}" for name in DIVERGENCES),
     )
 
 

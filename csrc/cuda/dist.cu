@@ -3,6 +3,7 @@
 
 #include "cuda/dist_kernel.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/rows_storage.cuh"
 
 namespace fastkd::cuda {
 namespace {
@@ -10,20 +11,6 @@ namespace {
 constexpr int64_t kShortRow = 256;                    // classes: a warp a row
 constexpr int64_t kRowsOfThread = 16;                 // at least, going down a chunk
 constexpr int64_t kParts = 65536, kFewestChunks = 8;  // of all chunks, as far as these are not fewer
-
-// f(S()) with the type of both sides, where they have one. Mixtures, and everything in double, are looked at for each
-// element.
-template <class T, class F>
-cudaError_t with_storage(const RowsParams<T>& P, F&& f) {
-  if constexpr (sizeof(T) == 4) {
-    if (P.student.dtype == P.teacher.dtype) {
-      if (P.student.dtype == DType::kHalf) return f(__half());
-      if (P.student.dtype == DType::kBFloat16) return f(__nv_bfloat16());
-      if (P.student.dtype == DType::kFloat) return f(float());
-    }
-  }
-  return f(AnyType());
-}
 
 // Whether neighbouring rows lie next to each other, and the classes of a row do not.
 template <class T>

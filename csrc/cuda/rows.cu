@@ -3,32 +3,11 @@
 #include "cuda/rows_lanes.cuh"
 #include "cuda/rows_plan.h"
 #include "cuda/rows_split.cuh"
+#include "cuda/rows_statistics.cuh"
+#include "cuda/rows_storage.cuh"
 
 namespace fastkd::cuda {
 namespace {
-
-template <class T>
-struct Storages {
-  template <class F>
-  static cudaError_t dispatch(const RowsParams<T>& P, F&& f) {
-    // mixtures, and everything in double, look at the type for each pack
-    if constexpr (sizeof(T) == 4) {
-      if (P.student.dtype == P.teacher.dtype) {
-        switch (P.student.dtype) {
-          case DType::kHalf:
-            return f(__half());
-          case DType::kBFloat16:
-            return f(__nv_bfloat16());
-          case DType::kFloat:
-            return f(float());
-          case DType::kDouble:
-            break;
-        }
-      }
-    }
-    return f(AnyType());
-  }
-};
 
 template <class T>
 using Functor = FASTKD_DIVERGENCE<T>;
@@ -73,7 +52,7 @@ cudaError_t split(const RowsParams<T>& P, const RowsPlan& plan, void* workspace,
   for (int64_t row = 0; row < P.N; row += plan.wave_rows) {
     const int64_t rows = std::min(plan.wave_rows, P.N - row);
     const Launch launch(rows * plan.splits, dim3(plan.threads), plan.shared_bytes, stream);
-    FASTKD_CUDA_RETURN(launch(rows_statistics_kernel<T, S, S, D::kTeacherEntropy, kWithoutTarget<D>>, P, parts, row));
+    FASTKD_CUDA_RETURN(rows_statistics(P, parts, row, launch, D::kTeacherEntropy, kWithoutTarget<D>));
     FASTKD_CUDA_RETURN(launch(rows_reduce_kernel<T, S, S, D>, P, parts, row));
     if (!D::kCentred && P.grad.data) {
       FASTKD_CUDA_RETURN(launch(rows_gradient_kernel<T, S, S, D>, P, parts, row, row + rows));
@@ -87,7 +66,7 @@ cudaError_t split(const RowsParams<T>& P, const RowsPlan& plan, void* workspace,
 template <Divergence kWhich, class T>
 cudaError_t rows_forward(const RowsParams<T>& P, const Device& device, void* workspace, cudaStream_t stream) {
   const RowsPlan plan = rows_plan(P, device);
-  return Storages<T>::dispatch(P, [&](auto storage) {
+  return with_storage(P, [&](auto storage) {
     using S = decltype(storage);
     if constexpr (!std::is_same_v<S, AnyType>) {
       if (plan.inner > 0) return side_by_side<T, S>(P, plan, device, stream);
@@ -106,7 +85,7 @@ cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStre
   const int threads = threads_for(packs / parts.splits);
   const int rows = parts.splits > 1 ? 1 : std::max(1, 128 / threads);
   const RowsPlan plan = rows_plan(P, device);
-  return Storages<T>::dispatch(P, [&](auto storage) {
+  return with_storage(P, [&](auto storage) {
     using S = decltype(storage);
     if constexpr (!std::is_same_v<S, AnyType>) {
       if (plan.inner > 0) {

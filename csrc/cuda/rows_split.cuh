@@ -1,30 +1,9 @@
 // The passes of the rows schedule as kernels of their own, several blocks a row; see rows_kernel.cuh.
 // All have grid (splits * rows) and take the rows from `first_row` on.
 #pragma once
-#include "cuda/rows_kernel.cuh"
+#include "cuda/rows_statistics.cuh"
 
 namespace fastkd::cuda {
-
-// What a pass leaves for the next.
-template <class T>
-struct RowsParts {
-  Sums<T>* sums;        // [N, splits]
-  LossSums<T>* losses;  // [N, splits]
-  HardSums<T>* hard;    // [N, splits]
-  int splits;           // of a row, at most 32: one a lane
-};
-
-// The packs of a row that one of its blocks takes; the edges are the first block's.
-template <class S, class U>
-struct Slice {
-  int64_t begin, end;
-  bool edges;
-  __device__ Slice(const RowLayout<S, U>& L, int split, int splits) : edges(split == 0) {
-    const int64_t each = (L.packs + splits - 1) / splits;
-    begin = split * each < L.packs ? split * each : L.packs;
-    end = begin + each < L.packs ? begin + each : L.packs;
-  }
-};
 
 template <class T, class D>
 __device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
@@ -49,43 +28,6 @@ __device__ LossSums<T> row_losses(const RowsParts<T>& parts, int64_t row) {
   const int lane = threadIdx.x % 32;
   return of_row<T, D>(
       LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty()));
-}
-
-template <class T, class S, class U, bool kEntropy, bool kParted>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    rows_statistics_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts, int64_t first_row) {
-  using Shared = SharedSums<T, kEntropy>;
-  const int split = blockIdx.x % parts.splits, rank = threadIdx.x, threads = blockDim.x;
-  const int64_t row = first_row + blockIdx.x / parts.splits;
-  if (P.mask && !P.mask[row]) return;
-  const RowLayout<S, U> L(P, row);
-  const Slice<S, U> slice(L, split, parts.splits);
-  const RowConstants<T> r = row_constants(P, row);
-  Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
-  HardSums<T> hard = HardSums<T>::empty();
-  const int64_t parted = parted_target<kParted>(P, row);
-  T s[kPack], t[kPack], s1[1], t1[1];
-  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
-    load_class(L, P, L.edge(i), s1, t1);
-    leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
-    add<T, 1, kEntropy, kParted>(own.sums, hard, s1, t1, r, P.hard);
-  }
-  for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
-    const int64_t v = L.pack(i);
-    load<S, U, Memory::kGlobal>(L.student + v * element_size<S>(P.student), L.teacher + v * element_size<U>(P.teacher),
-                                P, s, t);
-    leave_out<kParted>(parted, v, 1, s, t);
-    add<T, kPack, kEntropy, kParted>(own.sums, hard, s, t, r, P.hard);
-  }
-  Shared* room = reinterpret_cast<Shared*>(ptx::dynamic_shared());
-  const Sums<T> k = combine_over_row(own, room, 0, threads / 32, threads / 32).sums;
-  if (rank == 0) parts.sums[row * parts.splits + split] = k;
-  if (!P.hard.target) return;
-  if (slice.edges && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard);
-  HardSums<T>* room_of_hard = reinterpret_cast<HardSums<T>*>(room + threads / 32 + 1);
-  hard = rebased<kParted>(hard, own.sums, k);
-  hard = combine_over_row(hard, room_of_hard, 0, threads / 32, threads / 32);
-  if (rank == 0) parts.hard[row * parts.splits + split] = hard;
 }
 
 template <class T, class S, class U, class D>

@@ -1,0 +1,36 @@
+// The first pass of the rows schedule as a kernel of its own, several blocks a row; see rows_kernel.cuh. It is the same
+// for all divergences, and compiled once.
+#pragma once
+#include "cuda/launch.cuh"
+#include "cuda/rows_kernel.cuh"
+
+namespace fastkd::cuda {
+
+// What a pass leaves for the next.
+template <class T>
+struct RowsParts {
+  Sums<T>* sums;        // [N, splits]
+  LossSums<T>* losses;  // [N, splits]
+  HardSums<T>* hard;    // [N, splits]
+  int splits;           // of a row, at most 32: one a lane
+};
+
+// The packs of a row that one of its blocks takes; the edges are the first block's.
+template <class S, class U>
+struct Slice {
+  int64_t begin, end;
+  bool edges;
+  __device__ Slice(const RowLayout<S, U>& L, int split, int splits) : edges(split == 0) {
+    const int64_t each = (L.packs + splits - 1) / splits;
+    begin = split * each < L.packs ? split * each : L.packs;
+    end = begin + each < L.packs ? begin + each : L.packs;
+  }
+};
+
+// The pass over the rows from first_row on, in a grid (splits * rows). entropy: whether the teacher's is wanted;
+// parted: whether the target is left out.
+template <class T>
+cudaError_t rows_statistics(const RowsParams<T>&, const RowsParts<T>&, int64_t first_row, const Launch&, bool entropy,
+                            bool parted);
+
+}  // namespace fastkd::cuda
