@@ -25,7 +25,7 @@ help:
 	@echo "make distill-text  a sentence encoder teaches small ones on real text, with the extra [text]: the same"
 	@echo "make distill-recommend  a wide-and-deep recommender teaches factorization machines, the same outputs"
 	@echo "make test     set-up and the tests of every behaviour, in cases that cover all pairs of parameters"
-	@echo "  test-sweep       the cases that it leaves out, of every parameter with every other"
+	@echo "  test-sweep       more cases, which cover all triples"
 	@echo "  test-products    losses made of matrix products, as other processors' BLAS multiply"
 	@echo "  test-sanitizers  CUDA kernels as host code, under sanitizers"
 	@echo "  test-gates       what the compilers make of the kernels of every GPU; NVIDIA's where nvcc is"

@@ -60,15 +60,16 @@ def pytest_sessionstart(session):
 
 
 # Parts of the suite, each a target of the Makefile. What is marked with none of the others is in the first two: of each
-# test's cases those that cover all pairs of its parameters, and the others. Triton's interpreter, which takes twenty
-# times as long as the kernels of the CPU, has covering cases alone, and those that it is long at in the second.
+# test's cases those that cover all pairs of its parameters, and those that cover all triples besides. Triton's
+# interpreter, which takes twenty times as long as the kernels of the CPU, has those of pairs alone, and the ones that it
+# is long at in the second.
 PARTS = {
     "test": "every behaviour on every backend, by cases that cover all pairs of parameters",
-    "sweep": "the cases that are left out of it",
+    "sweep": "the cases that cover all triples besides",
     "gates": "what compilers make of the kernels of every architecture",
     "sanitizers": "the CUDA kernels as host code, instrumented and in several orders of threads",
     "products": "of the first part the CPU's losses that are made of matrix products",
-    "all": "the first two",
+    "all": "the first two, and every case that they leave out",
 }
 
 
@@ -86,14 +87,17 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    of_one_test, covered = {}, set()
+    of_one_test, covered, swept = {}, set(), set()
     for item in items:
         of_one_test.setdefault((item.path, item.cls, item.originalname), []).append(item)
     for cases in of_one_test.values():
         parameters = [getattr(case, "callspec", None) and case.callspec.params for case in cases]
-        chosen = covering(parameters, [cost(case) for case in cases]) if len(cases) > 1 else [0]
+        costs = [cost(case) for case in cases]
+        chosen = covering(parameters, costs) if len(cases) > 1 else [0]
         covered.update(cases[i] for i in chosen)
-    wanted = {item: is_in(config.option.part, item, item in covered) for item in items}
+        if config.option.part == "sweep" and len(chosen) < len(cases):
+            swept.update(cases[i] for i in covering(parameters, costs, 3, begun=chosen))
+    wanted = {item: is_in(config.option.part, item, item in covered, item in swept) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not wanted[item]])
     items[:] = [item for item in items if wanted[item]]
     share_what_is_built(items)
@@ -110,8 +114,9 @@ def backend_of(item):
     return parameters.get("backend", parameters.get("kernel", ""))
 
 
-def is_in(part, item, covers):
-    """Whether a part of the suite has a test; covers: it is one of the cases that cover all pairs."""
+def is_in(part, item, covers, sweeps):
+    """Whether a part of the suite has a test; covers: it is one of the cases that cover all pairs; sweeps: of those that
+    cover all triples besides."""
     heavy = next((name for name in ("gates", "sanitizers") if item.get_closest_marker(name)), None)
     if heavy or part in ("gates", "sanitizers"):
         return heavy == part
@@ -126,7 +131,10 @@ def is_in(part, item, covers):
         return covers and long == (part == "sweep")
     if part == "sweep" and not covers and item.get_closest_marker("of_each_kind"):
         return item.callspec.params["name"] in KINDS
-    return part == "all" or (covers and item.get_closest_marker("long") is None) == (part == "test")
+    if part == "all":
+        return True
+    long = item.get_closest_marker("long") is not None
+    return (sweeps or (covers and long)) if part == "sweep" else covers and not long
 
 
 # What is built once for the tests that share it, and by which of their parameters it differs.

@@ -25,6 +25,17 @@ def test_every_pair_that_exists_is_covered():
     assert len(chosen) < len(CASES) / 8
 
 
+def test_every_triple_that_exists_is_covered_by_more():
+    def triples(cases):
+        return {triple for case in cases for triple in itertools.combinations(case.items(), 3)}
+
+    pairs = covering(CASES, COSTS)
+    more = covering(CASES, COSTS, 3, begun=pairs)
+    assert not set(pairs) & set(more)
+    assert triples(CASES[i] for i in (*pairs, *more)) == triples(CASES)
+    assert len(more) < len(CASES) / 2
+
+
 def test_every_kernel_is_covered_where_kernels_are_compiled():
     def kernels(cases):
         return {tuple(case[x] for x in KERNEL) for case in cases if case["backend"] != "e"}
