@@ -207,7 +207,7 @@ def test_without_a_row_that_counts_there_is_no_loss(backend, poisoned):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("V", [3, 7, 100, 1000, 40000])
+@pytest.mark.parametrize("V", [3, 7, 100, 1000, 9000])
 def test_a_constant_row_has_correlation_0(backend, side, V):
     sides = list(logits((4, V)))
     sides[side][1:3] = torch.tensor([[0.1], [1e3]])
