@@ -7,6 +7,7 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 
 from . import functional
 from ._backend import backend
+from .forms import LinearLogits
 from .modules import (
     AdaptiveKLDivLoss,
     AlphaBetaDivLoss,
@@ -54,6 +55,7 @@ __all__ = [
     "KDLoss",
     "KLDivLoss",
     "LinearFeatureMSELoss",
+    "LinearLogits",
     "NKDLoss",
     "NegativeLogAcceptanceLoss",
     "PKTLoss",

@@ -59,6 +59,29 @@ class RowsBackward(NamedTuple):
     grad: Out  # [*, V], the student's dtype; may be the student itself
 
 
+class LinearRows(NamedTuple):
+    """What ``linear_rows`` is told besides a call of the rows schedule, whose student or teacher, or both, are hidden
+    states ``[*, H]``: see fastkd/ops/linear_logits.py."""
+
+    student_head: Tensor | None  # [V, H]; None: the student has logits
+    student_bias: Tensor | None  # [V]
+    teacher_head: Tensor | None
+    teacher_bias: Tensor | None
+    numbers: Tensor  # [4] float64 on the CPU: scale and softcap of the student, those of the teacher; inf: no softcap
+    slab_rows: int  # how many rows of logits there are at a time, at most
+    adaptive: bool  # the call's parameter is mu of head_weight, whose student_weight is the divergence's own
+
+
+class LinearOutputs(NamedTuple):
+    """The outputs of ``linear_rows``. Gradients of what learns nothing are not wanted."""
+
+    loss: Out  # as of rows_fwd
+    grad: OptionalOut  # that of call.student, in its dtype; of logits it may be the student itself
+    head_grad: OptionalOut  # [V, H], the dtype of student_head
+    bias_grad: OptionalOut  # [V]
+    parts: OptionalOut  # as of rows_fwd
+
+
 class HeadWeight(NamedTuple):
     """``head_weight``: of each row the student's weight that makes ``symmetric_kl_div`` the ``adaptive_kl_div``: the
     share of sum |p - q| that does not lie in the teacher's head; 1/2 where p = q, and of rows that have no share."""
@@ -218,13 +241,25 @@ EVERYWHERE = (
 # The same on the CPU, of strips from the diagonal on, [n, N - row]: both orders of a pair at once.
 _RELATION_KL_STRIP = "Tensor valid, float student_scale, float teacher_scale, int row"
 
-# The ops that there are once.
+# The ops that there are once in C++.
 ONCE = (
     "cpu_isa(str name) -> str",  # "?" only reads, "" chooses the best
     "cpu_calls() -> str",  # digest() of the sources that a library was built from, and that of the divergences
     "cuda_calls() -> str",
     "cuda_code() -> str",  # "": the CUDA library has code for the current GPU; else why it has none
-    # matrix products, which torch has for every device: one implementation each, in ops/
+    # few samples on the CPU: one of similarity_fwd, gram_fwd and pkt_fwd, whole; relation: which, see ops/samples.py;
+    # the rest as there
+    "samples_fwd(Tensor student, Tensor teacher, int relation, bool normalize, int clamp, Tensor eps, Tensor? mask, "
+    "Tensor? weight, bool save) -> (Tensor loss, Tensor grad)",
+    # sums [N, 2]: += of exponentials, of student and teacher; then products become weights; see
+    # csrc/cpu/relation_kl_kernel.h
+    f"relation_kl_sums(Tensor student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor(a!) sums) -> ()",
+    f"relation_kl_weights_(Tensor(a!) student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor student_inverse, "
+    "Tensor teacher_inverse, Tensor difference, Tensor weight, Tensor scale) -> Tensor loss",
+)
+
+# The ops that are put together in ops/, of others and of matrix products, which torch has for every device.
+IN_PYTHON = (
     # mask, weight: one per row
     "similarity_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, bool save) "
     "-> (Tensor loss, Tensor grad)",
@@ -234,13 +269,12 @@ ONCE = (
     # embeddings [N, D]; mask, weight: one per row; strips: the namespace whose op computes each strip
     "pkt_fwd(Tensor student, Tensor teacher, Tensor eps, Tensor? mask, Tensor? weight, str strips, bool save) "
     "-> (Tensor loss, Tensor grad)",
-    # few samples on the CPU: one of the three above, whole; relation: which, see ops/samples.py; the rest as there
-    "samples_fwd(Tensor student, Tensor teacher, int relation, bool normalize, int clamp, Tensor eps, Tensor? mask, "
-    "Tensor? weight, bool save) -> (Tensor loss, Tensor grad)",
     # who is similar to whom: labels, or the positives (0: the default) nearest to each row of the teacher; strips: the
     # namespace whose op computes each strip; active: the share of triplets that have a loss
     "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, Tensor margin, Tensor? mask, "
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
+    # the rows schedule of logits that are made a slab at a time; rows: the namespace whose ops compute each slab
+    schema("linear_rows", (RowsCall, LinearRows, LinearOutputs), "str rows"),
     # rows and dist schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
     schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
     schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),
@@ -254,16 +288,12 @@ ONCE = (
     "Tensor? temperature_rows, float teacher_temperature, Tensor? teacher_temperature_rows, Tensor? mask, "
     "Tensor? key_mask, Tensor? weight, "
     "bool save, bool save_keys) -> (Tensor loss, Tensor grad, Tensor keys_grad)",
-    # sums [N, 2]: += of exponentials, of student and teacher; then products become weights; see
-    # csrc/cpu/relation_kl_kernel.h
-    f"relation_kl_sums(Tensor student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor(a!) sums) -> ()",
-    f"relation_kl_weights_(Tensor(a!) student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor student_inverse, "
-    "Tensor teacher_inverse, Tensor difference, Tensor weight, Tensor scale) -> Tensor loss",
 )
 
 
 def digest():
-    """Which schemas these are. A library that was built from others would read its arguments wrongly."""
+    """Which schemas these are that compiled libraries implement. One that was built from others would read its
+    arguments wrongly."""
     return hashlib.sha256(" ".join((*EVERYWHERE, *ONCE)).encode()).hexdigest()[:16]
 
 

@@ -21,7 +21,7 @@ def define(namespace):
 
 
 fastkd = define("fastkd")
-for _schema in _calls.ONCE:
+for _schema in (*_calls.ONCE, *_calls.IN_PYTHON):
     fastkd.define(_schema)
 
 FOLDER = Path(__file__).parent / "lib"

@@ -4,6 +4,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
+from .forms import LinearLogits
+
+# What a loss of logits compares.
+Logits: TypeAlias = Tensor | LinearLogits
 Reduction: TypeAlias = Literal["none", "sum", "batchmean", "mean"]
 Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "total_variation"]
 SoftDivergence: TypeAlias = Literal[

@@ -167,6 +167,15 @@ class Behaviours:
             self.raises(f"^student{words}", functional.dist_loss, split, whole)
             self.raises(f"^teacher{words}", functional.dist_loss, whole, split, dim=1)
 
+    def heads_in_place_of_logits_are_of_plain_tensors(self):
+        hidden, weight = torch.randn(5, 3, 6), torch.randn(8, 6)
+        form = fastkd.LinearLogits
+        for bad in (form(self.of(hidden, self.split), weight), form(hidden, self.of(weight, self.whole))):
+            self.raises("^student: LinearLogits of plain tensors.*full_tensor", functional.kl_div, bad, self.teacher)
+            self.raises("^teacher: LinearLogits of plain tensors", functional.kl_div, self.student, bad)
+        student = self.of(self.student, self.split)
+        self.raises("^student, teacher: beside LinearLogits", functional.kl_div, student, form(hidden, weight))
+
     def features_that_are_split_are_an_error(self):
         from torch.distributed.tensor import Shard
 

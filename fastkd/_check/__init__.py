@@ -30,8 +30,10 @@ from .features import (
     per_layer,
     projector,
 )
+from .forms import linear_logits, linear_side
 from .logits import (
     LogitsOptions,
+    apart,
     as_classes,
     class_dim,
     hard_options,
@@ -61,6 +63,7 @@ __all__ = [
     "SMALLEST_EPS",
     "DistOptions",
     "LogitsOptions",
+    "apart",
     "as_classes",
     "at_least_zero",
     "batches_of_embeddings",
@@ -86,6 +89,8 @@ __all__ = [
     "hard_options",
     "is_mask",
     "layer_weights",
+    "linear_logits",
+    "linear_side",
     "logits_loss",
     "logits_module",
     "maps",

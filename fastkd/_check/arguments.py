@@ -14,7 +14,12 @@ REDUCTIONS = ("none", "sum", "batchmean", "mean")
 
 def is_tensor(name, x):
     if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: a torch.Tensor wanted, got {type(x).__name__}")
+        logits, hint = getattr(x, "logits", None), ""
+        if isinstance(logits, torch.Tensor):  # what a model returns
+            hint = "; its .logits is one"
+        elif callable(logits):  # LinearLogits, where whole logits are needed
+            hint = "; its .logits() makes one"
+        raise TypeError(f"{name}: a torch.Tensor wanted, got {type(x).__name__}{hint}")
 
 
 def tensor(name, x):
@@ -51,6 +56,13 @@ def same_device(student, teacher):
 def whole_number(name, value):
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: a whole number wanted, got {type(value).__name__}")
+
+
+def at_least(name, value, least):
+    """A whole number that is not smaller."""
+    whole_number(name, value)
+    if value < least:
+        raise ValueError(f"{name}: at least {least} wanted, got {value}")
 
 
 def finite(**tensors):

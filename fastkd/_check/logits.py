@@ -8,6 +8,7 @@ import torch
 from .._divergences import BY_NAME, parameters_of
 from .._inplace import was_overwritten
 from .arguments import (
+    at_least,
     at_least_zero,
     constant,
     flag,
@@ -185,9 +186,7 @@ def count_of_classes(num_classes):
     """Of those that count, or None: all."""
     if num_classes is None:
         return
-    whole_number("num_classes", num_classes)
-    if num_classes < 1:
-        raise ValueError(f"num_classes: at least 1 wanted, got {num_classes}")
+    at_least("num_classes", num_classes, 1)
 
 
 def first_classes(student, teacher, num_classes):
@@ -279,6 +278,11 @@ def inplace(student, teacher):
         return
     if _overlaps_itself(student):
         raise ValueError("inplace: several of the student's logits share one place in memory (expand, unfold)")
+    apart(student, teacher)
+
+
+def apart(student, teacher):
+    """What the gradient is written over, and what is read after that."""
     same_storage = student.untyped_storage().data_ptr() == teacher.untyped_storage().data_ptr()
     if same_storage and student.numel() and _first(student) <= _last(teacher) and _first(teacher) <= _last(student):
         raise ValueError("inplace: student and teacher share their memory")

@@ -4,13 +4,13 @@ logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Reduction
+from .._types import Logits, Reduction
 from .logits import _logits_loss
 
 
 def adaptive_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     mu: float = 0.5,
     temperature: Tensor | float = 1.0,
@@ -44,7 +44,7 @@ def adaptive_kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. There are no two calls that have the gradients of both sides where
             both learn, as the head is the teacher's.
         mu: what the head's probabilities sum to at most, a number from 0 to 1. At 0 the best class alone is the head; 1

@@ -5,13 +5,13 @@ losses of logits stands in :mod:`fastkd.functional.logits`.
 from torch import Tensor
 
 from .. import _check
-from .._types import Reduction
+from .._types import Logits, Reduction
 from .logits import _logits_loss
 
 
 def negative_log_acceptance(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -37,7 +37,7 @@ def negative_log_acceptance(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``negative_log_acceptance(a, b.detach())``
             and ``negative_log_acceptance(b, a.detach())`` have their gradients.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
@@ -99,8 +99,8 @@ def negative_log_acceptance(
 
 
 def alpha_beta_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     alpha: Tensor | float = 0.2,
     beta: Tensor | float = 0.7,
@@ -133,7 +133,7 @@ def alpha_beta_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``alpha_beta_div(a, b.detach())`` and
             ``alpha_beta_div(b, a.detach(), alpha=beta, beta=alpha)`` have their gradients.
         alpha: the power of q, a number of at least 0, or a tensor that broadcasts to ``[*]``, one per row. Default 0.2.
@@ -199,8 +199,8 @@ def alpha_beta_div(
 
 
 def bernoulli_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -227,7 +227,7 @@ def bernoulli_kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from .. import _check
-from .._types import SoftDivergence, TargetReduction
+from .._types import Logits, SoftDivergence, TargetReduction
 from .logits import _logits_loss
 
 
@@ -30,8 +30,8 @@ class KDParts(NamedTuple):
 
 @overload
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     target: Tensor,
     *,
     hard_weight: float = 0.5,
@@ -58,8 +58,8 @@ def kd_loss(
 ) -> Tensor: ...
 @overload
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     target: Tensor,
     *,
     hard_weight: float = 0.5,
@@ -85,8 +85,8 @@ def kd_loss(
     return_parts: Literal[True],
 ) -> KDParts: ...
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     target: Tensor,
     *,
     hard_weight: float = 0.5,
@@ -124,7 +124,7 @@ def kd_loss(
     :mod:`fastkd.functional.targets`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant.
         target: the class of each row, whole numbers ``[*]``.
         hard_weight: what the cross-entropy is multiplied by, at least 0. Default 0.5.

@@ -7,6 +7,11 @@ logits has a loss. Its formula stands at each function; here stands what holds f
 strides. The dtype is float16, bfloat16, float32 or float64, and the teacher's may differ from the student's.
 Probabilities are passed as their logarithms, with ``teacher_temperature=1``.
 
+**Heads in place of logits.** :class:`fastkd.LinearLogits` stands for the logits that a head makes of hidden states
+``[*, H]``, of either side. They are made a slab of rows at a time, and the gradients are those of hidden states and
+head. Every loss of logits takes it, but for ``dist_loss``; ``inplace`` and ``dim`` are of logits alone, and DTensors
+are not taken beside it.
+
 **Maps.** ``dim`` says where the classes are if they are not last: ``dim=1`` for ``[B, V, H, W]``, in which every pixel
 has a row. Nothing is copied, and pixels that lie side by side in memory are computed side by side. Without it a map's
 last dimension, W, is taken for the classes.
@@ -56,7 +61,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _check, _divergences, _dtensor, reference
-from .._types import Reduction
+from .._types import Logits, Reduction
+from ..forms import LinearLogits, in_dtype, logits_of, logits_of_rows
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
 _EXCHANGED = {
@@ -82,9 +88,58 @@ def _of_parameter(divergence, value):
     return (ends[value], 0.0) if value in ends else (divergence, float(value))
 
 
+def _linear(name, side, options, dim):
+    """LinearLogits as the backends take them; logits as they are."""
+    if not isinstance(side, LinearLogits):
+        return side
+    if _dtensor.given(side.hidden, side.weight, side.bias):
+        raise ValueError(
+            f"{name}: LinearLogits of plain tensors wanted, got DTensors; full_tensor() gathers them, and its "
+            "grad_placements say how their gradients are brought back"
+        )
+    _check.flag("inplace", options.inplace)
+    _check.whole_number("dim", dim)
+    if options.inplace and name == "student":
+        raise ValueError("inplace: LinearLogits have no logits that could be overwritten; leave it out")
+    if dim not in (-1, side.hidden.dim() - 1):
+        raise ValueError(f"dim: the classes of LinearLogits are last; leave it out, got {dim}")
+    device = side.hidden.device.type
+    narrow = torch.float64 not in (side.hidden.dtype, side.weight.dtype)
+    autocast = narrow and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
+    _check.linear_side(name, side, autocast)
+    return in_dtype(side, torch.get_autocast_dtype(device)) if autocast else side
+
+
+def _forms(student, teacher, options, dim):
+    """Both sides as the backends take them where one is LinearLogits, else None."""
+    if not isinstance(student, LinearLogits) and not isinstance(teacher, LinearLogits):
+        return None
+    forms = _linear("student", student, options, dim), _linear("teacher", teacher, options, dim)
+    if _dtensor.given(*(x for x in forms if isinstance(x, torch.Tensor)), *options):
+        raise ValueError("student, teacher: beside LinearLogits plain tensors wanted, got DTensors")
+    if options.inplace and isinstance(student, torch.Tensor) and not torch.compiler.is_compiling():
+        for x in (teacher.hidden, teacher.weight, teacher.bias):
+            if x is not None:
+                _check.apart(student, x)
+    return forms
+
+
+def _exchanged(called, options):
+    """The call that gives the teacher its gradient where both learn, None where there is none; and what is to be said
+    of its options."""
+    exchanged, note = None if options.target is not None else _EXCHANGED.get(called), ""
+    if options.teacher_temperature is not options.temperature:
+        exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
+        note = ", temperature and teacher_temperature exchanged"
+    return exchanged, note + ", without inplace" * options.inplace
+
+
 def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
     divergence, parameters = called, _divergences.parameters_of(called)
+    forms = _forms(student, teacher, options, dim)
+    if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
+        student, teacher, dim = *map(logits_of, forms), -1
     _check.class_dim(dim, student, teacher)
     if _dtensor.given(student, teacher, *options):
         return _dtensor.logits_loss(_logits_loss, called, student, teacher, options, dim)
@@ -100,13 +155,7 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     elif parameters:
         divergence, parameter = _of_parameter(called, options.parameter)
         options = options._replace(parameter=parameter)
-    exchanged, note = None if options.target is not None else _EXCHANGED.get(called), ""
-    if options.teacher_temperature is not options.temperature:
-        exchanged = None if options.t_squared else exchanged  # it would multiply by the other temperature
-        note = ", temperature and teacher_temperature exchanged"
-    _check.constant_teacher(teacher, called, exchanged, note + ", without inplace" * options.inplace)
-    if options.num_classes is not None:
-        teacher = teacher[..., : options.num_classes]
+    _check.constant_teacher(teacher, called, *_exchanged(called, options))
     rows = student.shape[:-1]
     mask = _check.for_rows(options.mask, rows)
     if ignores:
@@ -117,12 +166,24 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         weight=_check.for_rows(options.weight, rows),
         normalizer=_check.zero_as_tensor(options.normalizer, student),
     )
-    backend = _backend.select(student.device)
+    return _computed(divergence, *(forms or (student, teacher)), options, student.device)
+
+
+def _computed(divergence, student, teacher, options, device):
+    """The loss of what has been checked."""
+    if options.num_classes is not None and not isinstance(teacher, LinearLogits):
+        teacher = teacher[..., : options.num_classes]
+    backend = _backend.select(device)
     if backend == "torch":
-        return reference.logits_loss(divergence, student, teacher, options)
-    from ..ops import head, rows
+        student, teacher = (
+            logits_of_rows(x, options.mask) if isinstance(x, LinearLogits) else x for x in (student, teacher)
+        )
+        return reference.logits_loss(divergence, student, teacher[..., : options.num_classes], options)
+    from ..ops import head, linear_logits, rows
 
     namespace = _backend.namespace(backend)
+    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
+        return linear_logits.logits_loss(namespace, divergence, student, teacher, options)
     if divergence in _divergences.DERIVED:
         options = options._replace(parameter=head.student_weight(namespace, student, teacher, options))
         divergence = _divergences.DERIVED[divergence].divergence
@@ -130,8 +191,8 @@ def _logits_loss(called, student, teacher, options, dim=-1):
 
 
 def kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -159,7 +220,7 @@ def kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``kl_div(a, b.detach())`` and
             ``reverse_kl_div(b, a.detach())`` have their gradients.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
@@ -212,8 +273,8 @@ def kl_div(
 
 
 def soft_cross_entropy(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -238,7 +299,7 @@ def soft_cross_entropy(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
         teacher_temperature: the teacher's own temperature, of the same form. Default: ``temperature``.
@@ -290,8 +351,8 @@ def soft_cross_entropy(
 
 
 def reverse_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -317,7 +378,7 @@ def reverse_kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``reverse_kl_div(a, b.detach())`` and
             ``kl_div(b, a.detach())`` have their gradients.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
@@ -370,8 +431,8 @@ def reverse_kl_div(
 
 
 def total_variation(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -395,7 +456,7 @@ def total_variation(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``total_variation(a, b.detach())`` and
             ``total_variation(b, a.detach())`` have their gradients.
         temperature: T, a positive number, or a tensor that broadcasts to ``[*]``, one per row. Default 1.

@@ -4,13 +4,13 @@ losses of logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Reduction
+from .._types import Logits, Reduction
 from .logits import _logits_loss
 
 
 def js_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     beta: Tensor | float = 0.5,
     temperature: Tensor | float = 1.0,
@@ -36,7 +36,7 @@ def js_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``js_div(a, b.detach())`` and
             ``js_div(b, a.detach(), beta=1 - beta)`` have their gradients.
         beta: the teacher's share of the mixture, a number from 0 to 1, or a tensor that broadcasts to ``[*]``, one per
@@ -92,8 +92,8 @@ def js_div(
 
 
 def symmetric_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     student_weight: Tensor | float = 0.5,
     temperature: Tensor | float = 1.0,
@@ -120,7 +120,7 @@ def symmetric_kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``symmetric_kl_div(a, b.detach())`` and
             ``symmetric_kl_div(b, a.detach(), student_weight=1 - student_weight)`` have their gradients.
         student_weight: w, a number from 0 to 1, or a tensor that broadcasts to ``[*]``, one per row. 0 is ``kl_div``
@@ -175,8 +175,8 @@ def symmetric_kl_div(
 
 
 def skew_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     alpha: Tensor | float = 0.1,
     temperature: Tensor | float = 1.0,
@@ -201,7 +201,7 @@ def skew_kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``skew_kl_div(a, b.detach())`` and
             ``skew_reverse_kl_div(b, a.detach())`` have their gradients.
         alpha: the teacher's share of the mixture, a number from 0 to 1, or a tensor that broadcasts to ``[*]``, one per
@@ -256,8 +256,8 @@ def skew_kl_div(
 
 
 def skew_reverse_kl_div(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     *,
     alpha: Tensor | float = 0.1,
     temperature: Tensor | float = 1.0,
@@ -281,7 +281,7 @@ def skew_reverse_kl_div(
     What all losses of logits share stands in :mod:`fastkd.functional.logits`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``skew_reverse_kl_div(a, b.detach())`` and
             ``skew_kl_div(b, a.detach())`` have their gradients.
         alpha: the student's share of the mixture, a number from 0 to 1, or a tensor that broadcasts to ``[*]``, one per

@@ -15,13 +15,13 @@ student's, the loss is +inf and the gradient 0.
 from torch import Tensor
 
 from .. import _check
-from .._types import TargetReduction
+from .._types import Logits, TargetReduction
 from .logits import _logits_loss
 
 
 def dkd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     target: Tensor,
     *,
     alpha: Tensor | float = 1.0,
@@ -56,7 +56,7 @@ def dkd_loss(
     :mod:`fastkd.functional.targets`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant.
         target: the class of each row, whole numbers ``[*]``.
         alpha: the weight of TCKD, at least 0, or a tensor that broadcasts to ``[*]``, one per row. Default 1.
@@ -109,8 +109,8 @@ def dkd_loss(
 
 
 def nkd_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: Logits,
     target: Tensor,
     *,
     gamma: Tensor | float = 1.5,
@@ -142,7 +142,7 @@ def nkd_loss(
     :mod:`fastkd.functional.targets`.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be.
         teacher: raw logits ``[*, V]``, a constant.
         target: the class of each row, whole numbers ``[*]``.
         gamma: the weight of the second term, at least 0, or a tensor that broadcasts to ``[*]``, one per row. Default

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Reduction
+from .._types import Logits, Reduction
 from ._loss import _Loss
 
 
@@ -78,8 +78,8 @@ class NegativeLogAcceptanceLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -90,8 +90,8 @@ class NegativeLogAcceptanceLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -198,8 +198,8 @@ class AlphaBetaDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -210,8 +210,8 @@ class AlphaBetaDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -307,8 +307,8 @@ class BernoulliKLDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -319,8 +319,8 @@ class BernoulliKLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.

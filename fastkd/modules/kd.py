@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import SoftDivergence, TargetReduction
+from .._types import Logits, SoftDivergence, TargetReduction
 from ._loss import _Loss
 
 
@@ -129,8 +129,8 @@ class KDLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         target: Tensor,
         *,
         temperature: Tensor | float | None = None,
@@ -143,8 +143,8 @@ class KDLoss(_Loss):
         a named tuple that begins with it.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             target: the class of each row, whole numbers ``[*]``.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.

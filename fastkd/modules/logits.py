@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, functional
-from .._types import Reduction
+from .._types import Logits, Reduction
 from ._loss import _Loss
 
 
@@ -80,8 +80,8 @@ class KLDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -92,8 +92,8 @@ class KLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -187,8 +187,8 @@ class SoftCrossEntropyLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -199,8 +199,8 @@ class SoftCrossEntropyLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -294,8 +294,8 @@ class ReverseKLDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -306,8 +306,8 @@ class ReverseKLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -401,8 +401,8 @@ class TotalVariationLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -413,8 +413,8 @@ class TotalVariationLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.

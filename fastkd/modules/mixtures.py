@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Reduction
+from .._types import Logits, Reduction
 from ._loss import _Loss
 
 
@@ -83,8 +83,8 @@ class JSDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -95,8 +95,8 @@ class JSDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -196,8 +196,8 @@ class SymmetricKLDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -208,8 +208,8 @@ class SymmetricKLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -309,8 +309,8 @@ class SkewKLDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -321,8 +321,8 @@ class SkewKLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.
@@ -422,8 +422,8 @@ class SkewReverseKLDivLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -434,8 +434,8 @@ class SkewReverseKLDivLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
             mask: bool, broadcastable to ``[*]``, True where the row counts. Default: every row counts.

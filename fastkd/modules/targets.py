@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import TargetReduction
+from .._types import Logits, TargetReduction
 from ._loss import _Loss
 
 
@@ -93,8 +93,8 @@ class DKDLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         target: Tensor,
         *,
         temperature: Tensor | float | None = None,
@@ -106,8 +106,8 @@ class DKDLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             target: the class of each row, whole numbers ``[*]``.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.
@@ -217,8 +217,8 @@ class NKDLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: Logits,
         target: Tensor,
         *,
         temperature: Tensor | float | None = None,
@@ -230,8 +230,8 @@ class NKDLoss(_Loss):
         """The loss: a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
 
         Args:
-            student: raw logits ``[*, V]``, whose classes are at ``dim``.
-            teacher: raw logits of the same shape, a constant.
+            student: raw logits ``[*, V]``, whose classes are at ``dim``, or :class:`fastkd.LinearLogits`.
+            teacher: of the same shape, a constant, of either form.
             target: the class of each row, whole numbers ``[*]``.
             temperature: for this call, a number or a tensor that broadcasts to ``[*]``. Default: the module's.
             teacher_temperature: for this call, of the same form. Default: the module's.

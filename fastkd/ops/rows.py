@@ -1,6 +1,8 @@
 """The rows schedule: divergences between the rows of student and teacher logits."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -137,10 +139,25 @@ def logits_loss(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
     means over rows of its parts."""
-    whole, student = student, first_classes(student, options.num_classes)  # the teacher has the first alone
-    dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     if options.standardize:
         namespace = standardized(namespace)
+    # the teacher has the first classes alone
+    call = call_of(namespace, divergence, first_classes(student, options.num_classes), teacher.detach(), options)
+
+    def learned(per_row, return_parts):
+        how = namespace, options.inplace, per_row, return_parts, options.num_classes
+        return _Rows.apply(*how, *call._replace(student=student))
+
+    of_constants = functools.partial(forward, namespace)
+    return with_parts(namespace, call, options, student.requires_grad, of_constants, learned)
+
+
+def call_of(
+    namespace: str, divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
+) -> RowsCall:
+    """What the ops are told. Of student and teacher, which have the classes that count, only shape, dtype and device
+    are looked at here."""
+    dtype, leading = compute_dtype(student, teacher), student.shape[:-1]
     parameters = [options.parameter, options.second]
     if torch.compiler.is_compiling():
         for i, _ in enumerate(parameters_of(options.target_loss or divergence)):
@@ -150,9 +167,9 @@ def logits_loss(
     scale, scale_tensor = inverse_divisor(
         OPS[namespace], student, options.reduction, mask, options.normalizer, dtype
     )  # fmt: skip
-    call = RowsCall(
+    return RowsCall(
         student,
-        teacher.detach(),
+        teacher,
         NUMBERS[divergence],
         parameter,
         parameter_rows,
@@ -166,24 +183,37 @@ def logits_loss(
         # no field's default: torch.compile takes one that is a number for one that may change
         *((0.0, None) if options.second is None else number_or_rows(parameters[1], leading, torch.float64)),
     )
+
+
+def with_parts(
+    namespace: str,
+    call: RowsCall,
+    options: LogitsOptions,
+    learns: bool,
+    of_constants: Callable[..., torch.Tensor],
+    learned: Callable[..., Any],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and the means over rows of its parts where they are asked for. learns: whether a gradient is wanted
+    where gradients are recorded; of_constants(call, per_row, parts): the loss without one, which fills parts;
+    learned(per_row, return_parts): that of ``call`` with one, and its parts."""
     per_row = options.reduction == "none"
-    differentiates = whole.requires_grad and torch.is_grad_enabled()
+    differentiates = learns and torch.is_grad_enabled()
     parts = None
     if options.return_parts and (options.soft_weight == 0 or not differentiates):
         parts = new_parts(call)
     if options.return_parts and options.soft_weight == 0:  # the kernels leave out what has no weight: a pass of its own
         weights = numbers.as_tensor(options.hard_weight, 1.0, options.label_smoothing)
-        forward(namespace, call._replace(student=student.detach(), target_numbers=weights), per_row, parts=parts)
-    with_parts = options.return_parts and options.soft_weight != 0
+        of_constants(call._replace(student=call.student.detach(), target_numbers=weights), per_row, parts=parts)
+    parts_too = options.return_parts and options.soft_weight != 0
     if differentiates:
-        how = namespace, options.inplace, per_row, with_parts, options.num_classes
-        loss = _Rows.apply(*how, *call._replace(student=whole))
-        loss, parts = loss if with_parts else (loss, parts)
+        loss = learned(per_row, parts_too)
+        loss, parts = loss if parts_too else (loss, parts)
     else:
-        loss = forward(namespace, call, per_row, parts=parts if with_parts else None)
+        loss = of_constants(call, per_row, parts=parts if parts_too else None)
     if not options.return_parts:
         return loss
-    share, share_tensor = inverse_divisor(OPS[namespace], student, "batchmean", mask, None, dtype)
+    dtype = compute_dtype(call.student, call.teacher)
+    share, share_tensor = inverse_divisor(OPS[namespace], call.student, "batchmean", call.mask, None, dtype)
     means = parts.reshape(-1, PARTS_SIZE).sum(0) * (share if share_tensor is None else share_tensor)
     return loss, means.to(dtype)
 

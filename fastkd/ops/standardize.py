@@ -16,9 +16,7 @@ slabs.
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +35,7 @@ from .._calls import (
 )
 from ..reference import compute_dtype
 from . import dist, head, rows
+from .slabs import Room, slabs
 
 # Elements of a slab. On a GPU launches cost as much as many elements do.
 SLAB = {"cpu": 2**20, "cuda": 2**23}
@@ -51,16 +50,6 @@ class Ops(NamedTuple):
 
 NAMES = ("standardize_fwd", "standardize_bwd")
 OPS: dict[str, Ops] = {}  # by namespace
-# Of what a call has for each row, where that is a tensor.
-OF_ROWS = (
-    "parameter_rows",
-    "second_parameter_rows",
-    "temperature_rows",
-    "teacher_temperature_rows",
-    "mask",
-    "weight",
-    "target",
-)
 
 
 def _fake(*_):
@@ -85,60 +74,9 @@ def use_namespace(namespace: str) -> None:
     )
 
 
-class _Slab(NamedTuple):
-    """Some rows: x[index] of a tensor [*, V], and first to last of what is [N]."""
-
-    index: tuple[Any, ...]
-    first: int
-    last: int
-
-    def call(self, call: RowsCall) -> RowsCall:
-        of_rows = {name: self.of_rows(getattr(call, name)) for name in OF_ROWS}
-        return call._replace(student=call.student[self.index], teacher=call.teacher[self.index], **of_rows)
-
-    def of_rows(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        return x if x is None or x.dim() == 0 else x[self.first : self.last]
-
-
-def slabs(leading: torch.Size, most: int) -> Iterator[_Slab]:
-    """Slabs of at most so many rows, in their order: ranges of one of the leading dimensions. They are the same for any
-    number of threads, and so are the sums over their rows."""
-    if not leading:
-        yield _Slab((), 0, 1)
-        return
-    split = 0
-    while split + 1 < len(leading) and math.prod(leading[split + 1 :]) > most:
-        split += 1
-    rows_of_one = math.prod(leading[split + 1 :])
-    step = max(most // max(rows_of_one, 1), 1)
-    row = 0
-    for at in itertools.product(*map(range, leading[:split])):
-        for begin in range(0, leading[split], step):
-            end = min(begin + step, leading[split])
-            last = row + (end - begin) * rows_of_one
-            yield _Slab((*at, slice(begin, end)), row, last)
-            row = last
-
-
 def rows_of_slab(student: torch.Tensor) -> int:
     """At most."""
     return max(SLAB.get(student.device.type, SLAB["cpu"]) // student.shape[-1], 1)
-
-
-class _Room:
-    """Memory for a slab, which the next one of its layout takes again."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.kept: dict[Any, torch.Tensor] = {}
-
-    def of(self, name: str, like: torch.Tensor) -> torch.Tensor:
-        """Rows that lie side by side do so there."""
-        key = name, like.shape, like.stride()
-        if key not in self.kept:
-            self.kept = {of: x for of, x in self.kept.items() if of[0] != name}
-            self.kept[key] = torch.empty_like(like, dtype=self.dtype)
-        return self.kept[key]
 
 
 def _soft(namespace, call, room, moments, loss, grad, parts):
@@ -175,7 +113,7 @@ def _run(namespace, call, loss, grad, parts=None):
     dtype, per_row = compute_dtype(student, call.teacher), loss.dim() > 0
     soft, hard = _parts(call)
     found = list(slabs(leading, rows_of_slab(student)))
-    room = _Room(dtype)
+    room = Room(dtype)
     losses = loss.view(-1) if per_row else student.new_empty((2 if hard else 1, len(found)), dtype=dtype)
     of_hard = torch.empty_like(losses) if per_row and hard else None
     parts = None if parts is None else parts.view(-1, rows.PARTS_SIZE)
@@ -218,7 +156,7 @@ def _standardized_head_weight(namespace, *arguments):
     """``head_weight`` of the standardized logits."""
     call = HeadWeight(*arguments)
     student, leading = call.student, call.student.shape[:-1]
-    room, standardize = _Room(compute_dtype(student, call.teacher)), OPS[namespace].fwd
+    room, standardize = Room(compute_dtype(student, call.teacher)), OPS[namespace].fwd
     for slab in slabs(leading, rows_of_slab(student)):
         of_rows = ("temperature_rows", "teacher_temperature_rows", "mask")
         part = call._replace(
@@ -245,7 +183,7 @@ def _standardized_dist_fwd(namespace, *arguments):
 def _standardized_dist_bwd(namespace, *arguments):
     call, rest = DistCall(*arguments[: len(DistCall._fields)]), DistBackward(*arguments[len(DistCall._fields) :])
     student, teacher, mask = call.student, call.teacher, call.mask
-    room, standardize = _Room(compute_dtype(student, teacher)), OPS[namespace].fwd
+    room, standardize = Room(compute_dtype(student, teacher)), OPS[namespace].fwd
     for slab in slabs(student.shape[:-1], rows_of_slab(student)):
         x, y, counts = student[slab.index], teacher[slab.index], slab.of_rows(mask)
         s, t = room.of("student", x), room.of("teacher", y)

@@ -1,0 +1,421 @@
+"""Logits that are never whole: the products of hidden states and a head, a slab of rows at a time.
+
+For each slab: both sides' logits z = scale (hidden W^T + b), capped where there is a softcap, in float32 at least; the
+rows schedule, whose gradient g takes the place of the student's logits; and the products back, g W to the hidden states
+and g^T hidden to the weight. All of that is done in forward, so that no logits are made twice. Where the gradient can
+not be made in forward (one upstream gradient per row; float16, which would underflow before a loss scaler multiplies
+it) backward makes the slabs once more, with the upstream gradient for weights.
+
+Sums over slabs, which the gradients of weight and bias are, are in float32 at least, and rounded once. On the CPU,
+whose BLAS multiplies float32 alone at full speed, a head in half precision is widened a tile at a time; on a GPU g is
+rounded to the head's type once, and products are summed and left in float32.
+
+Of rows that a mask leaves out nothing is computed where the host knows the mask, on the CPU; elsewhere their hidden
+states are taken for 0, as 0 times what they hold would be NaN where they hold that.
+"""
+
+import collections
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _library
+from .._calls import HeadWeight, LinearOutputs, LinearRows, RowsCall, RowsForward
+from .._check import LogitsOptions
+from .._divergences import DERIVED
+from .._inplace import overwritten
+from ..forms import LinearLogits, logits_of
+from ..reference import compute_dtype, without_autocast
+from . import head, numbers, rows
+from .gradient import all_scaled, forbid_double_backward
+from .saved import restored, save
+from .slabs import Gathered, evenly, gathered, slabs
+
+# Bytes that the logits of a slab take, of each side, and how many rows there are at least where the user says nothing:
+# enough for the BLAS's rate.
+ROWS = 64
+SLAB_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
+TILE = 2**20  # elements of a head that are widened at a time
+
+
+_Call = collections.namedtuple("_Call", (*RowsCall._fields, *LinearRows._fields))
+
+
+class _SideParts(NamedTuple):
+    """What a side is made of: hidden states with a head, or logits."""
+
+    x: torch.Tensor
+    head: torch.Tensor | None
+    bias: torch.Tensor | None
+    numbers: tuple[float, float]  # scale, softcap
+
+
+def _parts_of(side, num_classes):
+    """num_classes: that count, or None: all."""
+    if not isinstance(side, LinearLogits):
+        return _SideParts(rows.first_classes(side, num_classes), None, None, (1.0, math.inf))
+    weight, bias = side.weight, side.bias
+    if num_classes is not None:  # not else: the gradient of a view is a copy
+        weight, bias = weight[:num_classes], bias if bias is None else bias[:num_classes]
+    softcap = math.inf if side.softcap is None else side.softcap
+    return _SideParts(side.hidden, weight, bias, (side.scale, softcap))
+
+
+def rows_of_slab(side: LinearLogits) -> int:
+    """At most."""
+    row = len(side.weight) * compute_dtype(side.weight).itemsize
+    if side.slab_bytes is not None:
+        return max(side.slab_bytes // row, 1)
+    return max(SLAB_BYTES.get(side.weight.device.type, SLAB_BYTES["cpu"]) // row, ROWS)
+
+
+class _Head:
+    """One side's head: products with it, in float32 or float64."""
+
+    def __init__(self, weight, bias, scale, softcap):
+        self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
+        self.dtype = compute_dtype(weight)
+        self.wide = weight.dtype is self.dtype
+        self.widened = not self.wide and not weight.is_cuda
+
+    def tiles(self):
+        """Pairs of a slice of the classes and its part of the head, widened."""
+        step = max(TILE // max(self.weight.shape[1], 1), 16)
+        for first in range(0, len(self.weight), step):
+            part = slice(first, min(first + step, len(self.weight)))
+            yield part, self.weight[part].to(self.dtype)
+
+    def logits(self, hidden, out):
+        """scale (hidden W^T + b), capped."""
+        if self.wide:
+            _product(hidden, self.weight.T, self.scale, out)
+        elif self.widened:
+            x = hidden.to(self.dtype)
+            for part, W in self.tiles():
+                _product(x, W.T, self.scale, out[:, part])
+        else:
+            torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
+            if self.scale != 1:
+                out *= self.scale
+        if self.bias is not None:
+            out.add_(self.bias, alpha=self.scale)
+        if self.softcap < math.inf:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def uncapped(self, grad, logits):
+        """grad, with respect to the logits before the softcap; the logits are lost."""
+        if self.softcap < math.inf:
+            grad.addcmul_(grad, logits.square_(), value=-1 / (self.softcap * self.softcap))
+
+    def rounded(self, grad):
+        """As the products back take it."""
+        return grad if self.wide or self.widened else grad.to(self.weight.dtype)
+
+    def to_hidden(self, grad, out):
+        """out = scale g W."""
+        if self.widened:
+            total = torch.zeros_like(out, dtype=self.dtype)
+            for part, W in self.tiles():
+                total.addmm_(grad[:, part], W, alpha=self.scale)
+            out.copy_(total)
+        else:
+            _product(grad, self.weight, self.scale, out)
+
+    def to_weight(self, grad, hidden, total, more):
+        """total += scale g^T hidden, or = where there was nothing before."""
+        beta = 1 if more else 0
+        if self.wide or self.widened:
+            torch.addmm(total, grad.T, hidden.to(self.dtype), beta=beta, alpha=self.scale, out=total)
+        else:
+            torch.addmm(total, grad.T, hidden, out_dtype=self.dtype, beta=beta, alpha=self.scale, out=total)
+
+
+def _product(x, y, scale, out):
+    torch.addmm(out, x, y, beta=0, alpha=scale, out=out)
+
+
+class _Side:
+    """The logits of a side, slab by slab."""
+
+    def __init__(self, x, weight, bias, scale, softcap, slab_rows):
+        self.x = x
+        self.head = None if weight is None else _Head(weight, bias, scale, softcap)
+        self.room = None if weight is None else x.new_empty(slab_rows, len(weight), dtype=self.head.dtype)
+        self.hidden = None  # of the slab, [n, H]
+
+    def logits(self, slab, mask):
+        x = self.x[slab.index]
+        if self.head is None:
+            return x
+        leading = x.shape[:-1]
+        self.hidden = x.reshape(-1, x.shape[-1])
+        if mask is not None:
+            self.hidden = self.hidden.masked_fill(~mask[:, None], 0)
+        z = self.room[: len(self.hidden)]
+        self.head.logits(self.hidden, z)
+        return z.view(*leading, -1)
+
+
+class _Gradients:
+    """What the student's head and hidden states have summed up."""
+
+    def __init__(self, student, outputs):
+        self.student, self.outputs, self.head = student, outputs, student.head
+        self.totals = [self._total(x) for x in (outputs.head_grad, outputs.bias_grad)]
+        self.slabs = 0
+        self.room = None
+        if self.head.softcap < math.inf and self.wanted:
+            self.room = torch.empty_like(student.room)
+
+    def _total(self, out):
+        """Room for a sum over slabs: that of the gradient, where it has the type."""
+        return out if out is None or out.dtype is self.head.dtype else torch.empty_like(out, dtype=self.head.dtype)
+
+    @property
+    def wanted(self):
+        return any(x is not None for x in self.outputs[1:4])
+
+    def of(self, z):
+        """Where a slab's gradient goes: over its logits, unless these are needed after it."""
+        if not self.wanted:
+            return None
+        return z if self.room is None else self.room[: z.numel() // z.shape[-1]].view_as(z)
+
+    def add(self, slab, z, grad):
+        """Takes the gradient of a slab's logits back through the head."""
+        head, hidden = self.head, self.student.hidden
+        z, g = z.view(len(hidden), -1), grad.view(len(hidden), -1)
+        head.uncapped(g, z)
+        of_weight, of_bias = self.totals
+        self.slabs += 1
+        if of_bias is not None:
+            torch.add(of_bias if self.slabs > 1 else 0, g.sum(0), alpha=head.scale, out=of_bias)
+        if self.outputs.grad is None and of_weight is None:
+            return
+        g = head.rounded(g)
+        if self.outputs.grad is not None:
+            into = self.outputs.grad[slab.index]
+            copy = isinstance(slab, Gathered) or not into.is_contiguous()
+            out = torch.empty_like(hidden) if copy else into.view_as(hidden)
+            head.to_hidden(g, out)
+            if copy:
+                self.outputs.grad[slab.index] = out.view_as(into)
+        if of_weight is not None:
+            head.to_weight(g, hidden, of_weight, self.slabs > 1)
+
+    def finish(self):
+        """Rounds the sums."""
+        for out, total in zip(self.outputs[2:4], self.totals, strict=True):
+            if out is None:
+                continue
+            if self.slabs == 0:  # no row counts
+                out.zero_()
+            elif total is not out:
+                out.copy_(total)
+
+
+def _flat(tensors):
+    """Rows [N, *] where all tensors [*, *] have them so without a copy."""
+    if all(x is None or x.is_contiguous() for x in tensors):
+        return [x if x is None else x.view(-1, x.shape[-1]) for x in tensors]
+    return tensors
+
+
+@torch.no_grad()
+def _linear_rows(namespace, *arguments):
+    """The implementation of the op."""
+    ends = len(RowsCall._fields), len(RowsCall._fields) + len(LinearRows._fields)
+    call, linear = RowsCall(*arguments[: ends[0]]), LinearRows(*arguments[ends[0] : ends[1]])
+    out = LinearOutputs(*arguments[ends[1] :])
+    with without_autocast(call.student.device):
+        _run(namespace, call, linear, out)
+
+
+def _checked(numbers_):
+    """Scale and softcap of both sides. They were not checked where torch.compile had made them symbols."""
+    for name, x in zip(("student.scale", "student.softcap", "teacher.scale", "teacher.softcap"), numbers_, strict=True):
+        if not x > 0 or (x == math.inf and "scale" in name):  # of a softcap it means none
+            raise RuntimeError(f"{name}: a positive finite number wanted, got {x}")
+    return numbers_
+
+
+def _run(namespace, call, linear, out):
+    N = math.prod(call.student.shape[:-1])
+    student_x, teacher_x, grad = _flat([call.student, call.teacher, out.grad])
+    call, out = call._replace(student=student_x, teacher=teacher_x), out._replace(grad=grad)
+    leading, most = student_x.shape[:-1], max(1, evenly(N, linear.slab_rows))
+    given = _checked(linear.numbers.tolist())
+    student = _Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)
+    teacher = _Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:], most)
+    back = None if student.head is None else _Gradients(student, out)
+    per_row = out.loss.dim() > 0
+    losses = out.loss.view(-1) if per_row else None
+    parts = None if out.parts is None else out.parts.view(-1, rows.PARTS_SIZE)
+    packs = call.mask is not None and call.mask.device.type == "cpu" and student.head is not None
+    packs = packs and not bool(call.mask.all())
+    if packs:  # nothing else is written of the rows that do not count
+        found = list(gathered(leading, call.mask, most))
+        for x in (out.grad, losses, parts):
+            if x is not None:
+                x.zero_()
+    else:
+        found = list(slabs(leading, most))
+    sums = call.student.new_zeros(0 if per_row else len(found), dtype=out.loss.dtype)
+    for i, slab in enumerate(found):
+        options = slab.options(call)
+        s, t = student.logits(slab, options["mask"]), teacher.logits(slab, options["mask"])
+        part = call._replace(student=s, teacher=t, **options)
+        if linear.adaptive:
+            part = part._replace(parameter_rows=_student_weight(namespace, part))
+        grad = back.of(s) if back else None if out.grad is None else out.grad[slab.index]
+        loss = s.new_empty(s.shape[:-1], dtype=out.loss.dtype) if per_row else sums[i]
+        of_parts = None if parts is None else s.new_empty(*s.shape[:-1], rows.PARTS_SIZE, dtype=parts.dtype)
+        rows.OPS[namespace].fwd(*part, *RowsForward(loss, grad, None, of_parts))
+        at = slab.rows if packs else slice(slab.first, slab.last)
+        if per_row:
+            losses[at] = loss.view(-1)
+        if parts is not None:
+            parts[at] = of_parts.view(-1, rows.PARTS_SIZE)
+        if back and back.wanted:
+            back.add(slab, s, grad)
+        del s, t, part, grad  # not two of them at a time, where they are copies
+    if not per_row:
+        out.loss.copy_(sums.sum(dtype=torch.float64))
+    if back:
+        back.finish()
+
+
+def _student_weight(namespace, part):
+    """Of each row of a slab, as ``adaptive_kl_div`` has it."""
+    weight = part.student.new_empty(part.student.shape[:-1], dtype=torch.float64)
+    temperatures = (
+        part.temperature, part.temperature_rows, part.teacher_temperature, part.teacher_temperature_rows,
+    )  # fmt: skip
+    mu = part.parameter, part.parameter_rows
+    head.OPS[namespace](*HeadWeight(part.student, part.teacher, *temperatures, part.mask, *mu, weight))
+    return weight.view(-1)
+
+
+_library.fastkd.impl("linear_rows", _linear_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::linear_rows", lambda *_: None)
+
+
+class _Learns(NamedTuple):
+    """What of the student wants a gradient."""
+
+    x: bool  # its hidden states or logits
+    head: bool
+    bias: bool
+
+
+class _LinearLogits(torch.autograd.Function):
+    """The loss of a student that wants a gradient, where student or teacher are hidden states with a head."""
+
+    @staticmethod
+    def forward(ctx, namespace, inplace, per_row, return_parts, num_classes, learns, *fields):
+        call = _Call(*fields)
+        ctx.namespace, ctx.inplace, ctx.num_classes, ctx.learns = namespace, inplace, num_classes, learns
+        loss = rows.new_loss(call, per_row)
+        parts = rows.new_parts(call) if return_parts else None
+        ctx.recompute = per_row or call.student.dtype is torch.float16
+        if inplace:
+            overwritten(call.student)
+            call = call._replace(student=call.student.detach())
+        if ctx.recompute:
+            _op(namespace, call, num_classes, loss, (None, None, None), parts)
+            save(ctx, call)
+        else:
+            grads = _new_grads(call, learns, inplace)
+            _op(namespace, call, num_classes, loss, grads, parts)
+            ctx.save_for_backward(*(x for x in grads if x is not None))
+        if parts is None:
+            return loss
+        ctx.mark_non_differentiable(parts)
+        return loss, parts
+
+    @staticmethod
+    def backward(ctx, upstream, *_):
+        grads = forbid_double_backward(_gradients, ctx, upstream)
+        found = dict(zip(("student", "student_head", "student_bias"), grads, strict=True))
+        return *(None for _ in range(6)), *(found.get(name) for name in _Call._fields)
+
+
+def _gradients(ctx, upstream):
+    """Of the student's x, head and bias; None where it is not wanted."""
+    if not ctx.recompute:
+        found = iter(all_scaled(rows.OPS[ctx.namespace].scale_, list(ctx.saved_tensors), upstream))
+        return [next(found) if wanted else None for wanted in ctx.learns]
+    (call,) = restored(ctx, _Call)
+    N = math.prod(call.student.shape[:-1])
+    upstream = upstream.expand(call.student.shape[:-1]).reshape(N)
+    weight = upstream.contiguous() if call.weight is None else call.weight * upstream
+    grads = _new_grads(call, ctx.learns, ctx.inplace)
+    _op(ctx.namespace, call._replace(weight=weight), ctx.num_classes, weight.new_empty(()), grads, None)
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(call.student)  # another backward must not read it
+    return grads
+
+
+def _new_grads(call, learns, inplace):
+    """Memory for the gradients that are wanted."""
+    x = call.student if inplace else rows.new_grad(call.student) if learns.x else None
+    return [x, *(torch.empty_like(y) if wanted else None for y, wanted in
+                 zip((call.student_head, call.student_bias), learns[1:], strict=True))]  # fmt: skip
+
+
+def _op(namespace, call, num_classes, loss, grads, parts):
+    """Of the classes that count; the gradient of the others is 0."""
+    grad, head_grad, bias_grad = grads
+    student, head_, bias = call.student, call.student_head, call.student_bias
+    if num_classes is not None:
+        if head_ is None:
+            student = rows.first_classes(student, num_classes)
+            grad = None if grad is None else rows.of_first_classes(grad, num_classes)
+        else:
+            head_, bias = head_[:num_classes], None if bias is None else bias[:num_classes]
+            for x in (head_grad, bias_grad):
+                if x is not None:
+                    x[num_classes:].zero_()
+            head_grad, bias_grad = (None if x is None else x[:num_classes] for x in (head_grad, bias_grad))
+    call = call._replace(student=student, student_head=head_, student_bias=bias)
+    torch.ops.fastkd.linear_rows(namespace, *call, *LinearOutputs(loss, grad, head_grad, bias_grad, parts))
+
+
+def logits_loss(
+    namespace: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """As that of the rows schedule; student or teacher, or both, are LinearLogits, and the teacher has all classes."""
+    if options.standardize:
+        namespace = rows.standardized(namespace)
+    adaptive = divergence in DERIVED
+    if adaptive:
+        divergence = DERIVED[divergence].divergence
+    count = options.num_classes
+    of_teacher = _parts_of(teacher, count)
+    # detached also because torch.compile gives an autograd.Function no tensor twice, and both may have one head
+    constants = (x if x is None else x.detach() for x in of_teacher[:3])
+    sides = [_parts_of(student, None), _SideParts(*constants, of_teacher.numbers)]
+    rows_call = rows.call_of(namespace, divergence, logits_of(student, count), logits_of(teacher, count), options)
+    call = _Call(
+        *rows_call._replace(student=sides[0].x, teacher=sides[1].x),
+        *LinearRows(
+            sides[0].head, sides[0].bias, sides[1].head, sides[1].bias,
+            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers),
+            min(rows_of_slab(x) for x in (student, teacher) if isinstance(x, LinearLogits)), adaptive,
+        ),
+    )  # fmt: skip
+    learns = _Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
+
+    def learned(per_row, return_parts):
+        how = namespace, options.inplace, per_row, return_parts, count, learns
+        return _LinearLogits.apply(*how, *call)
+
+    def of_constants(of, per_row, parts):
+        of = call._replace(**of._asdict())
+        loss = rows.new_loss(of, per_row)
+        _op(namespace, of, count, loss, (None, None, None), parts)
+        return loss
+
+    of_rows = RowsCall(*call[: len(RowsCall._fields)])
+    return rows.with_parts(namespace, of_rows, options, any(learns), of_constants, learned)
