@@ -1,8 +1,10 @@
 """A language model's head and the divergence of its logits: from hidden states ``[N, H]`` and the head's weight
-``[V, H]``, both of which get a gradient, and the teacher's logits ``[N, V]``.
+``[V, H]``, both of which get a gradient, and the teacher's logits ``[N, V]``; or from those of the student and those of
+the teacher ("two heads").
 
-fastkd's loss follows a plain linear layer; other libraries fuse both, in chunks of rows. Rates are of the
-three products, as a share of the rate that ``torch.mm`` reaches in the same run.
+fastkd takes the heads in place of logits (``LinearLogits``), or its loss follows a plain linear layer; other libraries
+fuse both, in chunks of rows. Rates are of the three products, or four, as a share of the rate that ``torch.mm`` reaches
+in the same run.
 """
 
 import functools
@@ -11,40 +13,60 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastkd import functional
+from fastkd import LinearLogits, functional
 
-from .bench_rows import TEMPERATURE, eager_log_target
+from .bench_rows import TEMPERATURE, eager_jensen_shannon, eager_log_target
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
 
-NAME = "head + kl_div"
+ONE, TWO = "head + kl_div", "two heads + kl_div"
+TWO_OF_JS = "two heads + js_div"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-CASES = {"cpu": [("1024x512x32000", "float32")], "cuda": [("8192x4096x128256", "bfloat16")]}  # N x H x V
+CASES = {  # N x H x V
+    "cpu": [(name, "1024x512x32000", "float32") for name in (ONE, TWO, TWO_OF_JS)],
+    "cuda": [(name, "8192x4096x128256", "bfloat16") for name in (ONE, TWO, TWO_OF_JS)],
+}
 PRODUCT = 2048  # torch.mm of two matrices of this size
 BLOCK = 2**23  # logits held in float64 at a time
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}  # logits in bfloat16 are rounded before the loss
 
 
-def own(inplace):
-    loss = functools.partial(functional.kl_div, temperature=TEMPERATURE, inplace=inplace)
-    return lambda hidden, weight, teacher: loss(F.linear(hidden, weight), teacher)
+def logits_of(teacher):
+    """Of a teacher that is logits, or hidden states and a head."""
+    return F.linear(*teacher) if isinstance(teacher, tuple) else teacher
 
 
-def eager(hidden, weight, teacher):
-    return eager_log_target(F.linear(hidden, weight), teacher)
+def own(loss, inplace):
+    return lambda hidden, weight, teacher: loss(F.linear(hidden, weight), logits_of(teacher), inplace=inplace)
+
+
+def of_heads(loss):
+    def call(hidden, weight, teacher):
+        return loss(LinearLogits(hidden, weight), LinearLogits(*teacher) if isinstance(teacher, tuple) else teacher)
+
+    return call
+
+
+def eager_of(loss):
+    def call(hidden, weight, teacher):
+        return loss(F.linear(hidden, weight), logits_of(teacher))
+
+    return call
 
 
 class Truth:
     """In float64, in blocks of rows."""
 
-    def __init__(self, hidden, weight, teacher):
+    def __init__(self, loss, hidden, weight, teacher):
         h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
         step, self.loss = max(BLOCK // len(w), 1), 0.0
         for start in range(0, len(h), step):
             rows = slice(start, start + step)
-            log_p = F.log_softmax(h[rows] @ w.T / TEMPERATURE, -1)
-            log_q = F.log_softmax(teacher[rows].double() / TEMPERATURE, -1)
-            part = F.kl_div(log_p, log_q, reduction="sum", log_target=True) * TEMPERATURE**2 / len(h)
+            if isinstance(teacher, tuple):
+                target = teacher[0][rows].double() @ teacher[1].double().T
+            else:
+                target = teacher[rows].double()
+            part = loss(h[rows] @ w.T, target) * len(target) / len(h)
             part.backward()
             self.loss += part.item()
         self.grads = h.grad, w.grad
@@ -68,13 +90,23 @@ def provide(label, loss, hidden, weight, teacher):
     return Provider(label, leaves, lambda *inputs: loss(*inputs).backward(), answer)
 
 
-def providers(hidden, weight, teacher):
+LOSSES = {  # fastkd's, and by plain PyTorch
+    "kl_div": (functional.kl_div, eager_log_target),
+    "js_div": (functional.js_div, eager_jensen_shannon),
+}
+
+
+def providers(name, hidden, weight, teacher):
     """All that can run here, and of the others why not."""
     torch._dynamo.reset()
     backends, missing = own_backends(hidden.device.type)
-    losses = {label: with_backend(own(False), backend) for label, backend in backends.items()}
-    losses |= {f"{label} inplace": with_backend(own(True), backend) for label, backend in backends.items()}
-    theirs, without = peers(NAME, hidden.device.type, temperature=TEMPERATURE)
+    ours, eager = LOSSES[name.split()[-1]]
+    ours, eager = functools.partial(ours, temperature=TEMPERATURE), eager_of(eager)
+    losses = {label: with_backend(of_heads(ours), backend) for label, backend in backends.items()}
+    losses |= {
+        f"{label} of logits inplace": with_backend(own(ours, True), backend) for label, backend in backends.items()
+    }
+    theirs, without = peers(name, hidden.device.type, temperature=TEMPERATURE)
     losses |= {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False), **theirs}
     found = [provide(label, loss, hidden, weight, teacher) for label, loss in losses.items()]
     a, b = (torch.randn(PRODUCT, PRODUCT, device=hidden.device).to(hidden.dtype) for _ in range(2))
@@ -83,24 +115,26 @@ def providers(hidden, weight, teacher):
 
 
 def test_heads(benchmark, case, rounds, device):
-    shape, dtype = case
+    name, shape, dtype = case
     N, H, V = map(int, shape.split("x"))
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, teacher = (
-        (torch.randn(*size, generator=generator) * scale).to(device, DTYPES[dtype])
-        for size, scale in (((N, H), 1.0), ((V, H), H**-0.5), ((N, V), 1.0))
-    )
-    found, missing = providers(hidden, weight, teacher)
-    errors = judge(found, missing, Truth(hidden, weight, teacher))
+
+    def drawn(*size, scale=1.0):
+        return (torch.randn(*size, generator=generator) * scale).to(device, DTYPES[dtype])
+
+    hidden, weight = drawn(N, H), drawn(V, H, scale=H**-0.5)
+    teacher = drawn(N, V) if name == ONE else (drawn(N, H), drawn(V, H, scale=H**-0.5))
+    found, missing = providers(name, hidden, weight, teacher)
+    errors = judge(found, missing, Truth(LOSSES[name.split()[-1]][1], hidden, weight, teacher))
     results = interleave(benchmark, found, rounds, 1, device)
-    rate, flops = 2 * PRODUCT**3 / results["mm"]["median_s"], 6 * N * H * V
+    rate, flops = 2 * PRODUCT**3 / results["mm"]["median_s"], (6 if name == ONE else 8) * N * H * V
     for label, result in results.items():
         result.update(
             product_share=(2 * PRODUCT**3 if label == "mm" else flops) / result["median_s"] / rate,
             **errors.get(label, {}),
         )
     benchmark.extra_info.update(
-        case=f"{NAME} {shape} {dtype}", family="heads", loss=NAME, shape=[N, H, V], dtype=dtype,
+        case=f"{name} {shape} {dtype}", family="heads", loss=name, shape=[N, H, V], dtype=dtype,
         mode="forward+backward", gradient_bytes=(N + V) * H * DTYPES[dtype].itemsize, flops=flops,
         product_flops_per_s=rate, providers=results, missing=missing,
     )  # fmt: skip

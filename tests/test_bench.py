@@ -59,13 +59,18 @@ def test_truth_in_blocks_is_the_reference(name, shape, monkeypatch):
     assert relations_truth.wrong(truth.errors(loss.detach() * 1.001, x.grad), torch.float32)
 
 
-def test_truth_of_heads_in_blocks_is_the_reference(monkeypatch):
+@pytest.mark.parametrize("name", [bench_heads.ONE, bench_heads.TWO_OF_JS])
+def test_truth_of_heads_in_blocks_is_the_reference(monkeypatch, name):
     monkeypatch.setattr(bench_heads, "BLOCK", 200)
     hidden, weight, teacher = torch.randn(13, 5), torch.randn(40, 5), torch.randn(13, 40)
-    truth = bench_heads.Truth(hidden, weight, teacher)
+    if name != bench_heads.ONE:
+        teacher = torch.randn(13, 3), torch.randn(40, 3)
+    ours, eager = bench_heads.LOSSES[name.split()[-1]]
+    truth = bench_heads.Truth(eager, hidden, weight, teacher)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    target = teacher.double() if name == bench_heads.ONE else teacher[0].double() @ teacher[1].double().T
     with fastkd.backend("torch"):
-        loss = functional.kl_div(h @ w.T, teacher.double(), temperature=bench_heads.TEMPERATURE)
+        loss = ours(h @ w.T, target, temperature=bench_heads.TEMPERATURE)
     loss.backward()
     assert max(truth.errors(loss.detach(), (h.grad, w.grad)).values()) < 1e-13
 
@@ -105,7 +110,8 @@ def test_a_wrong_answer_of_ours_is_an_error_and_of_others_a_reason():
         raise ZeroDivisionError("no")
 
     theirs, ours = (measure.Provider(name, None, None, answer) for name in ("eager", "fastkd"))
-    truth = bench_heads.Truth(torch.ones(1, 1), torch.ones(1, 1), torch.ones(1, 1))
+    one = torch.ones(1, 1)
+    truth = bench_heads.Truth(bench_heads.eager_log_target, one, one, one)
     found, missing = [theirs], {}
     assert peers.judge(found, missing, truth) == {}
     assert (found, missing) == ([], {"eager": "ZeroDivisionError: no"})
