@@ -7,7 +7,7 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 
 from . import functional
 from ._backend import backend
-from .forms import LinearLogits
+from .forms import LinearLogits, TopKLogProbs
 from .modules import (
     AdaptiveKLDivLoss,
     AlphaBetaDivLoss,
@@ -70,6 +70,7 @@ __all__ = [
     "SkewReverseKLDivLoss",
     "SoftCrossEntropyLoss",
     "SymmetricKLDivLoss",
+    "TopKLogProbs",
     "TotalVariationLoss",
     "backend",
     "functional",

@@ -59,21 +59,25 @@ class RowsBackward(NamedTuple):
     grad: Out  # [*, V], the student's dtype; may be the student itself
 
 
-class LinearRows(NamedTuple):
-    """What ``linear_rows`` is told besides a call of the rows schedule, whose student or teacher, or both, are hidden
-    states ``[*, H]``: see fastkd/ops/linear_logits.py."""
+class FormRows(NamedTuple):
+    """What ``form_rows`` is told besides a call of the rows schedule, whose student or teacher are no logits: hidden
+    states ``[*, H]`` with a head, or log-probabilities ``[*, K]`` of a teacher's best classes. See ops/forms.py."""
 
     student_head: Tensor | None  # [V, H]; None: the student has logits
     student_bias: Tensor | None  # [V]
     teacher_head: Tensor | None
     teacher_bias: Tensor | None
-    numbers: Tensor  # [4] float64 on the CPU: scale and softcap of the student, those of the teacher; inf: no softcap
+    indices: Tensor | None  # [*, K] int64, the classes of the teacher's log-probabilities; negative: padding
+    log_tail: Tensor | None  # [N], the log-probability of all other classes; None: what is left of 1
+    renormalize: bool  # whether the K classes alone count
+    numbers: Tensor  # [4] float64 on the CPU: scale and softcap of the student, those of the teacher; inf: no softcap;
+    #   of log-probabilities the teacher's scale is the temperature that they were taken at
     slab_rows: int  # how many rows of logits there are at a time, at most
     adaptive: bool  # the call's parameter is mu of head_weight, whose student_weight is the divergence's own
 
 
-class LinearOutputs(NamedTuple):
-    """The outputs of ``linear_rows``. Gradients of what learns nothing are not wanted."""
+class FormOutputs(NamedTuple):
+    """The outputs of ``form_rows``. Gradients of what learns nothing are not wanted."""
 
     loss: Out  # as of rows_fwd
     grad: OptionalOut  # that of call.student, in its dtype; of logits it may be the student itself
@@ -274,7 +278,7 @@ IN_PYTHON = (
     "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, Tensor margin, Tensor? mask, "
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
     # the rows schedule of logits that are made a slab at a time; rows: the namespace whose ops compute each slab
-    schema("linear_rows", (RowsCall, LinearRows, LinearOutputs), "str rows"),
+    schema("form_rows", (RowsCall, FormRows, FormOutputs), "str rows"),
     # rows and dist schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
     schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
     schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),

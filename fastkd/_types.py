@@ -4,10 +4,11 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from .forms import LinearLogits
+from .forms import LinearLogits, TopKLogProbs
 
 # What a loss of logits compares.
 Logits: TypeAlias = Tensor | LinearLogits
+TeacherLogits: TypeAlias = Tensor | LinearLogits | TopKLogProbs
 Reduction: TypeAlias = Literal["none", "sum", "batchmean", "mean"]
 Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "total_variation"]
 SoftDivergence: TypeAlias = Literal[

@@ -1,5 +1,7 @@
 """What may stand in place of logits: hidden states with a head, from which they are made a slab of rows at a time."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -85,6 +87,71 @@ class LinearLogits:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
+class TopKLogProbs:
+    r"""A teacher's K best classes of each row, with their log-probabilities: of a file, or of a server.
+
+    Every loss of logits takes it for the teacher, but for ``dkd_loss``, ``nkd_loss``, ``dist_loss``,
+    ``bernoulli_kl_div`` and ``standardize``, which need the others. The student is whole logits or
+    :class:`LinearLogits`. With ``tail="bucket"`` all other classes are one class more on both sides,
+
+    .. math:: q_{K+1} = 1 - \sum_{k=1}^{K} q_k, \qquad
+              p_{K+1} = \sum_{v \notin \{v_1, \ldots, v_K\}} p_v,
+
+    and the loss is that of K + 1 classes: never below 0, and 0 where the student agrees with all that is known. With
+    ``tail="renormalize"`` both sides are distributions over the K classes alone, and the gradient of all others is 0:
+    what the student gives to them is left free.
+
+    The student's bucket is summed from the logits of the classes in it, so that it keeps its digits however little is
+    in it. That of the teacher is as exact as what is given: where it matters, give ``log_tail``.
+
+    Args:
+        indices: the classes ``[*, K]``, whole numbers below V, each once in a row, in any order. A negative one is
+            padding: what stands beside it is ignored. A row of padding alone has loss 0, and counts.
+        log_probs: their log-probabilities ``[*, K]`` among all V classes. Float, of any precision.
+        tail: ``"bucket"``, the default, or ``"renormalize"``.
+        temperature: what the teacher's logits were divided by before its probabilities were taken, a positive number.
+            Default 1. With the bucket it is the teacher's temperature of the loss, as probabilities that are known in
+            part cannot be softened: give the loss ``teacher_temperature`` where the student's is another. With
+            ``"renormalize"`` the loss may have any.
+        log_tail: the log-probability ``[*]`` of the bucket. Default: that of 1 less the sum of the others.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. Values are checked where the
+            loss is computed, on the CPU: log-probabilities above 0, or whose sum of probabilities exceeds 1 by more
+            than rounding, and classes that stand twice in a row, or beyond V. On a GPU a class beyond V makes its row
+            NaN.
+
+    Example:
+        >>> import torch, fastkd
+        >>> from fastkd.functional import kl_div
+        >>> student = torch.randn(4, 100, requires_grad=True)
+        >>> log_probs, indices = torch.randn(4, 100).log_softmax(-1).topk(8)
+        >>> loss = kl_div(student, fastkd.TopKLogProbs(indices, log_probs))
+        >>> loss.backward()
+        >>> student.grad.shape
+        torch.Size([4, 100])
+    """
+
+    def __init__(
+        self,
+        indices: Tensor,
+        log_probs: Tensor,
+        *,
+        tail: Literal["bucket", "renormalize"] = "bucket",
+        temperature: float = 1.0,
+        log_tail: Tensor | None = None,
+    ) -> None:
+        _check.top_k(indices, log_probs, tail, temperature, log_tail)
+        self.indices = indices
+        self.log_probs = log_probs
+        self.tail: Literal["bucket", "renormalize"] = tail
+        self.temperature = temperature
+        self.log_tail = log_tail
+
+    def __repr__(self) -> str:
+        return f"TopKLogProbs({list(self.indices.shape)}, tail={self.tail!r}, temperature={self.temperature})"
+
+
 def _with_tensors(form, hidden, weight, bias):
     return LinearLogits(hidden, weight, bias, scale=form.scale, softcap=form.softcap, slab_bytes=form.slab_bytes)
 
@@ -102,9 +169,15 @@ def logits_of_rows(form: LinearLogits, mask: Tensor | None) -> Tensor:
     return form.logits()
 
 
-def logits_of(side: Tensor | LinearLogits, num_classes: int | None = None) -> Tensor:
+def logits_of(
+    side: Tensor | LinearLogits | TopKLogProbs, num_classes: int | None = None, student: Tensor | None = None
+) -> Tensor:
     """A tensor that is like the logits of a side, the first so many or all of them: in shape, dtype and device, and
-    where they are a tensor in all else. It holds no memory of its own."""
+    where they are a tensor in all else. It holds no memory of its own. student: the same of the student, whose classes
+    a teacher has who does not know them all."""
+    if isinstance(side, TopKLogProbs):
+        classes = 1 if student is None else student.shape[-1]
+        return side.log_probs.detach().new_empty(()).expand(*side.log_probs.shape[:-1], classes)
     if isinstance(side, LinearLogits):
         classes = len(side.weight) if num_classes is None else num_classes
         return side.hidden.detach().new_empty(()).expand(*side.hidden.shape[:-1], classes)

@@ -361,14 +361,15 @@ def logits_loss(
     divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
-    means over rows of its parts."""
+    means over rows of its parts. teacher: logits, or TopKLogProbs."""
+    teacher, few = (teacher, None) if isinstance(teacher, torch.Tensor) else (teacher.log_probs, teacher)
     dtype = compute_dtype(student, teacher)
     options = options._replace(**{name: ordinary(x) for name, x in options._asdict().items()})
     s, t = student.to(dtype), ordinary(teacher).detach().to(dtype)
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)
-    s = s[..., : t.shape[-1]]  # the classes that count
+    s = s[..., : options.num_classes if few else t.shape[-1]]  # the classes that count
 
     def per_row(x):  # [*, 1] beside the classes
         return x.to(dtype).expand(student.shape[:-1])[..., None] if isinstance(x, torch.Tensor) else x
@@ -378,8 +379,7 @@ def logits_loss(
         s = torch.where(mask[..., None], s, 0.0)
         t = torch.where(mask[..., None], t, 0.0)
     raw = s  # what a hard loss sees
-    if options.standardize:
-        s, t = _standardized_logits(s), _standardized_logits(t)
+    s, t = _compared(s, t, few, temperature, options)
     if options.target_loss is not None:
         rows = _parted_target(s, t, temperature, per_row(options.teacher_temperature), options)
         return _finished(rows, s, mask, options)
@@ -407,7 +407,7 @@ def logits_loss(
     if options.t_squared:
         rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
     if options.target is None:
-        return _finished(rows, s, mask, options)
+        return _finished(rows, raw, mask, options)
     hard, soft = _cross_entropy(raw, options), rows
     loss = _finished(_both_losses(soft, hard, raw, options), s, mask, options)
     if not options.return_parts:
@@ -417,6 +417,32 @@ def logits_loss(
     agree = s.argmax(-1) == t.argmax(-1)
     parts = torch.stack([hard, soft, *(_entropy(x, coins) for x in sides), agree.to(dtype)], -1)
     return loss, _means(parts.detach(), mask)
+
+
+def _compared(s, t, few, temperature, options):
+    """What of the logits a divergence sees."""
+    if few:
+        return _few_classes(s, t, few, temperature)
+    return (_standardized_logits(s), _standardized_logits(t)) if options.standardize else (s, t)
+
+
+def _few_classes(logits, log_probs, few, temperature):
+    """Of both sides the logits of the classes that the teacher knows; and of the bucket of all others, in which the
+    student has T log sum exp(z / T) and the teacher what is left of 1."""
+    pad, classes = few.indices < 0, few.indices.to(torch.int64).clamp(0, logits.shape[-1] - 1)
+    known, log_q = logits.gather(-1, classes).masked_fill(pad, -torch.inf), log_probs.masked_fill(pad, -torch.inf)
+    if few.tail == "renormalize":
+        return known, few.temperature * log_q
+    among = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(-1, classes, (~pad).long()) > 0
+    others = logits.masked_fill(among, -torch.inf) / temperature
+    nothing = (others == -torch.inf).all(-1, keepdim=True)
+    tail = torch.logsumexp(others.masked_fill(nothing, 0.0), -1, keepdim=True).masked_fill(nothing, -torch.inf)
+    left = few.log_tail
+    if left is None:  # nothing, whatever rounding says, where all classes are known
+        left = torch.log1p(-log_q.double().exp().sum(-1).clamp(max=1))
+        left = left.masked_fill(among.all(-1), -torch.inf)
+    log_q = torch.cat([log_q, left[..., None].to(log_q.dtype)], -1)
+    return torch.cat([known, temperature * tail], -1), few.temperature * log_q
 
 
 def _both_losses(soft, hard, logits, options):

@@ -294,9 +294,9 @@ def test_half_precision_logits_are_not_rounded(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_head_in_half_precision_of_several_tiles(backend, dtype, monkeypatch):
-    from fastkd.ops import linear_logits
+    from fastkd.ops import forms
 
-    monkeypatch.setattr(linear_logits, "TILE", 16 * 12)
+    monkeypatch.setattr(forms, "TILE", 16 * 12)
     check(functional.kl_div, *inputs(dtype))
 
 

@@ -30,7 +30,7 @@ from .features import (
     per_layer,
     projector,
 )
-from .forms import linear_logits, linear_side
+from .forms import linear_logits, linear_side, top_k, top_k_teacher, top_k_temperature, top_k_values
 from .logits import (
     LogitsOptions,
     apart,
@@ -106,6 +106,10 @@ __all__ = [
     "soft_divergence",
     "target_reduction",
     "temperature",
+    "top_k",
+    "top_k_teacher",
+    "top_k_temperature",
+    "top_k_values",
     "triplet",
     "whole_number",
     "will_be_overwritten",

@@ -2,7 +2,8 @@
 
 import torch
 
-from .arguments import DTYPES, at_least, is_tensor, number, tensor
+from .arguments import DTYPES, at_least, constant, is_tensor, number, tensor, values_known
+from .logits import INTEGERS
 
 
 def _dense(name, x):
@@ -57,3 +58,89 @@ def linear_side(side, of, autocast):
             tensor(f"{side}.{name}", x)
             if side == "teacher" and x.requires_grad and torch.is_grad_enabled():
                 raise ValueError(f"teacher.{name}: no gradient flows to it, and it requires one; detach() it")
+
+
+TAILS = ("bucket", "renormalize")
+# Of log-probabilities: what rounding in their dtype may make of the sum of probabilities.
+SLACK = 1e-5
+
+
+def top_k(indices, log_probs, tail, temperature, log_tail):
+    """What TopKLogProbs is made with."""
+    is_tensor("indices", indices)
+    if indices.dtype not in INTEGERS:
+        raise TypeError(f"indices: whole numbers wanted, torch.int64 or a smaller type, got {indices.dtype}")
+    _dense("log_probs", log_probs)
+    if indices.dim() == 0 or indices.shape[-1] == 0:
+        raise ValueError(f"indices: shape [*, K] wanted, K at least 1, got {list(indices.shape)}")
+    if log_probs.shape != indices.shape:
+        raise ValueError(f"log_probs: the shape of indices, {list(indices.shape)}, wanted, got {list(log_probs.shape)}")
+    if tail not in TAILS:
+        raise ValueError(f"tail: 'bucket' or 'renormalize' wanted, got {tail!r}")
+    number("temperature", temperature)
+    if log_tail is not None:
+        _dense("log_tail", log_tail)
+        if tail != "bucket":
+            raise ValueError("log_tail: tail='renormalize' has no bucket; leave it out")
+        if log_tail.shape != indices.shape[:-1]:
+            raise ValueError(
+                f"log_tail: shape {list(indices.shape[:-1])} wanted, one for each row, got {list(log_tail.shape)}"
+            )
+
+
+def top_k_teacher(teacher, loss, options, student):
+    """TopKLogProbs where they are used. student: like its logits."""
+    without = {"dkd_loss", "nkd_loss", "bernoulli_kl_div"}
+    if loss in without or options.target_loss in without:
+        name = options.target_loss or loss
+        raise ValueError(f"teacher: {name} needs all classes of the teacher; TopKLogProbs know the best alone")
+    if options.standardize:
+        raise ValueError("standardize: it needs all logits of the teacher; TopKLogProbs know the best classes alone")
+    if options.return_parts:
+        raise ValueError("return_parts: it needs all logits of the teacher; TopKLogProbs know the best classes alone")
+    for name in ("indices", "log_probs", "log_tail"):
+        x = getattr(teacher, name)
+        if x is not None:
+            constant(f"teacher.{name}", x, student)
+
+
+def top_k_temperature(teacher, temperature):
+    """With a bucket the teacher's temperature is the one that its probabilities were taken at."""
+    if teacher.tail != "bucket":
+        return
+    why = (
+        f"the one that the log-probabilities were taken at, {teacher.temperature}, wanted with tail='bucket': "
+        "probabilities that are known in part cannot be softened. tail='renormalize' takes any"
+    )
+    if isinstance(temperature, torch.Tensor):
+        if not values_known(temperature):
+            raise ValueError(f"teacher_temperature: a number wanted with TopKLogProbs, {why}")
+        if not bool((temperature == teacher.temperature).all()):
+            raise ValueError(f"teacher_temperature: {why}")
+    elif temperature != teacher.temperature:
+        raise ValueError(f"teacher_temperature: {why}; got {temperature}")
+
+
+def top_k_values(teacher, classes, mask):
+    """Of rows that count, where looking at them waits for nothing."""
+    indices, log_probs = teacher.indices, teacher.log_probs.detach()
+    if not (values_known(indices) and values_known(log_probs)) or not indices.numel():
+        return
+    there = indices >= 0
+
+    def refuse(argument, wrong, wanted):
+        wrong = wrong if mask is None else wrong & mask
+        if bool(wrong.any()):
+            row = tuple(wrong.nonzero()[0].tolist())
+            raise ValueError(f"teacher.{argument}: {wanted}; row {row[0] if len(row) == 1 else row} has others")
+
+    refuse("indices", (indices >= classes).any(-1), f"classes below {classes} wanted, or negative ones as padding")
+    ordered = indices.sort(-1).values
+    twice = ((ordered[..., 1:] == ordered[..., :-1]) & (ordered[..., 1:] >= 0)).any(-1)
+    refuse("indices", twice, "each class once in a row wanted")
+    slack = SLACK + 8 * torch.finfo(log_probs.dtype).eps
+    refuse("log_probs", (there & ~(log_probs <= slack)).any(-1), "log-probabilities, at most 0, wanted")
+    total = log_probs.masked_fill(~there, -torch.inf).double().exp().sum(-1)
+    refuse("log_probs", ~(total <= 1 + slack), "probabilities whose sum is at most 1 wanted")
+    if teacher.log_tail is not None and values_known(teacher.log_tail):
+        refuse("log_tail", ~(teacher.log_tail.detach() <= slack), "log-probabilities, at most 0, wanted")

@@ -4,13 +4,13 @@ logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from .logits import _logits_loss
 
 
 def adaptive_kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     mu: float = 0.5,
     temperature: Tensor | float = 1.0,

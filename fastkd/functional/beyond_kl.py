@@ -5,13 +5,13 @@ losses of logits stands in :mod:`fastkd.functional.logits`.
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from .logits import _logits_loss
 
 
 def negative_log_acceptance(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -100,7 +100,7 @@ def negative_log_acceptance(
 
 def alpha_beta_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     alpha: Tensor | float = 0.2,
     beta: Tensor | float = 0.7,

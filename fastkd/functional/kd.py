@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, SoftDivergence, TargetReduction
+from .._types import Logits, SoftDivergence, TargetReduction, TeacherLogits
 from .logits import _logits_loss
 
 
@@ -31,7 +31,7 @@ class KDParts(NamedTuple):
 @overload
 def kd_loss(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     target: Tensor,
     *,
     hard_weight: float = 0.5,
@@ -59,7 +59,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     target: Tensor,
     *,
     hard_weight: float = 0.5,
@@ -86,7 +86,7 @@ def kd_loss(
 ) -> KDParts: ...
 def kd_loss(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     target: Tensor,
     *,
     hard_weight: float = 0.5,

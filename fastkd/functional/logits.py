@@ -12,6 +12,11 @@ Probabilities are passed as their logarithms, with ``teacher_temperature=1``.
 head. Every loss of logits takes it, but for ``dist_loss``; ``inplace`` and ``dim`` are of logits alone, and DTensors
 are not taken beside it.
 
+**A teacher's best classes.** :class:`fastkd.TopKLogProbs` has the K best classes of each row with their
+log-probabilities, as files and servers have them; all others are one class more, or do not count. The losses that need
+all classes refuse it: ``dkd_loss``, ``nkd_loss``, ``dist_loss`` and ``bernoulli_kl_div``, and those of logits that are
+standardized, or whose parts are returned.
+
 **Maps.** ``dim`` says where the classes are if they are not last: ``dim=1`` for ``[B, V, H, W]``, in which every pixel
 has a row. Nothing is copied, and pixels that lie side by side in memory are computed side by side. Without it a map's
 last dimension, W, is taken for the classes.
@@ -61,8 +66,8 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _check, _divergences, _dtensor, reference
-from .._types import Logits, Reduction
-from ..forms import LinearLogits, in_dtype, logits_of, logits_of_rows
+from .._types import Logits, Reduction, TeacherLogits
+from ..forms import LinearLogits, TopKLogProbs, in_dtype, logits_of, logits_of_rows
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
 _EXCHANGED = {
@@ -88,21 +93,28 @@ def _of_parameter(divergence, value):
     return (ends[value], 0.0) if value in ends else (divergence, float(value))
 
 
-def _linear(name, side, options, dim):
-    """LinearLogits as the backends take them; logits as they are."""
-    if not isinstance(side, LinearLogits):
+def _side(name, side, options, dim):
+    """What stands in place of logits, as the backends take it; logits as they are."""
+    if isinstance(side, torch.Tensor) or not isinstance(side, LinearLogits | TopKLogProbs):
         return side
-    if _dtensor.given(side.hidden, side.weight, side.bias):
+    if name == "student" and isinstance(side, TopKLogProbs):
+        raise TypeError("student: logits or LinearLogits wanted, got TopKLogProbs, which are a teacher's")
+    if _dtensor.given(*vars(side).values()):
         raise ValueError(
-            f"{name}: LinearLogits of plain tensors wanted, got DTensors; full_tensor() gathers them, and its "
+            f"{name}: {type(side).__name__} of plain tensors wanted, got DTensors; full_tensor() gathers them, and its "
             "grad_placements say how their gradients are brought back"
         )
     _check.flag("inplace", options.inplace)
     _check.whole_number("dim", dim)
     if options.inplace and name == "student":
         raise ValueError("inplace: LinearLogits have no logits that could be overwritten; leave it out")
-    if dim not in (-1, side.hidden.dim() - 1):
-        raise ValueError(f"dim: the classes of LinearLogits are last; leave it out, got {dim}")
+    of_rows = side.indices if isinstance(side, TopKLogProbs) else side.hidden
+    if dim not in (-1, of_rows.dim() - 1):
+        raise ValueError(f"dim: the classes of {type(side).__name__} are last; leave it out, got {dim}")
+    return side if isinstance(side, TopKLogProbs) else _in_autocast(name, side)
+
+
+def _in_autocast(name, side):
     device = side.hidden.device.type
     narrow = torch.float64 not in (side.hidden.dtype, side.weight.dtype)
     autocast = narrow and device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
@@ -111,15 +123,15 @@ def _linear(name, side, options, dim):
 
 
 def _forms(student, teacher, options, dim):
-    """Both sides as the backends take them where one is LinearLogits, else None."""
-    if not isinstance(student, LinearLogits) and not isinstance(teacher, LinearLogits):
+    """Both sides as the backends take them where one is no tensor of logits, else None."""
+    if not any(isinstance(x, LinearLogits | TopKLogProbs) for x in (student, teacher)):
         return None
-    forms = _linear("student", student, options, dim), _linear("teacher", teacher, options, dim)
+    forms = _side("student", student, options, dim), _side("teacher", teacher, options, dim)
     if _dtensor.given(*(x for x in forms if isinstance(x, torch.Tensor)), *options):
-        raise ValueError("student, teacher: beside LinearLogits plain tensors wanted, got DTensors")
+        raise ValueError(f"student, teacher: beside {type(forms[1]).__name__} plain tensors wanted, got DTensors")
     if options.inplace and isinstance(student, torch.Tensor) and not torch.compiler.is_compiling():
-        for x in (teacher.hidden, teacher.weight, teacher.bias):
-            if x is not None:
+        for x in vars(teacher).values():
+            if isinstance(x, torch.Tensor):
                 _check.apart(student, x)
     return forms
 
@@ -139,7 +151,9 @@ def _logits_loss(called, student, teacher, options, dim=-1):
     divergence, parameters = called, _divergences.parameters_of(called)
     forms = _forms(student, teacher, options, dim)
     if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
-        student, teacher, dim = *map(logits_of, forms), -1
+        student = logits_of(forms[0])
+        like = student if isinstance(student, torch.Tensor) else None
+        teacher, dim = logits_of(forms[1], student=like), -1
     _check.class_dim(dim, student, teacher)
     if _dtensor.given(student, teacher, *options):
         return _dtensor.logits_loss(_logits_loss, called, student, teacher, options, dim)
@@ -156,11 +170,17 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         divergence, parameter = _of_parameter(called, options.parameter)
         options = options._replace(parameter=parameter)
     _check.constant_teacher(teacher, called, *_exchanged(called, options))
+    few = forms[1] if forms and isinstance(forms[1], TopKLogProbs) else None
+    if few:
+        _check.top_k_teacher(few, called, options, student)
+        _check.top_k_temperature(few, options.teacher_temperature)
     rows = student.shape[:-1]
     mask = _check.for_rows(options.mask, rows)
     if ignores:
         valid = options.target != options.ignore_index
         mask = valid if mask is None else mask & valid
+    if few:
+        _check.top_k_values(few, student.shape[-1] if options.num_classes is None else options.num_classes, mask)
     options = options._replace(
         mask=mask,
         weight=_check.for_rows(options.weight, rows),
@@ -171,19 +191,21 @@ def _logits_loss(called, student, teacher, options, dim=-1):
 
 def _computed(divergence, student, teacher, options, device):
     """The loss of what has been checked."""
-    if options.num_classes is not None and not isinstance(teacher, LinearLogits):
+    if isinstance(teacher, torch.Tensor):
         teacher = teacher[..., : options.num_classes]
     backend = _backend.select(device)
     if backend == "torch":
         student, teacher = (
             logits_of_rows(x, options.mask) if isinstance(x, LinearLogits) else x for x in (student, teacher)
         )
-        return reference.logits_loss(divergence, student, teacher[..., : options.num_classes], options)
-    from ..ops import head, linear_logits, rows
+        if isinstance(teacher, torch.Tensor):
+            teacher = teacher[..., : options.num_classes]
+        return reference.logits_loss(divergence, student, teacher, options)
+    from ..ops import forms, head, rows
 
     namespace = _backend.namespace(backend)
-    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
-        return linear_logits.logits_loss(namespace, divergence, student, teacher, options)
+    if not (isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor)):
+        return forms.logits_loss(namespace, divergence, student, teacher, options)
     if divergence in _divergences.DERIVED:
         options = options._replace(parameter=head.student_weight(namespace, student, teacher, options))
         divergence = _divergences.DERIVED[divergence].divergence
@@ -192,7 +214,7 @@ def _computed(divergence, student, teacher, options, device):
 
 def kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -274,7 +296,7 @@ def kl_div(
 
 def soft_cross_entropy(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -352,7 +374,7 @@ def soft_cross_entropy(
 
 def reverse_kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,
@@ -432,7 +454,7 @@ def reverse_kl_div(
 
 def total_variation(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,

@@ -4,13 +4,13 @@ losses of logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from .logits import _logits_loss
 
 
 def js_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     beta: Tensor | float = 0.5,
     temperature: Tensor | float = 1.0,
@@ -93,7 +93,7 @@ def js_div(
 
 def symmetric_kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     student_weight: Tensor | float = 0.5,
     temperature: Tensor | float = 1.0,
@@ -176,7 +176,7 @@ def symmetric_kl_div(
 
 def skew_kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     alpha: Tensor | float = 0.1,
     temperature: Tensor | float = 1.0,
@@ -257,7 +257,7 @@ def skew_kl_div(
 
 def skew_reverse_kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: TeacherLogits,
     *,
     alpha: Tensor | float = 0.1,
     temperature: Tensor | float = 1.0,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -85,7 +85,7 @@ class AdaptiveKLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,

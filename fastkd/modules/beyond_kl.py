@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -79,7 +79,7 @@ class NegativeLogAcceptanceLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -199,7 +199,7 @@ class AlphaBetaDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, SoftDivergence, TargetReduction
+from .._types import Logits, SoftDivergence, TargetReduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -130,7 +130,7 @@ class KDLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         target: Tensor,
         *,
         temperature: Tensor | float | None = None,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, functional
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -81,7 +81,7 @@ class KLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -188,7 +188,7 @@ class SoftCrossEntropyLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -295,7 +295,7 @@ class ReverseKLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -402,7 +402,7 @@ class TotalVariationLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction
+from .._types import Logits, Reduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -84,7 +84,7 @@ class JSDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -197,7 +197,7 @@ class SymmetricKLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -310,7 +310,7 @@ class SkewKLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,
@@ -423,7 +423,7 @@ class SkewReverseKLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: TeacherLogits,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,

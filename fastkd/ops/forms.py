@@ -1,10 +1,12 @@
-"""Logits that are never whole: the products of hidden states and a head, a slab of rows at a time.
+"""Losses of what stands in place of logits, a slab of rows at a time: of hidden states with a head, and of a teacher's
+best classes (which are brought to logits in ops/top_k.py).
 
-For each slab: both sides' logits z = scale (hidden W^T + b), capped where there is a softcap, in float32 at least; the
-rows schedule, whose gradient g takes the place of the student's logits; and the products back, g W to the hidden states
-and g^T hidden to the weight. All of that is done in forward, so that no logits are made twice. Where the gradient can
-not be made in forward (one upstream gradient per row; float16, which would underflow before a loss scaler multiplies
-it) backward makes the slabs once more, with the upstream gradient for weights.
+Logits of a head are never whole. For each slab: both sides' logits z = scale (hidden W^T + b), capped where there is a
+softcap, in float32 at least; the rows schedule, whose gradient g takes the place of the student's logits; and the
+products back, g W to the hidden states and g^T hidden to the weight. All of that is done in forward, so that no logits
+are made twice. Where the gradient can not be made in forward (one upstream gradient per row; float16, which would
+underflow before a loss scaler multiplies it) backward makes the slabs once more, with the upstream gradient for
+weights.
 
 Sums over slabs, which the gradients of weight and bias are, are in float32 at least, and rounded once. On the CPU,
 whose BLAS multiplies float32 alone at full speed, a head in half precision is widened a tile at a time; on a GPU g is
@@ -21,16 +23,17 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .._calls import HeadWeight, LinearOutputs, LinearRows, RowsCall, RowsForward
+from .._calls import FormOutputs, FormRows, HeadWeight, RowsCall, RowsForward
 from .._check import LogitsOptions
 from .._divergences import DERIVED
 from .._inplace import overwritten
-from ..forms import LinearLogits, logits_of
+from ..forms import LinearLogits, TopKLogProbs, logits_of
 from ..reference import compute_dtype, without_autocast
-from . import head, numbers, rows
+from . import head, numbers, rows, standardize
 from .gradient import all_scaled, forbid_double_backward
 from .saved import restored, save
 from .slabs import Gathered, evenly, gathered, slabs
+from .top_k import StudentOfTopK, teacher_logits
 
 # Bytes that the logits of a slab take, of each side, and how many rows there are at least where the user says nothing:
 # enough for the BLAS's rate.
@@ -39,7 +42,7 @@ SLAB_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 TILE = 2**20  # elements of a head that are widened at a time
 
 
-_Call = collections.namedtuple("_Call", (*RowsCall._fields, *LinearRows._fields))
+_Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
 
 
 class _SideParts(NamedTuple):
@@ -53,6 +56,8 @@ class _SideParts(NamedTuple):
 
 def _parts_of(side, num_classes):
     """num_classes: that count, or None: all."""
+    if isinstance(side, TopKLogProbs):
+        return _SideParts(side.log_probs, None, None, (side.temperature, math.inf))
     if not isinstance(side, LinearLogits):
         return _SideParts(rows.first_classes(side, num_classes), None, None, (1.0, math.inf))
     weight, bias = side.weight, side.bias
@@ -223,13 +228,81 @@ def _flat(tensors):
 
 
 @torch.no_grad()
-def _linear_rows(namespace, *arguments):
+def _form_rows(namespace, *arguments):
     """The implementation of the op."""
-    ends = len(RowsCall._fields), len(RowsCall._fields) + len(LinearRows._fields)
-    call, linear = RowsCall(*arguments[: ends[0]]), LinearRows(*arguments[ends[0] : ends[1]])
-    out = LinearOutputs(*arguments[ends[1] :])
+    ends = len(RowsCall._fields), len(RowsCall._fields) + len(FormRows._fields)
+    call, linear = RowsCall(*arguments[: ends[0]]), FormRows(*arguments[ends[0] : ends[1]])
+    out = FormOutputs(*arguments[ends[1] :])
     with without_autocast(call.student.device):
         _run(namespace, call, linear, out)
+
+
+class _Hard(NamedTuple):
+    loss: torch.Tensor
+    grad: torch.Tensor | None
+
+
+class _FewClasses:
+    """The loss of a slab whose teacher has K classes of each row."""
+
+    def __init__(self, linear, scale, dtype, stays):
+        """stays: whether the student's logits must."""
+        self.linear, self.scale, self.dtype, self.stays = linear, scale, dtype, stays
+        self.room = None
+
+    def _room(self, z):
+        """For exponentials: where the logits lie, if nobody needs these after them."""
+        if self.linear.renormalize:
+            return None
+        if not self.stays and z.dtype is self.dtype:
+            return z
+        if self.room is None or self.room.numel() < z.numel():
+            self.room = z.new_empty(z.numel(), dtype=self.dtype)
+        return self.room[: z.numel()].view(z.shape)
+
+    def loss(self, namespace, part, slab, loss, grad):
+        """Fills loss and, where it is wanted, the gradient of the student's logits, which may be these."""
+        z, leading = part.student, part.student.shape[:-1]
+        hard = None if part.target is None else self._hard(namespace, part, loss, grad)
+        if hard is not None:
+            soft_weight = part.target_numbers[1].item()
+            if soft_weight == 0:
+                loss.copy_(hard.loss)
+                if grad is not None:
+                    grad.copy_(hard.grad)
+                return
+            ones = z.new_ones(math.prod(leading), dtype=self.dtype) if part.weight is None else part.weight
+            part = part._replace(target=None, target_numbers=None, weight=ones * soft_weight)
+        index = self.linear.indices[slab.index]
+        pad = index < 0
+        log_tail = self.linear.log_tail
+        if log_tail is not None:
+            log_tail = slab.of_rows(log_tail).view(leading).to(self.dtype)
+        log_probs, renormalize = part.teacher.to(self.dtype), self.linear.renormalize
+        t = teacher_logits(log_probs, pad, log_tail, self.scale, renormalize, z.shape[-1])
+        T = part.temperature
+        if part.temperature_rows is not None:
+            T = part.temperature_rows if part.temperature_rows.dim() == 0 else part.temperature_rows.view(*leading, 1)
+        student = StudentOfTopK(z, index, pad, T, self._room(z))
+        u = student.logits(self.dtype, z)
+        soft = RowsForward(loss, u if grad is not None else None, None, None)
+        _fwd(namespace, part._replace(student=u, teacher=t), self.linear.adaptive, soft)
+        if grad is not None:
+            student.gradient(u, None if part.mask is None else part.mask.view(leading), grad)
+        if hard is not None:
+            loss += hard.loss
+            if grad is not None:
+                grad += hard.grad
+
+    def _hard(self, namespace, part, like, grad):
+        """The hard loss of a slab, of all classes, and its gradient."""
+        x = part.student.to(self.dtype, copy=True)
+        numbers_ = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
+        # the soft loss is left out: the teacher is one that has been read already
+        part = part._replace(student=x, teacher=x, target_numbers=numbers_)
+        found = _Hard(torch.empty_like(like), x if grad is not None else None)
+        rows.OPS[namespace].fwd(*part, *RowsForward(found.loss, found.grad, None, None))
+        return found
 
 
 def _checked(numbers_):
@@ -242,13 +315,16 @@ def _checked(numbers_):
 
 def _run(namespace, call, linear, out):
     N = math.prod(call.student.shape[:-1])
-    student_x, teacher_x, grad = _flat([call.student, call.teacher, out.grad])
+    student_x, teacher_x, grad, indices = _flat([call.student, call.teacher, out.grad, linear.indices])
     call, out = call._replace(student=student_x, teacher=teacher_x), out._replace(grad=grad)
+    linear = linear._replace(indices=indices)
     leading, most = student_x.shape[:-1], max(1, evenly(N, linear.slab_rows))
     given = _checked(linear.numbers.tolist())
     student = _Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)
     teacher = _Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:], most)
     back = None if student.head is None else _Gradients(student, out)
+    stays = student.head is None or student.head.softcap < math.inf
+    few = None if indices is None else _FewClasses(linear, given[2], out.loss.dtype, stays)
     per_row = out.loss.dim() > 0
     losses = out.loss.view(-1) if per_row else None
     parts = None if out.parts is None else out.parts.view(-1, rows.PARTS_SIZE)
@@ -266,12 +342,13 @@ def _run(namespace, call, linear, out):
         options = slab.options(call)
         s, t = student.logits(slab, options["mask"]), teacher.logits(slab, options["mask"])
         part = call._replace(student=s, teacher=t, **options)
-        if linear.adaptive:
-            part = part._replace(parameter_rows=_student_weight(namespace, part))
         grad = back.of(s) if back else None if out.grad is None else out.grad[slab.index]
         loss = s.new_empty(s.shape[:-1], dtype=out.loss.dtype) if per_row else sums[i]
         of_parts = None if parts is None else s.new_empty(*s.shape[:-1], rows.PARTS_SIZE, dtype=parts.dtype)
-        rows.OPS[namespace].fwd(*part, *RowsForward(loss, grad, None, of_parts))
+        if few:
+            few.loss(namespace, part, slab, loss, grad)
+        else:
+            _fwd(namespace, part, linear.adaptive, RowsForward(loss, grad, None, of_parts))
         at = slab.rows if packs else slice(slab.first, slab.last)
         if per_row:
             losses[at] = loss.view(-1)
@@ -286,6 +363,13 @@ def _run(namespace, call, linear, out):
         back.finish()
 
 
+def _fwd(namespace, part, adaptive, outputs):
+    """The rows schedule, of a slab."""
+    if adaptive:
+        part = part._replace(parameter_rows=_student_weight(namespace, part))
+    rows.OPS[namespace].fwd(*part, *outputs)
+
+
 def _student_weight(namespace, part):
     """Of each row of a slab, as ``adaptive_kl_div`` has it."""
     weight = part.student.new_empty(part.student.shape[:-1], dtype=torch.float64)
@@ -297,8 +381,8 @@ def _student_weight(namespace, part):
     return weight.view(-1)
 
 
-_library.fastkd.impl("linear_rows", _linear_rows, "CompositeExplicitAutograd")
-torch.library.register_fake("fastkd::linear_rows", lambda *_: None)
+_library.fastkd.impl("form_rows", _form_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::form_rows", lambda *_: None)
 
 
 class _Learns(NamedTuple):
@@ -309,7 +393,7 @@ class _Learns(NamedTuple):
     bias: bool
 
 
-class _LinearLogits(torch.autograd.Function):
+class _Forms(torch.autograd.Function):
     """The loss of a student that wants a gradient, where student or teacher are hidden states with a head."""
 
     @staticmethod
@@ -379,13 +463,14 @@ def _op(namespace, call, num_classes, loss, grads, parts):
                     x[num_classes:].zero_()
             head_grad, bias_grad = (None if x is None else x[:num_classes] for x in (head_grad, bias_grad))
     call = call._replace(student=student, student_head=head_, student_bias=bias)
-    torch.ops.fastkd.linear_rows(namespace, *call, *LinearOutputs(loss, grad, head_grad, bias_grad, parts))
+    torch.ops.fastkd.form_rows(namespace, *call, *FormOutputs(loss, grad, head_grad, bias_grad, parts))
 
 
 def logits_loss(
     namespace: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As that of the rows schedule; student or teacher, or both, are LinearLogits, and the teacher has all classes."""
+    """As that of the rows schedule; student or teacher, or both, are no logits, and a teacher with a head has all
+    classes."""
     if options.standardize:
         namespace = rows.standardized(namespace)
     adaptive = divergence in DERIVED
@@ -396,20 +481,26 @@ def logits_loss(
     # detached also because torch.compile gives an autograd.Function no tensor twice, and both may have one head
     constants = (x if x is None else x.detach() for x in of_teacher[:3])
     sides = [_parts_of(student, None), _SideParts(*constants, of_teacher.numbers)]
-    rows_call = rows.call_of(namespace, divergence, logits_of(student, count), logits_of(teacher, count), options)
+    like = logits_of(student, count)
+    rows_call = rows.call_of(namespace, divergence, like, logits_of(teacher, count, like), options)
+    few = teacher if isinstance(teacher, TopKLogProbs) else None
+    heads = [rows_of_slab(x) for x in (student, teacher) if isinstance(x, LinearLogits)]
     call = _Call(
         *rows_call._replace(student=sides[0].x, teacher=sides[1].x),
-        *LinearRows(
+        *FormRows(
             sides[0].head, sides[0].bias, sides[1].head, sides[1].bias,
+            None if few is None else few.indices.to(torch.int64),
+            None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
+            few is not None and few.tail == "renormalize",
             numbers.as_tensor(*sides[0].numbers, *sides[1].numbers),
-            min(rows_of_slab(x) for x in (student, teacher) if isinstance(x, LinearLogits)), adaptive,
+            min(heads) if heads else standardize.rows_of_slab(like), adaptive,
         ),
     )  # fmt: skip
     learns = _Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
 
     def learned(per_row, return_parts):
         how = namespace, options.inplace, per_row, return_parts, count, learns
-        return _LinearLogits.apply(*how, *call)
+        return _Forms.apply(*how, *call)
 
     def of_constants(of, per_row, parts):
         of = call._replace(**of._asdict())

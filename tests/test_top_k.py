@@ -1,0 +1,369 @@
+"""TopKLogProbs: a teacher of which the best classes of each row are known."""
+
+import functools
+import inspect
+
+import pytest
+import torch
+from tolerances import FLOOR, error
+
+import fastkd
+from fastkd import LinearLogits, TopKLogProbs, functional
+from fastkd._divergences import BY_NAME
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LEADING, V, K = (3, 7), 60, 6
+TARGET = torch.arange(21).reshape(LEADING) * 17 % (V - 8)
+TARGET[1, 2] = -100
+ROWS = torch.rand(LEADING, generator=torch.Generator().manual_seed(0))
+MASK = ROWS < 0.6
+NAMES = [name for name in BY_NAME if name != "bernoulli_kl_div"]
+LOSSES = {name: getattr(functional, name) for name in NAMES}
+LOSSES |= {
+    f"kd_loss of {name}": functools.partial(functional.kd_loss, target=TARGET, divergence=name)
+    for name in ("kl_div", "js_div")
+}
+TAILS = ("bucket", "renormalize")
+OPTIONS = {
+    "plain": {},
+    "masked": {"mask": MASK, "reduction": "none"},
+    "of_rows": {"temperature": 0.5 + ROWS, "teacher_temperature": 2.0, "weight": 1 + ROWS},
+    "num_classes": {"num_classes": V - 8, "mask": MASK, "normalizer": 3.0},
+}
+
+
+def inputs(dtype=torch.float32, leading=LEADING, classes=V - 8, V=V, K=K, padded=True):
+    """A student's logits, and a teacher's best classes with log-probabilities; of some rows padding, in any order."""
+    generator = torch.Generator().manual_seed(V + K)
+    student = 2 * torch.randn(*leading, V, generator=generator, dtype=torch.float64)
+    teacher = 2 * torch.randn(*leading, classes, generator=generator, dtype=torch.float64)
+    log_probs, indices = teacher.log_softmax(-1).topk(K)
+    order = torch.randperm(K, generator=generator)
+    log_probs, indices = log_probs[..., order], indices[..., order]
+    if padded and len(leading) == 2:
+        indices[0, 1, ::2] = -1
+        indices[2, 2] = -5  # a row of padding
+        log_probs[0, 1, 0] = torch.nan  # which may hold anything
+    return student.to(dtype), indices, log_probs.to(dtype)
+
+
+def dense(student, indices, log_probs, tail, T, scale=1.0, log_tail=None):
+    """By hand: logits of both sides over the classes that are known, and the bucket, class by class."""
+    rows = []
+    T = (
+        T.expand(student.shape[:-1]).reshape(-1)
+        if isinstance(T, torch.Tensor)
+        else [T] * (student.numel() // student.shape[-1])
+    )
+    tails = [None] * len(T) if log_tail is None else log_tail.reshape(-1)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (student, indices, log_probs))
+    for z, index, log_q, t, rest in zip(*flat, T, tails, strict=True):
+        there = index >= 0
+        known = index[there]
+        s, q = z[known], log_q[there] * scale
+        if tail == "bucket":
+            others = torch.ones(len(z), dtype=torch.bool)
+            others[known] = False
+            left = 1 - log_q[there].exp().sum() if rest is None else rest.exp()
+            s = torch.cat([s, t * torch.logsumexp(z[others] / t, 0, keepdim=True)])
+            q = torch.cat([q, scale * left.clamp(min=0).log()[None]])
+        lacking = len(index) + (tail == "bucket") - len(s)
+        nothing = torch.full((lacking,), -torch.inf, dtype=s.dtype)
+        rows.append([torch.cat([s, nothing]), torch.cat([q, nothing])])
+    return [torch.stack(x).view(*student.shape[:-1], -1) for x in zip(*rows, strict=True)]
+
+
+def truth(name, student, indices, log_probs, tail, scale=1.0, upstream=None, log_tail=None, **options):
+    """Loss and gradient in float64."""
+    student = student.detach().double().requires_grad_()
+    counted = student[..., : options.pop("num_classes", None)]
+    z = torch.where(options["mask"][..., None], counted, 0.0) if "mask" in options else counted
+    s, t = dense(z, indices, log_probs.double(), tail, options.get("temperature", 1.0), scale, log_tail)
+    _, _, divergence = name.rpartition("kd_loss of ")
+    with fastkd.backend("torch"):
+        loss = getattr(functional, divergence)(s, t.detach(), **options)
+        if "kd_loss" in name:
+            of_rows = {
+                key: x for key, x in options.items() if key not in ("temperature", "teacher_temperature", "weight")
+            }
+            mask = options.get("mask", torch.ones(LEADING, dtype=torch.bool)) & (TARGET != -100)
+            loss = getattr(functional, divergence)(s, t.detach(), **options | {"mask": mask})
+            loss = 0.5 * loss + functional.kd_loss(
+                z, z.detach(), TARGET, soft_weight=0.0, weight=options.get("weight"), **of_rows
+            )
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
+
+
+def run(name, student, indices, log_probs, tail="bucket", scale=1.0, upstream=None, log_tail=None, **options):
+    leaf = student.detach().clone().requires_grad_()
+    few = TopKLogProbs(indices, log_probs, tail=tail, temperature=scale, log_tail=log_tail)
+    loss = LOSSES[name](leaf, few, **options)
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]
+
+
+def check(name, student, *few, times=16, **options):
+    loss, grad = run(name, student, *few, **options)
+    right, of_right = truth(name, student, *few, **options)
+    compute = torch.float64 if student.dtype is torch.float64 else torch.float32
+    assert loss.dtype == compute
+    assert (grad.dtype, grad.shape) == (student.dtype, student.shape)
+    assert error(loss, right) <= times * FLOOR[compute]
+    assert error(grad, of_right) <= times * FLOOR[compute] + (2 * FLOOR[grad.dtype] if grad.dtype != compute else 0)
+    return loss, grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_it_is_the_loss_of_these_classes(backend, name, tail, options, dtype):
+    options = dict(OPTIONS[options])
+    if options.get("reduction") == "none":
+        options["upstream"] = 1 + ROWS
+    if "teacher_temperature" in options:
+        options["scale"] = 2.0
+    check(name, *inputs(dtype), tail, **options)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "js_div"])
+def test_renormalized_probabilities_are_softened_exactly(backend, name):
+    """Those of temperature 1 at temperature 3 are those of the logits over 3."""
+    student, indices, log_probs = inputs(padded=False)
+    found = run(name, student, indices, log_probs, "renormalize", temperature=3.0)
+    logits = (log_probs + 5.0) / 2  # logits over 2 have any constant
+    of_logits = run(name, student, indices, logits.log_softmax(-1), "renormalize", 2.0, temperature=3.0)
+    for a, b in zip(found, of_logits, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sides", ["plain", "softcap", "half"])
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("name", ["kl_div", "adaptive_kl_div", "kd_loss of js_div"])
+def test_beside_a_students_head(backend, name, tail, sides):
+    """The gradients of hidden states, weight and bias are those of its logits."""
+    _, indices, log_probs = inputs()
+    dtype = torch.bfloat16 if sides == "half" else torch.float32
+    parts = [torch.randn(*LEADING, 9), torch.randn(V, 9), torch.randn(V)]
+    parts = [x.to(dtype).requires_grad_() for x in parts]
+    options = {"softcap": 2.0} if sides == "softcap" else {}
+    student = LinearLogits(*parts, slab_bytes=8 * V * 4, **options)
+    few = TopKLogProbs(indices, log_probs, tail=tail)
+    for given in ({}, {"mask": MASK}):
+        loss = LOSSES[name](student, few, **given)
+        grads = torch.autograd.grad(loss, parts)
+        expected = LOSSES[name](student.logits(), few, **given)
+        torch.testing.assert_close(loss, expected)
+        for x, right in zip(grads, torch.autograd.grad(expected, parts), strict=True):
+            assert error(x, right) <= 8 * FLOOR[torch.float32] + (2 * FLOOR[dtype] if dtype != torch.float32 else 0)
+
+
+def test_a_bucket_of_hardly_anything_keeps_its_digits(backend):
+    """A mass of 1e-7 on both sides: what 1 less the others has lost."""
+    student = torch.cat([torch.tensor([[9.0, 8.0, 7.0]]), -12.0 + 0.1 * torch.arange(40)[None]], -1)
+    exact = student.double().log_softmax(-1)
+    indices, log_tail = torch.tensor([[0, 2, 1]]), exact[:, 3:].logsumexp(-1) + 0.3
+    assert 1e-8 < log_tail.exp() < 1e-5
+    log_probs = exact[:, [0, 2, 1]] + (1 - log_tail.exp()).log() - (1 - exact[:, 3:].exp().sum(-1)).log()
+    loss, grad = run("kl_div", student, indices, log_probs.float(), log_tail=log_tail.float())
+    _, of_right = truth("kl_div", student, indices, log_probs, "bucket", log_tail=log_tail)
+    assert 0 <= loss < 1e-6
+    assert error(grad[:, 3:], of_right[:, 3:]) <= 1e-4
+
+
+def test_loss_is_never_below_0_and_0_where_nothing_is_to_learn(backend):
+    student = torch.randn(50, 300)
+    log_probs, indices = student.log_softmax(-1).topk(16)
+    for name in ("kl_div", "js_div", "reverse_kl_div"):
+        loss, grad = run(name, student, indices, log_probs, reduction="none")
+        assert (loss >= 0).all()
+        assert loss.max() <= 1e-6
+        assert grad.abs().max() <= 1e-4
+
+
+def test_all_classes_known(backend):
+    """Then it is the loss of logits."""
+    student, teacher = torch.randn(5, 12), torch.randn(5, 12)
+    log_probs, indices = teacher.log_softmax(-1).topk(12)
+    for tail in TAILS:
+        loss, grad = run("kl_div", student, indices, log_probs, tail)
+        leaf = student.clone().requires_grad_()
+        right = functional.kl_div(leaf, teacher)
+        torch.testing.assert_close(loss, right.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(grad, torch.autograd.grad(right, leaf)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_rows_that_do_not_count_may_hold_anything(backend, tail):
+    student, indices, log_probs = inputs()
+    expected = run("kl_div", student, indices, log_probs, tail, mask=MASK)
+    student[~MASK], log_probs[~MASK], indices[~MASK] = torch.nan, 7.0, 10**6
+    found = run("kl_div", student, indices, log_probs, tail, mask=MASK)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert not found[1][~MASK].any()
+    assert run("kl_div", student, indices, log_probs, tail, mask=torch.zeros_like(MASK))[0] == 0
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_in_place(backend, dtype, reduction, tail):
+    student, indices, log_probs = inputs(dtype)
+    few, grads = TopKLogProbs(indices, log_probs, tail=tail), []
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        functional.js_div(leaf * 1, few, inplace=inplace, reduction=reduction).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_no_rows(backend, tail):
+    for leading in ((0,), (3, 0)):
+        loss, grad = run("kl_div", *inputs(leading=leading, padded=False), tail)
+        assert (loss, grad.shape) == (0, (*leading, V))
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (2, 3, 4)], ids=str)
+def test_any_leading_dimensions(backend, leading):
+    student, indices, log_probs = inputs(leading=leading)
+    check("kl_div", student, indices, log_probs, "bucket", reduction="sum")
+    if len(leading) == 3:
+        turned = [x.transpose(0, 1) for x in (student, indices, log_probs)]
+        check("kl_div", *turned, "bucket", reduction="sum")
+
+
+def test_slabs(backend, monkeypatch):
+    from fastkd.ops import standardize
+
+    monkeypatch.setitem(standardize.SLAB, "cpu", 5 * V)
+    for reduction in ("none", "sum"):
+        check("js_div", *inputs(), "bucket", reduction=reduction)
+
+
+@pytest.mark.parametrize("soft_weight", [0.0, 1.0])
+@pytest.mark.parametrize("hard_weight", [0.0, 1.0])
+def test_weights_of_both_parts(backend, hard_weight, soft_weight):
+    student, indices, log_probs = inputs()
+    few, weights = TopKLogProbs(indices, log_probs), {"hard_weight": hard_weight, "soft_weight": soft_weight}
+    leaf = student.requires_grad_()
+    counts = TARGET != -100
+    loss = functional.kd_loss(leaf, few, TARGET, label_smoothing=0.1, **weights)
+    hard = torch.nn.functional.cross_entropy(leaf.flatten(0, 1), TARGET.flatten(), label_smoothing=0.1)
+    right = hard_weight * hard + soft_weight * functional.kl_div(leaf, few, mask=counts)
+    torch.testing.assert_close(loss, right)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (loss, right)))
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_gradients_numerically(backend, tail):
+    student, indices, log_probs = inputs(torch.float64, leading=(4,), V=9, classes=9, K=3)
+    few = TopKLogProbs(indices, log_probs, tail=tail)
+    for name in ("kl_div", "reverse_kl_div", "alpha_beta_div"):
+        assert torch.autograd.gradcheck(lambda x: LOSSES[name](x, few), student.requires_grad_(), fast_mode=True)  # noqa: B023
+
+
+@pytest.mark.parametrize(("which", "head"), [("cpu", False), ("cpu", True), ("torch", False)])
+def test_compiled(which, head):
+    def loss(student, indices, log_probs, weight):
+        student = LinearLogits(student, weight) if head else student
+        return functional.js_div(student, TopKLogProbs(indices, log_probs))
+
+    with fastkd.backend(which):
+        torch.compiler.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+        for rows in (6, 9):
+            student, indices, log_probs = inputs(leading=(rows,))
+            weight = torch.randn(V, V)
+            leaf, found = student.requires_grad_(), []
+            for function in (compiled, loss):
+                value = function(leaf, indices, log_probs, weight)
+                found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+            torch.testing.assert_close(*found)
+
+
+def test_modules_and_narrow_types(backend):
+    student, indices, log_probs = inputs()
+    few = TopKLogProbs(indices.to(torch.int32), log_probs.half().float())
+    assert torch.equal(fastkd.KLDivLoss()(student, few), functional.kl_div(student, few))
+    assert repr(few) == "TopKLogProbs([3, 7, 6], tail='bucket', temperature=1.0)"
+
+
+def test_the_losses_that_take_it():
+    taken = {name for name in functional.__all__ if name.islower()
+             and "TopKLogProbs" in str(inspect.signature(getattr(functional, name)).parameters["teacher"].annotation)}  # fmt: skip
+    assert taken == {*NAMES, "kd_loss"}
+
+
+student, indices, log_probs = inputs(padded=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "problem", "message"),
+    [
+        ((indices.float(), log_probs), {}, TypeError, r"^indices: whole numbers wanted"),
+        ((indices, log_probs.long()), {}, TypeError, r"^log_probs: float16, .* wanted"),
+        ((indices, log_probs[..., :3]), {}, ValueError, r"^log_probs: the shape of indices"),
+        ((indices[..., :0], log_probs[..., :0]), {}, ValueError, r"^indices: shape \[\*, K\] wanted"),
+        (([1], log_probs), {}, TypeError, r"^indices: a torch.Tensor wanted"),
+        ((indices, log_probs), {"tail": "ignore"}, ValueError, r"^tail: 'bucket' or 'renormalize' wanted"),
+        ((indices, log_probs), {"temperature": 0.0}, ValueError, r"^temperature: a positive"),
+        ((indices, log_probs), {"log_tail": log_probs}, ValueError, r"^log_tail: shape \[3, 7\] wanted"),
+        ((indices, log_probs), {"log_tail": ROWS, "tail": "renormalize"}, ValueError, r"^log_tail: .*has no bucket"),
+    ],
+)
+def test_bad_parts_are_named(arguments, options, problem, message):
+    with pytest.raises(problem, match=message):
+        TopKLogProbs(*arguments, **options)
+
+
+def test_bad_values_are_named_with_their_row(backend):
+    def refused(match, *few, **options):
+        with pytest.raises(ValueError, match=match):
+            functional.kl_div(student, TopKLogProbs(*few), **options)
+
+    beyond, twice, positive, too_much, no_number = (
+        indices.clone(),
+        indices.clone(),
+        *(log_probs.clone() for _ in range(3)),
+    )
+    beyond[1, 3, 0], twice[2, 4, 1], positive[0, 2, 2] = V, twice[2, 4, 5], 0.01
+    too_much[1, 1], no_number[2, 6, 0] = -0.1, torch.nan
+    refused(r"^teacher.indices: classes below 60 wanted.*row \(1, 3\)", beyond, log_probs)
+    refused(r"^teacher.indices: each class once.*row \(2, 4\)", twice, log_probs)
+    refused(r"^teacher.log_probs: log-probabilities, at most 0.*row \(0, 2\)", indices, positive)
+    refused(r"^teacher.log_probs: log-probabilities, at most 0.*row \(2, 6\)", indices, no_number)
+    refused(r"^teacher.log_probs: probabilities whose sum.*row \(1, 1\)", indices, too_much)
+    at_most = int(indices.max())
+    refused(rf"^teacher.indices: classes below {at_most} wanted", indices, log_probs, num_classes=at_most)
+
+
+def test_bad_use_is_named(backend):
+    few = TopKLogProbs(indices, log_probs)
+    with pytest.raises(TypeError, match=r"^student: logits or LinearLogits wanted, got TopKLogProbs"):
+        functional.kl_div(few, few)
+    for name in ("dkd_loss", "nkd_loss"):
+        with pytest.raises(ValueError, match=rf"^teacher: {name} needs all classes"):
+            getattr(functional, name)(student, few, TARGET)
+    with pytest.raises(ValueError, match=r"^teacher: bernoulli_kl_div needs all classes"):
+        functional.kd_loss(student, few, TARGET, divergence="bernoulli_kl_div")
+    with pytest.raises(TypeError, match=r"^teacher: a torch.Tensor wanted, got TopKLogProbs"):
+        functional.dist_loss(student, few)
+    with pytest.raises(ValueError, match=r"^standardize: it needs all logits"):
+        functional.kl_div(student, few, standardize=True)
+    with pytest.raises(ValueError, match=r"^return_parts: it needs all logits"):
+        functional.kd_loss(student, few, TARGET, return_parts=True)
+    for temperature in (2.0, torch.tensor(2.0), 1 + ROWS):
+        with pytest.raises(ValueError, match=r"^teacher_temperature: .*taken at, 1.0, wanted with tail='bucket'"):
+            functional.kl_div(student, few, temperature=temperature)
+    functional.kl_div(student, few, temperature=2.0, teacher_temperature=torch.ones(LEADING))
+    with pytest.raises(ValueError, match=r"^dim: the classes of TopKLogProbs are last"):
+        functional.kl_div(student, few, dim=1)
+    with pytest.raises(ValueError, match=r"^teacher: the student's shape"):
+        functional.kl_div(student[:2], few)
+    with pytest.raises(ValueError, match=r"^teacher.log_probs: no gradient flows to it"):
+        functional.kl_div(student, TopKLogProbs(indices, log_probs.clone().requires_grad_()))
+    with pytest.raises(ValueError, match=r"^teacher.indices: a tensor on the student's device"):
+        functional.kl_div(student, TopKLogProbs(indices.to("meta"), log_probs))
