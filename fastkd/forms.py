@@ -102,7 +102,9 @@ class TopKLogProbs:
     what the student gives to them is left free.
 
     The student's bucket is summed from the logits of the classes in it, so that it keeps its digits however little is
-    in it. That of the teacher is as exact as what is given: where it matters, give ``log_tail``.
+    in it. That of the teacher is as exact as what is given. Where rounding leaves nothing of it, the losses that
+    forbid what the teacher rules out, ``reverse_kl_div``, ``symmetric_kl_div`` and ``adaptive_kl_div``, are +inf, and
+    have no gradient in that row: give ``log_tail`` with them.
 
     Args:
         indices: the classes ``[*, K]``, whole numbers below V, each once in a row, in any order. A negative one is
@@ -117,9 +119,9 @@ class TopKLogProbs:
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. Values are checked where the
-            loss is computed, on the CPU: log-probabilities above 0, or whose sum of probabilities exceeds 1 by more
-            than rounding, and classes that stand twice in a row, or beyond V. On a GPU a class beyond V makes its row
-            NaN.
+            loss is computed, on the CPU and outside of ``torch.compile``: log-probabilities above 0, or whose sum of
+            probabilities exceeds 1 by more than 0.01, which rounding may do, and classes that stand twice in a row, or
+            beyond V. Elsewhere a class beyond V makes its row NaN.
 
     Example:
         >>> import torch, fastkd
@@ -161,6 +163,14 @@ def in_dtype(form: LinearLogits, dtype: torch.dtype) -> LinearLogits:
     return _with_tensors(form, *(None if x is None else x.to(dtype) for x in (form.hidden, form.weight, form.bias)))
 
 
+def with_int64(form: TopKLogProbs) -> TopKLogProbs:
+    """The same with classes that can be compared with any number of them."""
+    if form.indices.dtype is torch.int64:
+        return form
+    indices = form.indices.to(torch.int64)
+    return TopKLogProbs(indices, form.log_probs, tail=form.tail, temperature=form.temperature, log_tail=form.log_tail)
+
+
 def logits_of_rows(form: LinearLogits, mask: Tensor | None) -> Tensor:
     """Whole logits, to which the hidden states of rows that do not count give nothing; else the gradient of the weight
     would be NaN where these are. mask: bool, one per row, or None."""
@@ -176,7 +186,7 @@ def logits_of(
     where they are a tensor in all else. It holds no memory of its own. student: the same of the student, whose classes
     a teacher has who does not know them all."""
     if isinstance(side, TopKLogProbs):
-        classes = 1 if student is None else student.shape[-1]
+        classes = student.shape[-1] if student is not None and student.dim() else 1
         return side.log_probs.detach().new_empty(()).expand(*side.log_probs.shape[:-1], classes)
     if isinstance(side, LinearLogits):
         classes = len(side.weight) if num_classes is None else num_classes

@@ -431,6 +431,7 @@ def _few_classes(logits, log_probs, few, temperature):
     student has T log sum exp(z / T) and the teacher what is left of 1."""
     pad, classes = few.indices < 0, few.indices.to(torch.int64).clamp(0, logits.shape[-1] - 1)
     known, log_q = logits.gather(-1, classes).masked_fill(pad, -torch.inf), log_probs.masked_fill(pad, -torch.inf)
+    known = known.masked_fill(few.indices >= logits.shape[-1], torch.nan)  # where no check could look
     if few.tail == "renormalize":
         return known, few.temperature * log_q
     among = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(-1, classes, (~pad).long()) > 0
@@ -441,6 +442,7 @@ def _few_classes(logits, log_probs, few, temperature):
     if left is None:  # nothing, whatever rounding says, where all classes are known
         left = torch.log1p(-log_q.double().exp().sum(-1).clamp(max=1))
         left = left.masked_fill(among.all(-1), -torch.inf)
+    left = left.masked_fill(pad.all(-1), 0.0)
     log_q = torch.cat([log_q, left[..., None].to(log_q.dtype)], -1)
     return torch.cat([known, temperature * tail], -1), few.temperature * log_q
 

@@ -61,15 +61,21 @@ def linear_side(side, of, autocast):
 
 
 TAILS = ("bucket", "renormalize")
-# Of log-probabilities: what rounding in their dtype may make of the sum of probabilities.
-SLACK = 1e-5
+CLASSES = INTEGERS | {torch.uint16, torch.uint32}  # as tokens are stored
+# How far the sum of probabilities may be above 1: log-probabilities may have been stored in half precision, or as
+# decimals, whatever they are in now.
+SLACK = 1e-2
 
 
 def top_k(indices, log_probs, tail, temperature, log_tail):
     """What TopKLogProbs is made with."""
     is_tensor("indices", indices)
-    if indices.dtype not in INTEGERS:
+    if indices.dtype not in CLASSES:
         raise TypeError(f"indices: whole numbers wanted, torch.int64 or a smaller type, got {indices.dtype}")
+    if indices.layout is not torch.strided or indices.is_nested:
+        raise TypeError(
+            f"indices: a dense tensor wanted, got {'a nested one' if indices.is_nested else indices.layout}"
+        )
     _dense("log_probs", log_probs)
     if indices.dim() == 0 or indices.shape[-1] == 0:
         raise ValueError(f"indices: shape [*, K] wanted, K at least 1, got {list(indices.shape)}")
@@ -108,17 +114,16 @@ def top_k_temperature(teacher, temperature):
     """With a bucket the teacher's temperature is the one that its probabilities were taken at."""
     if teacher.tail != "bucket":
         return
-    why = (
-        f"the one that the log-probabilities were taken at, {teacher.temperature}, wanted with tail='bucket': "
-        "probabilities that are known in part cannot be softened. tail='renormalize' takes any"
-    )
     if isinstance(temperature, torch.Tensor):
-        if not values_known(temperature):
-            raise ValueError(f"teacher_temperature: a number wanted with TopKLogProbs, {why}")
-        if not bool((temperature == teacher.temperature).all()):
-            raise ValueError(f"teacher_temperature: {why}")
-    elif temperature != teacher.temperature:
-        raise ValueError(f"teacher_temperature: {why}; got {temperature}")
+        right = values_known(temperature) and bool((temperature == teacher.temperature).all())
+    else:
+        right = temperature == teacher.temperature
+    if not right:
+        at = "" if torch.compiler.is_compiling() else f" {teacher.temperature},"  # which may be a symbol
+        raise ValueError(
+            f"teacher_temperature: that at which the log-probabilities were taken,{at} wanted with tail='bucket': "
+            "probabilities that are known in part cannot be softened. tail='renormalize' takes any temperature"
+        )
 
 
 def top_k_values(teacher, classes, mask):
@@ -132,7 +137,8 @@ def top_k_values(teacher, classes, mask):
         wrong = wrong if mask is None else wrong & mask
         if bool(wrong.any()):
             row = tuple(wrong.nonzero()[0].tolist())
-            raise ValueError(f"teacher.{argument}: {wanted}; row {row[0] if len(row) == 1 else row} has others")
+            where = f"row {row[0] if len(row) == 1 else row} has others" if row else "got others"
+            raise ValueError(f"teacher.{argument}: {wanted}; {where}")
 
     refuse("indices", (indices >= classes).any(-1), f"classes below {classes} wanted, or negative ones as padding")
     ordered = indices.sort(-1).values
@@ -143,4 +149,5 @@ def top_k_values(teacher, classes, mask):
     total = log_probs.masked_fill(~there, -torch.inf).double().exp().sum(-1)
     refuse("log_probs", ~(total <= 1 + slack), "probabilities whose sum is at most 1 wanted")
     if teacher.log_tail is not None and values_known(teacher.log_tail):
-        refuse("log_tail", ~(teacher.log_tail.detach() <= slack), "log-probabilities, at most 0, wanted")
+        wrong = ~(teacher.log_tail.detach() <= slack) & there.any(-1)  # of padding alone it is ignored
+        refuse("log_tail", wrong, "log-probabilities, at most 0, wanted")

@@ -67,7 +67,7 @@ from torch import Tensor
 
 from .. import _backend, _check, _divergences, _dtensor, reference
 from .._types import Logits, Reduction, TeacherLogits
-from ..forms import LinearLogits, TopKLogProbs, in_dtype, logits_of, logits_of_rows
+from ..forms import LinearLogits, TopKLogProbs, in_dtype, logits_of, logits_of_rows, with_int64
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
 _EXCHANGED = {
@@ -111,7 +111,7 @@ def _side(name, side, options, dim):
     of_rows = side.indices if isinstance(side, TopKLogProbs) else side.hidden
     if dim not in (-1, of_rows.dim() - 1):
         raise ValueError(f"dim: the classes of {type(side).__name__} are last; leave it out, got {dim}")
-    return side if isinstance(side, TopKLogProbs) else _in_autocast(name, side)
+    return with_int64(side) if isinstance(side, TopKLogProbs) else _in_autocast(name, side)
 
 
 def _in_autocast(name, side):
@@ -128,8 +128,9 @@ def _forms(student, teacher, options, dim):
         return None
     forms = _side("student", student, options, dim), _side("teacher", teacher, options, dim)
     if _dtensor.given(*(x for x in forms if isinstance(x, torch.Tensor)), *options):
-        raise ValueError(f"student, teacher: beside {type(forms[1]).__name__} plain tensors wanted, got DTensors")
-    if options.inplace and isinstance(student, torch.Tensor) and not torch.compiler.is_compiling():
+        form = next(x for x in forms if not isinstance(x, torch.Tensor))
+        raise ValueError(f"student, teacher: beside {type(form).__name__} plain tensors wanted, got DTensors")
+    if options.inplace and isinstance(student, torch.Tensor) and _check.will_be_overwritten(student):
         for x in vars(teacher).values():
             if isinstance(x, torch.Tensor):
                 _check.apart(student, x)

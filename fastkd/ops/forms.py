@@ -237,6 +237,14 @@ def _form_rows(namespace, *arguments):
         _run(namespace, call, linear, out)
 
 
+# What a call has in the dtype that is computed in.
+OF_COMPUTE_DTYPE = ("temperature_rows", "teacher_temperature_rows", "weight")
+
+
+def _double(x):
+    return None if x is None else x.double()
+
+
 class _Hard(NamedTuple):
     loss: torch.Tensor
     grad: torch.Tensor | None
@@ -277,22 +285,20 @@ class _FewClasses:
         pad = index < 0
         log_tail = self.linear.log_tail
         if log_tail is not None:
-            log_tail = slab.of_rows(log_tail).view(leading).to(self.dtype)
-        log_probs, renormalize = part.teacher.to(self.dtype), self.linear.renormalize
-        t = teacher_logits(log_probs, pad, log_tail, self.scale, renormalize, z.shape[-1])
+            log_tail = slab.of_rows(log_tail).view(leading)
+        t = teacher_logits(part.teacher.double(), pad, log_tail, self.scale, self.linear.renormalize, z.shape[-1])
         T = part.temperature
         if part.temperature_rows is not None:
             T = part.temperature_rows if part.temperature_rows.dim() == 0 else part.temperature_rows.view(*leading, 1)
         student = StudentOfTopK(z, index, pad, T, self._room(z))
-        u = student.logits(self.dtype, z)
-        soft = RowsForward(loss, u if grad is not None else None, None, None)
-        _fwd(namespace, part._replace(student=u, teacher=t), self.linear.adaptive, soft)
+        u = student.logits(z)
+        of_double = {name: _double(getattr(part, name)) for name in OF_COMPUTE_DTYPE}
+        soft = RowsForward(torch.empty_like(loss, dtype=torch.float64), u if grad is not None else None, None, None)
+        _fwd(namespace, part._replace(student=u, teacher=t, **of_double), self.linear.adaptive, soft)
+        loss.copy_(soft.loss if hard is None else soft.loss + hard.loss)
         if grad is not None:
-            student.gradient(u, None if part.mask is None else part.mask.view(leading), grad)
-        if hard is not None:
-            loss += hard.loss
-            if grad is not None:
-                grad += hard.grad
+            of_hard = None if hard is None else hard.grad
+            student.gradient(u, None if part.mask is None else part.mask.view(leading), of_hard, grad)
 
     def _hard(self, namespace, part, like, grad):
         """The hard loss of a slab, of all classes, and its gradient."""

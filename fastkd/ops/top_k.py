@@ -19,16 +19,17 @@ import torch
 def teacher_logits(
     log_probs: torch.Tensor, pad: torch.Tensor, log_tail: Any, scale: float, renormalize: bool, classes: int
 ) -> torch.Tensor:
-    """Of the K classes and the bucket, in the dtype that is computed in; scale: the temperature that log_probs [*, K]
-    were taken at. What pads has no probability. log_tail [*]: that of the bucket; None: what is left of 1. Nothing is,
+    """Of the K classes and the bucket, in float64; scale: the temperature that log_probs [*, K], in float64, were taken
+    at. What pads has no probability. log_tail [*]: that of the bucket; None: what is left of 1. Nothing is,
     whatever rounding says, where all classes are known."""
     known = log_probs.masked_fill(pad, -torch.inf)
     if renormalize:
         return known * scale
     if log_tail is None:
-        log_tail = torch.log1p(-known.double().exp().sum(-1).clamp(max=1))
+        log_tail = torch.log1p(-known.exp().sum(-1).clamp(max=1))
         log_tail = log_tail.masked_fill((~pad).sum(-1) >= classes, -torch.inf)
-    return torch.cat([known, log_tail[..., None].to(known.dtype)], -1) * scale
+    log_tail = log_tail.to(known.dtype).masked_fill(pad.all(-1), 0)
+    return torch.cat([known, log_tail[..., None]], -1) * scale
 
 
 class StudentOfTopK:
@@ -43,28 +44,36 @@ class StudentOfTopK:
         self.known, self.T = z.gather(-1, self.at), T
         self.beyond = index >= z.shape[-1]  # where no check could look
 
-    def logits(self, dtype: torch.dtype, z: torch.Tensor) -> torch.Tensor:
-        known = self.known.to(dtype).masked_fill(self.pad, -torch.inf).masked_fill(self.beyond, torch.nan)
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
+        """Of the K classes and the bucket, in float64: what is rounded is seen near convergence."""
+        known = self.known.double().masked_fill(self.pad, -torch.inf).masked_fill(self.beyond, torch.nan)
         if self.room is None:
             return known
         others = self.room if self.room is z else self.room.copy_(z)
         # added, not written: what pads changes nothing, wherever it points
-        others.scatter_add_(-1, self.at, torch.where(self.pad, 0.0, -torch.inf).to(dtype))
+        others.scatter_add_(-1, self.at, torch.where(self.pad, 0.0, -torch.inf).to(others.dtype))
         top = others.amax(-1, keepdim=True)
         top = torch.where(top == -torch.inf, 0.0, top)
-        others.sub_(top).div_(self.T).exp_()
-        self.sum = others.sum(-1, keepdim=True)
+        others.sub_(top)
+        if isinstance(self.T, torch.Tensor) or self.T != 1:
+            others.div_(self.T)
+        others.exp_()
+        self.sum = others.sum(-1, keepdim=True, dtype=torch.float64)
         return torch.cat([known, top + self.T * self.sum.log()], -1)
 
-    def gradient(self, g: torch.Tensor, mask: Any, out: torch.Tensor) -> None:
-        """That of z into out [*, V], from that of ``logits``; mask [*]: which rows count."""
+    def gradient(self, g: torch.Tensor, mask: Any, hard: Any, out: torch.Tensor) -> None:
+        """That of z into out [*, V], from that of ``logits``, and rounded once; mask [*]: which rows count; hard
+        [*, V]: what is added, or None. It is lost."""
         known = g[..., : self.at.shape[-1]].masked_fill(self.pad, 0)
         if self.room is None:
-            out.zero_().scatter_add_(-1, self.at, known.to(out.dtype))
-            return
-        grad = self.room.mul_(torch.where(self.sum == 0, 0.0, g[..., -1:] / self.sum))
-        if mask is not None:  # which may hold anything
-            grad.masked_fill_(~mask[..., None], 0)
-        grad.scatter_add_(-1, self.at, known)
+            grad = out.zero_() if hard is None else hard
+        else:
+            share = torch.where(self.sum == 0, 0.0, g[..., -1:] / self.sum)
+            grad = self.room.mul_(share.to(self.room.dtype))
+            if mask is not None:  # which may hold anything
+                grad.masked_fill_(~mask[..., None], 0)
+            if hard is not None:
+                grad += hard
+        grad.scatter_add_(-1, self.at, known.to(grad.dtype))
         if out is not grad:
             out.copy_(grad)
