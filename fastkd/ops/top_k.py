@@ -40,9 +40,13 @@ class StudentOfTopK:
     """
 
     def __init__(self, z: torch.Tensor, index: torch.Tensor, pad: torch.Tensor, T: Any, room: Any) -> None:
-        self.at, self.pad, self.room = index.clamp(0, z.shape[-1] - 1), pad, room
-        self.known, self.T = z.gather(-1, self.at), T
-        self.beyond = index >= z.shape[-1]  # where no check could look
+        self.at: torch.Tensor = index.clamp(0, z.shape[-1] - 1)
+        self.known: torch.Tensor = z.gather(-1, self.at)
+        self.beyond: torch.Tensor = index >= z.shape[-1]  # where no check could look
+        self.pad: torch.Tensor = pad
+        self.T: Any = T
+        self.room: Any = room
+        self.sum: Any = None  # of the exponentials, once they are made
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Of the K classes and the bucket, in float64: what is rounded is seen near convergence."""
