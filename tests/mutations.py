@@ -34,6 +34,8 @@ class Mutation(NamedTuple):
 
 ROWS = "tests/test_rows.py"
 STANDARDIZE = "tests/test_standardize.py"
+LINEAR = "tests/test_linear_logits.py"
+TOP_K = "tests/test_top_k.py"
 TARGETS = "tests/test_targets.py"
 PARTED = "tests/test_parted_targets.py"
 BEYOND = "tests/test_beyond_kl.py"
@@ -77,7 +79,23 @@ MUTATIONS = [
     Mutation("cpu parts: the soft part without T^2", "csrc/cpu/rows_lanes.h",
              "P.parts[row].soft = soft * squared(P, row);", "P.parts[row].soft = soft;", PARTS),
     Mutation("python parts: a soft part of weight 0 is what the kernels leave", "fastkd/ops/rows.py",
-             "with_parts = options.return_parts and options.soft_weight != 0", "with_parts = options.return_parts", PARTS),
+             "parts_too = options.return_parts and options.soft_weight != 0", "parts_too = options.return_parts", PARTS),
+    Mutation("python heads: a softcap has no slope", "fastkd/ops/forms.py",
+             "            grad.addcmul_(grad, logits.square_()", "            _ = (grad, logits.square_()", LINEAR),
+    Mutation("python heads: the weight's gradient is that of the last slab", "fastkd/ops/forms.py",
+             "of_weight, self.slabs > 1)", "of_weight, False)", LINEAR),
+    Mutation("python heads: hidden states of masked rows reach the weight", "fastkd/ops/forms.py",
+             "        if mask is not None:\n            self.hidden", "        if False:\n            self.hidden", LINEAR),
+    Mutation("python heads: the bias is not scaled", "fastkd/ops/forms.py",
+             "out.add_(self.bias, alpha=self.scale)", "out.add_(self.bias)", LINEAR),
+    Mutation("python top-k: the bucket has the teacher's classes as well", "fastkd/ops/top_k.py",
+             "torch.where(self.pad, 0.0, -torch.inf)", "torch.where(self.pad, 0.0, 0.0)", TOP_K),
+    Mutation("python top-k: what pads is a class", "fastkd/ops/top_k.py",
+             "known = self.known.double().masked_fill(self.pad, -torch.inf)", "known = self.known.double()", TOP_K),
+    Mutation("python top-k: masked rows pass on what they hold", "fastkd/ops/top_k.py",
+             "grad.masked_fill_(~mask[..., None], 0)", "pass", TOP_K),
+    Mutation("python top-k: the bucket's gradient is all of its classes'", "fastkd/ops/top_k.py",
+             "g[..., -1:] / self.sum)", "g[..., -1:])", TOP_K),
     Mutation("python num_classes: other classes have the gradient that memory held", "fastkd/ops/rows.py",
              "        grad[..., num_classes:].zero_()\n", "        pass\n", NUM_CLASSES),
     Mutation("cpu dist: classes that are not there differ from the mean", "csrc/cpu/dist_kernel.cpp",
