@@ -319,6 +319,11 @@ def _checked(numbers_):
     return numbers_
 
 
+def _leaves_out_rows(mask):
+    """Whether the host knows that there are rows which do not count."""
+    return mask is not None and mask.device.type == "cpu" and not bool(mask.all())
+
+
 def _run(namespace, call, linear, out):
     N = math.prod(call.student.shape[:-1])
     student_x, teacher_x, grad, indices = _flat([call.student, call.teacher, out.grad, linear.indices])
@@ -334,8 +339,7 @@ def _run(namespace, call, linear, out):
     per_row = out.loss.dim() > 0
     losses = out.loss.view(-1) if per_row else None
     parts = None if out.parts is None else out.parts.view(-1, rows.PARTS_SIZE)
-    packs = call.mask is not None and call.mask.device.type == "cpu" and student.head is not None
-    packs = packs and not bool(call.mask.all())
+    packs = student.head is not None and _leaves_out_rows(call.mask)
     if packs:  # nothing else is written of the rows that do not count
         found = list(gathered(leading, call.mask, most))
         for x in (out.grad, losses, parts):
