@@ -62,7 +62,7 @@ class StudentOfTopK:
         if isinstance(self.T, torch.Tensor) or self.T != 1:
             others.div_(self.T)
         others.exp_()
-        self.sum = others.sum(-1, keepdim=True, dtype=torch.float64)
+        self.sum = others.sum(-1, keepdim=True).double()  # in float64 it would be summed from a copy
         return torch.cat([known, top + self.T * self.sum.log()], -1)
 
     def gradient(self, g: torch.Tensor, mask: Any, hard: Any, out: torch.Tensor) -> None:
