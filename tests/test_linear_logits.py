@@ -11,6 +11,7 @@ from tolerances import FLOOR, error
 import fastkd
 from fastkd import LinearLogits, functional
 from fastkd._divergences import BY_NAME, TARGET_LOSSES
+from fastkd.ops import _head_products
 from fastkd.ops import forms as ops_forms
 from fastkd.ops.slabs import slabs
 
@@ -299,7 +300,7 @@ def test_half_precision_logits_are_not_rounded(backend):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_head_in_half_precision_of_several_tiles(backend, dtype, monkeypatch):
-    monkeypatch.setattr(ops_forms, "TILE", 16 * 12)
+    monkeypatch.setattr(_head_products, "TILE", 16 * 12)
     check(functional.kl_div, *inputs(dtype))
 
 
