@@ -67,7 +67,7 @@ import sys
 import torch
 import fastkd
 from fastkd.functional import relation_kl
-from fastkd.functional.logits import _logits_loss
+from fastkd.functional._logits_loss import _logits_loss
 from fastkd._check import LogitsOptions
 
 def run(backend, dtype, student, teacher, reduction):

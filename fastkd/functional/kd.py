@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._types import Logits, SoftDivergence, TargetReduction, TeacherLogits
-from .logits import _logits_loss
+from ._logits_loss import _logits_loss
 
 
 class KDParts(NamedTuple):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check
 from .._types import Logits, Reduction, TeacherLogits
-from .logits import _logits_loss
+from ._logits_loss import _logits_loss
 
 
 def js_div(

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from .. import _backend, _check, _divergences, _dtensor, reference
 from .._types import Divergence, LossOrMore
-from .logits import _of_parameter
+from ._logits_loss import _of_parameter
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
 _EXCHANGED = {

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _check
 from .._types import Logits, TargetReduction
-from .logits import _logits_loss
+from ._logits_loss import _logits_loss
 
 
 def dkd_loss(
