@@ -234,13 +234,14 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
     load<S, U, Memory::kShared>(student + i * kPack * size_student, teacher + i * kPack * size_teacher, P, s, t);
     add<T, kPack, D::kTeacherEntropy, kParted>(own.sums, hard_sums, s, t, r, P.hard);
   }
-  const Sums<T> k = sums_of_softmax<D>(combine_over_row(own, room.sums, first_warp, warps, block_warps).sums, counts);
+  const Sums<T> all = combine_over_row(own, room.sums, first_warp, warps, block_warps).sums;
+  const Sums<T> k = sums_of_softmax<D>(all, counts);
   HardRow<T>* hard = nullptr;
   if (P.hard.target) {
     if (counts && edges && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard_sums);
     hard_sums = rebased<kParted>(hard_sums, own.sums, k);
     hard_sums = combine_over_row(hard_sums, room.hard, first_warp, warps, block_warps);
-    hard_sums = completed<kParted>(hard_sums, k, r);
+    hard_sums = completed<kParted>(hard_sums, all, r);
     if (counts) {
       hard = room.hard_rows + first_warp + rank / 32;
       if (rank % 32 == 0) *hard = hard_row<kParted>(P, row, r, k, hard_sums);

@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(kLanesWarps * 32, 1)
       [&](int64_t, int count, const T(&s)[kAtOnce], const T(&t)[kAtOnce]) {
         add<T, kAtOnce, D::kTeacherEntropy, kParted>(own, hard_sums, s, t, r, P.hard, count);
       });
-  const Sums<T> k = sums_of_softmax<D>(
-      over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); }),
-      counts);
+  const Sums<T> whole =
+      over_warps(own, room, [&](Sums<T>& all, const Sums<T>& other) { merge<T, D::kTeacherEntropy>(all, other, r); });
+  const Sums<T> k = sums_of_softmax<D>(whole, counts);
   HardRow<T> hard;
   if (P.hard.target) {
     hard_sums = rebased<kParted>(hard_sums, own, k);
     hard_sums = over_warps(hard_sums, room_of_hard, [](HardSums<T>& all, const HardSums<T>& other) { all.add(other); });
-    hard_sums = completed<kParted>(hard_sums, k, r);
+    hard_sums = completed<kParted>(hard_sums, whole, r);
     if (counts) {
       hard = hard_row<kParted>(P, L.row, r, k, hard_sums);
       if (threadIdx.y == 0) save_hard<kParted>(P, L.row, r, k, hard_sums);

@@ -201,7 +201,7 @@ __device__ __forceinline__ HardSums<T> rebased(HardSums<T> hard, const Sums<T>& 
   }
   return hard;
 }
-// Of a whole row: what is at temperature 1 already.
+// Of a whole row: what is at temperature 1 already. row: its sums as they are, also where sums_of_softmax has others.
 template <bool kParted, class T>
 __device__ __forceinline__ HardSums<T> completed(HardSums<T> hard, const Sums<T>& row, const RowConstants<T>& r) {
   if (r.inv_temperature == T(1)) hard.sum = row.sum_student;

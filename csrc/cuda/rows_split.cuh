@@ -6,21 +6,28 @@
 namespace fastkd::cuda {
 
 template <class T, class D>
-__device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
+__device__ Sums<T> all_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
   const int lane = threadIdx.x % 32;
   const Sums<T> mine = lane < parts.splits ? parts.sums[row * parts.splits + lane] : Sums<T>::empty();
-  return sums_of_softmax<D>(SharedSums<T, D::kTeacherEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums,
-                            true);
+  return SharedSums<T, D::kTeacherEntropy>::combine({mine, r.exp2_student, r.exp2_teacher}).sums;
+}
+template <class T, class D>
+__device__ Sums<T> row_sums(const RowsParts<T>& parts, int64_t row, const RowConstants<T>& r) {
+  return sums_of_softmax<D>(all_sums<T, D>(parts, row, r), true);
 }
 
-template <bool kParted, class T>
+// k: the row's own, as row_sums has them.
+template <class D, class T>
 __device__ HardSums<T> row_hard(const RowsParams<T>& P, const RowsParts<T>& parts, int64_t row, const Sums<T>& k,
                                 const RowConstants<T>& r) {
+  constexpr bool kParted = kWithoutTarget<D>;
   if (!P.hard.target) return HardSums<T>::empty();
   const int64_t lane = threadIdx.x % 32, part = row * parts.splits + lane;
   HardSums<T> hard = HardSums<T>::empty();
   if (lane < parts.splits) hard = rebased<kParted>(parts.hard[part], parts.sums[part], k);
-  return completed<kParted>(HardSums<T>::combine(hard), k, r);
+  Sums<T> all = k;
+  if constexpr (given<D>() == Given::kLogOdds) all = all_sums<T, D>(parts, row, r);
+  return completed<kParted>(HardSums<T>::combine(hard), all, r);
 }
 
 template <class T, class D>
@@ -45,7 +52,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Sums<T> k = counts ? row_sums<T, D>(parts, row, r) : Sums<T>{};
   HardRow<T> hard;
   if (write && counts && P.hard.target) {
-    hard = hard_row<kParted>(P, row, r, k, row_hard<kParted>(P, parts, row, k, r));
+    hard = hard_row<kParted>(P, row, r, k, row_hard<D>(P, parts, row, k, r));
   }
   if (k.sum_student == T(0) || k.sum_teacher == T(0) || P.hard.without_soft()) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
@@ -102,7 +109,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       const LossSums<T> sums = row_losses<T, D>(parts, row);
       slopes = sums.slope;
       if constexpr (kTwoSums<D>) grad_scale *= sums.second;
-      if (P.hard.target) hard = hard_row<kParted>(P, row, r, k, row_hard<kParted>(P, parts, row, k, r));
+      if (P.hard.target) hard = hard_row<kParted>(P, row, r, k, row_hard<D>(P, parts, row, k, r));
     } else {
       const RowsStats& saved = P.stats[row];
       k = {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
@@ -148,7 +155,7 @@ __global__ void rows_finish_kernel(const __grid_constant__ RowsParams<T> P, Rows
   const RowConstants<T> r = row_constants<kParted>(P, row);
   const Sums<T> k = row_sums<T, D>(parts, row, r);
   const LossSums<T> sums = row_losses<T, D>(parts, row);
-  const HardSums<T> hard = row_hard<kParted>(P, parts, row, k, r);
+  const HardSums<T> hard = row_hard<D>(P, parts, row, k, r);
   if (threadIdx.x != 0) return;
   if (P.hard.target) save_hard<kParted>(P, row, r, k, hard);
   save<T, D>(P, row, k, sums, r);
