@@ -7,7 +7,7 @@ kernels compute them is chosen per device; ``fastkd.backend`` overrides the choi
 
 from . import functional
 from ._backend import backend
-from .forms import LinearLogits, TopKLogProbs
+from .forms import LinearLogits, Probabilities, TopKLogProbs
 from .modules import (
     AdaptiveKLDivLoss,
     AlphaBetaDivLoss,
@@ -59,6 +59,7 @@ __all__ = [
     "NKDLoss",
     "NegativeLogAcceptanceLoss",
     "PKTLoss",
+    "Probabilities",
     "RKDAngleLoss",
     "RKDDistanceLoss",
     "RKDLoss",

@@ -61,7 +61,8 @@ class RowsBackward(NamedTuple):
 
 class FormRows(NamedTuple):
     """What ``form_rows`` is told besides a call of the rows schedule, whose student or teacher are no logits: hidden
-    states ``[*, H]`` with a head, or log-probabilities ``[*, K]`` of a teacher's best classes. See ops/forms.py."""
+    states ``[*, H]`` with a head; log-probabilities ``[*, K]`` of a teacher's best classes, or its probabilities. See
+    ops/forms.py."""
 
     student_head: Tensor | None  # [V, H]; None: the student has logits
     student_bias: Tensor | None  # [V]
@@ -69,9 +70,11 @@ class FormRows(NamedTuple):
     teacher_bias: Tensor | None
     indices: Tensor | None  # [*, K] int64, the classes of the teacher's log-probabilities; negative: padding
     log_tail: Tensor | None  # [N], the log-probability of all other classes; None: what is left of 1
-    renormalize: bool  # whether the K classes alone count
-    numbers: Tensor  # [4] float64 on the CPU: scale and softcap of the student, those of the teacher; inf: no softcap;
-    #   of log-probabilities the teacher's scale is the temperature that they were taken at
+    tail: int  # of a teacher with indices: what becomes of all other classes, by its place in ops/top_k.py, TAILS
+    probabilities: bool  # whether the teacher has probabilities [*, V]
+    numbers: Tensor  # [5] float64 on the CPU: scale and softcap of the student, those of the teacher; inf: no softcap;
+    #   of log-probabilities and probabilities the teacher's scale is the temperature that they were taken at; and what
+    #   log-probabilities are raised to where they are below it
     slab_rows: int  # how many rows of logits there are at a time, at most
     adaptive: bool  # the call's parameter is mu of head_weight, whose student_weight is the divergence's own
 

@@ -19,9 +19,9 @@ import torch
 
 from . import _check
 from ._divergences import REGISTRY, parameters_of
+from ._dtypes import compute_dtype
 from ._inplace import overwritten
 from ._layouts import _GATHER, _dtensor, _first, _is_plain, _is_split, _layout, _list, _local, _mesh, _whole
-from .reference import compute_dtype
 
 _CLASSES = f"group= will take classes that are split, once it is there; until then {_GATHER}"
 _OTHERS = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))

@@ -4,11 +4,12 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from .forms import LinearLogits, TopKLogProbs
+from .forms import LinearLogits, Probabilities, TopKLogProbs
 
 # What a loss of logits compares.
 Logits: TypeAlias = Tensor | LinearLogits
-TeacherLogits: TypeAlias = Tensor | LinearLogits | TopKLogProbs
+TeacherLogits: TypeAlias = Tensor | LinearLogits | TopKLogProbs | Probabilities
+WholeTeacher: TypeAlias = Tensor | LinearLogits | Probabilities  # of losses that need all of its classes
 Reduction: TypeAlias = Literal["none", "sum", "batchmean", "mean"]
 Divergence: TypeAlias = Literal["kl_div", "soft_cross_entropy", "reverse_kl_div", "js_div", "total_variation"]
 SoftDivergence: TypeAlias = Literal[

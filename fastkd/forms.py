@@ -1,4 +1,4 @@
-"""What may stand in place of logits: hidden states with a head, from which they are made a slab of rows at a time."""
+"""What may stand in place of logits: hidden states with a head, a teacher's best classes, or its probabilities."""
 
 from typing import Literal
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check
-from .reference import compute_dtype, without_autocast
+from ._dtypes import compute_dtype, without_autocast
 
 
 class LinearLogits:
@@ -99,7 +99,10 @@ class TopKLogProbs:
 
     and the loss is that of K + 1 classes: never below 0, and 0 where the student agrees with all that is known. With
     ``tail="renormalize"`` both sides are distributions over the K classes alone, and the gradient of all others is 0:
-    what the student gives to them is left free.
+    what the student gives to them is left free. With ``tail="ignore"`` only the K terms of the sum count, with p and q
+    of all V classes: of ``kl_div``, for instance, sum over k of q_k (log q_k - log p_k). Such a loss may be negative,
+    and its digits may cancel; ``negative_log_acceptance`` and ``adaptive_kl_div``, which are no sums of terms, refuse
+    it.
 
     The student's bucket is summed from the logits of the classes in it, so that it keeps its digits however little is
     in it. That of the teacher is as exact as what is given. Where rounding leaves nothing of it, the losses that
@@ -110,12 +113,14 @@ class TopKLogProbs:
         indices: the classes ``[*, K]``, whole numbers below V, each once in a row, in any order. A negative one is
             padding: what stands beside it is ignored. A row of padding alone has loss 0, and counts.
         log_probs: their log-probabilities ``[*, K]`` among all V classes. Float, of any precision.
-        tail: ``"bucket"``, the default, or ``"renormalize"``.
+        tail: ``"bucket"``, the default, ``"renormalize"`` or ``"ignore"``.
         temperature: what the teacher's logits were divided by before its probabilities were taken, a positive number.
-            Default 1. With the bucket it is the teacher's temperature of the loss, as probabilities that are known in
-            part cannot be softened: give the loss ``teacher_temperature`` where the student's is another. With
-            ``"renormalize"`` the loss may have any.
+            Default 1. With ``"bucket"`` and ``"ignore"`` it is the teacher's temperature of the loss, as probabilities
+            that are known in part cannot be softened: give the loss ``teacher_temperature`` where the student's is
+            another. With ``"renormalize"`` the loss may have any.
         log_tail: the log-probability ``[*]`` of the bucket. Default: that of 1 less the sum of the others.
+        log_prob_min: what log-probabilities of both sides are raised to where they are below it, a negative number,
+            with ``tail="ignore"``. Where the student's are, the gradient is 0. Default: none.
 
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it. Values are checked where the
@@ -139,19 +144,62 @@ class TopKLogProbs:
         indices: Tensor,
         log_probs: Tensor,
         *,
-        tail: Literal["bucket", "renormalize"] = "bucket",
+        tail: Literal["bucket", "renormalize", "ignore"] = "bucket",
         temperature: float = 1.0,
         log_tail: Tensor | None = None,
+        log_prob_min: float | None = None,
     ) -> None:
-        _check.top_k(indices, log_probs, tail, temperature, log_tail)
+        _check.top_k(indices, log_probs, tail, temperature, log_tail, log_prob_min)
         self.indices = indices
         self.log_probs = log_probs
-        self.tail: Literal["bucket", "renormalize"] = tail
+        self.tail: Literal["bucket", "renormalize", "ignore"] = tail
         self.temperature = temperature
         self.log_tail = log_tail
+        self.log_prob_min = log_prob_min
 
     def __repr__(self) -> str:
         return f"TopKLogProbs({list(self.indices.shape)}, tail={self.tail!r}, temperature={self.temperature})"
+
+
+class Probabilities:
+    r"""A teacher's probabilities: means of several teachers, smoothed labels, targets that people gave.
+
+    Every loss of logits takes it for the teacher, but for ``dist_loss``. Where the loss's teacher temperature T is the
+    one that they were taken at, T0, q is as it is given: it need not sum to 1, and of what is defined as a sum over
+    classes nothing is renormalized. Elsewhere they are softened,
+
+    .. math:: q'_v = \frac{q_v^{T_0 / T}}{\sum_u q_u^{T_0 / T}}
+
+    Of ``bernoulli_kl_div`` they are those of its coins, softened as sigmoid(T0 logit(q) / T). With ``standardize`` they
+    stand for logits T0 log q. ``dkd_loss`` takes what its target leaves of their sum for the other classes. A row of 0
+    alone knows nothing: its loss and its gradient are 0. Their logarithms are made a slab of rows at a time.
+
+    Args:
+        probabilities: ``[*, V]``, float of any precision, at least 0; of ``bernoulli_kl_div`` at most 1.
+        temperature: what the teacher's logits were divided by before its probabilities were taken, a positive number.
+            Default 1. A loss at another temperature softens them; where it is not to, say ``teacher_temperature``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it. Values are checked where the
+            loss is computed, on the CPU and outside of ``torch.compile``. Elsewhere a negative one makes its row NaN.
+
+    Example:
+        >>> import torch, fastkd
+        >>> from fastkd.functional import kl_div
+        >>> student = torch.randn(4, 10, requires_grad=True)
+        >>> teachers = torch.randn(3, 4, 10).softmax(-1)
+        >>> kl_div(student, fastkd.Probabilities(teachers.mean(0))).backward()
+        >>> student.grad.shape
+        torch.Size([4, 10])
+    """
+
+    def __init__(self, probabilities: Tensor, *, temperature: float = 1.0) -> None:
+        _check.probabilities(probabilities, temperature)
+        self.probabilities = probabilities
+        self.temperature = temperature
+
+    def __repr__(self) -> str:
+        return f"Probabilities({list(self.probabilities.shape)}, temperature={self.temperature})"
 
 
 def _with_tensors(form, hidden, weight, bias):
@@ -167,8 +215,8 @@ def with_int64(form: TopKLogProbs) -> TopKLogProbs:
     """The same with classes that can be compared with any number of them."""
     if form.indices.dtype is torch.int64:
         return form
-    indices = form.indices.to(torch.int64)
-    return TopKLogProbs(indices, form.log_probs, tail=form.tail, temperature=form.temperature, log_tail=form.log_tail)
+    options = {name: x for name, x in vars(form).items() if name not in ("indices", "log_probs")}
+    return TopKLogProbs(form.indices.to(torch.int64), form.log_probs, **options)
 
 
 def logits_of_rows(form: LinearLogits, mask: Tensor | None) -> Tensor:
@@ -180,7 +228,9 @@ def logits_of_rows(form: LinearLogits, mask: Tensor | None) -> Tensor:
 
 
 def logits_of(
-    side: Tensor | LinearLogits | TopKLogProbs, num_classes: int | None = None, student: Tensor | None = None
+    side: Tensor | LinearLogits | TopKLogProbs | Probabilities,
+    num_classes: int | None = None,
+    student: Tensor | None = None,
 ) -> Tensor:
     """A tensor that is like the logits of a side, the first so many or all of them: in shape, dtype and device, and
     where they are a tensor in all else. It holds no memory of its own. student: the same of the student, whose classes
@@ -191,4 +241,6 @@ def logits_of(
     if isinstance(side, LinearLogits):
         classes = len(side.weight) if num_classes is None else num_classes
         return side.hidden.detach().new_empty(()).expand(*side.hidden.shape[:-1], classes)
+    if isinstance(side, Probabilities):
+        side = side.probabilities
     return side if num_classes is None else side[..., :num_classes]

@@ -4,33 +4,22 @@ In float64 these are what every kernel is measured against. Of half and single p
 some devices do not have.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import _transforms
+from . import _reference_forms, _terms, _transforms
 from ._check import LogitsOptions
 from ._divergences import BY_NAME, DERIVED, REGISTRY
+from ._dtypes import compute_dtype
 from ._inplace import overwritten
+from .forms import Probabilities, TopKLogProbs
 
 
-def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """float64 where one of them is, else float32; None counts for nothing."""
-    wide = any(x is not None and x.dtype is torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Autocast would round embeddings before they are multiplied."""
-    if device.type in ("cpu", "cuda"):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
-
-
-def _log_softmax(logits, temperature):
+def log_softmax(logits: torch.Tensor, temperature: Any) -> torch.Tensor:
+    """Of a row without any possible class: -inf."""
     nothing = (logits == -torch.inf).all(-1, keepdim=True)  # a row without any possible class
     log_p = torch.log_softmax(logits.masked_fill(nothing, 0.0) / temperature, -1)
     return log_p.masked_fill(nothing, -torch.inf)
@@ -152,19 +141,13 @@ def _skew_reverse_kl_div(log_p, log_q, alpha):
     return _between(log_p, log_q, alpha, _skewed(log_p, log_q, alpha), _reverse_kl_div)
 
 
-def _difference(log_p, log_q):
-    """p - q = q (e^w - 1)"""
-    p, q = log_p.exp(), log_q.exp()
-    w = torch.where((p == 0) | (q == 0), torch.inf, log_p - log_q)
-    return torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
-
-
 def _total_variation(log_p, log_q, _=None):
     """1/2 sum |p - q|"""
-    difference = _difference(log_p, log_q)
-    # not abs(), whose gradient is 0 of NaN
-    sign = torch.where(difference.isnan(), difference, difference.sign()).detach()
-    return (difference * sign).sum(-1) / 2
+    return _terms.of_classes("total_variation", log_p, log_q, None)[0]
+
+
+def _alpha_beta_div(log_p, log_q, parameters):
+    return _terms.alpha_beta_div(log_p, log_q, parameters)
 
 
 def _negative_log_acceptance(log_p, log_q, _=None):
@@ -186,65 +169,21 @@ def _loud(rows, *of):
     return rows + torch.where(loud, torch.nan, 0.0) * torch.where(loud[..., None], of[0], 0.0).sum(-1)
 
 
-def _alpha_beta_div(log_p, log_q, parameters):
-    """With s = alpha + beta and phi(x) = e^x - 1 - x, of a class q^s / (alpha beta) (beta / s phi(s w) - phi(beta w)),
-    and its limits where alpha, beta or both are 0. Where the reverse divergence is +inf, it has no gradient."""
-    a, b = (x.to(log_p.dtype) if isinstance(x, torch.Tensor) else log_p.new_tensor(x) for x in parameters)
-    s = a + b
-    endless = ((log_q == -torch.inf) & (log_p > -torch.inf) & (a == 0)) | (
-        (log_p == -torch.inf) & (log_q > -torch.inf) & (s == 0)
-    )
-    endless = endless.any(-1, keepdim=True)
-    log_p, log_q = (torch.where(endless, 0.0, x) for x in (log_p, log_q))
-    none, no_q = log_p == -torch.inf, log_q == -torch.inf
-    w = torch.where(no_q, 0.0, log_p - log_q)  # where it counts: of q = 0 other terms do
-    to_a, to_b, to_s = (torch.where(x == 0, 1.0, x) for x in (a, b, s))
-
-    def power(log, exponent):
-        return torch.exp(torch.where(exponent == 0, 1.0, exponent) * log).masked_fill(exponent == 0, 1.0)
-
-    of_p, of_q, of_both = power(log_p, s), power(log_q, s), power(log_p, b) * power(log_q, a)
-    near = ((s * w).abs() < 1) & ~none & ~no_q
-    close = torch.where(near, w, 0.0)
-    series, products, of_b, factorial = 0.0, 1.0, 1.0, 2.0  # of the products s^i b^(k - i): an a of 0 may be
-    for k in range(20):
-        series = series + products / factorial * close**k
-        of_b = of_b * b
-        products, factorial = products * s + of_b, factorial * (k + 3)
-
-    def growth(exponent, other, w):
-        """(other^s - q^a p^b) / exponent, with w the logarithm of what the other is more."""
-        small = (exponent * w).abs() < 1
-        x = torch.where(small & (w != 0) & (exponent > 0), exponent * w, 1.0)
-        steps = torch.where(exponent * w == 0, w, torch.expm1(x) / torch.where(exponent == 0, 1.0, exponent))
-        return torch.where(small, of_both * steps, (other - of_both) / torch.where(exponent == 0, 1.0, exponent))
-
-    of_sums = (of_p - of_q) / to_s
-    wide = torch.where(no_q, 1e30, torch.where(none, -1e30, w))  # of one side alone: finite, so that 0 times it is 0
-    by_b, by_a = (growth(a, of_p, wide) - of_sums) / to_b, (growth(b, of_q, -wide) + of_sums) / to_a
-    # with a power of 0 of what there is not, the other limit's first term would be 0 times an infinite w
-    without_b = (of_p - of_q - a * of_q * w) / to_a**2
-    far = torch.where(b == 0, without_b, torch.where(b < a, by_a, by_b))
-    rows = torch.where(near, of_q * close**2 * series, far)
-    rows = torch.where(none & no_q, 0.0, rows).sum(-1)
-    rows = torch.where(((a >= 0) & (b >= 0)).expand(endless.shape).squeeze(-1), rows, torch.nan)
-    return torch.where(endless.squeeze(-1), torch.inf, rows)
-
-
 def _bernoulli_kl_div(a, b, _=None):
     """Of log odds: the sum over classes of KL(coin of b || coin of a)."""
     return _kl_div(_coin(a), _coin(b)).sum(-1)
 
 
-def _adaptive_kl_div(log_p, log_q, mu, teacher):
+def _adaptive_kl_div(log_p, log_q, mu, teacher, whole=None):
     """The student's weight [*, 1] that makes it symmetric_kl_div: the share of sum |p - q| outside of the teacher's
-    head. Classes of equal logits are in it or are not together, so the mass that counts is that of the last of them."""
+    head. Classes of equal logits are in it or are not together, so the mass that counts is that of the last of them.
+    whole: what mu is a share of. Default: the sum of the teacher's probabilities, which is 1 but for rounding."""
     logits, order = teacher.sort(-1, descending=True)
     mass = log_q.exp().gather(-1, order).cumsum(-1)
     is_last = torch.cat([logits[..., 1:] != logits[..., :-1], torch.ones_like(logits[..., :1], dtype=torch.bool)], -1)
     mass_of_equals = torch.where(is_last, mass, torch.inf).flip(-1).cummin(-1).values.flip(-1)
-    in_head = (mass_of_equals <= mu * mass[..., -1:]) | (logits == logits[..., :1])
-    difference = _difference(log_p, log_q).abs().gather(-1, order)
+    in_head = (mass_of_equals <= mu * (mass[..., -1:] if whole is None else whole)) | (logits == logits[..., :1])
+    difference = _terms.difference(log_p.exp(), log_q.exp(), log_p, log_q).abs().gather(-1, order)
     tail, total = (x.sum(-1, keepdim=True) for x in (torch.where(in_head, 0.0, difference), difference))
     return torch.where((total > 0) & (total < torch.inf), tail / total, 0.5)  # a NaN shows in the divergence itself
 
@@ -255,11 +194,17 @@ DIVERGENCES: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}
 OF_DERIVED: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}"] for name in DERIVED}
 
 
-def _divergence(name, log_p, log_q, parameter):
-    """Of a row without any possible class: 0 where it is the teacher's, else +inf. Neither has a gradient."""
+def _divergence(name, log_p, log_q, parameter, mass=None):
+    """Of a row without any possible class: 0 where it is the teacher's, else +inf. Neither has a gradient. mass: the
+    sum of a q that was given; None: 1."""
     no_p, no_q = ((x == -torch.inf).all(-1, keepdim=True) for x in (log_p, log_q))
-    safe_p = torch.where(no_p | no_q, 0.0, log_p)
-    rows = DIVERGENCES[name](safe_p, torch.where(no_p | no_q, 0.0, log_q), parameter)
+    safe_p, safe_q = (torch.where(no_p | no_q, 0.0, x) for x in (log_p, log_q))
+    if mass is not None and name == "negative_log_acceptance":
+        rows = _terms.acceptance(safe_p, safe_q, mass - 1)[0]
+    else:
+        rows = DIVERGENCES[name](safe_p, safe_q, parameter)
+    if mass is not None:
+        rows = rows + _reference_forms.beyond_sums(name, parameter) * (mass - 1)
     return torch.where(no_q.squeeze(-1), 0.0, torch.where(no_p.squeeze(-1), torch.inf, rows))
 
 
@@ -303,8 +248,9 @@ def _coin(log_odds):
     return torch.nn.functional.logsigmoid(torch.stack((log_odds, -log_odds), -1))
 
 
-def _parted_target(s, t, temperature, teacher_temperature, options):
-    """dkd_loss and nkd_loss; see csrc/common/rows_params.h. Targets are as those of _cross_entropy."""
+def _parted_target(s, t, temperature, teacher_temperature, options, mass):
+    """dkd_loss and nkd_loss; see csrc/common/rows_params.h. Targets are as those of _cross_entropy. mass: the sum of a
+    q that was given; None: 1."""
     target, decoupled = options.target, options.target_loss == "dkd_loss"
     if options.mask is not None:
         target = torch.where(options.mask, target, 0)
@@ -325,6 +271,8 @@ def _parted_target(s, t, temperature, teacher_temperature, options):
         a, b = _log_odds(s, target, 1.0)[0], _log_odds(t, target, 1.0)[0]
         q = torch.sigmoid(b)
         hard = torch.where(q == 0, 0.0, q * -torch.nn.functional.logsigmoid(a))
+    if mass is not None:  # of two classes, whose sum it is
+        hard = mass * hard + (torch.xlogy(mass, mass) if decoupled else 0.0)
     squared = temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature
     squared = squared**2 if options.t_squared else 1.0
     first, second = (x.to(s.dtype) if isinstance(x, torch.Tensor) else x for x in (options.parameter, options.second))
@@ -357,40 +305,72 @@ def ordinary(x: Any) -> Any:
     return x
 
 
-def logits_loss(
-    divergence: str, student: torch.Tensor, teacher: torch.Tensor, options: LogitsOptions
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
-    means over rows of its parts. teacher: logits, or TopKLogProbs."""
-    teacher, few = (teacher, None) if isinstance(teacher, torch.Tensor) else (teacher.log_probs, teacher)
+class _Sides(NamedTuple):
+    """What a loss compares, of the classes that count."""
+
+    s: torch.Tensor
+    t: torch.Tensor
+    raw: torch.Tensor  # the student's logits, as a hard loss sees them
+    best: torch.Tensor  # what says which classes are the teacher's best
+    mass: torch.Tensor | None  # the sum of a q that was given, None: 1
+    few: TopKLogProbs | None
+    coins: bool  # whether logits are log odds
+    temperature: Any
+    of_teacher: Any  # its temperature
+
+    @property
+    def ignores(self) -> bool:
+        """Whether the terms of some classes alone count."""
+        return self.few is not None and self.few.tail == "ignore"
+
+
+def _sides(divergence, student, teacher, options):
+    few, given = (teacher if isinstance(teacher, form) else None for form in (TopKLogProbs, Probabilities))
+    teacher = few.log_probs if few else given.probabilities[..., : options.num_classes] if given else teacher
     dtype = compute_dtype(student, teacher)
-    options = options._replace(**{name: ordinary(x) for name, x in options._asdict().items()})
     s, t = student.to(dtype), ordinary(teacher).detach().to(dtype)
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
         s = s.clone() if s is student else s
         overwritten(student)
-    s = s[..., : options.num_classes if few else t.shape[-1]]  # the classes that count
+    s = s[..., : options.num_classes if few else t.shape[-1]]
+    temperature, of_teacher = (_per_row(x, s) for x in (options.temperature, options.teacher_temperature))
+    if options.mask is not None:  # before anything is computed: a masked row may hold NaN
+        s, t = (torch.where(options.mask[..., None], x, 0.0) for x in (s, t))
+    raw, best, mass = s, t, None
+    coins = divergence in REGISTRY and REGISTRY[divergence].given == "LogOdds"
+    if given:
+        if not options.standardize and not coins:
+            mass = _reference_forms.mass(t, given.temperature, 1.0 if options.target_loss == "nkd_loss" else of_teacher)
+        t = _reference_forms.logits(t, given.temperature, coins)
+    if options.standardize:
+        s, t = _standardized_logits(s), _standardized_logits(t)
+    if few and few.tail != "ignore":
+        s, t = _reference_forms.few_classes(s, t, few, temperature)
+    return _Sides(s, t, raw, best, mass, few, coins, temperature, of_teacher)
 
-    def per_row(x):  # [*, 1] beside the classes
-        return x.to(dtype).expand(student.shape[:-1])[..., None] if isinstance(x, torch.Tensor) else x
 
-    mask, temperature = options.mask, per_row(options.temperature)
-    if mask is not None:  # before anything is computed: a masked row may hold NaN
-        s = torch.where(mask[..., None], s, 0.0)
-        t = torch.where(mask[..., None], t, 0.0)
-    raw = s  # what a hard loss sees
-    s, t = _compared(s, t, few, temperature, options)
-    if options.target_loss is not None:
-        rows = _parted_target(s, t, temperature, per_row(options.teacher_temperature), options)
-        return _finished(rows, s, mask, options)
-    log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, per_row(options.teacher_temperature))
+def _per_row(x, s):
+    """[*, 1] beside the classes of s."""
+    return x.to(s.dtype).expand(s.shape[:-1])[..., None] if isinstance(x, torch.Tensor) else x
+
+
+def _soft_rows(divergence, sides, options):
+    """The divergence of each row, and of both sides the logarithms of probabilities, or log odds."""
+    s, t, mass, there = sides.s, sides.t, sides.mass, None
+    log_p, log_q = log_softmax(s, sides.temperature), t
+    if sides.ignores:
+        log_p, log_q, there = _reference_forms.known_terms(log_p, t, sides.few)
+    else:
+        log_q = log_softmax(t, sides.of_teacher)
+    if mass is not None:
+        log_q = log_q + mass.log()[..., None]
 
     def number(x):
         x = _number(x, log_p)
         if not isinstance(x, torch.Tensor):
             return x
         # not rounded to what is computed in: of an x near 1, 1 - x keeps its digits
-        return ordinary(x).to(torch.promote_types(x.dtype, dtype)).expand(student.shape[:-1])[..., None]
+        return ordinary(x).to(torch.promote_types(x.dtype, s.dtype)).expand(s.shape[:-1])[..., None]
 
     entry, parameter = BY_NAME[divergence], options.parameter
     if entry.parameter is not None:
@@ -398,53 +378,44 @@ def logits_loss(
     if entry.second is not None:
         parameter = parameter, number(options.second)
     if divergence in DERIVED:
-        parameter = OF_DERIVED[divergence](log_p.detach(), log_q, parameter, t)
+        whole = None if mass is None else 1.0
+        parameter = OF_DERIVED[divergence](log_p.detach(), log_q, parameter, t, whole)
         divergence = DERIVED[divergence].divergence
-    if REGISTRY[divergence].given == "LogOdds":
-        rows = DIVERGENCES[divergence](s / temperature, t / per_row(options.teacher_temperature))
-    else:
-        rows = _divergence(divergence, log_p, log_q, parameter)
+    if sides.coins:
+        log_odds = s / sides.temperature, t / sides.of_teacher
+        return DIVERGENCES[divergence](*log_odds), log_odds
+    if sides.ignores:
+        return _terms.of_classes(divergence, log_p, log_q, parameter, there)[0], (log_p, log_q)
+    return _divergence(divergence, log_p, log_q, parameter, mass), (log_p, log_q)
+
+
+def logits_loss(
+    divergence: str, student: torch.Tensor, teacher: Any, options: LogitsOptions
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there. And, where they are asked for, the
+    means over rows of its parts. teacher: logits, TopKLogProbs or Probabilities."""
+    options = options._replace(**{name: ordinary(x) for name, x in options._asdict().items()})
+    sides = _sides(divergence, student, teacher, options)
+    mask, raw, T = options.mask, sides.raw, sides.temperature
+    if options.target_loss is not None:
+        rows = _parted_target(sides.s, sides.t, T, sides.of_teacher, options, sides.mass)
+        return _finished(rows, raw, mask, options)
+    rows, logs = _soft_rows(divergence, sides, options)
     if options.t_squared:
-        rows = rows * (temperature.squeeze(-1) if isinstance(temperature, torch.Tensor) else temperature) ** 2
+        rows = rows * (T.squeeze(-1) if isinstance(T, torch.Tensor) else T) ** 2
     if options.target is None:
         return _finished(rows, raw, mask, options)
     hard, soft = _cross_entropy(raw, options), rows
-    loss = _finished(_both_losses(soft, hard, raw, options), s, mask, options)
+    loss = _finished(_both_losses(soft, hard, raw, options), raw, mask, options)
     if not options.return_parts:
         return loss
-    coins = REGISTRY[divergence].given == "LogOdds"
-    sides = (s / temperature, t / per_row(options.teacher_temperature)) if coins else (log_p, log_q)
-    agree = s.argmax(-1) == t.argmax(-1)
-    parts = torch.stack([hard, soft, *(_entropy(x, coins) for x in sides), agree.to(dtype)], -1)
+    if sides.ignores:
+        entropies = [_terms.entropy(x, sides.few.indices >= 0) for x in logs]
+    else:
+        entropies = [_entropy(x, sides.coins) for x in logs]
+    best = _reference_forms.best_class(sides.best, sides.few.indices) if sides.few else sides.best.argmax(-1)
+    parts = torch.stack([hard, soft, *entropies, (raw.argmax(-1) == best).to(raw.dtype)], -1)
     return loss, _means(parts.detach(), mask)
-
-
-def _compared(s, t, few, temperature, options):
-    """What of the logits a divergence sees."""
-    if few:
-        return _few_classes(s, t, few, temperature)
-    return (_standardized_logits(s), _standardized_logits(t)) if options.standardize else (s, t)
-
-
-def _few_classes(logits, log_probs, few, temperature):
-    """Of both sides the logits of the classes that the teacher knows; and of the bucket of all others, in which the
-    student has T log sum exp(z / T) and the teacher what is left of 1."""
-    pad, classes = few.indices < 0, few.indices.to(torch.int64).clamp(0, logits.shape[-1] - 1)
-    known, log_q = logits.gather(-1, classes).masked_fill(pad, -torch.inf), log_probs.masked_fill(pad, -torch.inf)
-    known = known.masked_fill(few.indices >= logits.shape[-1], torch.nan)  # where no check could look
-    if few.tail == "renormalize":
-        return known, few.temperature * log_q
-    among = torch.zeros_like(logits, dtype=torch.int64).scatter_add_(-1, classes, (~pad).long()) > 0
-    others = logits.masked_fill(among, -torch.inf) / temperature
-    nothing = (others == -torch.inf).all(-1, keepdim=True)
-    tail = torch.logsumexp(others.masked_fill(nothing, 0.0), -1, keepdim=True).masked_fill(nothing, -torch.inf)
-    left = few.log_tail
-    if left is None:  # nothing, whatever rounding says, where all classes are known
-        left = torch.log1p(-log_q.double().exp().sum(-1).clamp(max=1))
-        left = left.masked_fill(among.all(-1), -torch.inf)
-    left = left.masked_fill(pad.all(-1), 0.0)
-    log_q = torch.cat([log_q, left[..., None].to(log_q.dtype)], -1)
-    return torch.cat([known, temperature * tail], -1), few.temperature * log_q
 
 
 def _both_losses(soft, hard, logits, options):

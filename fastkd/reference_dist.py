@@ -3,8 +3,9 @@
 import torch
 
 from ._check import DistOptions
+from ._dtypes import compute_dtype
 from ._inplace import overwritten
-from .reference import _log_softmax, _number, _standardized_logits, compute_dtype, ordinary
+from .reference import _number, _standardized_logits, log_softmax, ordinary
 
 
 def _difference(log_p, log_q):
@@ -50,7 +51,7 @@ def dist_loss(student: torch.Tensor, teacher: torch.Tensor, options: DistOptions
     if options.standardize:
         s, t = _standardized_logits(s), _standardized_logits(t)
     temperature, eps = _number(options.temperature, s), _number(options.eps, s)
-    log_p, log_q = _log_softmax(s, temperature), _log_softmax(t, temperature)
+    log_p, log_q = log_softmax(s, temperature), log_softmax(t, temperature)
     p, q, D = log_p.exp(), log_q.exp(), _difference(log_p, log_q)
     possible = (p.sum(-1) > 0) & (q.sum(-1) > 0) | p.sum(-1).isnan() | q.sum(-1).isnan()
     valid = counts.sum()

@@ -12,8 +12,8 @@ from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import _check, functional
+from fastkd._dtypes import compute_dtype
 from fastkd.ops import similarity
-from fastkd.reference import compute_dtype
 
 pytestmark = pytest.mark.products
 

@@ -10,7 +10,7 @@ from test_relations import MODULES, PROMISED, rounding, run
 from tolerances import FLOOR, error
 
 from fastkd import functional
-from fastkd.reference import compute_dtype
+from fastkd._dtypes import compute_dtype
 
 pytestmark = pytest.mark.products
 

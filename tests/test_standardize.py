@@ -15,8 +15,8 @@ from truth import truth
 
 import fastkd
 from fastkd import functional
+from fastkd._dtypes import compute_dtype
 from fastkd.ops import standardize
-from fastkd.reference import compute_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 LOSSES = {name: functools.partial(loss, standardize=True) for name, loss in cases.LOSSES.items()}

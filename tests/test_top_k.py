@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import literal
 import pytest
 import torch
 from test_rows import storage_error
@@ -96,9 +97,11 @@ def truth(name, student, indices, log_probs, tail, scale=1.0, upstream=None, log
     return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
 
 
-def run(name, student, indices, log_probs, tail="bucket", scale=1.0, upstream=None, log_tail=None, **options):
+def run(
+    name, student, indices, log_probs, tail="bucket", scale=1.0, upstream=None, log_tail=None, least=None, **options
+):
     leaf = student.detach().clone().requires_grad_()
-    few = TopKLogProbs(indices, log_probs, tail=tail, temperature=scale, log_tail=log_tail)
+    few = TopKLogProbs(indices, log_probs, tail=tail, temperature=scale, log_tail=log_tail, log_prob_min=least)
     loss = LOSSES[name](leaf, few, **options)
     upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
     return loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]
@@ -330,6 +333,71 @@ def test_the_gradient_of_both_parts_is_rounded_once(kernel, tail):
     assert ((grads[0] - grads[1]).abs() <= 2.0**-8 * grads[1].abs() + 1e-9).all()
 
 
+def of_terms(name, student, indices, log_probs, scale=1.0, least=None, upstream=None, **options):
+    """Loss and gradient of the K terms alone, in float64, from the definition."""
+    student = student.detach().double().requires_grad_()
+    z = student[..., : options.get("num_classes")]
+    mask = options.get("mask", torch.ones(LEADING, dtype=torch.bool))
+    z = torch.where(mask[..., None], z, 0.0)
+    T = torch.as_tensor(options.get("temperature", 1.0)).expand(LEADING)[..., None].double()
+    there = indices >= 0
+    lp = (z / T).log_softmax(-1).gather(-1, indices.clamp(min=0))
+    lp, lq = (torch.where(there, x, -1.0) for x in (lp, log_probs.double()))
+    if least is not None:
+        lp, lq = (x.clamp(min=least) for x in (lp, lq))
+    rows = torch.where(there, literal.TERMS[name](lp.exp(), lq.exp(), lp, lq), 0.0).sum(-1)
+    rows = torch.where(mask, rows * T.squeeze(-1) ** 2 * options.get("weight", 1.0), 0.0)
+    loss = rows if options.get("reduction") == "none" else rows.sum() / options.get("normalizer", mask.sum())
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("least", [None, -3.0])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", literal.TERMS)
+def test_a_tail_that_is_ignored(backend, name, options, least, dtype):
+    """The terms of the K classes alone; the student is among all."""
+    options = dict(OPTIONS[options])
+    if options.get("reduction") == "none":
+        options["upstream"] = 1 + ROWS
+    if "teacher_temperature" in options:
+        options["scale"] = 2.0
+    student, indices, log_probs = inputs(dtype)
+    found = run(name, student, indices, log_probs, "ignore", least=least, **options)
+    expected = of_terms(name, student, indices, log_probs, least=least, **options)
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    for x, right in zip(found, expected, strict=True):
+        assert error(x, right) <= 32 * FLOOR[compute] + (storage_error(x, right) if x.dim() == 3 else 0)
+
+
+@pytest.mark.parametrize("tail", [*TAILS, "ignore"])
+@pytest.mark.parametrize("divergence", ["kl_div", "js_div"])
+def test_parts(backend, tail, divergence):
+    student, indices, log_probs = inputs(padded=False)
+    few, counts = TopKLogProbs(indices, log_probs, tail=tail), MASK & (TARGET != -100)
+    options = {"temperature": 2.0, "teacher_temperature": 1.0}
+    leaf = student.clone().requires_grad_()
+    found = functional.kd_loss(
+        leaf, few, TARGET, mask=MASK, divergence=divergence, return_parts=True, label_smoothing=0.1, **options
+    )
+    soft = getattr(functional, divergence)(student, few, mask=counts, **options)
+    hard = torch.nn.functional.cross_entropy(student[counts], TARGET[counts], label_smoothing=0.1)
+    torch.testing.assert_close(found.soft, soft)
+    torch.testing.assert_close(found.hard, hard)
+    torch.testing.assert_close(found.loss.detach(), (soft + hard) / 2)
+    best = indices.gather(-1, log_probs.argmax(-1, keepdim=True)).squeeze(-1)
+    torch.testing.assert_close(found.agreement, (student.argmax(-1) == best)[counts].float().mean())
+    if tail == "ignore":
+        sides = (student / 2).log_softmax(-1).gather(-1, indices), log_probs
+    else:
+        sides = (x.log_softmax(-1) / 1.0 for x in dense(student / 2, indices, log_probs, tail, 1.0))
+    for x, log in zip((found.student_entropy, found.teacher_entropy), sides, strict=True):
+        torch.testing.assert_close(x, literal.times(log.exp(), -log).sum(-1)[counts].mean().to(x.dtype))
+    plain = functional.kd_loss(leaf, few, TARGET, mask=MASK, divergence=divergence, label_smoothing=0.1, **options)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (found.loss, plain)))
+
+
 def test_modules_and_narrow_types(backend):
     student, indices, log_probs = inputs()
     few = TopKLogProbs(indices, log_probs)
@@ -362,7 +430,11 @@ student, indices, log_probs = inputs(padded=False)
         ((indices, log_probs[..., :3]), {}, ValueError, r"^log_probs: the shape of indices"),
         ((indices[..., :0], log_probs[..., :0]), {}, ValueError, r"^indices: shape \[\*, K\] wanted"),
         (([1], log_probs), {}, TypeError, r"^indices: a torch.Tensor wanted"),
-        ((indices, log_probs), {"tail": "ignore"}, ValueError, r"^tail: 'bucket' or 'renormalize' wanted"),
+        ((indices, log_probs), {"tail": "drop"}, ValueError, r"^tail: 'bucket', 'renormalize' or 'ignore' wanted"),
+        ((indices, log_probs), {"log_prob_min": -9.0}, ValueError, r"^log_prob_min: with tail='ignore' alone"),
+        ((indices, log_probs), {"log_prob_min": 0.5, "tail": "ignore"}, ValueError, r"^log_prob_min: a negative"),
+        ((indices, log_probs), {"log_prob_min": "9", "tail": "ignore"}, TypeError, r"^log_prob_min: a number"),
+        ((indices, log_probs), {"log_tail": ROWS, "tail": "ignore"}, ValueError, r"^log_tail: .*has no bucket"),
         ((indices, log_probs), {"temperature": 0.0}, ValueError, r"^temperature: a positive"),
         ((indices, log_probs), {"log_tail": log_probs}, ValueError, r"^log_tail: shape \[3, 7\] wanted"),
         ((indices, log_probs), {"log_tail": ROWS, "tail": "renormalize"}, ValueError, r"^log_tail: .*has no bucket"),
@@ -408,8 +480,9 @@ def test_bad_use_is_named(backend):
         functional.dist_loss(student, few)
     with pytest.raises(ValueError, match=r"^standardize: it needs all logits"):
         functional.kl_div(student, few, standardize=True)
-    with pytest.raises(ValueError, match=r"^return_parts: it needs all logits"):
-        functional.kd_loss(student, few, TARGET, return_parts=True)
+    for name in ("negative_log_acceptance", "adaptive_kl_div"):
+        with pytest.raises(ValueError, match=rf"^teacher: {name} is no sum of terms"):
+            getattr(functional, name)(student, TopKLogProbs(indices, log_probs, tail="ignore"))
     for temperature in (2.0, torch.tensor(2.0), 1 + ROWS):
         with pytest.raises(ValueError, match=r"^teacher_temperature: .*taken, 1.0, wanted with tail='bucket'"):
             functional.kl_div(student, few, temperature=temperature)

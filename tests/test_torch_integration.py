@@ -15,9 +15,9 @@ import fastkd
 from fastkd import _backend, functional
 from fastkd._calls import DistCall, RowsCall, RowsForward
 from fastkd._divergences import NON_TARGET, NUMBERS
+from fastkd._dtypes import compute_dtype
 from fastkd.ops import attention, dist, features, relations, rows, standardize
 from fastkd.ops.numbers import as_tensor
-from fastkd.reference import compute_dtype
 
 without_triton = pytest.mark.skipif(bool(_backend.unavailable("triton")), reason=_backend.unavailable("triton"))
 if torch.cuda.is_available():  # these tests have CPU tensors, which Triton takes under its interpreter only

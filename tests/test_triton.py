@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from fastkd._divergences import NON_TARGET, NUMBERS, TARGET_LOSSES
+from fastkd._dtypes import compute_dtype
 from fastkd.ops.numbers import as_tensor
-from fastkd.reference import compute_dtype
 
 # Those that all calls are compiled for come first: they take longest, and the others fill what time they leave.
 WHOLE = {"gfx942": ("hip", "gfx942", 64), "sm_90": ("cuda", 90, 32)}

@@ -30,7 +30,16 @@ from .features import (
     per_layer,
     projector,
 )
-from .forms import linear_logits, linear_side, top_k, top_k_teacher, top_k_temperature, top_k_values
+from .forms import (
+    linear_logits,
+    linear_side,
+    probabilities,
+    probabilities_teacher,
+    top_k,
+    top_k_teacher,
+    top_k_temperature,
+    top_k_values,
+)
 from .logits import (
     LogitsOptions,
     apart,
@@ -100,6 +109,8 @@ __all__ = [
     "number",
     "parameter",
     "per_layer",
+    "probabilities",
+    "probabilities_teacher",
     "projector",
     "reduction",
     "relation",

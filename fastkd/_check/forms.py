@@ -1,5 +1,8 @@
 """Checks of what stands in place of logits."""
 
+import numbers
+import sys
+
 import torch
 
 from .arguments import DTYPES, at_least, constant, is_tensor, number, tensor, values_known
@@ -60,14 +63,14 @@ def linear_side(side, of, autocast):
                 raise ValueError(f"teacher.{name}: no gradient flows to it, and it requires one; detach() it")
 
 
-TAILS = ("bucket", "renormalize")
+TAILS = ("bucket", "renormalize", "ignore")
 CLASSES = INTEGERS | {torch.uint16, torch.uint32}  # as tokens are stored
 # How far the sum of probabilities may be above 1: log-probabilities may have been stored in half precision, or as
 # decimals, whatever they are in now.
 SLACK = 1e-2
 
 
-def top_k(indices, log_probs, tail, temperature, log_tail):
+def top_k(indices, log_probs, tail, temperature, log_tail, log_prob_min):
     """What TopKLogProbs is made with."""
     is_tensor("indices", indices)
     if indices.dtype not in CLASSES:
@@ -82,16 +85,24 @@ def top_k(indices, log_probs, tail, temperature, log_tail):
     if log_probs.shape != indices.shape:
         raise ValueError(f"log_probs: the shape of indices, {list(indices.shape)}, wanted, got {list(log_probs.shape)}")
     if tail not in TAILS:
-        raise ValueError(f"tail: 'bucket' or 'renormalize' wanted, got {tail!r}")
+        raise ValueError(f"tail: 'bucket', 'renormalize' or 'ignore' wanted, got {tail!r}")
     number("temperature", temperature)
     if log_tail is not None:
         _dense("log_tail", log_tail)
         if tail != "bucket":
-            raise ValueError("log_tail: tail='renormalize' has no bucket; leave it out")
+            raise ValueError(f"log_tail: tail={tail!r} has no bucket; leave it out")
         if log_tail.shape != indices.shape[:-1]:
             raise ValueError(
                 f"log_tail: shape {list(indices.shape[:-1])} wanted, one for each row, got {list(log_tail.shape)}"
             )
+
+    if log_prob_min is not None:
+        if isinstance(log_prob_min, bool) or not isinstance(log_prob_min, numbers.Real):
+            raise TypeError(f"log_prob_min: a number wanted, got {type(log_prob_min).__name__}")
+        if tail != "ignore":
+            raise ValueError(f"log_prob_min: with tail='ignore' alone, got tail={tail!r}; leave it out")
+        if not torch.compiler.is_compiling() and not -sys.float_info.max <= log_prob_min < 0:
+            raise ValueError(f"log_prob_min: a negative finite number wanted, got {log_prob_min}")
 
 
 def top_k_teacher(teacher, loss, options, student):
@@ -102,8 +113,8 @@ def top_k_teacher(teacher, loss, options, student):
         raise ValueError(f"teacher: {name} needs all classes of the teacher; TopKLogProbs know the best alone")
     if options.standardize:
         raise ValueError("standardize: it needs all logits of the teacher; TopKLogProbs know the best classes alone")
-    if options.return_parts:
-        raise ValueError("return_parts: it needs all logits of the teacher; TopKLogProbs know the best classes alone")
+    if teacher.tail == "ignore" and loss in {"negative_log_acceptance", "adaptive_kl_div"}:
+        raise ValueError(f"teacher: {loss} is no sum of terms, some of which tail='ignore' could leave out")
     for name in ("indices", "log_probs", "log_tail"):
         x = getattr(teacher, name)
         if x is not None:
@@ -111,8 +122,8 @@ def top_k_teacher(teacher, loss, options, student):
 
 
 def top_k_temperature(teacher, temperature):
-    """With a bucket the teacher's temperature is the one that its probabilities were taken at."""
-    if teacher.tail != "bucket":
+    """Unless they are renormalized the teacher's temperature is the one that its probabilities were taken at."""
+    if teacher.tail == "renormalize":
         return
     if isinstance(temperature, torch.Tensor):
         right = values_known(temperature) and bool((temperature == teacher.temperature).all())
@@ -121,8 +132,9 @@ def top_k_temperature(teacher, temperature):
     if not right:
         at = "" if torch.compiler.is_compiling() else f" {teacher.temperature},"  # which may be a symbol
         raise ValueError(
-            f"teacher_temperature: that at which the log-probabilities were taken,{at} wanted with tail='bucket': "
-            "probabilities that are known in part cannot be softened. tail='renormalize' takes any temperature"
+            f"teacher_temperature: that at which the log-probabilities were taken,{at} wanted with "
+            f"tail={teacher.tail!r}: probabilities that are known in part cannot be softened. tail='renormalize' takes "
+            "any temperature"
         )
 
 
@@ -151,3 +163,31 @@ def top_k_values(teacher, classes, mask):
     if teacher.log_tail is not None and values_known(teacher.log_tail):
         wrong = ~(teacher.log_tail.detach() <= slack) & there.any(-1)  # of padding alone it is ignored
         refuse("log_tail", wrong, "log-probabilities, at most 0, wanted")
+
+
+def probabilities(given, temperature):
+    """What Probabilities is made with."""
+    _dense("probabilities", given)
+    if given.dim() == 0 or given.shape[-1] == 0:
+        raise ValueError(f"probabilities: shape [*, V] wanted, V at least 1, got {list(given.shape)}")
+    number("temperature", temperature)
+
+
+def probabilities_teacher(teacher, loss, student, num_classes, mask):
+    """Probabilities where they are used; values of rows that count, where looking at them waits for nothing."""
+    given, coins = teacher.probabilities, loss == "bernoulli_kl_div"
+    most = 1.0 if coins else torch.finfo(given.dtype).max
+    constant("teacher.probabilities", given, student)
+    given = given.detach()[..., :num_classes]
+    if not values_known(given) or not given.numel():
+        return
+    least, largest = given.aminmax()
+    if least >= 0 and largest <= most:
+        return
+    wrong = ~((given >= 0) & (given <= most)).all(-1)
+    wrong = wrong if mask is None else wrong & mask
+    if bool(wrong.any()):
+        row = tuple(wrong.nonzero()[0].tolist())
+        where = f"row {row[0] if len(row) == 1 else row} has others" if row else "got others"
+        wanted = "from 0 to 1" if coins else "of at least 0"
+        raise ValueError(f"teacher.probabilities: numbers {wanted} wanted; {where}")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _backend, _check, _divergences, _dtensor, reference
-from ..forms import LinearLogits, TopKLogProbs, in_dtype, logits_of, logits_of_rows, with_int64
+from ..forms import LinearLogits, Probabilities, TopKLogProbs, in_dtype, logits_of, logits_of_rows, with_int64
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
 _EXCHANGED = {
@@ -19,6 +19,8 @@ _EXCHANGED = {
     "alpha_beta_div": "alpha_beta_div({}, alpha=beta, beta=alpha)",
 }
 
+FORMS = LinearLogits | TopKLogProbs | Probabilities
+
 
 def _of_parameter(divergence, value):
     """The divergence and its parameter, as the op takes them. At an end of its range a number stands, by convention,
@@ -32,10 +34,10 @@ def _of_parameter(divergence, value):
 
 def _side(name, side, options, dim):
     """What stands in place of logits, as the backends take it; logits as they are."""
-    if isinstance(side, torch.Tensor) or not isinstance(side, LinearLogits | TopKLogProbs):
+    if isinstance(side, torch.Tensor) or not isinstance(side, FORMS):
         return side
-    if name == "student" and isinstance(side, TopKLogProbs):
-        raise TypeError("student: logits or LinearLogits wanted, got TopKLogProbs, which are a teacher's")
+    if name == "student" and not isinstance(side, LinearLogits):
+        raise TypeError(f"student: logits or LinearLogits wanted, got {type(side).__name__}, which are a teacher's")
     if _dtensor.given(*vars(side).values()):
         raise ValueError(
             f"{name}: {type(side).__name__} of plain tensors wanted, got DTensors; full_tensor() gathers them, and its "
@@ -45,9 +47,11 @@ def _side(name, side, options, dim):
     _check.whole_number("dim", dim)
     if options.inplace and name == "student":
         raise ValueError("inplace: LinearLogits have no logits that could be overwritten; leave it out")
-    of_rows = side.indices if isinstance(side, TopKLogProbs) else side.hidden
+    of_rows = side.indices if isinstance(side, TopKLogProbs) else next(iter(vars(side).values()))
     if dim not in (-1, of_rows.dim() - 1):
         raise ValueError(f"dim: the classes of {type(side).__name__} are last; leave it out, got {dim}")
+    if isinstance(side, Probabilities):
+        return side
     return with_int64(side) if isinstance(side, TopKLogProbs) else _in_autocast(name, side)
 
 
@@ -61,7 +65,7 @@ def _in_autocast(name, side):
 
 def _forms(student, teacher, options, dim):
     """Both sides as the backends take them where one is no tensor of logits, else None."""
-    if not any(isinstance(x, LinearLogits | TopKLogProbs) for x in (student, teacher)):
+    if not any(isinstance(x, FORMS) for x in (student, teacher)):
         return None
     forms = _side("student", student, options, dim), _side("teacher", teacher, options, dim)
     if _dtensor.given(*(x for x in forms if isinstance(x, torch.Tensor)), *options):
@@ -109,6 +113,7 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         options = options._replace(parameter=parameter)
     _check.constant_teacher(teacher, called, *_exchanged(called, options))
     few = forms[1] if forms and isinstance(forms[1], TopKLogProbs) else None
+    given = forms[1] if forms and isinstance(forms[1], Probabilities) else None
     if few:
         _check.top_k_teacher(few, called, options, student)
         _check.top_k_temperature(few, options.teacher_temperature)
@@ -119,6 +124,8 @@ def _logits_loss(called, student, teacher, options, dim=-1):
         mask = valid if mask is None else mask & valid
     if few:
         _check.top_k_values(few, student.shape[-1] if options.num_classes is None else options.num_classes, mask)
+    if given:
+        _check.probabilities_teacher(given, divergence, student, options.num_classes, mask)
     options = options._replace(
         mask=mask,
         weight=_check.for_rows(options.weight, rows),

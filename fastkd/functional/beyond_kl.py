@@ -5,7 +5,7 @@ losses of logits stands in :mod:`fastkd.functional.logits`.
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, Reduction, TeacherLogits, WholeTeacher
 from ._logits_loss import _logits_loss
 
 
@@ -200,7 +200,7 @@ def alpha_beta_div(
 
 def bernoulli_kl_div(
     student: Logits,
-    teacher: Logits,
+    teacher: WholeTeacher,
     *,
     temperature: Tensor | float = 1.0,
     teacher_temperature: Tensor | float | None = None,

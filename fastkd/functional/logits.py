@@ -5,7 +5,7 @@ logits has a loss. Its formula stands at each function; here stands what holds f
 
 **Inputs.** Student and teacher are raw logits ``[*, V]`` of one shape: V classes, any number of leading dimensions, any
 strides. The dtype is float16, bfloat16, float32 or float64, and the teacher's may differ from the student's.
-Probabilities are passed as their logarithms, with ``teacher_temperature=1``.
+Log-probabilities are logits too, with ``teacher_temperature=1``.
 
 **Heads in place of logits.** :class:`fastkd.LinearLogits` stands for the logits that a head makes of hidden states
 ``[*, H]``, of either side. They are made a slab of rows at a time, and the gradients are those of hidden states and
@@ -15,7 +15,10 @@ are not taken beside it.
 **A teacher's best classes.** :class:`fastkd.TopKLogProbs` has the K best classes of each row with their
 log-probabilities, as files and servers have them; all others are one class more, or do not count. The losses that need
 all classes refuse it: ``dkd_loss``, ``nkd_loss``, ``dist_loss`` and ``bernoulli_kl_div``, and those of logits that are
-standardized, or whose parts are returned.
+standardized.
+
+**A teacher's probabilities.** :class:`fastkd.Probabilities` has them as they are, also where they do not sum to 1.
+Every loss of logits takes it, but for ``dist_loss``.
 
 **Maps.** ``dim`` says where the classes are if they are not last: ``dim=1`` for ``[B, V, H, W]``, in which every pixel
 has a row. Nothing is copied, and pixels that lie side by side in memory are computed side by side. Without it a map's

@@ -34,6 +34,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _backend, _check, _divergences, _dtensor, reference
+from .._dtypes import without_autocast
 from .._types import Divergence, LossOrMore
 from ._logits_loss import _of_parameter
 
@@ -55,7 +56,7 @@ def _relational_loss(name, student, teacher, *options):
         _check.constant_teacher(teacher, name, _EXCHANGED.get(name))
     backend = _backend.select(student.device)
     if backend == "torch":
-        with reference.without_autocast(student.device):
+        with without_autocast(student.device):
             return getattr(reference, name)(student, teacher, *options)
     from ..ops import relations
 

@@ -15,13 +15,13 @@ student's, the loss is +inf and the gradient 0.
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, TargetReduction
+from .._types import Logits, TargetReduction, WholeTeacher
 from ._logits_loss import _logits_loss
 
 
 def dkd_loss(
     student: Logits,
-    teacher: Logits,
+    teacher: WholeTeacher,
     target: Tensor,
     *,
     alpha: Tensor | float = 1.0,
@@ -110,7 +110,7 @@ def dkd_loss(
 
 def nkd_loss(
     student: Logits,
-    teacher: Logits,
+    teacher: WholeTeacher,
     target: Tensor,
     *,
     gamma: Tensor | float = 1.5,

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, Reduction, TeacherLogits, WholeTeacher
 from ._loss import _Loss
 
 
@@ -308,7 +308,7 @@ class BernoulliKLDivLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: WholeTeacher,
         *,
         temperature: Tensor | float | None = None,
         teacher_temperature: Tensor | float | None = None,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, TargetReduction
+from .._types import Logits, TargetReduction, WholeTeacher
 from ._loss import _Loss
 
 
@@ -94,7 +94,7 @@ class DKDLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: WholeTeacher,
         target: Tensor,
         *,
         temperature: Tensor | float | None = None,
@@ -218,7 +218,7 @@ class NKDLoss(_Loss):
     def forward(
         self,
         student: Logits,
-        teacher: Logits,
+        teacher: WholeTeacher,
         target: Tensor,
         *,
         temperature: Tensor | float | None = None,

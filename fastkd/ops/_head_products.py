@@ -9,8 +9,8 @@ import math
 
 import torch
 
+from .._dtypes import compute_dtype
 from ..forms import LinearLogits
-from ..reference import compute_dtype
 from .slabs import Gathered
 
 # Bytes that the logits of a slab take, of each side, and how many rows there are at least where the user says nothing:

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from .gradient import forbid_double_backward, scaled
 from .numbers import as_tensor
 from .saved import is_inference

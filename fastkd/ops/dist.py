@@ -7,8 +7,8 @@ import torch
 
 from .._calls import DistBackward, DistCall, DistForward
 from .._check import SMALLEST_EPS, DistOptions
+from .._dtypes import compute_dtype
 from .._inplace import overwritten
-from ..reference import compute_dtype
 from . import rows
 from .gradient import forbid_double_backward
 from .numbers import as_tensor

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .._check import REDUCTIONS
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from .gradient import all_scaled, forbid_double_backward, scaled
 from .numbers import as_tensor
 from .saved import is_inference

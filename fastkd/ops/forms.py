@@ -1,5 +1,5 @@
-"""Losses of what stands in place of logits, a slab of rows at a time: of hidden states with a head, and of a teacher's
-best classes (which are brought to logits in ops/top_k.py).
+"""Losses of what stands in place of logits, a slab of rows at a time: of hidden states with a head; of a teacher's best
+classes, or of its probabilities, which are brought to logits in ops/top_k.py and ops/probabilities.py.
 
 Logits of a head are never whole. For each slab: both sides' logits z = scale (hidden W^T + b), capped where there is a
 softcap, in float32 at least; the rows schedule, whose gradient g takes the place of the student's logits; and the
@@ -19,18 +19,20 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .._calls import FormOutputs, FormRows, HeadWeight, RowsCall, RowsForward
+from .._calls import FormOutputs, FormRows, RowsCall, RowsForward
 from .._check import LogitsOptions
 from .._divergences import DERIVED
+from .._dtypes import without_autocast
 from .._inplace import overwritten
-from ..forms import LinearLogits, TopKLogProbs, logits_of
-from ..reference import without_autocast
-from . import head, numbers, rows, standardize
+from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of
+from . import numbers, rows, standardize
 from ._head_products import Gradients, Side, rows_of_slab
 from .gradient import all_scaled, forbid_double_backward
+from .probabilities import OfProbabilities
 from .saved import restored, save
 from .slabs import evenly, gathered, slabs
-from .top_k import StudentOfTopK, teacher_logits
+from .teachers import Teacher
+from .top_k import TAILS, FewClasses
 
 _Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
 
@@ -48,6 +50,8 @@ def _parts_of(side, num_classes):
     """num_classes: that count, or None: all."""
     if isinstance(side, TopKLogProbs):
         return _SideParts(side.log_probs, None, None, (side.temperature, math.inf))
+    if isinstance(side, Probabilities):
+        return _SideParts(rows.first_classes(side.probabilities, num_classes), None, None, (side.temperature, math.inf))
     if not isinstance(side, LinearLogits):
         return _SideParts(rows.first_classes(side, num_classes), None, None, (1.0, math.inf))
     weight, bias = side.weight, side.bias
@@ -74,91 +78,32 @@ def _form_rows(namespace, *arguments):
         _run(namespace, call, linear, out)
 
 
-# What a call has in the dtype that is computed in.
-OF_COMPUTE_DTYPE = ("temperature_rows", "teacher_temperature_rows", "weight")
-
-
-def _double(x):
-    return None if x is None else x.double()
-
-
-class _Hard(NamedTuple):
-    loss: torch.Tensor
-    grad: torch.Tensor | None
-
-
-class _FewClasses:
-    """The loss of a slab whose teacher has K classes of each row."""
-
-    def __init__(self, linear, scale, dtype, stays):
-        """stays: whether the student's logits must."""
-        self.linear, self.scale, self.dtype, self.stays = linear, scale, dtype, stays
-        self.room = None
-
-    def _room(self, z):
-        """For exponentials: where the logits lie, if nobody needs these after them."""
-        if self.linear.renormalize:
-            return None
-        if not self.stays and z.dtype is self.dtype:
-            return z
-        if self.room is None or self.room.numel() < z.numel():
-            self.room = z.new_empty(z.numel(), dtype=self.dtype)
-        return self.room[: z.numel()].view(z.shape)
-
-    def loss(self, namespace, part, slab, loss, grad):
-        """Fills loss and, where it is wanted, the gradient of the student's logits, which may be these."""
-        z, leading = part.student, part.student.shape[:-1]
-        hard = None if part.target is None else self._hard(namespace, part, loss, grad)
-        if hard is not None:
-            soft_weight = part.target_numbers[1].item()
-            if soft_weight == 0:
-                loss.copy_(hard.loss)
-                if grad is not None:
-                    grad.copy_(hard.grad)
-                return
-            ones = z.new_ones(math.prod(leading), dtype=self.dtype) if part.weight is None else part.weight
-            part = part._replace(target=None, target_numbers=None, weight=ones * soft_weight)
-        index = self.linear.indices[slab.index]
-        pad = index < 0
-        log_tail = self.linear.log_tail
-        if log_tail is not None:
-            log_tail = slab.of_rows(log_tail).view(leading)
-        t = teacher_logits(part.teacher.double(), pad, log_tail, self.scale, self.linear.renormalize, z.shape[-1])
-        T = part.temperature
-        if part.temperature_rows is not None:
-            T = part.temperature_rows if part.temperature_rows.dim() == 0 else part.temperature_rows.view(*leading, 1)
-        student = StudentOfTopK(z, index, pad, T, self._room(z))
-        u = student.logits(z)
-        of_double = {name: _double(getattr(part, name)) for name in OF_COMPUTE_DTYPE}
-        soft = RowsForward(torch.empty_like(loss, dtype=torch.float64), u if grad is not None else None, None, None)
-        _fwd(namespace, part._replace(student=u, teacher=t, **of_double), self.linear.adaptive, soft)
-        loss.copy_(soft.loss if hard is None else soft.loss + hard.loss)
-        if grad is not None:
-            of_hard = None if hard is None else hard.grad
-            student.gradient(u, None if part.mask is None else part.mask.view(leading), of_hard, grad)
-
-    def _hard(self, namespace, part, like, grad):
-        """The hard loss of a slab, of all classes, and its gradient."""
-        x = part.student.to(self.dtype, copy=True)
-        numbers_ = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
-        # the soft loss is left out: the teacher is one that has been read already
-        part = part._replace(student=x, teacher=x, target_numbers=numbers_)
-        found = _Hard(torch.empty_like(like), x if grad is not None else None)
-        rows.OPS[namespace].fwd(*part, *RowsForward(found.loss, found.grad, None, None))
-        return found
-
-
 def _checked(numbers_):
     """Scale and softcap of both sides. They were not checked where torch.compile had made them symbols."""
-    for name, x in zip(("student.scale", "student.softcap", "teacher.scale", "teacher.softcap"), numbers_, strict=True):
+    for name, x in zip(
+        ("student.scale", "student.softcap", "teacher.scale", "teacher.softcap"), numbers_, strict=False
+    ):
         if not x > 0 or (x == math.inf and "scale" in name):  # of a softcap it means none
             raise RuntimeError(f"{name}: a positive finite number wanted, got {x}")
+    if not numbers_[4] < 0:
+        raise RuntimeError(f"teacher.log_prob_min: a negative number wanted, got {numbers_[4]}")
     return numbers_
 
 
 def _leaves_out_rows(mask):
     """Whether the host knows that there are rows which do not count."""
     return mask is not None and mask.device.type == "cpu" and not bool(mask.all())
+
+
+def _teacher(namespace, linear, given, student_head, dtype):
+    """What computes the loss of a slab."""
+    adaptive = linear.adaptive
+    if linear.indices is not None:
+        stays = student_head is None or student_head.softcap < math.inf
+        return FewClasses(namespace, linear, given[2], given[4], dtype, stays)
+    if linear.probabilities:
+        return OfProbabilities(namespace, adaptive, given[2], dtype, namespace.startswith(rows.standardized("")))
+    return Teacher(namespace, adaptive)
 
 
 def _run(namespace, call, linear, out):
@@ -169,10 +114,9 @@ def _run(namespace, call, linear, out):
     leading, most = student_x.shape[:-1], max(1, evenly(N, linear.slab_rows))
     given = _checked(linear.numbers.tolist())
     student = Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)
-    teacher = Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:], most)
+    teacher = Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:4], most)
     back = None if student.head is None else Gradients(student, out)
-    stays = student.head is None or student.head.softcap < math.inf
-    few = None if indices is None else _FewClasses(linear, given[2], out.loss.dtype, stays)
+    of_teacher = _teacher(namespace, linear, given, student.head, out.loss.dtype)
     per_row = out.loss.dim() > 0
     losses = out.loss.view(-1) if per_row else None
     parts = None if out.parts is None else out.parts.view(-1, rows.PARTS_SIZE)
@@ -192,10 +136,7 @@ def _run(namespace, call, linear, out):
         grad = back.of(s) if back else None if out.grad is None else out.grad[slab.index]
         loss = s.new_empty(s.shape[:-1], dtype=out.loss.dtype) if per_row else sums[i]
         of_parts = None if parts is None else s.new_empty(*s.shape[:-1], rows.PARTS_SIZE, dtype=parts.dtype)
-        if few:
-            few.loss(namespace, part, slab, loss, grad)
-        else:
-            _fwd(namespace, part, linear.adaptive, RowsForward(loss, grad, None, of_parts))
+        of_teacher.loss(part, slab, RowsForward(loss, grad, None, of_parts))
         at = slab.rows if packs else slice(slab.first, slab.last)
         if per_row:
             losses[at] = loss.view(-1)
@@ -208,24 +149,6 @@ def _run(namespace, call, linear, out):
         out.loss.copy_(sums.sum(dtype=torch.float64))
     if back:
         back.finish()
-
-
-def _fwd(namespace, part, adaptive, outputs):
-    """The rows schedule, of a slab."""
-    if adaptive:
-        part = part._replace(parameter_rows=_student_weight(namespace, part))
-    rows.OPS[namespace].fwd(*part, *outputs)
-
-
-def _student_weight(namespace, part):
-    """Of each row of a slab, as ``adaptive_kl_div`` has it."""
-    weight = part.student.new_empty(part.student.shape[:-1], dtype=torch.float64)
-    temperatures = (
-        part.temperature, part.temperature_rows, part.teacher_temperature, part.teacher_temperature_rows,
-    )  # fmt: skip
-    mu = part.parameter, part.parameter_rows
-    head.OPS[namespace](*HeadWeight(part.student, part.teacher, *temperatures, part.mask, *mu, weight))
-    return weight.view(-1)
 
 
 _library.fastkd.impl("form_rows", _form_rows, "CompositeExplicitAutograd")
@@ -313,6 +236,11 @@ def _op(namespace, call, num_classes, loss, grads, parts):
     torch.ops.fastkd.form_rows(namespace, *call, *FormOutputs(loss, grad, head_grad, bias_grad, parts))
 
 
+def _least(few):
+    """What log-probabilities are raised to."""
+    return -math.inf if few is None or few.log_prob_min is None else few.log_prob_min
+
+
 def logits_loss(
     namespace: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -338,8 +266,9 @@ def logits_loss(
             sides[0].head, sides[0].bias, sides[1].head, sides[1].bias,
             None if few is None else few.indices.to(torch.int64),
             None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
-            few is not None and few.tail == "renormalize",
-            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers),
+            TAILS.index(few.tail) if few else 0,
+            isinstance(teacher, Probabilities),
+            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, _least(few)),
             min(heads) if heads else standardize.rows_of_slab(like), adaptive,
         ),
     )  # fmt: skip

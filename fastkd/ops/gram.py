@@ -24,7 +24,8 @@ import functools
 import torch
 
 from .. import _library
-from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .._dtypes import compute_dtype, without_autocast
+from ..reference import gradient_dtype
 from .products import blocks_of, check_embeddings, unit, unit_backward
 from .samples import GRAM, are_few, few_samples
 

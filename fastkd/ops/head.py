@@ -6,7 +6,7 @@ import torch
 
 from .._calls import HeadWeight
 from .._check import LogitsOptions
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from .rows import changeable, first_classes, number_or_rows, standardized, temperatures
 
 NAMES = ("head_weight",)

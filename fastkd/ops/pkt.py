@@ -18,7 +18,8 @@ import torch
 
 from .. import _library
 from .._check import SMALLEST_EPS
-from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .._dtypes import compute_dtype, without_autocast
+from ..reference import gradient_dtype
 from .numbers import read
 from .products import blocks_of, check_embeddings
 from .samples import PKT, are_few, few_samples

@@ -26,7 +26,8 @@ import torch
 from .. import _library
 from .._calls import InverseDivisor, RowsCall
 from .._divergences import ENTRIES, NUMBERS, REGISTRY
-from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .._dtypes import compute_dtype, without_autocast
+from ..reference import gradient_dtype
 from . import rows as rows_schedule
 from .gradient import forbid_double_backward, scaled
 from .products import blocks_of, unit, unit_backward

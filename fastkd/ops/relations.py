@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..reference import compute_dtype, gradient_dtype, ordinary
+from .._dtypes import compute_dtype
+from ..reference import gradient_dtype, ordinary
 from . import gram, similarity
 from . import pkt as _pkt
 from .gradient import forbid_double_backward, scaled

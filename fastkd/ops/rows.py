@@ -10,8 +10,8 @@ import torch
 from .._calls import InverseDivisor, RowsBackward, RowsCall, RowsForward
 from .._check import LogitsOptions
 from .._divergences import NUMBERS, TARGET_LOSSES, parameters_of
+from .._dtypes import compute_dtype
 from .._inplace import overwritten
-from ..reference import compute_dtype
 from . import numbers
 from .gradient import forbid_double_backward, scaled
 from .saved import restored, save

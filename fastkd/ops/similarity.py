@@ -26,7 +26,8 @@ Saved for backward: the gradient. Beside it a few blocks of rows and D x D matri
 import torch
 
 from .. import _library
-from ..reference import compute_dtype, gradient_dtype, without_autocast
+from .._dtypes import compute_dtype, without_autocast
+from ..reference import gradient_dtype
 from .products import blocks_of, check_embeddings, row_factors
 from .samples import SIMILARITY, are_few, few_samples
 

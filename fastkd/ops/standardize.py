@@ -33,7 +33,7 @@ from .._calls import (
     Standardize,
     StandardizeBackward,
 )
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from . import dist, head, rows
 from .slabs import Room, slabs
 

@@ -8,12 +8,21 @@ rows schedule computes every loss of these logits [N, K + 1], and its gradient g
     dL/dz_v = g_v of the K classes, g_u exp(z_v / T) / sum exp(z / T) of all others.
 
 Of the student's logits there is one copy, a slab of rows at a time, in which exponentials take the place of logits and
-the gradient that of exponentials: one exponential a class.
+the gradient that of exponentials: one exponential a class. Where the tail is ignored the loss is of the K terms alone,
+and the student's probabilities in it are still among K + 1 classes.
 """
 
 from typing import Any
 
 import torch
+
+from .. import _reference_forms, _terms, reference
+from .._calls import FormRows, RowsCall, RowsForward
+from .._divergences import NUMBERS
+from .teachers import Apart, Weights, of_rows, parameters, tell, with_parts
+
+# By number, in FormRows.
+TAILS = ("bucket", "renormalize", "ignore")
 
 
 def teacher_logits(
@@ -81,3 +90,94 @@ class StudentOfTopK:
         grad.scatter_add_(-1, self.at, known.to(grad.dtype))
         if out is not grad:
             out.copy_(grad)
+
+
+# What a call has in the dtype that is computed in.
+_OF_COMPUTE_DTYPE = ("temperature_rows", "teacher_temperature_rows", "weight")
+
+
+def _double(x):
+    return None if x is None else x.double()
+
+
+class FewClasses(Apart):
+    """A teacher who has K classes of each row."""
+
+    def __init__(
+        self,
+        namespace: str,
+        call: FormRows,
+        scale: float,
+        log_prob_min: float,
+        dtype: torch.dtype,
+        stays: bool,
+    ) -> None:
+        """scale: the temperature of the log-probabilities; stays: whether the student's logits must."""
+        super().__init__(namespace, call.adaptive, dtype)
+        self.call: FormRows = call
+        self.scale: float = scale
+        self.log_prob_min: float = log_prob_min
+        self.stays: bool = stays
+        self.tail: str = TAILS[call.tail]
+        self.kept: Any = None
+
+    def _room(self, z):
+        """For exponentials: where the logits lie, if nobody needs these after them."""
+        if self.tail == "renormalize":
+            return None
+        if not self.stays and z.dtype is self.dtype:
+            return z
+        if self.kept is None or self.kept.numel() < z.numel():
+            self.kept = z.new_empty(z.numel(), dtype=self.dtype)
+        return self.kept[: z.numel()].view(z.shape)
+
+    def soft(self, part: RowsCall, slab: Any, out: RowsForward, hard_grad: torch.Tensor | None) -> None:
+        z, leading = part.student, part.student.shape[:-1]
+        index = self.call.indices[slab.index]
+        agrees = None if out.parts is None else z.argmax(-1) == _reference_forms.best_class(part.teacher, index)
+        T = part.temperature if part.temperature_rows is None else of_rows(part.temperature_rows, leading)
+        student = StudentOfTopK(z, index, index < 0, T, self._room(z))
+        u = student.logits(z)
+        part = part._replace(
+            student=u,
+            teacher=part.teacher.double(),
+            **{name: _double(getattr(part, name)) for name in _OF_COMPUTE_DTYPE},
+        )
+        found = RowsForward(
+            torch.zeros_like(out.loss, dtype=torch.float64), u if out.grad is not None else None, None,
+            None if out.parts is None else torch.empty_like(out.parts),
+        )  # fmt: skip
+        of = self._of_terms if self.tail == "ignore" else self._of_classes
+        of(part, slab, index, z.shape[-1], found)
+        out.loss.copy_(found.loss)
+        mask = None if part.mask is None else part.mask.view(leading)
+        if out.parts is not None:
+            tell(out.parts, mask, found.parts[..., 1], found.parts[..., 2:4].unbind(-1), agrees)
+        if out.grad is not None:
+            student.gradient(u, mask, hard_grad, out.grad)
+
+    def _of_classes(self, part, slab, index, V, out):
+        """Of distributions over the classes that there are."""
+        log_tail = self.call.log_tail
+        if log_tail is not None:
+            log_tail = slab.of_rows(log_tail).view(index.shape[:-1])
+        t = teacher_logits(part.teacher, index < 0, log_tail, self.scale, self.tail == "renormalize", V)
+        part = part._replace(teacher=t)
+        self.of_logits(part if out.parts is None else with_parts(part), out)
+
+    def _of_terms(self, part, _slab, index, _V, out):
+        """Of the K terms that there are, of distributions over all classes."""
+        K, there, weights = index.shape[-1], index >= 0, Weights(part)
+        log_p = reference.log_softmax(part.student, weights.T)
+        known, log_q, low = _terms.of_those(log_p[..., :K], part.teacher, there, self.log_prob_min)
+        name = list(NUMBERS)[part.divergence]
+        sums, slope = _terms.of_classes(name, known, log_q, parameters(part, name), there)
+        weights.add_loss(sums, out.loss)
+        if out.parts is not None:
+            out.parts[..., 1:4] = torch.stack(
+                [(sums[..., None] * weights.squared).squeeze(-1), *(_terms.entropy(x, there) for x in (known, log_q))],
+                -1,
+            )
+        if out.grad is not None:
+            slope = torch.nn.functional.pad(slope.masked_fill(low, 0), (0, 1))
+            out.grad.copy_(weights.gradient(log_p, slope))

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from .. import _library
-from ..reference import compute_dtype, gradient_dtype, positives_of, without_autocast
+from .._dtypes import compute_dtype, without_autocast
+from ..reference import gradient_dtype, positives_of
 from .gradient import forbid_double_backward, scaled
 from .numbers import as_tensor, read
 from .products import blocks_of, check_embeddings

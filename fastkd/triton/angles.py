@@ -23,9 +23,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .._dtypes import compute_dtype
 from ..ops.numbers import read
 from ..ops.relations import RKD_DISTANCE
-from ..reference import compute_dtype, gradient_dtype
+from ..reference import gradient_dtype
 from .embeddings import add_up, clamp, row_pointer, rows_there, scale_there, squared_distances, total, width_there
 from .pairs import _Pairs, new_gradient
 from .registers import limited

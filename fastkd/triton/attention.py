@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .._dtypes import compute_dtype
 from ..ops.numbers import read
-from ..reference import compute_dtype
 from .layout import UNFUSED, load_features, programs, row_pointers, rows_of_program, same_rows, store_features, tile_of
 
 POSITIONS = 2048  # of a map at a time

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from .._calls import DistBackward, DistCall, DistForward
+from .._dtypes import compute_dtype
 from ..ops.dist import read_numbers
-from ..reference import compute_dtype
 from .dist_kernels import dist_bwd_kernel, dist_columns_kernel, dist_rows_kernel, dist_slopes_kernel
 from .registers import limited
 from .rows import backward_configuration, layout_of, side_by_side

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .._dtypes import compute_dtype
 from ..ops.features import FEATURES
 from ..ops.numbers import read
-from ..reference import compute_dtype
 from .features_kernels import count_kernel, features_kernel, finish_kernel, flat_kernel
 from .layout import UNFUSED, is_dense, programs, same_rows, tile_of
 from .registers import limited

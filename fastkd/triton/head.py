@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .._calls import HeadWeight
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from .divergences import total_variation
 from .registers import limited
 from .rows import configuration, layout_of, number, programs, same_temperature, side_by_side, sizes

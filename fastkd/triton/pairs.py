@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 import triton
 
+from .._dtypes import compute_dtype
 from ..ops.numbers import read
-from ..reference import compute_dtype, gradient_dtype
+from ..reference import gradient_dtype
 from .embeddings import add_up, prepare
 from .pairs_kernels import distances_kernel, grad_kernel, loss_kernel
 from .relations import RELATIONS

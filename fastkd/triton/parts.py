@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .._calls import RowsCall
 from .._divergences import ENTRIES
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from .divergences import log1p
 from .registers import limited
 from .rows import configuration, layout_of, number, programs, same_temperature, side_by_side, sizes

@@ -9,7 +9,7 @@ import triton
 
 from .._calls import HeadWeight, InverseDivisor, RowsBackward, RowsCall, RowsForward
 from .._divergences import ENTRIES
-from ..reference import compute_dtype
+from .._dtypes import compute_dtype
 from .divergences import FUNCTIONS
 from .registers import limited
 from .rows_kernels import inverse_divisor_kernel, rows_bwd_kernel, rows_fwd_kernel, sum_kernel

@@ -1,0 +1,432 @@
+"""Probabilities: a teacher whose probabilities are given, and need not sum to 1."""
+
+import functools
+import inspect
+
+import literal
+import pytest
+import torch
+from test_rows import storage_error
+from tolerances import FLOOR, NEAR_CONVERGENCE, error
+
+import fastkd
+from fastkd import LinearLogits, Probabilities, functional
+from fastkd._divergences import BY_NAME
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+LEADING, V = (3, 7), 40
+GENERATED = torch.rand(LEADING, generator=torch.Generator().manual_seed(0))
+MASK = GENERATED < 0.6
+TARGET = torch.arange(21).reshape(LEADING) * 17 % (V - 8)
+TARGET[1, 2] = -100
+LOSSES = {name: getattr(functional, name) for name in literal.ROWS}
+# whether the teacher's temperature is the one that the probabilities were taken at
+OPTIONS = {
+    "plain": {},
+    "masked": {"mask": MASK, "reduction": "none"},
+    "at_2": {"temperature": 2.0, "own": 2.0, "weight": 1 + GENERATED},
+    "softened": {"temperature": 0.5 + GENERATED, "teacher_temperature": 3.0},
+    "some_softened": {"teacher_temperature": torch.where(MASK, 1.0, 3.0)},
+    "num_classes": {"num_classes": V - 8, "mask": MASK, "normalizer": 3.0, "t_squared": False, "temperature": 2.0},
+}
+PARAMETERS = {
+    "js_div": [{"beta": 0.2}, {"beta": GENERATED}],
+    "symmetric_kl_div": [{"student_weight": 0.9}, {"student_weight": GENERATED}],
+    "skew_kl_div": [{"alpha": 0.4}, {"alpha": GENERATED}],
+    "skew_reverse_kl_div": [{"alpha": 0.4}, {"alpha": GENERATED}],
+    "alpha_beta_div": [{"alpha": 1.2, "beta": 0.3}, {"alpha": 0.1 + GENERATED, "beta": 0.5}],
+    "adaptive_kl_div": [{"mu": 0.3}, {"mu": 0.7}],
+}
+
+
+def inputs(dtype=torch.float32, sums="any", leading=LEADING, V=V):
+    """A student's logits, and what is given of the teacher: rows that sum to 1, or to anything, also with zeros."""
+    generator = torch.Generator().manual_seed(V)
+    student = 2 * torch.randn(*leading, V, generator=generator, dtype=torch.float64)
+    teacher = (2 * torch.randn(*leading, V, generator=generator, dtype=torch.float64)).softmax(-1)
+    if sums != "one":
+        teacher = teacher * (0.3 + 1.4 * torch.rand(*leading, 1, generator=generator, dtype=torch.float64))
+    if sums == "zeros":
+        teacher[..., 1::3] = 0
+    return student.to(dtype), teacher.to(dtype)
+
+
+def truth(name, student, teacher, own=1.0, upstream=None, **options):
+    """Loss and gradient in float64, from the definition."""
+    student = student.detach().double().requires_grad_()
+    parameters = {key: options.pop(key) for key in ("alpha", "beta", "student_weight", "mu") if key in options}
+    parameters = {key: x.double()[..., None] if isinstance(x, torch.Tensor) else x for key, x in parameters.items()}
+    z, q = student[..., : options.get("num_classes")], teacher.double()[..., : options.get("num_classes")]
+    mask = options.get("mask", torch.ones(z.shape[:-1], dtype=torch.bool))
+    z = torch.where(mask[..., None], z, 0.0)
+    T = torch.as_tensor(options.get("temperature", 1.0)).expand(z.shape[:-1])[..., None]
+    of_teacher = torch.as_tensor(options.get("teacher_temperature", T.squeeze(-1))).expand(z.shape[:-1])[..., None]
+    softened = q ** (own / of_teacher.double())
+    q = torch.where(of_teacher == own, q, softened / softened.sum(-1, keepdim=True))
+    lp = (z / T.double()).log_softmax(-1)
+    rows = literal.ROWS[name](lp.exp(), q, lp, torch.where(q == 0, 1e-300, q).log(), **parameters)
+    rows = rows * (T.squeeze(-1).double() ** 2 if options.get("t_squared", True) else 1.0) * options.get("weight", 1.0)
+    rows = torch.where(mask, rows, 0.0)
+    loss = rows if options.get("reduction") == "none" else rows.sum() / options.get("normalizer", mask.sum())
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
+
+
+def run(loss, student, teacher, own=1.0, upstream=None, **options):
+    leaf = student.detach().clone().requires_grad_()
+    found = loss(leaf, Probabilities(teacher, temperature=own), **options)
+    upstream = torch.ones_like(found) if upstream is None else upstream.to(found.dtype)
+    return found.detach(), torch.autograd.grad(found, leaf, upstream)[0]
+
+
+def check(name, student, teacher, times=32, **options):
+    loss, grad = run(LOSSES[name], student, teacher, **options)
+    right, of_right = truth(name, student, teacher, **options)
+    compute = torch.float64 if student.dtype is torch.float64 else torch.float32
+    assert loss.dtype == compute
+    assert (grad.dtype, grad.shape) == (student.dtype, student.shape)
+    assert error(loss, right) <= times * FLOOR[compute]
+    assert error(grad, of_right) <= times * FLOOR[compute] + storage_error(grad, of_right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("sums", ["one", "any"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_it_is_the_definition(backend, name, sums, options, dtype):
+    options = dict(OPTIONS[options])
+    if options.get("reduction") == "none":
+        options["upstream"] = 1 + GENERATED
+    check(name, *inputs(dtype, sums), **options)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters(backend, name, which):
+    options = PARAMETERS[name][which]
+    check(name, *inputs(), **options)
+
+
+@pytest.mark.parametrize("name", ["js_div", "symmetric_kl_div", "skew_kl_div", "skew_reverse_kl_div"])
+def test_at_the_ends_of_its_range_a_parameter_is_another_divergence(backend, name):
+    """By convention, for a number and for rows alike."""
+    student, teacher = inputs()
+    entry = BY_NAME[name].parameter
+    for value, other in entry.ends.items():
+        expected = run(LOSSES[other], student, teacher)
+        for x in (value, torch.full(LEADING, value), torch.tensor(value)):
+            for a, b in zip(run(LOSSES[name], student, teacher, **{entry.name: x}), expected, strict=True):
+                torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "soft_cross_entropy", "js_div", "total_variation", "alpha_beta_div"])
+def test_probabilities_of_zero(backend, name):
+    check(name, *inputs(sums="zeros"))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_row_of_zeros_knows_nothing(backend, name):
+    student, teacher = inputs()
+    teacher[0, 3] = 0
+    loss, grad = run(LOSSES[name], student, teacher, reduction="none")
+    assert loss[0, 3] == 0
+    assert not grad[0, 3].any()
+    counts = torch.ones(LEADING, dtype=torch.bool)
+    counts[0, 3] = False
+    expected = run(LOSSES[name], student, teacher, reduction="none", mask=counts)
+    for a, b in zip((loss, grad), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["reverse_kl_div", "symmetric_kl_div"])
+def test_what_the_teacher_rules_out_is_infinite(backend, name):
+    student, teacher = inputs()
+    teacher[1, 1, 5] = 0
+    loss, grad = run(LOSSES[name], student, teacher, reduction="none")
+    assert loss[1, 1] == torch.inf
+    assert not grad[1, 1].any()
+    assert loss.isinf().sum() == 1
+
+
+@pytest.mark.parametrize("standardize", [False, True])
+@pytest.mark.parametrize("T", [1.0, 2.5])
+def test_coins(backend, T, standardize):
+    """Of bernoulli_kl_div they are those of its coins; q = 0 and q = 1 are sure."""
+    student, _ = inputs()
+    teacher = torch.rand(*LEADING, V, generator=torch.Generator().manual_seed(1))
+    if not standardize:
+        teacher[0, 0, :2] = torch.tensor([0.0, 1.0])
+    options = {"temperature": T, "standardize": standardize}
+    logits = 2 * torch.logit(teacher.double())
+    leaf = student.double().requires_grad_()
+    expected = functional.bernoulli_kl_div(leaf, logits, **options)
+    loss, grad = run(functional.bernoulli_kl_div, student, teacher, own=2.0, **options)
+    assert error(loss, expected.detach()) <= 32 * FLOOR[torch.float32]
+    assert error(grad, torch.autograd.grad(expected, leaf)[0]) <= 32 * FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("name", ["kl_div", "adaptive_kl_div", "total_variation"])
+def test_standardized_they_stand_for_logits(backend, name):
+    student, teacher = inputs()
+    for a, b in zip(
+        run(LOSSES[name], student, teacher, standardize=True, temperature=0.7),
+        run_of_logits(LOSSES[name], student, teacher.log(), standardize=True, temperature=0.7),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def run_of_logits(loss, student, teacher, **options):
+    leaf = student.detach().clone().requires_grad_()
+    found = loss(leaf, teacher, **options)
+    return found.detach(), torch.autograd.grad(found, leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.0, 2.0), (1.5, 0.0)], ids=str)
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "total_variation", "adaptive_kl_div", "bernoulli_kl_div"])
+def test_beside_labels(backend, name, weights, dtype):
+    """The hard part knows nothing of the teacher's sums."""
+    student, teacher = inputs(dtype, "any")
+    teacher = teacher.clamp(max=1)
+    hard_weight, soft_weight = weights
+    loss, grad = run(
+        functools.partial(functional.kd_loss, divergence=name, hard_weight=hard_weight, soft_weight=soft_weight),
+        student, teacher, target=TARGET, weight=1 + GENERATED, label_smoothing=0.1, temperature=1.0,
+    )  # fmt: skip
+    counts, leaf = TARGET != -100, student.double().requires_grad_()
+    hard = torch.nn.functional.cross_entropy(
+        leaf.flatten(0, 1), TARGET.flatten(), label_smoothing=0.1, reduction="none"
+    ).view(LEADING)
+    hard = (hard * (1 + GENERATED))[counts].mean()
+    with fastkd.backend("torch"):
+        soft = getattr(functional, name)(
+            leaf, Probabilities(teacher.double()), mask=counts, weight=(1 + GENERATED).double()
+        )
+    right = hard_weight * hard + soft_weight * soft
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    assert error(loss, right.detach()) <= 32 * FLOOR[compute]
+    of_right = torch.autograd.grad(right, leaf)[0]
+    assert error(grad, of_right) <= 32 * FLOOR[compute] + storage_error(grad, of_right)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "total_variation", "bernoulli_kl_div"])
+def test_parts(backend, name):
+    student, teacher = inputs()
+    teacher = teacher.clamp(max=1)
+    options = {"divergence": name, "temperature": 2.0, "teacher_temperature": 1.0, "mask": MASK}
+    found = functional.kd_loss(student, Probabilities(teacher), TARGET, return_parts=True, **options)
+    counts = MASK & (TARGET != -100)
+    soft = getattr(functional, name)(
+        student, Probabilities(teacher), temperature=2.0, teacher_temperature=1.0, mask=counts
+    )
+    torch.testing.assert_close(found.soft, soft)
+    hard = torch.nn.functional.cross_entropy(student[counts], TARGET[counts])
+    torch.testing.assert_close(found.hard, hard)
+    torch.testing.assert_close(found.loss, (soft + hard) / 2)
+    agreement = (student.argmax(-1) == teacher.argmax(-1))[counts].float().mean()
+    torch.testing.assert_close(found.agreement, agreement)
+    if name != "bernoulli_kl_div":
+        q, log_p = teacher[counts], (student[counts] / 2).log_softmax(-1)
+        torch.testing.assert_close(found.teacher_entropy, -(q * q.log()).sum(-1).mean())
+        torch.testing.assert_close(found.student_entropy, -(log_p.exp() * log_p).sum(-1).mean())
+
+
+def parted(name, student, teacher, alpha=1.0, beta=8.0, gamma=1.5):
+    """dkd_loss and nkd_loss of one row at temperature 1, as published, whatever q sums to."""
+    p, q = student.double().softmax(-1), teacher.double()
+    rows = []
+    for a, b, y in zip(p.flatten(0, -2), q.flatten(0, -2), TARGET.flatten(), strict=True):
+        if y < 0:
+            continue
+        others = torch.arange(len(a)) != y
+        a_y, b_y, a_rest, b_rest = a[y], b[y], a[others], b[others]
+        a_hat, b_hat = a_rest / a_rest.sum(), b_rest / b_rest.sum()
+        if name == "dkd_loss":
+            two = b_y * (b_y / a_y).log() + b_rest.sum() * (b_rest.sum() / a_rest.sum()).log()
+            rows.append(alpha * two + beta * (b_hat * (b_hat / a_hat).log()).sum())
+        else:
+            rows.append(-b_y * a_y.log() - gamma * (b_hat * a_hat.log()).sum())
+    return torch.stack(rows).mean()
+
+
+@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
+def test_losses_that_part_the_target(backend, name):
+    student, teacher = inputs()
+    loss, grad = run(getattr(functional, name), student, teacher, target=TARGET, temperature=1.0)
+    leaf = student.double().requires_grad_()
+    right = parted(name, leaf, teacher)
+    assert error(loss, right.detach()) <= 32 * FLOOR[torch.float32]
+    assert error(grad, torch.autograd.grad(right, leaf)[0]) <= 32 * FLOOR[torch.float32]
+    softened = run(getattr(functional, name), student, teacher, target=TARGET, temperature=3.0)
+    expected = run_of_logits(getattr(functional, name), student, teacher.log(), target=TARGET, temperature=3.0)
+    if name == "dkd_loss":  # the hard part of the other is at temperature 1, where they are as they are
+        for a, b in zip(softened, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "total_variation", "kd_loss"])
+def test_beside_a_students_head(backend, name):
+    _, teacher = inputs()
+    loss = functools.partial(functional.kd_loss, target=TARGET) if name == "kd_loss" else LOSSES[name]
+    parts = [x.requires_grad_() for x in (torch.randn(*LEADING, 9), torch.randn(V, 9), torch.randn(V))]
+    student = LinearLogits(*parts, slab_bytes=8 * V * 4, softcap=3.0)
+    for options in ({}, {"mask": MASK}):
+        found = loss(student, Probabilities(teacher), **options)
+        expected = loss(student.logits(), Probabilities(teacher), **options)
+        torch.testing.assert_close(found, expected)
+        of = [torch.autograd.grad(x, parts) for x in (found, expected)]
+        for a, b in zip(*of, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "total_variation"])
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_in_place_and_in_slabs(backend, dtype, reduction, name, monkeypatch):
+    from fastkd.ops import standardize
+
+    monkeypatch.setitem(standardize.SLAB, "cpu", 5 * V)
+    student, teacher = inputs(dtype)
+    grads = []
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        LOSSES[name](leaf * 1, Probabilities(teacher), inplace=inplace, reduction=reduction).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
+    check(name, student, teacher, reduction=reduction)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "negative_log_acceptance"])
+def test_rows_that_do_not_count_may_hold_anything(backend, name):
+    student, teacher = inputs()
+    expected = run(LOSSES[name], student, teacher, mask=MASK)
+    student[~MASK], teacher[~MASK] = torch.nan, -3.0
+    teacher[0, 0] = torch.where(MASK[0, 0], teacher[0, 0], torch.nan)
+    found = run(LOSSES[name], student, teacher, mask=MASK)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    assert run(LOSSES[name], student, teacher, mask=torch.zeros_like(MASK))[0] == 0
+
+
+@pytest.mark.parametrize("name", ["kl_div", "total_variation"])
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (2, 3, 4)], ids=str)
+def test_any_leading_dimensions(backend, leading, name):
+    student, teacher = inputs(leading=leading)
+    if 0 in leading:
+        loss, grad = run(LOSSES[name], student, teacher)
+        assert (loss, grad.shape) == (0, student.shape)
+        return
+    check(name, student, teacher, reduction="sum", normalizer=1.0)
+    if len(leading) == 3:
+        check(name, *(x.transpose(0, 1) for x in (student, teacher)), reduction="sum", normalizer=1.0)
+
+
+@pytest.mark.parametrize("name", ["kl_div", "js_div", "total_variation"])
+def test_near_convergence(kernel, name):
+    """Plain PyTorch sums probabilities in float32, and has lost what they are beside 1."""
+    generator = torch.Generator().manual_seed(1)
+    teacher = 2 * torch.randn(64, 3000, generator=generator)
+    student = teacher + 2e-3 * torch.randn(teacher.shape, generator=generator)
+    teacher = teacher.double().softmax(-1).float()
+    loss, grad = run(LOSSES[name], student, teacher)
+    right, of_right = truth(name, student, teacher)
+    assert right < 1e-3
+    # of rows that sum to 1 but for rounding, what rounding left is a part of the loss
+    assert error(loss, right) <= NEAR_CONVERGENCE
+    if name != "total_variation":  # whose gradient jumps where p = q
+        assert error(grad, of_right) <= 5 * NEAR_CONVERGENCE
+
+
+def test_gradients_numerically(backend):
+    student, teacher = inputs(torch.float64, leading=(4,), V=7)
+    for name in ("kl_div", "symmetric_kl_div", "alpha_beta_div", "negative_log_acceptance"):
+        loss = functools.partial(LOSSES[name], teacher=Probabilities(teacher))
+        assert torch.autograd.gradcheck(loss, student.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize(("which", "head"), [("cpu", False), ("cpu", True), ("torch", False)])
+@pytest.mark.parametrize("name", ["js_div", "total_variation", "bernoulli_kl_div"])
+def test_compiled(which, head, name):
+    def loss(student, teacher, weight, T):
+        student = LinearLogits(student, weight) if head else student
+        return getattr(functional, name)(student, Probabilities(teacher, temperature=T), temperature=T)
+
+    with fastkd.backend(which):
+        torch.compiler.reset()
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+        for rows, T in ((6, 1.0), (9, 2.0)):
+            student, teacher = inputs(leading=(rows,))
+            teacher, weight = teacher.clamp(max=1), torch.randn(V, V)
+            leaf, found = student.requires_grad_(), []
+            for function in (compiled, loss):
+                value = function(leaf, teacher, weight, T)
+                found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+            torch.testing.assert_close(*found)
+
+
+def test_modules(backend):
+    student, teacher = inputs()
+    given = Probabilities(teacher)
+    assert torch.equal(fastkd.KLDivLoss()(student, given), functional.kl_div(student, given))
+    assert repr(given) == "Probabilities([3, 7, 40], temperature=1.0)"
+
+
+def test_the_losses_that_take_it():
+    taken = {name for name in functional.__all__ if name.islower()
+             and "Probabilities" in str(inspect.signature(getattr(functional, name)).parameters["teacher"].annotation)}  # fmt: skip
+    assert taken == {*BY_NAME, "kd_loss", "dkd_loss", "nkd_loss"}
+
+
+student, teacher = inputs()
+
+
+@pytest.mark.parametrize(
+    ("argument", "options", "problem", "message"),
+    [
+        ([0.5], {}, TypeError, r"^probabilities: a torch.Tensor wanted"),
+        (teacher.to_sparse(), {}, TypeError, r"^probabilities: a dense tensor wanted"),
+        (teacher.long(), {}, TypeError, r"^probabilities: float16, .* wanted"),
+        (teacher[..., :0], {}, ValueError, r"^probabilities: shape \[\*, V\] wanted"),
+        (torch.tensor(1.0), {}, ValueError, r"^probabilities: shape \[\*, V\] wanted"),
+        (teacher, {"temperature": 0.0}, ValueError, r"^temperature: a positive"),
+        (teacher, {"temperature": "1"}, TypeError, r"^temperature: a number"),
+    ],
+)
+def test_bad_parts_are_named(argument, options, problem, message):
+    with pytest.raises(problem, match=message):
+        Probabilities(argument, **options)
+
+
+def test_bad_values_are_named_with_their_row(backend):
+    for value, row in ((-1e-3, (1, 3)), (torch.nan, (2, 6)), (torch.inf, (0, 0))):
+        wrong = teacher.clone()
+        wrong[row][4] = value
+        with pytest.raises(
+            ValueError, match=rf"^teacher.probabilities: numbers of at least 0.*row \({row[0]}, {row[1]}\)"
+        ):
+            functional.js_div(student, Probabilities(wrong))
+    wrong = teacher.clone()
+    wrong[0, 2, 1] = 1.5
+    functional.kl_div(student, Probabilities(wrong))
+    with pytest.raises(ValueError, match=r"^teacher.probabilities: numbers from 0 to 1 wanted; row \(0, 2\)"):
+        functional.bernoulli_kl_div(student, Probabilities(wrong))
+    with pytest.raises(ValueError, match=r"^teacher.probabilities: numbers from 0 to 1 wanted; row \(0, 2\)"):
+        functional.kd_loss(student, Probabilities(wrong), TARGET, divergence="bernoulli_kl_div")
+
+
+def test_bad_use_is_named(backend):
+    given = Probabilities(teacher)
+    with pytest.raises(TypeError, match=r"^student: logits or LinearLogits wanted, got Probabilities"):
+        functional.kl_div(given, given)
+    with pytest.raises(TypeError, match=r"^teacher: a torch.Tensor wanted, got Probabilities"):
+        functional.dist_loss(student, given)
+    with pytest.raises(ValueError, match=r"^teacher: no gradient flows to it|^teacher.probabilities: no gradient"):
+        functional.kl_div(student, Probabilities(teacher.clone().requires_grad_()))
+    with pytest.raises(ValueError, match=r"^dim: the classes of Probabilities are last"):
+        functional.kl_div(student, given, dim=1)
+    with pytest.raises(ValueError, match=r"^teacher: the student's shape .*num_classes=40"):
+        functional.kl_div(torch.cat([student, student], -1), given)
+    leaf = student.clone().requires_grad_() * 1
+    with pytest.raises(ValueError, match=r"^inplace: student and teacher share"):
+        functional.kl_div(leaf, Probabilities(leaf.detach().abs_()), inplace=True)
