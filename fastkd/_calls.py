@@ -136,6 +136,33 @@ class StandardizeBackward(NamedTuple):
     grad: Out  # [*, V], the dtype of x; it may be x itself
 
 
+class Complement(NamedTuple):
+    """``complement_fwd``: of each row the logits of K classes, and that of all others together, which is
+    T log sum exp(z / T)."""
+
+    student: Tensor  # [*, V], any strides
+    indices: Tensor  # [N, K] int64; negative: padding
+    temperature: float  # T of all rows, where there are no temperature_rows
+    temperature_rows: Tensor | None  # [N] in the dtype that is computed in; or [], one for all rows
+    mask: Tensor | None  # [N] bool, True: the row counts; of others nothing is read
+    logits: Out  # [N, K + 1] float64; of padding -inf, of a class that there is not NaN, of rows that do not count 0
+    sums: Out  # [N, 2] float64: the maximum of the others, and their sum of e^((z - max) / T)
+
+
+class ComplementBackward(NamedTuple):
+    """``complement_bwd``: from the gradient of those logits to that of the student's."""
+
+    student: Tensor  # as in Complement, and so are the next four
+    indices: Tensor
+    temperature: float
+    temperature_rows: Tensor | None
+    mask: Tensor | None
+    sums: Tensor  # as complement_fwd makes them
+    upstream: Tensor  # [N, K + 1] float64
+    addend: Tensor | None  # [*, V] in the dtype that is computed in: what the gradient has besides; 0 in other rows
+    grad: Out  # [*, V], the student's dtype; it may be the student itself
+
+
 class DistCall(NamedTuple):
     """What both ops of the dist schedule begin with, as those of the rows schedule do."""
 
@@ -171,6 +198,8 @@ OPS = {
     "standardize_fwd": (Standardize,),
     "standardize_bwd": (StandardizeBackward,),
     "head_weight": (HeadWeight,),
+    "complement_fwd": (Complement,),
+    "complement_bwd": (ComplementBackward,),
     "dist_fwd": (DistCall, DistForward),
     "dist_bwd": (DistCall, DistBackward),
 }

@@ -202,6 +202,28 @@ def test_the_kernels_that_standardize_are_clean(compiler, build, shape):
         assert run_program([standardize_program(compiler, build), *arguments]) == "right\n", order
 
 
+def complement_program(compiler, build):
+    return compiler.program("complement", build, "reduce", "complement")
+
+
+# (dtype, N, V, K); the last has more classes than there are bits
+COMPLEMENTS = {
+    "several rows a block": (FLOAT, 9, 10, 3),
+    "rows that begin at every alignment": (BFLOAT16, 9, 131, 64),
+    "a block a row": (HALF, 3, 4104, 64),
+    "more classes than bits": (FLOAT, 2, 300001, 12),
+}
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("shape", COMPLEMENTS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernels_of_the_complement_are_clean(compiler, build, shape):
+    for order in ORDERS if build == "plain" else ("random",):
+        arguments = [*map(str, COMPLEMENTS[shape]), *ORDERS[order]]
+        assert run_program([complement_program(compiler, build), *arguments]) == "right\n", order
+
+
 def strips_program(compiler, build):
     return compiler.program("strips", build, "pkt", "triplet")
 
@@ -443,6 +465,8 @@ INSTRUCTIONS = {
     r"rows_kernelIf13__nv_bfloat16S2_\w*ForwardKL": (COPIES, STORES, LOADS),
     r"rows_kernelIfff\w*ForwardKL": (COPIES, STORES, LOADS),
     r"standardize_[fb]wd_kernelIf\w*RowWalk": (r"LDG\.E\.\S*128", STORES),
+    r"complement_fwd_kernelIf": (r"LDG\.E\.\S*128", r"ATOMS\.OR"),
+    r"complement_bwd_kernelIf": (r"LDG\.E\.\S*128", STORES),
     r"pairs_sweep_kernelI6__half": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.16816\.F32 "),
     r"pairs_gradient_kernelI13__nv_bfloat16": (COPIES, r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"HMMA\.16816\.F32\.BF16"),
     r"pairs_gradient_kernelIf": (COPIES, r"LDSM\.16\.M88\.4", r"HMMA\.1688\.F32\.TF32"),

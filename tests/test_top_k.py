@@ -240,11 +240,46 @@ def test_any_leading_dimensions(backend, leading):
 
 
 def test_slabs(backend, monkeypatch):
-    from fastkd.ops import standardize
+    from fastkd.ops import standardize, top_k
 
+    monkeypatch.setattr(top_k, "_SLAB", 5 * (K + 1))
     monkeypatch.setitem(standardize.SLAB, "cpu", 5 * V)
     for reduction in ("none", "sum"):
-        check("js_div", *inputs(), "bucket", reduction=reduction)
+        for name in ("js_div", "kd_loss of kl_div"):
+            check(name, *inputs(), "bucket", reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("laid", ["classes first", "every other class", "rows at every alignment"])
+def test_strided_logits(kernel, laid, dtype):
+    student, indices, log_probs = inputs(dtype, leading=(21,))
+    shape = {"classes first": (V, 21), "every other class": (21, 2 * V), "rows at every alignment": (21, V + 3)}[laid]
+    whole = torch.zeros(shape, dtype=dtype)
+    view = whole.T if laid == "classes first" else whole[:, ::2] if laid == "every other class" else whole[:, 1 : V + 1]
+    view.copy_(student)
+    few = TopKLogProbs(indices, log_probs)
+    target = TARGET.flatten()
+    for options in ({}, {"target": target}):
+        loss = functools.partial(functional.kd_loss if options else functional.kl_div, teacher=few, **options)
+        leaf = whole.requires_grad_()
+        laid_out = (
+            leaf.T if laid == "classes first" else leaf[:, ::2] if laid == "every other class" else leaf[:, 1 : V + 1]
+        )
+        (strided,) = torch.autograd.grad(loss(laid_out), laid_out)
+        plain = student.clone().requires_grad_()
+        torch.testing.assert_close(strided, torch.autograd.grad(loss(plain), plain)[0])
+
+
+def test_more_classes_than_bits_and_many_that_are_known(kernel):
+    """On a GPU the bits of shared memory stand for several classes then."""
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(2, 300001, generator=generator)
+    log_probs, indices = torch.randn(2, 300001, generator=generator).log_softmax(-1).topk(300)
+    found = run("kl_div", student, indices, log_probs)
+    with fastkd.backend("torch"):
+        expected = run("kl_div", student.double(), indices, log_probs.double())
+    for x, right in zip(found, expected, strict=True):
+        assert error(x, right) <= 32 * FLOOR[torch.float32]
 
 
 @pytest.mark.parametrize("soft_weight", [0.0, 1.0])

@@ -154,6 +154,26 @@ def standardize_launches(standardize):
     return calls
 
 
+def complement_launches(complement):
+    """What sums the classes beside K of them: complement/dtype/V/call; and that it compiles with masks and strides."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for V in (ONE_TILE, TILED):
+            x, indices = torch.empty(1, V, dtype=dtype), torch.empty(1, 8, dtype=torch.int64)
+            logits, sums = torch.empty(1, 9, dtype=torch.float64), torch.empty(1, 2, dtype=torch.float64)
+            name, of = f"complement/{str(dtype)[6:]}/{V}", (x, indices, 1.0, None, None)
+            calls[f"{name}/fwd"] = functools.partial(complement.complement_fwd, *of, logits, sums)
+            calls[f"{name}/bwd"] = functools.partial(complement.complement_bwd, *of, sums, logits, None, x)
+    x, mask = torch.empty(2, 400, dtype=torch.float16)[:, ::2], torch.ones(2, dtype=torch.bool)
+    indices, logits, sums = (y.expand(2, -1).contiguous() for y in (indices, logits, sums))
+    of = x, indices, 1.0, torch.ones(2), mask
+    calls["other/complement"] = functools.partial(complement.complement_fwd, *of, logits, sums)
+    calls["other/complement/bwd"] = functools.partial(
+        complement.complement_bwd, *of, sums, logits, torch.empty(2, 200), torch.empty_like(x)
+    )
+    return calls
+
+
 def other_standardize_launches(standardize):
     """That they compile at all: maps, masks, strides, an addend."""
     maps = torch.empty(2, 19, 5, 13, dtype=torch.float16).movedim(1, -1)
@@ -287,7 +307,19 @@ def compile_for(target_name):
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from fastkd.triton import angles, attention, dist, features, pairs, pkt, rows, scale, standardize, triplet
+    from fastkd.triton import (
+        angles,
+        attention,
+        complement,
+        dist,
+        features,
+        pairs,
+        pkt,
+        rows,
+        scale,
+        standardize,
+        triplet,
+    )
 
     class Driver:
         def get_current_device(self):
@@ -309,6 +341,7 @@ def compile_for(target_name):
     triton.runtime.jit.JITFunction.run = compile_only
     calls = launches(rows, scale) | relation_launches(pairs, angles) | feature_launches(features, attention)
     calls |= strip_launches(pkt, triplet) | standardize_launches(standardize) | dist_launches(dist)
+    calls |= complement_launches(complement)
     if target_name in WHOLE:
         calls |= other_launches(rows) | other_feature_launches(features, attention)
         calls |= other_strip_launches(pkt, triplet) | other_standardize_launches(standardize)
@@ -406,6 +439,16 @@ def test_standardized_logits_move_in_128_bits(compiled):
             assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
             assert numbers["wide_stores"] >= 1, (name, kernel, numbers)
             assert numbers["narrow_loads"] + numbers["narrow_stores"] <= 3, (name, kernel, numbers)
+
+
+@pytest.mark.gates
+def test_logits_beside_best_classes_move_in_128_bits(compiled):
+    """But for what is K wide, and the numbers of a row."""
+    for name, kernel, numbers in compiled:
+        if name.startswith("complement") and "/float64/" not in name:
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] == 0, (name, kernel, numbers)
+            assert kernel == "listed_kernel" or numbers["wide_loads"] >= 1, (name, kernel, numbers)
 
 
 @pytest.mark.gates

@@ -60,7 +60,8 @@ struct RowWalk {
   bool exists;
   const RowLayout<AnyType, AnyType> at;
 
-  __device__ RowWalk(const StandardizeParams<T>& S, int64_t, int64_t)
+  template <class Params>
+  __device__ RowWalk(const Params& S, int64_t, int64_t)
       : P(S.rows), row(int64_t(blockIdx.x) * blockDim.y + threadIdx.y), exists(row < P.N), at(P, exists ? row : 0) {
     row = exists ? row : 0;
   }

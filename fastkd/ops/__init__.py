@@ -1,8 +1,8 @@
 """One file per schedule: fakes, autograd, and the ops of every backend."""
 
-from . import attention, dist, features, head, relations, rows, standardize
+from . import attention, complement, dist, features, head, relations, rows, standardize
 
-SCHEDULES = (rows, head, standardize, dist, relations, features, attention)
+SCHEDULES = (rows, head, standardize, complement, dist, relations, features, attention)
 NAMES = tuple(name for schedule in SCHEDULES for name in schedule.NAMES)
 
 

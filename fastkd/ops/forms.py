@@ -25,7 +25,7 @@ from .._divergences import DERIVED
 from .._dtypes import without_autocast
 from .._inplace import overwritten
 from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of
-from . import numbers, rows, standardize
+from . import numbers, rows, standardize, top_k
 from ._head_products import Gradients, Side, rows_of_slab
 from .gradient import all_scaled, forbid_double_backward
 from .probabilities import OfProbabilities
@@ -95,12 +95,11 @@ def _leaves_out_rows(mask):
     return mask is not None and mask.device.type == "cpu" and not bool(mask.all())
 
 
-def _teacher(namespace, linear, given, student_head, dtype):
+def _teacher(namespace, linear, given, dtype):
     """What computes the loss of a slab."""
     adaptive = linear.adaptive
     if linear.indices is not None:
-        stays = student_head is None or student_head.softcap < math.inf
-        return FewClasses(namespace, linear, given[2], given[4], dtype, stays)
+        return FewClasses(namespace, linear, given[2], given[4], dtype)
     if linear.probabilities:
         return OfProbabilities(namespace, adaptive, given[2], dtype, namespace.startswith(rows.standardized("")))
     return Teacher(namespace, adaptive)
@@ -116,7 +115,7 @@ def _run(namespace, call, linear, out):
     student = Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)
     teacher = Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:4], most)
     back = None if student.head is None else Gradients(student, out)
-    of_teacher = _teacher(namespace, linear, given, student.head, out.loss.dtype)
+    of_teacher = _teacher(namespace, linear, given, out.loss.dtype)
     per_row = out.loss.dim() > 0
     losses = out.loss.view(-1) if per_row else None
     parts = None if out.parts is None else out.parts.view(-1, rows.PARTS_SIZE)
@@ -236,6 +235,13 @@ def _op(namespace, call, num_classes, loss, grads, parts):
     torch.ops.fastkd.form_rows(namespace, *call, *FormOutputs(loss, grad, head_grad, bias_grad, parts))
 
 
+def _rows_of_slab(like, few, options):
+    """At most; where there is a hard part beside a soft one it copies the slab."""
+    if few is not None and options.target is None:
+        return top_k.rows_of_slab(few.indices.shape[-1])
+    return standardize.rows_of_slab(like)
+
+
 def _least(few):
     """What log-probabilities are raised to."""
     return -math.inf if few is None or few.log_prob_min is None else few.log_prob_min
@@ -269,7 +275,7 @@ def logits_loss(
             TAILS.index(few.tail) if few else 0,
             isinstance(teacher, Probabilities),
             numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, _least(few)),
-            min(heads) if heads else standardize.rows_of_slab(like), adaptive,
+            min(heads) if heads else _rows_of_slab(like, few, options), adaptive,
         ),
     )  # fmt: skip
     learns = _Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))

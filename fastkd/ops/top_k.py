@@ -7,9 +7,9 @@ rows schedule computes every loss of these logits [N, K + 1], and its gradient g
 
     dL/dz_v = g_v of the K classes, g_u exp(z_v / T) / sum exp(z / T) of all others.
 
-Of the student's logits there is one copy, a slab of rows at a time, in which exponentials take the place of logits and
-the gradient that of exponentials: one exponential a class. Where the tail is ignored the loss is of the K terms alone,
-and the student's probabilities in it are still among K + 1 classes.
+The ops of the complement do both ways, a slab of rows at a time: one read of the logits forward, one backward, and one
+exponential a class in each. Where the tail is ignored the loss is of the K terms alone, and the student's probabilities
+in it are still among K + 1 classes.
 """
 
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from .. import _reference_forms, _terms, reference
-from .._calls import FormRows, RowsCall, RowsForward
+from .._calls import Complement, ComplementBackward, FormRows, RowsCall, RowsForward
 from .._divergences import NUMBERS
-from .teachers import Apart, Weights, of_rows, parameters, tell, with_parts
+from .complement import OPS
+from .teachers import Apart, Weights, parameters, tell, with_parts
 
 # By number, in FormRows.
 TAILS = ("bucket", "renormalize", "ignore")
@@ -41,55 +42,58 @@ def teacher_logits(
     return torch.cat([known, log_tail[..., None]], -1) * scale
 
 
-class StudentOfTopK:
-    """The student's logits of a slab over the classes that the teacher has.
+class _OverAll:
+    """The student's logits of a slab over the K classes and the bucket."""
 
-    z: its logits [*, V]; index [*, K], pad: where that stands for no class; T: its temperature, [] or [*, 1]; room
-    [*, V] in the dtype that is computed in, which may be z itself, or None where there is no bucket.
-    """
+    def __init__(self, namespace, part, index):
+        self.ops, self.part, self.index = OPS[namespace], part, index.reshape(-1, index.shape[-1]).contiguous()
+        self.sums = part.student.new_empty((len(self.index), 2), dtype=torch.float64)
 
-    def __init__(self, z: torch.Tensor, index: torch.Tensor, pad: torch.Tensor, T: Any, room: Any) -> None:
-        self.at: torch.Tensor = index.clamp(0, z.shape[-1] - 1)
-        self.known: torch.Tensor = z.gather(-1, self.at)
-        self.beyond: torch.Tensor = index >= z.shape[-1]  # where no check could look
-        self.pad: torch.Tensor = pad
-        self.T: Any = T
-        self.room: Any = room
-        self.sum: Any = None  # of the exponentials, once they are made
+    def _call(self):
+        part = self.part
+        return part.student, self.index, part.temperature, part.temperature_rows, part.mask
 
-    def logits(self, z: torch.Tensor) -> torch.Tensor:
-        """Of the K classes and the bucket, in float64: what is rounded is seen near convergence."""
-        known = self.known.double().masked_fill(self.pad, -torch.inf).masked_fill(self.beyond, torch.nan)
-        if self.room is None:
-            return known
-        others = self.room if self.room is z else self.room.copy_(z)
+    def logits(self):
+        """[*, K + 1], in float64: what is rounded is seen near convergence."""
+        leading, K = self.part.student.shape[:-1], self.index.shape[-1]
+        u = self.sums.new_empty((*leading, K + 1))
+        self.ops.fwd(*Complement(*self._call(), u, self.sums))
+        return u
+
+    def gradient(self, g, hard, out):
+        """From that of ``logits`` to that of the student's into out [*, V], rounded once. hard [*, V]: what is added,
+        or None."""
+        self.ops.bwd(*ComplementBackward(*self._call(), self.sums, g, hard, out))
+
+
+class _OverThose:
+    """The student's logits of a slab over the K classes alone."""
+
+    def __init__(self, _namespace, part, index):
+        z = part.student
+        self.z, self.pad, self.beyond = z, index < 0, index >= z.shape[-1]  # where no check could look
+        self.at = index.clamp(0, z.shape[-1] - 1)
+
+    def logits(self):
+        known = self.z.gather(-1, self.at).double().masked_fill(self.pad, -torch.inf)
+        return known.masked_fill(self.beyond, torch.nan)
+
+    def gradient(self, g, hard, out):
+        grad = out.zero_() if hard is None else hard
         # added, not written: what pads changes nothing, wherever it points
-        others.scatter_add_(-1, self.at, torch.where(self.pad, 0.0, -torch.inf).to(others.dtype))
-        top = others.amax(-1, keepdim=True)
-        top = torch.where(top == -torch.inf, 0.0, top)
-        others.sub_(top)
-        if isinstance(self.T, torch.Tensor) or self.T != 1:
-            others.div_(self.T)
-        others.exp_()
-        self.sum = others.sum(-1, keepdim=True).double()  # in float64 it would be summed from a copy
-        return torch.cat([known, top + self.T * self.sum.log()], -1)
-
-    def gradient(self, g: torch.Tensor, mask: Any, hard: Any, out: torch.Tensor) -> None:
-        """That of z into out [*, V], from that of ``logits``, and rounded once; mask [*]: which rows count; hard
-        [*, V]: what is added, or None. It is lost."""
-        known = g[..., : self.at.shape[-1]].masked_fill(self.pad, 0)
-        if self.room is None:
-            grad = out.zero_() if hard is None else hard
-        else:
-            share = torch.where(self.sum == 0, 0.0, g[..., -1:] / self.sum)
-            grad = self.room.mul_(share.to(self.room.dtype))
-            if mask is not None:  # which may hold anything
-                grad.masked_fill_(~mask[..., None], 0)
-            if hard is not None:
-                grad += hard
-        grad.scatter_add_(-1, self.at, known.to(grad.dtype))
+        grad.scatter_add_(-1, self.at, g.masked_fill(self.pad, 0).to(grad.dtype))
         if out is not grad:
             out.copy_(grad)
+
+
+# Of what is K + 1 wide, a slab has so many numbers. Of whole logits nothing is held, and small slabs, which the caches
+# would keep from forward to backward, cost more calls than that saves.
+_SLAB = 2**22
+
+
+def rows_of_slab(K: int) -> int:
+    """At most."""
+    return max(_SLAB // (K + 1), 1)
 
 
 # What a call has in the dtype that is computed in.
@@ -103,48 +107,30 @@ def _double(x):
 class FewClasses(Apart):
     """A teacher who has K classes of each row."""
 
-    def __init__(
-        self,
-        namespace: str,
-        call: FormRows,
-        scale: float,
-        log_prob_min: float,
-        dtype: torch.dtype,
-        stays: bool,
-    ) -> None:
-        """scale: the temperature of the log-probabilities; stays: whether the student's logits must."""
+    def __init__(self, namespace: str, call: FormRows, scale: float, log_prob_min: float, dtype: torch.dtype) -> None:
+        """scale: the temperature of the log-probabilities."""
         super().__init__(namespace, call.adaptive, dtype)
         self.call: FormRows = call
         self.scale: float = scale
         self.log_prob_min: float = log_prob_min
-        self.stays: bool = stays
         self.tail: str = TAILS[call.tail]
-        self.kept: Any = None
-
-    def _room(self, z):
-        """For exponentials: where the logits lie, if nobody needs these after them."""
-        if self.tail == "renormalize":
-            return None
-        if not self.stays and z.dtype is self.dtype:
-            return z
-        if self.kept is None or self.kept.numel() < z.numel():
-            self.kept = z.new_empty(z.numel(), dtype=self.dtype)
-        return self.kept[: z.numel()].view(z.shape)
 
     def soft(self, part: RowsCall, slab: Any, out: RowsForward, hard_grad: torch.Tensor | None) -> None:
-        z, leading = part.student, part.student.shape[:-1]
-        index = self.call.indices[slab.index]
+        z, index = part.student, self.call.indices[slab.index]
+        leading, wanted = z.shape[:-1], out.grad is not None
         agrees = None if out.parts is None else z.argmax(-1) == _reference_forms.best_class(part.teacher, index)
-        T = part.temperature if part.temperature_rows is None else of_rows(part.temperature_rows, leading)
-        student = StudentOfTopK(z, index, index < 0, T, self._room(z))
-        u = student.logits(z)
+        if self.dtype is torch.float64:  # as the teacher is
+            z = z.double()
+        over = _OverThose if self.tail == "renormalize" else _OverAll
+        student = over(self.namespace, part._replace(student=z), index)
+        u = student.logits()
         part = part._replace(
             student=u,
             teacher=part.teacher.double(),
             **{name: _double(getattr(part, name)) for name in _OF_COMPUTE_DTYPE},
         )
         found = RowsForward(
-            torch.zeros_like(out.loss, dtype=torch.float64), u if out.grad is not None else None, None,
+            torch.zeros_like(out.loss, dtype=torch.float64), u if wanted else None, None,
             None if out.parts is None else torch.empty_like(out.parts),
         )  # fmt: skip
         of = self._of_terms if self.tail == "ignore" else self._of_classes
@@ -153,8 +139,11 @@ class FewClasses(Apart):
         mask = None if part.mask is None else part.mask.view(leading)
         if out.parts is not None:
             tell(out.parts, mask, found.parts[..., 1], found.parts[..., 2:4].unbind(-1), agrees)
-        if out.grad is not None:
-            student.gradient(u, mask, hard_grad, out.grad)
+        if wanted:
+            grad = out.grad if z.dtype is out.grad.dtype else torch.empty_like(z)
+            student.gradient(u, hard_grad, grad)
+            if grad is not out.grad:
+                out.grad.copy_(grad)
 
     def _of_classes(self, part, slab, index, V, out):
         """Of distributions over the classes that there are."""

@@ -236,6 +236,10 @@ T atomicAdd(T* p, std::type_identity_t<T> v) {
   }
 }
 template <class T>
+T atomicOr(T* p, std::type_identity_t<T> v) {
+  return __atomic_fetch_or(p, v, __ATOMIC_RELAXED);
+}
+template <class T>
 T atomicMax(T* p, std::type_identity_t<T> v) {
   static_assert(std::is_integral_v<T>);
   T before = __atomic_load_n(p, __ATOMIC_RELAXED);

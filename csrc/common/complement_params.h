@@ -1,0 +1,27 @@
+// What the kernels are told that sum what a row's logits are beside K of its classes: see fastkd/ops/top_k.py.
+#pragma once
+#include "common/rows_params.h"
+
+namespace fastkd {
+
+// The classes beside the K: their maximum, and the sum of e^((z - max) / T). Of none: sum 0.
+struct ComplementSums {
+  double max, sum;
+  // What each of their e^((z - max) / T) is multiplied by in the gradient.
+  FASTKD_HD double share(double upstream) const { return sum == 0 ? 0 : upstream / sum; }
+};
+
+// Of rows: student, temperature and mask, and backward the gradient; there the teacher is what it has besides, or the
+// student where it has nothing.
+template <class T>
+struct ComplementParams {
+  RowsParams<T> rows;
+  const int64_t* indices;  // [N, K], negative: padding
+  int64_t K;
+  double* logits;          // [N, K + 1], forward
+  ComplementSums* sums;    // [N]
+  const double* upstream;  // [N, K + 1], backward
+  bool addend;
+};
+
+}  // namespace fastkd

@@ -1,0 +1,37 @@
+// The ops of what is beside K classes of a row on the CPU: deals rows to threads.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/complement_op.h"
+#include "cpu/complement_kernel.h"
+#include "cpu/isa.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kGrain = 16384;  // classes that are worth a thread
+
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  static constexpr const char* kName = "on the CPU";
+  static constexpr bool kValuesAtHand = true;
+  static bool lies_with(const Tensor& x, const Tensor&) { return x.is_cpu(); }
+
+  template <class T>
+  void complement(const ComplementParams<T>& P, bool backward) const {
+    const ComplementKernel<T>& k = FASTKD_OF_ISA(complement_kernel<T>());
+    torch::stable::parallel_for(0, P.rows.N, (kGrain + P.rows.V - 1) / P.rows.V, [&](int64_t begin, int64_t end) {
+      backward ? k.backward(P, begin, end) : k.forward(P, begin, end);
+    });
+  }
+};
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
+  m.impl("complement_fwd", &ComplementOps<Cpu>::forward);
+  m.impl("complement_bwd", &ComplementOps<Cpu>::backward);
+}
+
+}  // namespace fastkd
