@@ -10,9 +10,9 @@ import importlib.metadata
 
 from fastkd import _backend
 
-from . import cut_cross_entropy, keops, liger, metric_learning, orda, torchdistill
+from . import cut_cross_entropy, keops, liger, metric_learning, orda, torchdistill, trl
 
-LIBRARIES = (torchdistill, metric_learning, keops, liger, orda, cut_cross_entropy)
+LIBRARIES = (torchdistill, metric_learning, keops, liger, orda, cut_cross_entropy, trl)
 
 
 def first_line(error):
