@@ -1,7 +1,8 @@
 """A teacher's K best classes beside whole logits of the student: the loss of K + 1 classes, and its gradient.
 
-Bytes by the minimal-traffic model: the student's logits are read once and the gradient is written; what is K wide
-counts for nothing. Whole logits of the teacher stand beside it, as what is saved is half of what the question is.
+Bytes by the minimal-traffic model: the student's logits are read once and the gradient is written (fastkd reads
+them once more); what is K wide counts for nothing. Whole logits of the teacher stand beside it, as what is saved is
+half of what the question is.
 """
 
 import functools

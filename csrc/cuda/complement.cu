@@ -14,7 +14,7 @@ cudaError_t complement(const ComplementParams<T>& P, bool backward, cudaStream_t
   const int64_t blocks = (P.rows.N + rows - 1) / rows;
   if (backward) return Launch(blocks, dim3(threads, rows), 0, stream)(complement_bwd_kernel<T>, P);
   int shift = 0;
-  const auto words = [&] { return (((P.rows.V - 1) >> shift) + 32) / 32; };
+  const auto words = [&] { return (((P.rows.V - 1) >> shift) + 32) / 32 + 1; };  // and one behind them
   while (words() * rows > kMostWords) ++shift;
   const int64_t room = ((threads * rows / 32 + 1) * int64_t(sizeof(RestSums<T>)) + 15) / 16 * 16;
   const Launch launch(blocks, dim3(threads, rows), room + words() * rows * 4, stream);

@@ -38,11 +38,18 @@ struct Listed {
     }
     __syncthreads();
   }
-  __device__ __forceinline__ bool has(int64_t v) const {
-    if (!(bits[(v >> shift) / 32] >> ((v >> shift) % 32) & 1u)) return false;
-    bool found = shift == 0;
-    for (int64_t k = 0; !found && k < K; ++k) found = indices[k] == v;
-    return found;
+  // s: the classes from v on; of the K, -inf takes their place.
+  template <int kCount, class T>
+  __device__ __forceinline__ void leave_out(int64_t v, T (&s)[kCount]) const {
+    const int64_t first = v >> shift;  // its bit and those behind it, of two words: all that kCount classes can have
+    const uint64_t window = uint64_t(bits[first / 32 + 1]) << 32 | bits[first / 32];
+    if (!(window >> (first % 32) & ((1u << kCount) - 1))) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      bool found = shift == 0 && (window >> (first % 32 + i) & 1u);
+      for (int64_t k = 0; shift != 0 && !found && k < K; ++k) found = indices[k] == v + i;
+      s[i] = found ? -kInf<T> : s[i];
+    }
   }
 };
 
@@ -71,10 +78,10 @@ __global__ void __launch_bounds__(kStandardizeThreads, 2)
   walk.each(counts, [&](int64_t v, auto n) {
     T s[n.value];
     load_classes<n.value>(student + bytes_to(P.student, v), P.student.dtype, s);
+    known.leave_out(v, s);
     T max = own.max;
 #pragma unroll
     for (int i = 0; i < n.value; ++i) {
-      s[i] = known.has(v + i) ? -kInf<T> : s[i];
       max = s[i] > max ? s[i] : max;
     }
     if (max > own.max) moved(own.max, own.sum, max, own.exp2_scale);
