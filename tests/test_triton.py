@@ -448,7 +448,9 @@ def test_logits_beside_best_classes_move_in_128_bits(compiled):
         if name.startswith("complement") and "/float64/" not in name:
             assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
             assert numbers["stack"] == 0, (name, kernel, numbers)
-            assert kernel == "listed_kernel" or numbers["wide_loads"] >= 1, (name, kernel, numbers)
+            if kernel != "listed_kernel" and not name.startswith("other/"):
+                assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+                assert kernel == "complement_fwd_kernel" or numbers["wide_stores"] >= 1, (name, kernel, numbers)
 
 
 @pytest.mark.gates

@@ -1,6 +1,6 @@
 """Sums the classes of a row beside K of them in Triton, and takes a gradient back to all: see ops/top_k.py.
 
-Which classes are among the K a bit of memory says for each: V / 8 bytes a row, beside logits of 2 V or 4 V. A program
+Which classes are among the K a bit of memory says forward: V / 8 bytes a row, beside logits of 2 V or 4 V. A program
 takes the rows that one of the rows schedule takes, and walks over their classes for the maximum, for the sum, and for
 the gradient.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from .._calls import Complement, ComplementBackward
 from .registers import limited
 from .rows import backward_configuration, layout_of, number, programs, side_by_side
-from .rows_tile import INF, exp, finite, load_side, per_row, row_offsets, rows_of_program, rows_to_read
+from .rows_tile import INF, exp, finite, load_side, per_row, row_offsets, rows_of_program, rows_to_read, store
 
 AT_ONCE = 64  # of the K
 
@@ -40,8 +40,8 @@ def listed_kernel(indices, bits, mask, N, V, K, words, ROWS: tl.constexpr, AT_ON
 
 
 @triton.jit
-def _is_listed(bits, row, read, columns, V, words):
-    word = row.to(tl.int64)[:, None] * words + (columns // 32)[None, :]
+def _is_listed(bits, row, read, columns, V):
+    word = row.to(tl.int64)[:, None] * ((V + 31) // 32) + (columns // 32)[None, :]
     found = tl.load(bits + word, mask=read[:, None] & (columns < V)[None, :], other=0)
     return ((found >> (columns % 32)[None, :]) & 1) != 0
 
@@ -51,7 +51,7 @@ def complement_fwd_kernel(
     student, index, inner, outer, stride, step,  # [N, V]
     temperature_rows, temperature_stride, temperature: tl.float64,  # [N]; [] with stride 0; or None: the number
     indices, bits, mask, logits, sums,
-    N, V, K, words, neighbours,
+    N, V, K, neighbours,
     dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row, live, run, at = rows_of_program(N, neighbours, ROWS)
@@ -62,14 +62,14 @@ def complement_fwd_kernel(
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = load_side(student, step, read, V, columns, dtype, "evict_last")
-        z = tl.where(_is_listed(bits, row, read, columns, V, words), -INF, z)
+        z = tl.where(_is_listed(bits, row, read, columns, V), -INF, z)
         largest = tl.maximum(largest, tl.max(z, 1))
     largest = finite(largest)
     total, inverse = tl.zeros((ROWS,), tl.float64), 1.0 / T
     for first in range(0, V, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         z = load_side(student, step, read, V, columns, dtype, "evict_last")
-        z = tl.where(_is_listed(bits, row, read, columns, V, words), -INF, z)
+        z = tl.where(_is_listed(bits, row, read, columns, V), -INF, z)
         total += tl.sum(exp(z, largest, inverse), 1).to(tl.float64)
     total = tl.where(read, total, 0.0)
     of_row = row.to(tl.int64)
@@ -93,8 +93,8 @@ def complement_bwd_kernel(
     grad, grad_index, grad_inner, grad_outer, grad_stride, grad_step,  # [N, V]; may be the student
     addend, add_index, add_inner, add_outer, add_stride, add_step,  # [N, V]; as the student where there is none
     temperature_rows, temperature_stride, temperature: tl.float64,
-    indices, bits, mask, sums, upstream,
-    N, V, K, words, neighbours,
+    indices, mask, sums, upstream,
+    N, V, K, neighbours,
     ADDS: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row, live, run, at = rows_of_program(N, neighbours, ROWS)
@@ -115,9 +115,8 @@ def complement_bwd_kernel(
         values = tl.where(read[:, None], values, 0.0)
         if ADDS:
             values += load_side(addend, add_step, live, V, columns, dtype, "evict_first")
-        written = live[:, None] & (columns < V)[None, :] & ~_is_listed(bits, row, read, columns, V, words)
-        pointers = grad[:, None] + (columns.to(tl.int64) * grad_step)[None, :]
-        tl.store(pointers, values.to(grad.dtype.element_ty), mask=written, eviction_policy="evict_first")
+        store(grad, grad_step, live, V, columns, values)
+    tl.debug_barrier()  # what follows is written over it, by other threads of the program
     for first in range(0, K, AT_ONCE):
         k = first + tl.arange(0, AT_ONCE)
         classes, here, there = _known(indices, row, read, k, K, V)
@@ -127,8 +126,17 @@ def complement_bwd_kernel(
         tl.store(grad[:, None] + classes * grad_step, g.to(grad.dtype.element_ty), mask=there)
 
 
-def _launch(kernel, tensors, call, *others, **constants):
-    """tensors: [*, V], the first that of the logits."""
+def _bits(call, N, V, K, dtype):
+    words = (V + 31) // 32
+    bits = torch.zeros(N, words, dtype=torch.int32, device=call.student.device)
+    listed_kernel[(N,)](
+        call.indices, bits, call.mask, N, V, K, words, ROWS=1, AT_ONCE=AT_ONCE, num_warps=1, **limited(dtype)
+    )
+    return bits
+
+
+def _launch(kernel, tensors, call, *others, bits=False, **constants):
+    """tensors: [*, V], the first that of the logits. bits: whether the kernel looks at those of the K classes."""
     student, K = tensors[0], call.indices.shape[1]
     V = student.shape[-1]
     N = student.numel() // V
@@ -138,15 +146,11 @@ def _launch(kernel, tensors, call, *others, **constants):
     run = side_by_side(N, layouts)
     rows, block, warps = backward_configuration(V, max(tensor.element_size() for tensor in tensors), run)
     dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
-    words = (V + 31) // 32
-    bits = torch.zeros(N, words, dtype=torch.int32, device=student.device)
     with torch.cuda.device_of(student):
-        listed_kernel[(N,)](
-            call.indices, bits, call.mask, N, V, K, words, ROWS=1, AT_ONCE=AT_ONCE, num_warps=1, **limited(dtype)
-        )
+        listed = (_bits(call, N, V, K, dtype),) if bits else ()
         kernel[(programs(N, run, rows),)](
             *(value for layout in layouts for value in layout), *number(call.temperature_rows, call.temperature),
-            call.indices, bits, call.mask, *others, N, V, K, words, run, **constants,
+            call.indices, *listed, call.mask, *others, N, V, K, run, **constants,
             dtype=tl.float64 if dtype is torch.float64 else tl.float32,
             ROWS=rows, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=warps, **limited(dtype),
         )  # fmt: skip
@@ -154,7 +158,7 @@ def _launch(kernel, tensors, call, *others, **constants):
 
 def complement_fwd(*arguments: Any) -> None:
     call = Complement(*arguments)
-    _launch(complement_fwd_kernel, (call.student,), call, call.logits, call.sums)
+    _launch(complement_fwd_kernel, (call.student,), call, call.logits, call.sums, bits=True)
 
 
 def complement_bwd(*arguments: Any) -> None:
