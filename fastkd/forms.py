@@ -29,6 +29,10 @@ class LinearLogits:
     Inside ``torch.autocast`` hidden, weight and bias are taken in autocast's dtype, as ``torch.nn.Linear`` takes them:
     each call makes a copy of the head, also of a frozen one, and the gradient is rounded to that dtype.
 
+    A head that is sharded over the ranks that share a batch, a DTensor beside plain hidden states, as FSDP2 leaves it
+    outside of forward, is gathered for the call, and its gradient is the mean over ranks, scattered to the shards, as
+    FSDP2 makes it of heads that the model calls itself. All ranks must make the call.
+
     A row that a mask leaves out may hold anything, NaN too: it reaches no gradient. On the CPU it costs nothing.
 
     Args:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _backend, _check, _divergences, _dtensor, reference
+from .. import _backend, _check, _divergences, _dtensor, _sharded_heads, reference
 from ..forms import LinearLogits, Probabilities, TopKLogProbs, in_dtype, logits_of, logits_of_rows, with_int64
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
@@ -38,6 +38,8 @@ def _side(name, side, options, dim):
         return side
     if name == "student" and not isinstance(side, LinearLogits):
         raise TypeError(f"student: logits or LinearLogits wanted, got {type(side).__name__}, which are a teacher's")
+    if isinstance(side, LinearLogits):
+        side = _sharded_heads.gathered(side)
     if _dtensor.given(*vars(side).values()):
         raise ValueError(
             f"{name}: {type(side).__name__} of plain tensors wanted, got DTensors; full_tensor() gathers them, and its "
