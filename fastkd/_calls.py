@@ -89,6 +89,38 @@ class FormOutputs(NamedTuple):
     parts: OptionalOut  # as of rows_fwd
 
 
+class FormDist(NamedTuple):
+    """What ``form_dist_fwd`` and ``form_dist_bwd`` are told besides a call of the dist schedule, whose student or
+    teacher are no logits. See ops/dist_forms.py, and FormRows."""
+
+    student_head: Tensor | None
+    student_bias: Tensor | None
+    teacher_head: Tensor | None
+    teacher_bias: Tensor | None
+    probabilities: bool
+    form_numbers: Tensor  # as FormRows.numbers
+    slab_rows: int
+
+
+class FormDistForward(NamedTuple):
+    """The outputs of ``form_dist_fwd``, as those of dist_fwd."""
+
+    loss: Out
+    of_rows: Out
+    columns: Out
+
+
+class FormDistBackward(NamedTuple):
+    """What ``form_dist_bwd`` is told besides the call. Gradients of what learns nothing are not wanted."""
+
+    of_rows: Tensor
+    columns: Tensor
+    upstream: Tensor  # one element
+    grad: OptionalOut  # that of call.student, in its dtype; of logits it may be the student itself
+    head_grad: OptionalOut  # [V, H]
+    bias_grad: OptionalOut  # [V]
+
+
 class HeadWeight(NamedTuple):
     """``head_weight``: of each row the student's weight that makes ``symmetric_kl_div`` the ``adaptive_kl_div``: the
     share of sum |p - q| that does not lie in the teacher's head; 1/2 where p = q, and of rows that have no share."""
@@ -311,6 +343,9 @@ IN_PYTHON = (
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
     # the rows schedule of logits that are made a slab at a time; rows: the namespace whose ops compute each slab
     schema("form_rows", (RowsCall, FormRows, FormOutputs), "str rows"),
+    # the dist schedule of logits that are made a slab at a time, twice
+    schema("form_dist_fwd", (DistCall, FormDist, FormDistForward), "str rows"),
+    schema("form_dist_bwd", (DistCall, FormDist, FormDistBackward), "str rows"),
     # rows and dist schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
     schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
     schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),

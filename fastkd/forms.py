@@ -15,12 +15,12 @@ class LinearLogits:
     .. math:: z = scale \cdot (hidden\, weight^\top + bias), \qquad
               softcap \cdot \tanh(z / softcap) \text{ where there is a softcap}
 
-    Every loss of logits takes it in place of a tensor ``[*, V]``, but for ``dist_loss``. The logits are made a slab of
+    Every loss of logits takes it in place of a tensor ``[*, V]``. The logits are made a slab of
     rows at a time, in float32 (in float64 where hidden and weight are), and never held whole; student and teacher may
     be of either form. The gradients are those of hidden, weight and bias, as far as they require one: what is frozen
     costs nothing, neither product nor memory. They are computed in forward, as those of logits are, and nothing of the
     size of logits is kept. With ``reduction="none"``, and for a student in float16, backward makes the logits once
-    more.
+    more; ``dist_loss``, whose columns are of all rows, makes them twice in any case.
 
     The logits are not rounded to the type of hidden and weight before they are compared. In half precision their
     gradient is rounded once, on a GPU, for the products back to hidden and weight; on the CPU it is not rounded at all.
@@ -168,7 +168,7 @@ class TopKLogProbs:
 class Probabilities:
     r"""A teacher's probabilities: means of several teachers, smoothed labels, targets that people gave.
 
-    Every loss of logits takes it for the teacher, but for ``dist_loss``. Where the loss's teacher temperature T is the
+    Every loss of logits takes it for the teacher. Where the loss's teacher temperature T is the
     one that they were taken at, T0, q is as it is given: it need not sum to 1, and of what is defined as a sum over
     classes nothing is renormalized. Elsewhere they are softened,
 

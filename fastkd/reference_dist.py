@@ -1,7 +1,10 @@
 """The DIST loss in plain PyTorch; see :mod:`fastkd.reference`."""
 
+from typing import Any
+
 import torch
 
+from . import _reference_forms
 from ._check import DistOptions
 from ._dtypes import compute_dtype
 from ._inplace import overwritten
@@ -36,8 +39,10 @@ def _apart(centred, means, count, eps, dim):
     return torch.where(constant, 1.0, loss)
 
 
-def dist_loss(student: torch.Tensor, teacher: torch.Tensor, options: DistOptions) -> torch.Tensor:
-    """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
+def dist_loss(student: torch.Tensor, teacher: Any, options: DistOptions) -> torch.Tensor:
+    """The loss of :mod:`fastkd.functional`; the arguments have been checked there. teacher: logits or Probabilities."""
+    given = None if isinstance(teacher, torch.Tensor) else teacher
+    teacher = given.probabilities[..., : options.num_classes] if given else teacher
     dtype, V = compute_dtype(student, teacher), teacher.shape[-1]
     s, t = student.to(dtype), ordinary(teacher).detach().to(dtype)
     if options.inplace and student.requires_grad and torch.is_grad_enabled():
@@ -48,17 +53,23 @@ def dist_loss(student: torch.Tensor, teacher: torch.Tensor, options: DistOptions
     if options.mask is not None:
         counts = ordinary(options.mask).reshape(-1)
     s, t = (torch.where(counts[:, None], x, 0.0) for x in (s, t))  # a masked row may hold NaN
+    mass = None
+    if given:
+        mass = None if options.standardize else _reference_forms.mass(t, given.temperature, options.temperature)
+        t = _reference_forms.logits(t, given.temperature, False)
     if options.standardize:
         s, t = _standardized_logits(s), _standardized_logits(t)
     temperature, eps = _number(options.temperature, s), _number(options.eps, s)
     log_p, log_q = log_softmax(s, temperature), log_softmax(t, temperature)
+    log_q = log_q if mass is None else log_q + mass.log()[:, None]
     p, q, D = log_p.exp(), log_q.exp(), _difference(log_p, log_q)
     possible = (p.sum(-1) > 0) & (q.sum(-1) > 0) | p.sum(-1).isnan() | q.sum(-1).isnan()
     valid = counts.sum()
     rows = valid.clamp(min=1)
 
     mean = s.new_full((), 1 / V)
-    of_rows = _apart((p - mean, q - mean, D), (mean, mean), V, eps, -1)
+    of_teacher, apart = (mean, 0.0) if mass is None else (mass[:, None] / V, (1 - mass[:, None]) / V)
+    of_rows = _apart((p - mean, q - of_teacher, D - apart), (mean, of_teacher.reshape(-1)), V, eps, -1)
     of_rows = torch.where(possible, of_rows, 1.0)
     inter = torch.where(counts, of_rows, 0.0).sum() / rows
 

@@ -35,8 +35,8 @@ def numbers(options):
     flag("standardize", options.standardize)
 
 
-def dist_loss(student, teacher, options, dim):
-    """Of tensors whose classes have been brought from dim to the end."""
+def dist_loss(student, teacher, options, dim, forms):
+    """Of tensors whose classes have been brought from dim to the end; forms: they stand for what is no logits."""
     whole = student
     student, teacher = first_classes(student, teacher, options.num_classes)
     logits(student, teacher, dim)
@@ -44,7 +44,7 @@ def dist_loss(student, teacher, options, dim):
     if options.mask is not None:
         mask(options.mask, student)
     flag("inplace", options.inplace)
-    if options.inplace:
+    if options.inplace and not forms:
         inplace(whole, teacher)
 
 

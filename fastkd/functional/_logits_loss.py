@@ -65,7 +65,7 @@ def _in_autocast(name, side):
     return in_dtype(side, torch.get_autocast_dtype(device)) if autocast else side
 
 
-def _forms(student, teacher, options, dim):
+def of_forms(student, teacher, options, dim):
     """Both sides as the backends take them where one is no tensor of logits, else None."""
     if not any(isinstance(x, FORMS) for x in (student, teacher)):
         return None
@@ -93,7 +93,7 @@ def _exchanged(called, options):
 def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
     divergence, parameters = called, _divergences.parameters_of(called)
-    forms = _forms(student, teacher, options, dim)
+    forms = of_forms(student, teacher, options, dim)
     if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
         student = logits_of(forms[0])
         like = student if isinstance(student, torch.Tensor) else None

@@ -3,33 +3,53 @@ r"""The DIST loss: the student's probabilities correlate with the teacher's, in 
 from torch import Tensor
 
 from .. import _backend, _check, _dtensor, reference_dist
+from .._types import Logits, WholeTeacher
+from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of, logits_of_rows
+from ._logits_loss import of_forms
 
 
 def _dist_loss(student, teacher, options, dim):
     """Checks what the loss is given, and hands it to the backend."""
+    forms = of_forms(student, teacher, options, dim)
+    if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
+        if isinstance(forms[1], TopKLogProbs):
+            raise ValueError("teacher: dist_loss needs all classes of the teacher; TopKLogProbs know the best alone")
+        student, teacher, dim = logits_of(forms[0]), logits_of(forms[1]), -1
     _check.class_dim(dim, student, teacher)
     if _dtensor.given(student, teacher, *options):
         return _dtensor.dist_loss(_dist_loss, student, teacher, options, dim)
     if dim != -1:  # views: the backends take any strides
         student, teacher = student.movedim(dim, -1), teacher.movedim(dim, -1)
-    _check.dist_loss(student, teacher, options, dim)
+    _check.dist_loss(student, teacher, options, dim, bool(forms))
     if not options.inplace:
         _check.not_overwritten(student)
     _check.constant_teacher(teacher, "dist_loss", "dist_loss({})", ", without inplace" * options.inplace)
-    if options.num_classes is not None:
-        teacher = teacher[..., : options.num_classes]
-    options = options._replace(mask=_check.for_rows(options.mask, student.shape[:-1]))
-    backend = _backend.select(student.device)
-    if backend == "torch":
-        return reference_dist.dist_loss(student, teacher, options)
-    from ..ops import dist
+    mask = _check.for_rows(options.mask, student.shape[:-1])
+    if forms and isinstance(forms[1], Probabilities):
+        _check.probabilities_teacher(forms[1], "dist_loss", student, options.num_classes, mask)
+    options = options._replace(mask=mask)
+    return _computed(*(forms or (student, teacher)), options, student.device)
 
-    return dist.dist_loss(_backend.namespace(backend), student, teacher, options)
+
+def _computed(student, teacher, options, device):
+    """The loss of what has been checked."""
+    if isinstance(teacher, Tensor):
+        teacher = teacher[..., : options.num_classes]
+    backend = _backend.select(device)
+    if backend == "torch":
+        sides = [logits_of_rows(x, options.mask) if isinstance(x, LinearLogits) else x for x in (student, teacher)]
+        if isinstance(sides[1], Tensor):
+            sides[1] = sides[1][..., : options.num_classes]
+        return reference_dist.dist_loss(*sides, options)
+    from ..ops import dist, dist_forms
+
+    logits = isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    return (dist if logits else dist_forms).dist_loss(_backend.namespace(backend), student, teacher, options)
 
 
 def dist_loss(
-    student: Tensor,
-    teacher: Tensor,
+    student: Logits,
+    teacher: WholeTeacher,
     *,
     inter_weight: float = 1.0,
     intra_weight: float = 1.0,
@@ -68,7 +88,8 @@ def dist_loss(
     taken where they are replicated, while those that are split are an error.
 
     Args:
-        student: raw logits ``[*, V]``.
+        student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be. Of these each slab is
+            made twice, forward and backward.
         teacher: raw logits ``[*, V]``, a constant. Where both learn, ``dist_loss(a, b.detach())`` and
             ``dist_loss(b, a.detach())`` have their gradients.
         inter_weight: what the mean over rows is multiplied by, at least 0. Default 1.

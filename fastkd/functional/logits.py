@@ -9,7 +9,7 @@ Log-probabilities are logits too, with ``teacher_temperature=1``.
 
 **Heads in place of logits.** :class:`fastkd.LinearLogits` stands for the logits that a head makes of hidden states
 ``[*, H]``, of either side. They are made a slab of rows at a time, and the gradients are those of hidden states and
-head. Every loss of logits takes it, but for ``dist_loss``; ``inplace`` and ``dim`` are of logits alone, and DTensors
+head. Every loss of logits takes it; ``inplace`` and ``dim`` are of logits alone, and DTensors
 are not taken beside it.
 
 **A teacher's best classes.** :class:`fastkd.TopKLogProbs` has the K best classes of each row with their
@@ -18,7 +18,7 @@ all classes refuse it: ``dkd_loss``, ``nkd_loss``, ``dist_loss`` and ``bernoulli
 standardized.
 
 **A teacher's probabilities.** :class:`fastkd.Probabilities` has them as they are, also where they do not sum to 1.
-Every loss of logits takes it, but for ``dist_loss``.
+Every loss of logits takes it.
 
 **Maps.** ``dim`` says where the classes are if they are not last: ``dim=1`` for ``[B, V, H, W]``, in which every pixel
 has a row. Nothing is copied, and pixels that lie side by side in memory are computed side by side. Without it a map's

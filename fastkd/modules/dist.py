@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from .. import _check, functional
+from .._types import Logits, WholeTeacher
 from ._loss import _Loss
 
 
@@ -68,8 +69,8 @@ class DISTLoss(_Loss):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: Logits,
+        teacher: WholeTeacher,
         *,
         temperature: float | None = None,
         mask: Tensor | None = None,

@@ -132,7 +132,7 @@ class Gradients:
 
     @property
     def wanted(self):
-        return any(x is not None for x in self.outputs[1:4])
+        return any(x is not None for x in (self.outputs.grad, self.outputs.head_grad, self.outputs.bias_grad))
 
     def of(self, z):
         """Where a slab's gradient goes: over its logits, unless these are needed after it."""
@@ -164,7 +164,7 @@ class Gradients:
 
     def finish(self):
         """Rounds the sums."""
-        for out, total in zip(self.outputs[2:4], self.totals, strict=True):
+        for out, total in zip((self.outputs.head_grad, self.outputs.bias_grad), self.totals, strict=True):
             if out is None:
                 continue
             if self.slabs == 0:  # no row counts

@@ -37,7 +37,7 @@ from .top_k import TAILS, FewClasses
 _Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
 
 
-class _SideParts(NamedTuple):
+class SideParts(NamedTuple):
     """What a side is made of: hidden states with a head, or logits."""
 
     x: torch.Tensor
@@ -46,19 +46,19 @@ class _SideParts(NamedTuple):
     numbers: tuple[float, float]  # scale, softcap
 
 
-def _parts_of(side, num_classes):
+def parts_of(side: Any, num_classes: int | None) -> SideParts:
     """num_classes: that count, or None: all."""
     if isinstance(side, TopKLogProbs):
-        return _SideParts(side.log_probs, None, None, (side.temperature, math.inf))
+        return SideParts(side.log_probs, None, None, (side.temperature, math.inf))
     if isinstance(side, Probabilities):
-        return _SideParts(rows.first_classes(side.probabilities, num_classes), None, None, (side.temperature, math.inf))
+        return SideParts(rows.first_classes(side.probabilities, num_classes), None, None, (side.temperature, math.inf))
     if not isinstance(side, LinearLogits):
-        return _SideParts(rows.first_classes(side, num_classes), None, None, (1.0, math.inf))
+        return SideParts(rows.first_classes(side, num_classes), None, None, (1.0, math.inf))
     weight, bias = side.weight, side.bias
     if num_classes is not None:  # not else: the gradient of a view is a copy
         weight, bias = weight[:num_classes], bias if bias is None else bias[:num_classes]
     softcap = math.inf if side.softcap is None else side.softcap
-    return _SideParts(side.hidden, weight, bias, (side.scale, softcap))
+    return SideParts(side.hidden, weight, bias, (side.scale, softcap))
 
 
 def _flat(tensors):
@@ -78,7 +78,7 @@ def _form_rows(namespace, *arguments):
         _run(namespace, call, linear, out)
 
 
-def _checked(numbers_):
+def checked(numbers_: list[float]) -> list[float]:
     """Scale and softcap of both sides. They were not checked where torch.compile had made them symbols."""
     for name, x in zip(
         ("student.scale", "student.softcap", "teacher.scale", "teacher.softcap"), numbers_, strict=False
@@ -111,7 +111,7 @@ def _run(namespace, call, linear, out):
     call, out = call._replace(student=student_x, teacher=teacher_x), out._replace(grad=grad)
     linear = linear._replace(indices=indices)
     leading, most = student_x.shape[:-1], max(1, evenly(N, linear.slab_rows))
-    given = _checked(linear.numbers.tolist())
+    given = checked(linear.numbers.tolist())
     student = Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)
     teacher = Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:4], most)
     back = None if student.head is None else Gradients(student, out)
@@ -154,7 +154,7 @@ _library.fastkd.impl("form_rows", _form_rows, "CompositeExplicitAutograd")
 torch.library.register_fake("fastkd::form_rows", lambda *_: None)
 
 
-class _Learns(NamedTuple):
+class Learns(NamedTuple):
     """What of the student wants a gradient."""
 
     x: bool  # its hidden states or logits
@@ -179,7 +179,7 @@ class _Forms(torch.autograd.Function):
             _op(namespace, call, num_classes, loss, (None, None, None), parts)
             save(ctx, call)
         else:
-            grads = _new_grads(call, learns, inplace)
+            grads = new_grads(call, learns, inplace)
             _op(namespace, call, num_classes, loss, grads, parts)
             ctx.save_for_backward(*(x for x in grads if x is not None))
         if parts is None:
@@ -203,36 +203,42 @@ def _gradients(ctx, upstream):
     N = math.prod(call.student.shape[:-1])
     upstream = upstream.expand(call.student.shape[:-1]).reshape(N)
     weight = upstream.contiguous() if call.weight is None else call.weight * upstream
-    grads = _new_grads(call, ctx.learns, ctx.inplace)
+    grads = new_grads(call, ctx.learns, ctx.inplace)
     _op(ctx.namespace, call._replace(weight=weight), ctx.num_classes, weight.new_empty(()), grads, None)
     if ctx.inplace:
         torch.autograd.graph.increment_version(call.student)  # another backward must not read it
     return grads
 
 
-def _new_grads(call, learns, inplace):
+def new_grads(call: Any, learns: Learns, inplace: bool) -> list[torch.Tensor | None]:
     """Memory for the gradients that are wanted."""
     x = call.student if inplace else rows.new_grad(call.student) if learns.x else None
     return [x, *(torch.empty_like(y) if wanted else None for y, wanted in
                  zip((call.student_head, call.student_bias), learns[1:], strict=True))]  # fmt: skip
 
 
-def _op(namespace, call, num_classes, loss, grads, parts):
-    """Of the classes that count; the gradient of the others is 0."""
+def of_first_classes(call: Any, num_classes: int | None, grads: Any) -> tuple[Any, Any]:
+    """A call of the classes that count, and where the gradients of these go, or None; that of the others is 0."""
+    if num_classes is None:
+        return call, grads
     grad, head_grad, bias_grad = grads
-    student, head_, bias = call.student, call.student_head, call.student_bias
-    if num_classes is not None:
-        if head_ is None:
-            student = rows.first_classes(student, num_classes)
-            grad = None if grad is None else rows.of_first_classes(grad, num_classes)
-        else:
-            head_, bias = head_[:num_classes], None if bias is None else bias[:num_classes]
-            for x in (head_grad, bias_grad):
-                if x is not None:
-                    x[num_classes:].zero_()
-            head_grad, bias_grad = (None if x is None else x[:num_classes] for x in (head_grad, bias_grad))
-    call = call._replace(student=student, student_head=head_, student_bias=bias)
-    torch.ops.fastkd.form_rows(namespace, *call, *FormOutputs(loss, grad, head_grad, bias_grad, parts))
+    student, head, bias = call.student, call.student_head, call.student_bias
+    if head is None:
+        student = rows.first_classes(student, num_classes)
+        grad = None if grad is None else rows.of_first_classes(grad, num_classes)
+    else:
+        head, bias = head[:num_classes], None if bias is None else bias[:num_classes]
+        for x in (head_grad, bias_grad):
+            if x is not None:
+                x[num_classes:].zero_()
+        head_grad, bias_grad = (None if x is None else x[:num_classes] for x in (head_grad, bias_grad))
+    return call._replace(student=student, student_head=head, student_bias=bias), (grad, head_grad, bias_grad)
+
+
+def _op(namespace, call, num_classes, loss, grads, parts):
+    """Of the classes that count."""
+    call, grads = of_first_classes(call, num_classes, grads)
+    torch.ops.fastkd.form_rows(namespace, *call, *FormOutputs(loss, *grads, parts))
 
 
 def _rows_of_slab(like, few, options):
@@ -258,10 +264,10 @@ def logits_loss(
     if adaptive:
         divergence = DERIVED[divergence].divergence
     count = options.num_classes
-    of_teacher = _parts_of(teacher, count)
+    of_teacher = parts_of(teacher, count)
     # detached also because torch.compile gives an autograd.Function no tensor twice, and both may have one head
     constants = (x if x is None else x.detach() for x in of_teacher[:3])
-    sides = [_parts_of(student, None), _SideParts(*constants, of_teacher.numbers)]
+    sides = [parts_of(student, None), SideParts(*constants, of_teacher.numbers)]
     like = logits_of(student, count)
     rows_call = rows.call_of(namespace, divergence, like, logits_of(teacher, count, like), options)
     few = teacher if isinstance(teacher, TopKLogProbs) else None
@@ -278,7 +284,7 @@ def logits_loss(
             min(heads) if heads else _rows_of_slab(like, few, options), adaptive,
         ),
     )  # fmt: skip
-    learns = _Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
+    learns = Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
 
     def learned(per_row, return_parts):
         how = namespace, options.inplace, per_row, return_parts, count, learns

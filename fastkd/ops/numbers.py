@@ -5,7 +5,7 @@ import math
 import torch
 
 # The arguments of ops that are such tensors. They stay on the CPU, wherever the others are.
-NAMES = ("delta", "numbers", "target_numbers", "eps", "margin", "layer_weights", "beta", "p")
+NAMES = ("delta", "numbers", "form_numbers", "target_numbers", "eps", "margin", "layer_weights", "beta", "p")
 
 
 def as_tensor(*numbers: float) -> torch.Tensor:
