@@ -1,5 +1,7 @@
 // What the kernels are told that sum what a row's logits are beside K of its classes: see fastkd/ops/top_k.py.
 #pragma once
+#include <cstdint>
+
 #include "common/rows_params.h"
 
 namespace fastkd {
@@ -22,6 +24,9 @@ struct ComplementParams {
   ComplementSums* sums;    // [N]
   const double* upstream;  // [N, K + 1], backward
   bool addend;
+  const int64_t*
+      sorted;  // [N, K], on the CPU: class K + k of those that there are, in their order, and kNoClass behind
 };
+inline constexpr int64_t kNoClass = INT64_MAX;
 
 }  // namespace fastkd

@@ -1,7 +1,10 @@
-// The ops of what is beside K classes of a row on the CPU: deals rows to threads.
+// The ops of what is beside K classes of a row on the CPU: sorts these, and deals rows to threads.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <vector>
 
 #include "common/complement_op.h"
 #include "cpu/complement_kernel.h"
@@ -19,11 +22,32 @@ struct Cpu {
   static bool lies_with(const Tensor& x, const Tensor&) { return x.is_cpu(); }
 
   template <class T>
-  void complement(const ComplementParams<T>& P, bool backward) const {
+  void complement(ComplementParams<T>& P, bool backward) const {
+    const std::vector<int64_t> sorted = sort(P);
+    P.sorted = sorted.data();
     const ComplementKernel<T>& k = FASTKD_OF_ISA(complement_kernel<T>());
     torch::stable::parallel_for(0, P.rows.N, (kGrain + P.rows.V - 1) / P.rows.V, [&](int64_t begin, int64_t end) {
       backward ? k.backward(P, begin, end) : k.forward(P, begin, end);
     });
+  }
+
+ private:
+  template <class T>
+  static std::vector<int64_t> sort(const ComplementParams<T>& P) {
+    const int64_t K = P.K;
+    std::vector<int64_t> sorted(P.rows.N * K, kNoClass);
+    torch::stable::parallel_for(0, P.rows.N, std::max<int64_t>(kGrain / (16 * std::max<int64_t>(K, 1)), 1),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t row = begin; row < end; ++row) {
+                                    int64_t *const first = sorted.data() + row * K, *last = first;
+                                    for (int64_t k = 0; k < K; ++k) {
+                                      const int64_t v = P.indices[row * K + k];
+                                      if (v >= 0 && v < P.rows.V) *last++ = v * K + k;
+                                    }
+                                    std::sort(first, last);
+                                  }
+                                });
+    return sorted;
   }
 };
 

@@ -1,12 +1,9 @@
 // Sums the classes of a row beside K of them, on the CPU, and takes a gradient back to all: see fastkd/ops/top_k.py.
-// Compiled once per instruction set. The K classes are sorted, so that each block of a row knows which it has without;
+// Compiled once per instruction set. The K classes come sorted, so that each block of a row knows which are in it;
 // such a block is copied, and they are -inf in the copy. A row's result depends on that row alone.
 #include "cpu/complement_kernel.h"
 
-#include <algorithm>
 #include <cmath>
-#include <utility>
-#include <vector>
 
 #include "cpu/rows_chunks.h"
 
@@ -14,48 +11,37 @@ namespace fastkd::FASTKD_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // classes that are walked at once
-
-using Known = std::vector<std::pair<int64_t, int64_t>>;  // class, and which of the K it is
-
-template <class T>
-void sort_known(const ComplementParams<T>& P, int64_t row, Known& known) {
-  known.clear();
-  const int64_t* indices = P.indices + row * P.K;
-  for (int64_t k = 0; k < P.K; ++k) {
-    if (indices[k] >= 0 && indices[k] < P.rows.V) known.emplace_back(indices[k], k);
-  }
-  std::sort(known.begin(), known.end());
-}
+inline int64_t part(int64_t begin, int64_t end) { return end - begin < kBlock ? end - begin : kBlock; }
 
 // f(index in the block, which of the K) of those that are in a block; next: the first that is not before it.
 template <class F>
-void each_in(const Known& known, size_t& next, int64_t begin, int64_t n, F&& f) {
-  for (; next < known.size() && known[next].first < begin + n; ++next) f(known[next].first - begin, known[next].second);
+void each_in(const int64_t* sorted, int64_t K, int64_t& next, int64_t begin, int64_t n, F&& f) {
+  for (; next < K && sorted[next] < (begin + n) * K; ++next) f(sorted[next] / K - begin, sorted[next] % K);
 }
 
 template <class T>
-void forward_row(const ComplementParams<T>& P, int64_t row, Known& known) {
+void forward_row(const ComplementParams<T>& P, int64_t row) {
   double* logits = P.logits + row * (P.K + 1);
   if (P.rows.mask && !P.rows.mask[row]) {
-    std::fill(logits, logits + P.K + 1, 0.0);
+    for (int64_t k = 0; k <= P.K; ++k) logits[k] = 0;
     P.sums[row] = {};
     return;
   }
   for (int64_t k = 0; k < P.K; ++k) {
     logits[k] = P.indices[row * P.K + k] < 0 ? -kInf<double> : kInf<double> - kInf<double>;
   }
-  sort_known(P, row, known);
+  const int64_t* sorted = P.sorted + row * P.K;
   const double temperature = P.rows.temperature[row], inverse = 1.0 / temperature;
   const T scale = T(double(kLog2e<T>) * inverse), lowest = exp2_lowest(scale);
   const char* student = P.rows.student.row(row);
   alignas(64) T buffer[kBlock];
   double max = -kInf<double>, total = 0, value = 0;
-  size_t next = 0;
+  int64_t next = 0;
   for (int64_t begin = 0; begin < P.rows.V; begin += kBlock) {
-    const int64_t n = std::min(kBlock, P.rows.V - begin), m = padded(n);
+    const int64_t n = part(begin, P.rows.V), m = padded(n);
     const T* z = load_block(P.rows.student, student, begin, n, buffer);
     int64_t before = -1;  // a class may stand twice
-    each_in(known, next, begin, n, [&](int64_t i, int64_t k) {
+    each_in(sorted, P.K, next, begin, n, [&](int64_t i, int64_t k) {
       if (z != buffer) {
         std::memcpy(buffer, z, size_t(m) * sizeof(T));
         z = buffer;
@@ -80,29 +66,28 @@ void forward_row(const ComplementParams<T>& P, int64_t row, Known& known) {
 }
 
 template <class T>
-void backward_row(const ComplementParams<T>& P, int64_t row, Known& known) {
+void backward_row(const ComplementParams<T>& P, int64_t row) {
   const RowsTensor &x = P.rows.student, &addend = P.rows.teacher, &grad = P.rows.grad;
   const char *student = x.row(row), *more = addend.row(row);
   char* out = grad.row(row);
   alignas(64) T buffer[kBlock], of_addend[kBlock], result[kBlock];
   const bool counts = !P.rows.mask || P.rows.mask[row];
   const double* upstream = P.upstream + row * (P.K + 1);
-  known.clear();
-  if (counts) sort_known(P, row, known);
+  const int64_t* sorted = P.sorted + row * P.K;
   const T share = T(counts ? P.sums[row].share(upstream[P.K]) : 0), max = T(P.sums[row].max);
   const T scale = T(double(kLog2e<T>) / P.rows.temperature[row]), lowest = exp2_lowest(scale);
-  size_t next = 0;
+  int64_t next = 0;
   for (int64_t begin = 0; begin < P.rows.V; begin += kBlock) {
-    const int64_t n = std::min(kBlock, P.rows.V - begin), m = padded(n);
+    const int64_t n = part(begin, P.rows.V), m = padded(n);
     const T* a = P.addend ? load_block(addend, more, begin, n, of_addend) : nullptr;
     if (!counts) {
-      std::fill(result, result + m, T(0));
+      for (int64_t i = 0; i < m; ++i) result[i] = T(0);
     } else {
       const T* z = load_block(x, student, begin, n, buffer);
 #pragma omp simd
       for (int64_t i = 0; i < m; ++i) result[i] = exp2_scaled(z[i] - max, scale, lowest) * share;
       int64_t before = -1;
-      each_in(known, next, begin, n, [&](int64_t i, int64_t k) {
+      each_in(sorted, P.K, next, begin, n, [&](int64_t i, int64_t k) {
         result[i] = (i == before ? result[i] : T(0)) + T(upstream[k]);
         before = i;
       });
@@ -114,13 +99,11 @@ void backward_row(const ComplementParams<T>& P, int64_t row, Known& known) {
 
 template <class T>
 void forward(const ComplementParams<T>& P, int64_t begin, int64_t end) {
-  Known known;
-  for (int64_t row = begin; row < end; ++row) forward_row(P, row, known);
+  for (int64_t row = begin; row < end; ++row) forward_row(P, row);
 }
 template <class T>
 void backward(const ComplementParams<T>& P, int64_t begin, int64_t end) {
-  Known known;
-  for (int64_t row = begin; row < end; ++row) backward_row(P, row, known);
+  for (int64_t row = begin; row < end; ++row) backward_row(P, row);
 }
 
 template <class T>
