@@ -72,6 +72,8 @@ class FormRows(NamedTuple):
     log_tail: Tensor | None  # [N], the log-probability of all other classes; None: what is left of 1
     tail: int  # of a teacher with indices: what becomes of all other classes, by its place in ops/top_k.py, TAILS
     probabilities: bool  # whether the teacher has probabilities [*, V]
+    as_given: Tensor | None  # [N] bool, or [], of a teacher with probabilities: whether the loss's temperature is the
+    #   one that they were taken at; None: as a number says
     numbers: Tensor  # [5] float64 on the CPU: scale and softcap of the student, those of the teacher; inf: no softcap;
     #   of log-probabilities and probabilities the teacher's scale is the temperature that they were taken at; and what
     #   log-probabilities are raised to where they are below it

@@ -36,7 +36,8 @@ def _js_div(S, beta):
     inside = of_teacher - torch.xlogy(rest, M)
     is_reverse = beta == 1  # by convention
     return OfMass(
-        torch.where(is_reverse, 1.0, _over(beta * S, M)),
+        # 1, where rounding makes that of it, would be the other divergence
+        torch.where(is_reverse, 1.0, _over(beta * S, M).clamp(max=1 - 2.0**-53)),
         torch.where(is_reverse, 1.0, M * torch.where(beta == 0, S, 1.0)),
         torch.where(is_reverse, -torch.log(S), inside),
     )

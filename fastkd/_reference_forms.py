@@ -1,5 +1,6 @@
 """What stands in place of a teacher's logits, in plain PyTorch: see reference.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,18 +49,28 @@ def best_class(log_probs: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return torch.where(best, indices.to(torch.int64), torch.iinfo(torch.int64).max).amin(-1)
 
 
-def logits(probabilities: torch.Tensor, temperature: float, coins: bool) -> torch.Tensor:
+def logits(probabilities: torch.Tensor, temperature: Any, coins: bool) -> torch.Tensor:
     """Of probabilities that were taken at a temperature."""
     log = torch.log(probabilities)
     return temperature * (log - torch.log1p(-probabilities) if coins else log)
 
 
-def mass(probabilities: torch.Tensor, own: float, temperature: Any) -> torch.Tensor:
+def mass(probabilities: torch.Tensor, same: Any) -> torch.Tensor:
     """The sum of each row, where they are used at their own temperature; else they are softened, and it is 1."""
     total = probabilities.sum(-1)
-    if isinstance(temperature, torch.Tensor):
-        return torch.where(temperature.squeeze(-1) == own, total, 1.0)
-    return total if temperature == own else torch.ones_like(total)
+    if isinstance(same, torch.Tensor):
+        return torch.where(same, total, 1.0)
+    return total if same else torch.ones_like(total)
+
+
+LINEAR: dict[str, Callable[[Any], Any]] = {
+    "kl_div": lambda _: 1.0,
+    "soft_cross_entropy": lambda _: 1.0,
+    "reverse_kl_div": lambda _: -1.0,
+    "symmetric_kl_div": lambda student_weight: 1 - 2 * student_weight,
+    "skew_kl_div": lambda alpha: 1 - alpha,
+    "skew_reverse_kl_div": lambda alpha: alpha - 1,
+}
 
 
 def beyond_sums(divergence: str, parameter: Any) -> Any:
@@ -68,12 +79,4 @@ def beyond_sums(divergence: str, parameter: Any) -> Any:
         parameter = parameter.squeeze(-1)
     if divergence == "js_div" and isinstance(parameter, torch.Tensor):  # by convention the ends are others
         return torch.where(parameter == 0, 1.0, torch.where(parameter == 1, -1.0, 0.0))
-    linear = {
-        "kl_div": lambda _: 1.0,
-        "soft_cross_entropy": lambda _: 1.0,
-        "reverse_kl_div": lambda _: -1.0,
-        "symmetric_kl_div": lambda student_weight: 1 - 2 * student_weight,
-        "skew_kl_div": lambda alpha: 1 - alpha,
-        "skew_reverse_kl_div": lambda alpha: alpha - 1,
-    }
-    return linear[divergence](parameter) if divergence in linear else 0.0
+    return LINEAR[divergence](parameter) if divergence in LINEAR else 0.0

@@ -27,13 +27,14 @@ class _Mean(torch.autograd.Function):
         return grad / ctx.ranks, None
 
 
-def _whole(x: Any) -> Any:
+def _whole(x: Any, dtype: torch.dtype) -> Any:
+    """In the dtype of the hidden states: FSDP2 may compute in another than it keeps."""
     if not _dtensor.given(x):
         return x
     if not (x.requires_grad and torch.is_grad_enabled()):
-        return x.full_tensor()
+        return x.to(dtype).full_tensor()
     mesh, kinds = x.device_mesh, _layouts._dtensor()
-    return _Mean.apply(x, mesh.size()).full_tensor(grad_placements=[kinds.Partial()] * mesh.ndim)
+    return _Mean.apply(x, mesh.size()).to(dtype).full_tensor(grad_placements=[kinds.Partial()] * mesh.ndim)
 
 
 def gathered(side: LinearLogits) -> LinearLogits:
@@ -41,4 +42,4 @@ def gathered(side: LinearLogits) -> LinearLogits:
     if _dtensor.given(side.hidden) or not _dtensor.given(side.weight, side.bias):
         return side
     options = {"scale": side.scale, "softcap": side.softcap, "slab_bytes": side.slab_bytes}
-    return LinearLogits(side.hidden, _whole(side.weight), _whole(side.bias), **options)
+    return LinearLogits(side.hidden, *(_whole(x, side.hidden.dtype) for x in (side.weight, side.bias)), **options)

@@ -43,9 +43,15 @@ def _reverse_kl_div(p, q, log_p, log_q, _):
     return Terms(torch.where(endless, torch.inf, f), torch.where(endless, 0.0, f + p))
 
 
+def _in_range(share, terms):
+    """NaN where a share is out of its range, and nobody could look at it before."""
+    inside = (share >= 0) & (share <= 1)
+    return Terms(*(torch.where(inside, x, torch.nan) for x in terms))
+
+
 def _mixed(share, inside, at_0=None, at_1=None):
     """At the ends of its range a share stands for another divergence, by convention."""
-    f, slope = inside
+    f, slope = _in_range(share, inside)
     for end, other in ((0, at_0), (1, at_1)):
         if other is not None:
             f, slope = torch.where(share == end, other.f, f), torch.where(share == end, other.slope, slope)
@@ -66,7 +72,7 @@ def _symmetric_kl_div(p, q, log_p, log_q, student_weight):
     first, second = (
         [torch.where(w == 0, 0.0, w * x) for x in of] for w, of in zip(both, (forward, reverse), strict=True)
     )
-    return Terms(first[0] + second[0], first[1] + second[1])
+    return _in_range(student_weight, Terms(first[0] + second[0], first[1] + second[1]))
 
 
 def _over(x, m):
@@ -206,7 +212,8 @@ def acceptance(log_p: Tensor, log_q: Tensor, excess: Tensor) -> tuple[Tensor, Te
     d = difference(p, q, log_p, log_q)
     below = d < 0
     short = excess - torch.where(below, -d, 0.0).sum(-1)  # of 1
-    accepted, near = torch.where(below, p, q).sum(-1), short.abs() < 0.5
+    # of a sum far from 1 the first is a difference of large numbers
+    accepted, near = torch.where(below, p, q).sum(-1), (short.abs() < 0.5) & (excess.abs() < 1)
     none = accepted == 0
     rows = torch.where(near, -torch.log1p(torch.where(near, short, 0.0)), -_log(accepted))
     of_row = torch.where(none, 0.0, 1 / torch.where(near, 1 + short, torch.where(none, 1.0, accepted)))

@@ -114,8 +114,9 @@ class TopKLogProbs:
     have no gradient in that row: give ``log_tail`` with them.
 
     Args:
-        indices: the classes ``[*, K]``, whole numbers below V, each once in a row, in any order. A negative one is
-            padding: what stands beside it is ignored. A row of padding alone has loss 0, and counts.
+        indices: the classes ``[*, K]``, whole numbers below V, each once in a row, in any order; what comes of one that
+            stands twice where nobody can look is not defined. A negative one is padding: what stands beside it is
+            ignored. A row of padding alone has loss 0, and counts.
         log_probs: their log-probabilities ``[*, K]`` among all V classes. Float, of any precision.
         tail: ``"bucket"``, the default, ``"renormalize"`` or ``"ignore"``.
         temperature: what the teacher's logits were divided by before its probabilities were taken, a positive number.
@@ -246,5 +247,5 @@ def logits_of(
         classes = len(side.weight) if num_classes is None else num_classes
         return side.hidden.detach().new_empty(()).expand(*side.hidden.shape[:-1], classes)
     if isinstance(side, Probabilities):
-        side = side.probabilities
+        side = side.probabilities.detach()
     return side if num_classes is None else side[..., :num_classes]

@@ -339,9 +339,13 @@ def _sides(divergence, student, teacher, options):
     raw, best, mass = s, t, None
     coins = divergence in REGISTRY and REGISTRY[divergence].given == "LogOdds"
     if given:
+        same, own = options.teacher_temperature == given.temperature, given.temperature  # as the user gave both
+        if isinstance(same, torch.Tensor):
+            own = torch.where(same.expand(s.shape[:-1])[..., None], of_teacher, own)
         if not options.standardize and not coins:
-            mass = _reference_forms.mass(t, given.temperature, 1.0 if options.target_loss == "nkd_loss" else of_teacher)
-        t = _reference_forms.logits(t, given.temperature, coins)
+            same = given.temperature == 1 if options.target_loss == "nkd_loss" else same
+            mass = _reference_forms.mass(t, same)
+        t = _reference_forms.logits(t, own, coins)
     if options.standardize:
         s, t = _standardized_logits(s), _standardized_logits(t)
     if few and few.tail != "ignore":
@@ -385,7 +389,10 @@ def _soft_rows(divergence, sides, options):
         log_odds = s / sides.temperature, t / sides.of_teacher
         return DIVERGENCES[divergence](*log_odds), log_odds
     if sides.ignores:
-        return _terms.of_classes(divergence, log_p, log_q, parameter, there)[0], (log_p, log_q)
+        no_p = (s == -torch.inf).all(-1) & there.any(-1)  # no possible class: +inf, and no gradient
+        safe = torch.where(no_p[..., None], 0.0, log_p)
+        rows = torch.where(no_p, torch.inf, _terms.of_classes(divergence, safe, log_q, parameter, there)[0])
+        return rows, (log_p, log_q)
     return _divergence(divergence, log_p, log_q, parameter, mass), (log_p, log_q)
 
 

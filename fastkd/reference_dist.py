@@ -55,7 +55,7 @@ def dist_loss(student: torch.Tensor, teacher: Any, options: DistOptions) -> torc
     s, t = (torch.where(counts[:, None], x, 0.0) for x in (s, t))  # a masked row may hold NaN
     mass = None
     if given:
-        mass = None if options.standardize else _reference_forms.mass(t, given.temperature, options.temperature)
+        mass = None if options.standardize else _reference_forms.mass(t, options.temperature == given.temperature)
         t = _reference_forms.logits(t, given.temperature, False)
     if options.standardize:
         s, t = _standardized_logits(s), _standardized_logits(t)

@@ -37,6 +37,22 @@ def sharded(model, mesh):
     return model
 
 
+def in_half_precision(mesh, rank):
+    """FSDP2 computes in another dtype than it keeps: the head follows the hidden states."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.manual_seed(0)
+    model = Model()
+    for part in (model.body, model.head):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    hidden = model(torch.randn(5 + rank, 4), False)
+    assert hidden.dtype is torch.bfloat16
+    loss = functional.kl_div(LinearLogits(hidden, model.head.weight, model.head.bias), torch.randn(5 + rank, V))
+    loss.backward()
+    assert model.head.weight.grad.dtype is torch.float32
+    assert model.head.weight.grad.to_local().isfinite().all()
+
+
 def same_as_fsdp(loss, mesh, rank, frozen):
     torch.manual_seed(0)
     one, other, teacher = Model(), Model(), Model().requires_grad_(False)
@@ -76,6 +92,7 @@ def work(rank, store):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=wait)
     try:
         meshes = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+        in_half_precision(meshes[0], rank)
         for mesh in meshes:
             for name, loss in LOSSES.items():
                 for frozen in (False, True):

@@ -406,6 +406,46 @@ def test_a_tail_that_is_ignored(backend, name, options, least, dtype):
         assert error(x, right) <= 32 * FLOOR[compute] + (storage_error(x, right) if x.dim() == 3 else 0)
 
 
+@pytest.mark.parametrize("name", literal.TERMS)
+def test_a_student_without_any_possible_class(backend, name):
+    """Loss +inf and no gradient, whatever the tail; but of padding alone the loss is 0."""
+    student, indices, log_probs = inputs()
+    student[1, 1], student[2, 2] = -torch.inf, -torch.inf  # the second has padding alone
+    loss, grad = run(name, student, indices, log_probs, "ignore", reduction="none")
+    assert loss[1, 1] == torch.inf
+    assert loss[2, 2] == 0
+    assert not grad[1, 1].any()
+    assert loss.isfinite().sum() == loss.numel() - 1
+
+
+@pytest.mark.parametrize("name", ["js_div", "symmetric_kl_div", "skew_kl_div"])
+def test_a_parameter_out_of_its_range_is_nan_where_nobody_looks(name):
+    student, indices, log_probs = inputs()
+    few = TopKLogProbs(indices, log_probs, tail="ignore")
+
+    def loss(value):
+        return LOSSES[name](student, few, **{BY_NAME[name].parameter.name: value}, reduction="none")
+
+    torch.compiler.reset()
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(torch.where(ROWS < 0.5, 0.5, 1.2))
+    there = (indices >= 0).any(-1)
+    assert found[(ROWS >= 0.5) & there].isnan().all()
+    assert found[ROWS < 0.5].isfinite().all()
+
+
+@pytest.mark.parametrize("tail", [*TAILS, "ignore"])
+def test_a_teacher_in_float64(backend, tail):
+    """The student is read as it is, in place too."""
+    student, indices, log_probs = inputs()
+    few = TopKLogProbs(indices, log_probs.double(), tail=tail)
+    leaf = student.clone().requires_grad_()
+    loss = functional.kd_loss(leaf * 1, few, TARGET, temperature=torch.ones(LEADING), inplace=True)
+    assert loss.dtype is torch.float64
+    single = functional.kd_loss(leaf, TopKLogProbs(indices, log_probs, tail=tail), TARGET)
+    torch.testing.assert_close(loss.float(), single)
+    torch.testing.assert_close(*(torch.autograd.grad(x, leaf)[0] for x in (loss, single)))
+
+
 @pytest.mark.parametrize("tail", [*TAILS, "ignore"])
 @pytest.mark.parametrize("divergence", ["kl_div", "js_div"])
 def test_parts(backend, tail, divergence):

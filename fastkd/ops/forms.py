@@ -101,7 +101,8 @@ def _teacher(namespace, linear, given, dtype):
     if linear.indices is not None:
         return FewClasses(namespace, linear, given[2], given[4], dtype)
     if linear.probabilities:
-        return OfProbabilities(namespace, adaptive, given[2], dtype, namespace.startswith(rows.standardized("")))
+        standardizes = namespace.startswith(rows.standardized(""))
+        return OfProbabilities(namespace, adaptive, linear.as_given, given[2], dtype, standardizes)
     return Teacher(namespace, adaptive)
 
 
@@ -248,6 +249,14 @@ def _rows_of_slab(like, few, options):
     return standardize.rows_of_slab(like)
 
 
+def _as_given(teacher, temperature, leading):
+    """Compared as the user gave them: what is computed in rounds them otherwise."""
+    if not (isinstance(teacher, Probabilities) and isinstance(temperature, torch.Tensor)):
+        return None
+    same = temperature.detach() == teacher.temperature
+    return same if same.dim() == 0 else same.expand(leading).reshape(-1).contiguous()
+
+
 def _least(few):
     """What log-probabilities are raised to."""
     return -math.inf if few is None or few.log_prob_min is None else few.log_prob_min
@@ -280,6 +289,7 @@ def logits_loss(
             None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
             TAILS.index(few.tail) if few else 0,
             isinstance(teacher, Probabilities),
+            _as_given(teacher, options.teacher_temperature, like.shape[:-1]),
             numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, _least(few)),
             min(heads) if heads else _rows_of_slab(like, few, options), adaptive,
         ),

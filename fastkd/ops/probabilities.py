@@ -13,6 +13,8 @@ import torch
 from .. import _masses, _reference_forms, _terms, reference
 from .._calls import RowsCall, RowsForward
 from .._divergences import NUMBERS, TARGET_LOSSES
+from .slabs import slabs
+from .standardize import rows_of_slab
 from .teachers import Apart, Weights, of_rows, parameters, tell, with_parts
 
 COLUMNS = 4096  # of probabilities that are summed in float64 at a time
@@ -29,29 +31,58 @@ def _sum(x):
 class OfProbabilities(Apart):
     """A teacher of probabilities."""
 
-    def __init__(self, namespace: str, adaptive: bool, own: float, dtype: torch.dtype, standardizes: bool) -> None:
-        """own: the temperature that they were taken at."""
+    def __init__(
+        self,
+        namespace: str,
+        adaptive: bool,
+        as_given: torch.Tensor | None,
+        own: float,
+        dtype: torch.dtype,
+        standardizes: bool,
+    ) -> None:
+        """own: the temperature that they were taken at; as_given: see FormRows."""
         super().__init__(namespace, adaptive, dtype)
+        self.as_given: torch.Tensor | None = as_given
         self.own: float = own
         self.standardizes: bool = standardizes
         self.mass: Any = None  # of the slab: what its rows sum to, [*] in float64
 
     def loss(self, part: RowsCall, slab: Any, out: RowsForward) -> None:
+        """A few rows at a time: what is made of them is of their size, several times."""
+        as_given = slab.of_rows(self.as_given)
+        leading, total = part.student.shape[:-1], torch.zeros_like(out.loss)
+        for few in slabs(leading, rows_of_slab(part.student)):
+            per_row = out.loss.dim() > 0
+            grad, parts = (x if x is None else x[few.index] for x in (out.grad, out.parts))
+            of_few = RowsForward(out.loss[few.index] if per_row else torch.zeros_like(out.loss), grad, None, parts)
+            self._of_few(few.call(part), few, of_few, few.of_rows(as_given))
+            if not per_row:
+                total += of_few.loss
+        if out.loss.dim() == 0:
+            out.loss.copy_(total)
+
+    def _of_few(self, part, slab, out, as_given):
         q, name = part.teacher.to(self.dtype), list(NUMBERS)[part.divergence]
-        coins = name == "bernoulli_kl_div"
-        part = part._replace(teacher=_reference_forms.logits(q, self.own, coins))
+        coins, leading = name == "bernoulli_kl_div", part.student.shape[:-1]
+        T = part.teacher_temperature
+        if part.teacher_temperature_rows is not None:
+            T = of_rows(part.teacher_temperature_rows, leading)
+        same: Any = self.own == T  # whether they are as given
+        if as_given is not None:  # the user's numbers have been rounded since
+            same = of_rows(as_given, leading)
+        own = torch.where(same, T, self.own) if isinstance(same, torch.Tensor) else self.own
+        part = part._replace(teacher=_reference_forms.logits(q, own, coins))
         if coins or self.standardizes:
             self.of_logits(part, out)
             return
-        T = part.teacher_temperature if part.teacher_temperature_rows is None else part.teacher_temperature_rows
         if part.target_loss == TARGET_LOSSES["nkd_loss"].number:
-            T = 1.0  # where its hard part is
-        if isinstance(T, torch.Tensor):
-            T = of_rows(T, q.shape[:-1])
-            T = T.squeeze(-1) if T.dim() else T
-            self.mass = torch.where(self.own == T, _sum(q), 1.0)
+            same = self.own == 1  # where its hard part is
+        if isinstance(same, torch.Tensor):
+            self.mass = torch.where(same.squeeze(-1) if same.dim() else same, _sum(q), 1.0)
         else:
-            self.mass = _sum(q) if self.own == T else q.new_ones(q.shape[:-1], dtype=torch.float64)
+            self.mass = _sum(q) if same else q.new_ones(leading, dtype=torch.float64)
+        if part.mask is not None:  # of rows that do not count it may be anything, and is looked at
+            self.mass = torch.where(part.mask.view(leading), self.mass, 1.0)
         if part.target_loss:
             self._with_target(part, out)
         else:
@@ -113,7 +144,8 @@ class OfProbabilities(Apart):
     def _share_of_tail(self, part, weights):
         """The student's weight that makes ``symmetric_kl_div`` the ``adaptive_kl_div``."""
         mu = part.parameter if part.parameter_rows is None else part.parameter_rows
-        return reference.OF_DERIVED["adaptive_kl_div"](*self._logs(part, weights), mu, part.teacher, 1.0)
+        share = reference.OF_DERIVED["adaptive_kl_div"](*self._logs(part, weights), mu, part.teacher, 1.0)
+        return share if weights.mask is None else torch.where(weights.mask[..., None], share, 0.5)
 
     def _of_terms(self, name, part, out, hard_grad):
         """By plain PyTorch, from the terms of the sum."""

@@ -19,6 +19,7 @@ import torch
 from .. import _reference_forms, _terms, reference
 from .._calls import Complement, ComplementBackward, FormRows, RowsCall, RowsForward
 from .._divergences import NUMBERS
+from .._dtypes import compute_dtype
 from .complement import OPS
 from .teachers import Apart, Weights, parameters, tell, with_parts
 
@@ -46,7 +47,10 @@ class _OverAll:
     """The student's logits of a slab over the K classes and the bucket."""
 
     def __init__(self, namespace, part, index):
-        self.ops, self.part, self.index = OPS[namespace], part, index.reshape(-1, index.shape[-1]).contiguous()
+        self.ops, self.index = OPS[namespace], index.reshape(-1, index.shape[-1]).contiguous()
+        self.dtype = compute_dtype(part.student)  # whatever the teacher has
+        T = part.temperature_rows
+        self.part = part._replace(temperature_rows=None if T is None else T.to(self.dtype))
         self.sums = part.student.new_empty((len(self.index), 2), dtype=torch.float64)
 
     def _call(self):
@@ -63,6 +67,7 @@ class _OverAll:
     def gradient(self, g, hard, out):
         """From that of ``logits`` to that of the student's into out [*, V], rounded once. hard [*, V]: what is added,
         or None."""
+        hard = None if hard is None else hard.to(self.dtype)
         self.ops.bwd(*ComplementBackward(*self._call(), self.sums, g, hard, out))
 
 
@@ -79,11 +84,14 @@ class _OverThose:
         return known.masked_fill(self.beyond, torch.nan)
 
     def gradient(self, g, hard, out):
-        grad = out.zero_() if hard is None else hard
-        # added, not written: what pads changes nothing, wherever it points
-        grad.scatter_add_(-1, self.at, g.masked_fill(self.pad, 0).to(grad.dtype))
-        if out is not grad:
-            out.copy_(grad)
+        if hard is None:  # what pads writes the same as the first class that does not
+            first = (~self.pad).int().argmax(-1, keepdim=True)
+            at, g = (torch.where(self.pad, x.gather(-1, first), x) for x in (self.at, g.masked_fill(self.pad, 0)))
+            out.zero_().scatter_(-1, at, g.to(out.dtype))
+            return
+        # added: what pads changes nothing, wherever it points
+        hard.scatter_add_(-1, self.at, g.masked_fill(self.pad, 0).to(hard.dtype))
+        out.copy_(hard)
 
 
 # Of what is K + 1 wide, a slab has so many numbers. Of whole logits nothing is held, and small slabs, which the caches
@@ -119,10 +127,8 @@ class FewClasses(Apart):
         z, index = part.student, self.call.indices[slab.index]
         leading, wanted = z.shape[:-1], out.grad is not None
         agrees = None if out.parts is None else z.argmax(-1) == _reference_forms.best_class(part.teacher, index)
-        if self.dtype is torch.float64:  # as the teacher is
-            z = z.double()
         over = _OverThose if self.tail == "renormalize" else _OverAll
-        student = over(self.namespace, part._replace(student=z), index)
+        student = over(self.namespace, part, index)
         u = student.logits()
         part = part._replace(
             student=u,
@@ -140,10 +146,7 @@ class FewClasses(Apart):
         if out.parts is not None:
             tell(out.parts, mask, found.parts[..., 1], found.parts[..., 2:4].unbind(-1), agrees)
         if wanted:
-            grad = out.grad if z.dtype is out.grad.dtype else torch.empty_like(z)
-            student.gradient(u, hard_grad, grad)
-            if grad is not out.grad:
-                out.grad.copy_(grad)
+            student.gradient(u, hard_grad, out.grad)
 
     def _of_classes(self, part, slab, index, V, out):
         """Of distributions over the classes that there are."""
@@ -161,6 +164,8 @@ class FewClasses(Apart):
         known, log_q, low = _terms.of_those(log_p[..., :K], part.teacher, there, self.log_prob_min)
         name = list(NUMBERS)[part.divergence]
         sums, slope = _terms.of_classes(name, known, log_q, parameters(part, name), there)
+        no_p = (log_p == -torch.inf).all(-1, keepdim=True) & there.any(-1, keepdim=True)
+        sums, slope = torch.where(no_p.squeeze(-1), torch.inf, sums), torch.where(no_p, 0.0, slope)
         weights.add_loss(sums, out.loss)
         if out.parts is not None:
             out.parts[..., 1:4] = torch.stack(
