@@ -33,12 +33,12 @@ def few_classes(
 
 
 def known_terms(
-    log_p: torch.Tensor, log_q: torch.Tensor, few: TopKLogProbs
+    log_p: torch.Tensor, log_q: torch.Tensor, few: TopKLogProbs, least: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of both sides of the classes that the teacher knows, and which of them are no padding."""
+    """Log-probabilities of both sides of the classes that the teacher knows, and which of them are no padding.
+    least: what log-probabilities are raised to."""
     there, V = few.indices >= 0, log_p.shape[-1]
     known = log_p.gather(-1, few.indices.to(torch.int64).clamp(0, V - 1)).masked_fill(few.indices >= V, torch.nan)
-    least = -torch.inf if few.log_prob_min is None else few.log_prob_min
     return *_terms.of_those(known, log_q, there, least)[:2], there
 
 

@@ -176,7 +176,7 @@ _TERMS = {
 }
 
 
-def of_those(log_p: Tensor, log_q: Tensor, there: Tensor, least: float) -> tuple[Tensor, Tensor, Tensor]:
+def of_those(log_p: Tensor, log_q: Tensor, there: Tensor, least: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Both sides where they are, raised to the least where they are below it; and where p is."""
     log_p, log_q = (torch.where(there, x, 0.0) for x in (log_p, log_q))
     low = log_p < least

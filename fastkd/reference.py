@@ -339,11 +339,12 @@ def _sides(divergence, student, teacher, options):
     raw, best, mass = s, t, None
     coins = divergence in REGISTRY and REGISTRY[divergence].given == "LogOdds"
     if given:
-        same, own = options.teacher_temperature == given.temperature, given.temperature  # as the user gave both
+        own = _number(given.temperature, s)
+        same = _number(options.teacher_temperature, s) == own  # as the user gave both
         if isinstance(same, torch.Tensor):
-            own = torch.where(same.expand(s.shape[:-1])[..., None], of_teacher, own)
+            own = torch.where(same.expand(s.shape[:-1])[..., None], _number(of_teacher, s), own)
         if not options.standardize and not coins:
-            same = given.temperature == 1 if options.target_loss == "nkd_loss" else same
+            same = _number(given.temperature, s) == 1 if options.target_loss == "nkd_loss" else same
             mass = _reference_forms.mass(t, same)
         t = _reference_forms.logits(t, own, coins)
     if options.standardize:
@@ -363,7 +364,8 @@ def _soft_rows(divergence, sides, options):
     s, t, mass, there = sides.s, sides.t, sides.mass, None
     log_p, log_q = log_softmax(s, sides.temperature), t
     if sides.ignores:
-        log_p, log_q, there = _reference_forms.known_terms(log_p, t, sides.few)
+        least = _number(-torch.inf if sides.few.log_prob_min is None else sides.few.log_prob_min, s)
+        log_p, log_q, there = _reference_forms.known_terms(log_p, t, sides.few, least)
     else:
         log_q = log_softmax(t, sides.of_teacher)
     if mass is not None:
@@ -462,7 +464,9 @@ def _finished(rows, logits, mask, options):
 
 def _number(number: Any, like: torch.Tensor) -> Any:
     """Under torch.compile as a tensor: a graph has its numbers built in, and this one may change."""
-    return like.new_ones(()) * number if torch.compiler.is_compiling() else number
+    if isinstance(number, torch.Tensor) or not torch.compiler.is_compiling():
+        return number
+    return like.new_ones(()) * number
 
 
 def gradient_dtype(student: torch.Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from test_rows import storage_error
 from tolerances import FLOOR, NEAR_CONVERGENCE, error
 
 import fastkd
-from fastkd import LinearLogits, Probabilities, functional
+from fastkd import LinearLogits, Probabilities, TopKLogProbs, functional
 from fastkd._divergences import BY_NAME
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -402,6 +402,28 @@ def test_compiled(which, head, name):
                 value = function(leaf, teacher, weight, T)
                 found.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
             torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("which", ["cpu", "torch"])
+@pytest.mark.parametrize("form", ["probabilities", "ignored tail"])
+def test_numbers_that_change_compile_twice_at_most(which, form):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    student, teacher = inputs()
+    log_probs, indices = teacher.log().log_softmax(-1).topk(4)
+
+    def loss(x):
+        if form == "probabilities":
+            return functional.kl_div(student, Probabilities(teacher, temperature=x), temperature=x)
+        return functional.kl_div(student, TopKLogProbs(indices, log_probs, tail="ignore", log_prob_min=-x))
+
+    with fastkd.backend(which):
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(loss, fullgraph=True, backend=counter)
+        for x in (1.0, 1.5, 2.0, 2.5):
+            torch.testing.assert_close(compiled(x), loss(x))
+    assert counter.frame_count <= 2
 
 
 def test_modules(backend):
