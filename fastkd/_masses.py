@@ -18,7 +18,7 @@ WITHOUT = ("total_variation", "negative_log_acceptance", "alpha_beta_div")
 
 
 class OfMass(NamedTuple):
-    """Of each row, in float64."""
+    """Of each row."""
 
     parameter: Any  # None: the divergence has none
     factor: Any
@@ -37,7 +37,7 @@ def _js_div(S, beta):
     is_reverse = beta == 1  # by convention
     return OfMass(
         # 1, where rounding makes that of it, would be the other divergence
-        torch.where(is_reverse, 1.0, _over(beta * S, M).clamp(max=1 - 2.0**-53)),
+        torch.where(is_reverse, 1.0, _over(beta * S, M).clamp(max=1 - torch.finfo(S.dtype).eps / 2)),
         torch.where(is_reverse, 1.0, M * torch.where(beta == 0, S, 1.0)),
         torch.where(is_reverse, -torch.log(S), inside),
     )
@@ -70,7 +70,7 @@ _OF = {
 
 
 def of_mass(divergence: str, mass: Tensor, parameter: Tensor | None) -> OfMass:
-    """Of rows with these sums S, [*], in float64; parameter: the divergence's own, [*] or [], in float64. A row of 0
-    knows nothing: its constant is 0."""
+    """Of rows with these sums S, [*]; parameter: the divergence's own, [*] or []. A row of 0 knows nothing: its
+    constant is 0."""
     found = _OF[divergence](mass, parameter)
     return found._replace(constant=torch.where(mass == 0, 0.0, found.constant))

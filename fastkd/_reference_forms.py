@@ -1,6 +1,5 @@
 """What stands in place of a teacher's logits, in plain PyTorch: see reference.py."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,22 +60,3 @@ def mass(probabilities: torch.Tensor, same: Any) -> torch.Tensor:
     if isinstance(same, torch.Tensor):
         return torch.where(same, total, 1.0)
     return total if same else torch.ones_like(total)
-
-
-LINEAR: dict[str, Callable[[Any], Any]] = {
-    "kl_div": lambda _: 1.0,
-    "soft_cross_entropy": lambda _: 1.0,
-    "reverse_kl_div": lambda _: -1.0,
-    "symmetric_kl_div": lambda student_weight: 1 - 2 * student_weight,
-    "skew_kl_div": lambda alpha: 1 - alpha,
-    "skew_reverse_kl_div": lambda alpha: alpha - 1,
-}
-
-
-def beyond_sums(divergence: str, parameter: Any) -> Any:
-    """What the forms of divergences that use that both sides sum to 1 lack, times the sum of q less 1."""
-    if isinstance(parameter, torch.Tensor):
-        parameter = parameter.squeeze(-1)
-    if divergence == "js_div" and isinstance(parameter, torch.Tensor):  # by convention the ends are others
-        return torch.where(parameter == 0, 1.0, torch.where(parameter == 1, -1.0, 0.0))
-    return LINEAR[divergence](parameter) if divergence in LINEAR else 0.0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _reference_forms, _terms, _transforms
+from . import _masses, _reference_forms, _terms, _transforms
 from ._check import LogitsOptions
 from ._divergences import BY_NAME, DERIVED, REGISTRY
 from ._dtypes import compute_dtype
@@ -196,16 +196,27 @@ OF_DERIVED: dict[str, Callable[..., torch.Tensor]] = {name: globals()[f"_{name}"
 
 def _divergence(name, log_p, log_q, parameter, mass=None):
     """Of a row without any possible class: 0 where it is the teacher's, else +inf. Neither has a gradient. mass: the
-    sum of a q that was given; None: 1."""
+    sum of a q that was given, of which log_q is normalized; None: 1."""
     no_p, no_q = ((x == -torch.inf).all(-1, keepdim=True) for x in (log_p, log_q))
     safe_p, safe_q = (torch.where(no_p | no_q, 0.0, x) for x in (log_p, log_q))
-    if mass is not None and name == "negative_log_acceptance":
-        rows = _terms.acceptance(safe_p, safe_q, mass - 1)[0]
-    else:
+    if mass is None:
         rows = DIVERGENCES[name](safe_p, safe_q, parameter)
-    if mass is not None:
-        rows = rows + _reference_forms.beyond_sums(name, parameter) * (mass - 1)
+    else:
+        rows = _of_mass(name, safe_p, safe_q, parameter, torch.where(no_q.squeeze(-1), 1.0, mass))
     return torch.where(no_q.squeeze(-1), 0.0, torch.where(no_p.squeeze(-1), torch.inf, rows))
+
+
+def _of_mass(name, log_p, log_q, parameter, mass):
+    if name in _masses.WITHOUT:
+        log_q = log_q + mass.log()[..., None]
+        if name == "negative_log_acceptance":
+            return _terms.acceptance(log_p, log_q, mass - 1)[0]
+        return DIVERGENCES[name](log_p, log_q, parameter)
+    if parameter is not None:
+        parameter = parameter.squeeze(-1) if isinstance(parameter, torch.Tensor) else mass.new_tensor(parameter)
+    of = _masses.of_mass(name, mass, parameter)
+    rows = DIVERGENCES[name](log_p, log_q, None if of.parameter is None else of.parameter.expand(mass.shape)[..., None])
+    return (rows * of.factor + of.constant).to(rows.dtype)
 
 
 def _weighted(weight, rows):
@@ -368,8 +379,7 @@ def _soft_rows(divergence, sides, options):
         log_p, log_q, there = _reference_forms.known_terms(log_p, t, sides.few, least)
     else:
         log_q = log_softmax(t, sides.of_teacher)
-    if mass is not None:
-        log_q = log_q + mass.log()[..., None]
+    given_q = log_q if mass is None else log_q + mass.log()[..., None]
 
     def number(x):
         x = _number(x, log_p)
@@ -385,7 +395,7 @@ def _soft_rows(divergence, sides, options):
         parameter = parameter, number(options.second)
     if divergence in DERIVED:
         whole = None if mass is None else 1.0
-        parameter = OF_DERIVED[divergence](log_p.detach(), log_q, parameter, t, whole)
+        parameter = OF_DERIVED[divergence](log_p.detach(), given_q, parameter, t, whole)
         divergence = DERIVED[divergence].divergence
     if sides.coins:
         log_odds = s / sides.temperature, t / sides.of_teacher
@@ -395,7 +405,7 @@ def _soft_rows(divergence, sides, options):
         safe = torch.where(no_p[..., None], 0.0, log_p)
         rows = torch.where(no_p, torch.inf, _terms.of_classes(divergence, safe, log_q, parameter, there)[0])
         return rows, (log_p, log_q)
-    return _divergence(divergence, log_p, log_q, parameter, mass), (log_p, log_q)
+    return _divergence(divergence, log_p, log_q, parameter, mass), (log_p, given_q)
 
 
 def logits_loss(

@@ -115,7 +115,7 @@ MUTATIONS = [
     Mutation("python probabilities: the hard loss has the sum for a weight", "fastkd/ops/teachers.py",
              "weight = (ones if part.weight is None else part.weight) * soft_weight", "weight = (ones if part.weight is None else part.weight)", PROBABILITIES),
     Mutation("python probabilities: a mixture keeps its shares", "fastkd/_masses.py",
-             "torch.where(is_reverse, 1.0, _over(beta * S, M).clamp(max=1 - 2.0**-53))", "torch.where(is_reverse, 1.0, beta)",
+             "torch.where(is_reverse, 1.0, _over(beta * S, M).clamp(max=1 - torch.finfo(S.dtype).eps / 2))", "torch.where(is_reverse, 1.0, beta)",
              PROBABILITIES),
     Mutation("python probabilities: nkd_loss softens its hard part", "fastkd/ops/probabilities.py",
              "same = self.own == 1  # where its hard part is", "pass", PROBABILITIES),
