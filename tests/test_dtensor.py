@@ -167,12 +167,16 @@ class Behaviours:
             self.raises(f"^student{words}", functional.dist_loss, split, whole)
             self.raises(f"^teacher{words}", functional.dist_loss, whole, split, dim=1)
 
-    def heads_in_place_of_logits_are_of_plain_tensors(self):
-        hidden, weight = torch.randn(5, 3, 6), torch.randn(8, 6)
+    def heads_in_place_of_logits_have_plain_hidden_states(self):
+        """What such heads learn: tests/test_sharded_heads.py."""
+        hidden, weight = torch.randn(5, 3, 6), torch.randn(self.teacher.shape[-1], 6)
         form = fastkd.LinearLogits
-        for bad in (form(self.of(hidden, self.split), weight), form(hidden, self.of(weight, self.whole))):
+        for head in (weight, self.of(weight, self.whole)):
+            bad = form(self.of(hidden, self.split), head)
             self.raises("^student: LinearLogits of plain tensors.*full_tensor", functional.kl_div, bad, self.teacher)
             self.raises("^teacher: LinearLogits of plain tensors", functional.kl_div, self.student, bad)
+            loss = functional.kl_div(self.student, form(hidden, head))
+            torch.testing.assert_close(loss, functional.kl_div(self.student, form(hidden, weight)))
         student = self.of(self.student, self.split)
         self.raises("^student, teacher: beside LinearLogits", functional.kl_div, student, form(hidden, weight))
 
