@@ -4,18 +4,11 @@ from typing import Any
 
 import torch
 
-from . import _reference_forms
+from . import _reference_forms, _terms
 from ._check import DistOptions
 from ._dtypes import compute_dtype
 from ._inplace import overwritten
 from .reference import _number, _standardized_logits, log_softmax, ordinary
-
-
-def _difference(log_p, log_q):
-    """p - q = q (e^w - 1) with w = log p - log q: near w = 0 nothing cancels."""
-    p, q = log_p.exp(), log_q.exp()
-    w = torch.where((p == 0) | (q == 0), torch.inf, log_p - log_q)
-    return torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
 
 
 def _apart(centred, means, count, eps, dim):
@@ -62,7 +55,8 @@ def dist_loss(student: torch.Tensor, teacher: Any, options: DistOptions) -> torc
     temperature, eps = _number(options.temperature, s), _number(options.eps, s)
     log_p, log_q = log_softmax(s, temperature), log_softmax(t, temperature)
     log_q = log_q if mass is None else log_q + mass.log()[:, None]
-    p, q, D = log_p.exp(), log_q.exp(), _difference(log_p, log_q)
+    p, q = log_p.exp(), log_q.exp()
+    D = _terms.difference(p, q, log_p, log_q)
     possible = (p.sum(-1) > 0) & (q.sum(-1) > 0) | p.sum(-1).isnan() | q.sum(-1).isnan()
     valid = counts.sum()
     rows = valid.clamp(min=1)

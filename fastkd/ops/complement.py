@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import torch
+from ._namespaces import ops_of
 
 
 class Ops(NamedTuple):
@@ -16,15 +16,9 @@ NAMES = ("complement_fwd", "complement_bwd")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
-def _fake(*_):
-    """The ops write into what they are given, and return nothing."""
-
-
 def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
-    for name in NAMES:
-        torch.library.register_fake(f"{namespace}::{name}", _fake)
-    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
+    OPS[namespace] = ops_of(namespace, Ops, NAMES)
 
 
 use_namespace("fastkd")

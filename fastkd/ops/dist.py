@@ -10,6 +10,7 @@ from .._check import SMALLEST_EPS, DistOptions
 from .._dtypes import compute_dtype
 from .._inplace import overwritten
 from . import rows
+from ._namespaces import ops_of
 from .gradient import forbid_double_backward
 from .numbers import as_tensor
 from .saved import restored, save
@@ -30,15 +31,9 @@ NAMES = ("dist_fwd", "dist_bwd")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
-def _fake(*_):
-    """The ops write into what they are given, and return nothing."""
-
-
 def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
-    for name in NAMES:
-        torch.library.register_fake(f"{namespace}::{name}", _fake)
-    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
+    OPS[namespace] = ops_of(namespace, Ops, NAMES)
 
 
 use_namespace("fastkd")

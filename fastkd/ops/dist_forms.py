@@ -25,7 +25,6 @@ from .saved import restored, save
 from .slabs import evenly, slabs
 
 _Call = collections.namedtuple("_Call", (*DistCall._fields, *FormDist._fields))
-_PRODUCTS = ("aa", "bb", "ab", "aD", "DD")
 
 
 class _Moments(NamedTuple):
@@ -35,7 +34,7 @@ class _Moments(NamedTuple):
     p: Any
     D: Any
     q: Any
-    sums: Any  # [5, *], in the order of _PRODUCTS
+    sums: Any  # [5, *]: of a a, b b, a b, a D and D D, where a is of p and b of q
 
     def merged(self, x):
         """With those of other values."""

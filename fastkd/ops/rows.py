@@ -13,6 +13,7 @@ from .._divergences import NUMBERS, TARGET_LOSSES, parameters_of
 from .._dtypes import compute_dtype
 from .._inplace import overwritten
 from . import numbers
+from ._namespaces import ops_of
 from .gradient import forbid_double_backward, scaled
 from .saved import restored, save
 
@@ -33,15 +34,9 @@ NAMES = ("rows_fwd", "rows_bwd", "inverse_divisor", "scale_")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
-def _fake(*_):
-    """The ops write into what they are given, and return nothing."""
-
-
 def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here."""
-    for name in NAMES:
-        torch.library.register_fake(f"{namespace}::{name}", _fake)
-    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
+    OPS[namespace] = ops_of(namespace, Ops, NAMES)
 
 
 use_namespace("fastkd")

@@ -35,6 +35,7 @@ from .._calls import (
 )
 from .._dtypes import compute_dtype
 from . import dist, head, rows
+from ._namespaces import ops_of
 from .slabs import Room, slabs
 
 # Elements of a slab. On a GPU launches cost as much as many elements do.
@@ -52,15 +53,9 @@ NAMES = ("standardize_fwd", "standardize_bwd")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
-def _fake(*_):
-    """The ops write into what they are given, and return nothing."""
-
-
 def use_namespace(namespace: str) -> None:
     """Makes the ops of a namespace, which _library has defined, known here and to the rows schedule."""
-    for name in NAMES:
-        torch.library.register_fake(f"{namespace}::{name}", _fake)
-    OPS[namespace] = Ops(*(getattr(getattr(torch.ops, namespace), name).default for name in NAMES))
+    OPS[namespace] = ops_of(namespace, Ops, NAMES)
     rows.OPS[rows.standardized(namespace)] = rows.OPS[namespace]._replace(
         fwd=functools.partial(torch.ops.fastkd.standardized_rows_fwd.default, namespace),
         bwd=functools.partial(torch.ops.fastkd.standardized_rows_bwd.default, namespace),
@@ -203,5 +198,5 @@ for _name, _implementation in (
     ("head_weight", _standardized_head_weight),
 ):
     _library.fastkd.impl(f"standardized_{_name}", _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastkd::standardized_{_name}", _fake)
+    torch.library.register_fake(f"fastkd::standardized_{_name}", lambda *_: None)
 use_namespace("fastkd")
