@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from covering import LONG, covering
+from covering import LONG, ON_HOST, covering
 
 GPU = torch.cuda.is_available()
 TRITON = importlib.util.find_spec("triton") is not None
@@ -106,7 +106,7 @@ def pytest_collection_modifyitems(config, items):
 def cost(item):
     """Of a case beside the others of its test."""
     backend = backend_of(item)
-    return LONG if backend == "triton-interpreter" else 3 if backend == "cuda-cusim" else 1
+    return LONG if backend == "triton-interpreter" else ON_HOST if backend == "cuda-cusim" else 1
 
 
 def backend_of(item):
@@ -130,7 +130,7 @@ def is_in(part, item, covers, sweeps):
         long = parameters.get("name") in getattr(parameters.get("case"), "long", ())
         return covers and long == (part == "sweep")
     if part == "sweep" and not covers and item.get_closest_marker("of_each_kind"):
-        return item.callspec.params["name"] in KINDS
+        return item.callspec.params["name"] in KINDS and (sweeps or backend != "cuda-cusim")
     if part == "all":
         return True
     long = item.get_closest_marker("long") is not None

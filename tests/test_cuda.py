@@ -5,6 +5,7 @@ backend cuda-cusim.
 """
 
 import ctypes
+import functools
 import itertools
 import re
 import subprocess
@@ -273,7 +274,7 @@ def angles_block(cusim):
 
 @pytest.mark.parametrize("older", [False, True], ids=["clusters", "no clusters"])
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("name", cases.LOSSES)
+@pytest.mark.parametrize("name", cases.KINDS)
 def test_numbers_in_every_order_of_threads(cusim, name, order, older):
     """cudaDevAttrComputeCapabilityMajor is 75, cudaDevAttrMaxSharedMemoryPerBlockOptin 97."""
     if older:
@@ -414,8 +415,13 @@ def require_built(arch, built):
         missing(f"code for {arch} in the library; build it with TORCH_CUDA_ARCH_LIST='8.0;9.0;10.0;12.0+PTX'")
 
 
+@functools.cache
 def usage(path):
     """(architecture, function, registers, stack) of every kernel in a library or an object."""
+    return list(read_usage(path))
+
+
+def read_usage(path):
     dump = subprocess.run(
         [find_tool("cuobjdump"), "-res-usage", path], capture_output=True, text=True, check=True
     ).stdout
@@ -449,7 +455,7 @@ def registers_of(function, arch):
 
 @pytest.mark.gates
 def test_every_kernel_is_there_for_every_architecture_and_none_spills(library):
-    found = list(usage(library))
+    found = usage(library)
     built = {arch for arch, *_ in found}
     assert built
     kernels = {function for _, function, *_ in found}
@@ -485,7 +491,7 @@ INSTRUCTIONS = {
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("kernel", INSTRUCTIONS, ids=lambda name: name.partition("I")[0])
 def test_the_instructions_that_are_counted_on(library, kernel, arch):
-    found = list(usage(library))
+    found = usage(library)
     require_built(arch, {a for a, *_ in found})
     functions = {function for a, function, *_ in found if a == arch and re.search(kernel, function)}
     assert functions

@@ -11,7 +11,7 @@ KERNELS = "tests/cusim/kernels.cu"
 
 
 def kernels(compiler, build):
-    return compiler.build(build, "-O1", *BUILDS[build], "-x", "c++", KERNELS, "-x", "none", compiler.cusim())
+    return compiler.build(build, *BUILDS[build], "-x", "c++", KERNELS, "-x", "none", compiler.cusim())
 
 
 @pytest.fixture(scope="session")

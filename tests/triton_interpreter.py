@@ -3,9 +3,9 @@
 As it comes, the interpreter is silently wrong: it truncates float32 to bfloat16, takes the bits of a
 float64 for a bfloat16, multiplies bfloat16 in tl.dot as bits, and reads and writes past the end of
 tensors. It has no driver, which autotune asks for. It wraps all of triton.language anew for every
-launch and every call of a function, which takes longer than most kernels, and takes to pieces the
-types of operands that need no broadcasting. And it passes on
-NumPy's warnings about NaN and infinity, which a GPU does not have.
+launch and every call of a function, which takes longer than most kernels. Of each tensor it makes a shape,
+a type and their names anew, and it looks for overflow in a dozen steps of its own: most of the time that
+kernels take. And it passes on NumPy's warnings about NaN and infinity, which a GPU does not have.
 
 All of that is mended in private classes of Triton, so only versions that were looked at are accepted.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton._utils import validate_block_shape
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
@@ -38,6 +39,9 @@ _original_atomic = _Builder.create_atomic_rmw
 _original_arguments = interpreter.GridExecutor._init_args_hst
 _original_launch = interpreter.GridExecutor.__call__
 _original_broadcast = TritonSemantic.broadcast_impl_value
+_original_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
+_original_numpy_type = interpreter._get_np_dtype
+_original_tensor = tl.core.tensor.__init__
 
 
 def _to_float32(bits):
@@ -147,6 +151,48 @@ def _broadcast(self, a, b):
     return _original_broadcast(self, a, b)
 
 
+def _overflow(self, a, b, operation):
+    """Of int32 in one step of int64."""
+    if a.type.scalar != tl.int32:
+        return _original_overflow(self, a, b, operation)
+    wide = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__](
+        a.handle.data, b.handle.data, dtype=np.int64
+    )
+    assert (wide == wide.astype(np.int32)).all(), f"int32 overflow detected for operation {operation.__name__}"
+
+
+# What is the same for all tensors of a shape or a type is made once.
+_shapes, _sizes, _numpy_types = {}, {}, {}
+
+
+def _tensor(self, handle, type_):
+    shape = type_.shape if type_.is_block() else ()
+    if shape not in _shapes:
+        _original_tensor(self, handle, type_)
+        _shapes[shape] = self.shape, self.numel
+    self.handle, self.type, self.dtype = handle, type_, type_.scalar
+    self.shape, self.numel = _shapes[shape]
+
+
+def _block_type(self, element_ty, shape):
+    """Without a name, which nothing but messages asks for: below."""
+    shape = tuple(x.value if isinstance(x, tl.constexpr) else x for x in shape)
+    if not shape:
+        raise TypeError("0d block_type is forbidden")
+    if shape not in _sizes:
+        _sizes[shape] = validate_block_shape(shape)
+    self.element_ty, self.shape, self.numel = element_ty, shape, _sizes[shape]
+
+
+def _numpy_type(type_):
+    scalar = type_.scalar
+    if scalar.is_ptr():
+        return np.dtype(np.uint64)
+    if scalar.name not in _numpy_types:
+        _numpy_types[scalar.name] = _original_numpy_type(scalar)
+    return _numpy_types[scalar.name]
+
+
 class _Once:
     """Wraps what a function sees of triton.language, for good."""
 
@@ -184,5 +230,8 @@ interpreter._convert_float, interpreter._patch_lang = _convert_float, _Once.patc
 _Builder.cast_impl, _Builder.create_dot = _cast, _dot
 _Builder.create_masked_load, _Builder.create_masked_store, _Builder.create_atomic_rmw = _load, _store, _atomic
 interpreter.GridExecutor._init_args_hst, interpreter.GridExecutor.__call__ = _arguments, _launch
-TritonSemantic.broadcast_impl_value = _broadcast
+TritonSemantic.broadcast_impl_value, TritonSemantic.binary_op_sanitize_overflow_impl = _broadcast, _overflow
+tl.core.tensor.__init__, tl.core.block_type.__init__ = _tensor, _block_type
+tl.core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
+interpreter._get_np_dtype = _numpy_type
 triton.runtime.driver.set_active(_Driver())

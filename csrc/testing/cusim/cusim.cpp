@@ -111,7 +111,6 @@ struct Launch {
   std::vector<Warp> warps;
   std::span<Block> cluster;
   Barrier* cluster_barrier;
-  std::vector<void*> tsan_fibers;
   uint64_t start_tag, end_tag;
 };
 
@@ -122,7 +121,9 @@ void* main_asan_stack;
 const void* main_stack;
 size_t main_stack_size;
 void* main_tsan_fiber;
-std::vector<char*> stacks;  // kept: to map them takes longer than to run a small kernel
+// Kept from launch to launch, which are in order: to make them takes longer than to run a small kernel.
+std::vector<char*> stacks;
+std::vector<void*> tsan_fibers;  // [stacks], or none
 
 enum Order { kForward, kReverse, kRandom };
 int order_mode = kForward;
@@ -425,7 +426,7 @@ void make_cluster(uint64_t c, unsigned fiber_set) {
       f.block = &b;
       f.warp = &l.warps[rank * per_block + t / 32];
       f.stack = stacks[slot];
-      if (!l.tsan_fibers.empty()) f.tsan_fiber = l.tsan_fibers[slot];
+      if (!tsan_fibers.empty()) f.tsan_fiber = tsan_fibers[slot];
       prepare_stack(f);
     }
   }
@@ -457,7 +458,7 @@ void run_grid() {
   // For ThreadSanitizer a fiber's accesses are ordered, whichever cluster they are for: two sets
   // take turns, and blocks share no memory but the kernel's.
   const bool tsan = __tsan_create_fiber != nullptr;
-  const unsigned sets = tsan ? 2 : 1;
+  const unsigned sets = tsan && n_clusters > 1 ? 2 : 1;
   l.blocks.resize(n_blocks);
   l.cluster_barriers.resize(n_clusters);
   l.fibers.resize(n_fibers);
@@ -466,7 +467,7 @@ void run_grid() {
   reserve_shared(tsan ? n_blocks : l.cluster_size);
   if (tsan) {
     main_tsan_fiber = __tsan_get_current_fiber();
-    for (size_t i = 0; i < sets * n_fibers; ++i) l.tsan_fibers.push_back(__tsan_create_fiber(0));
+    while (tsan_fibers.size() < sets * n_fibers) tsan_fibers.push_back(__tsan_create_fiber(0));
   }
   unsigned turn = 0;
   for (uint64_t c : ordered(n_clusters)) {
@@ -475,7 +476,10 @@ void run_grid() {
     if (failed) break;
   }
   acquire(&l.end_tag);
-  for (void* fiber : l.tsan_fibers) __tsan_destroy_fiber(fiber);
+  if (failed) {  // ThreadSanitizer knows the frames that they will never leave
+    for (void* fiber : tsan_fibers) __tsan_destroy_fiber(fiber);
+    tsan_fibers.clear();
+  }
   for (char* p : l.shared) free(p);
 }
 
