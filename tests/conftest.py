@@ -96,7 +96,10 @@ def pytest_collection_modifyitems(config, items):
         chosen = covering(parameters, costs) if len(cases) > 1 else [0]
         covered.update(cases[i] for i in chosen)
         if config.option.part == "sweep" and len(chosen) < len(cases):
-            swept.update(cases[i] for i in covering(parameters, costs, 3, begun=chosen))
+            kept = [i for i in range(len(cases)) if i in set(chosen) or not one_of_many(cases[i])]
+            begun = [kept.index(i) for i in chosen]
+            more = covering([parameters[i] for i in kept], [costs[i] for i in kept], 3, begun=begun)
+            swept.update(cases[kept[i]] for i in more)
     wanted = {item: is_in(config.option.part, item, item in covered, item in swept) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not wanted[item]])
     items[:] = [item for item in items if wanted[item]]
@@ -107,6 +110,11 @@ def cost(item):
     """Of a case beside the others of its test."""
     backend = backend_of(item)
     return LONG if backend == "triton-interpreter" else ON_HOST if backend == "cuda-cusim" else 1
+
+
+def one_of_many(item):
+    """Whether it is of a divergence for which another one stands in the sweep."""
+    return item.get_closest_marker("of_each_kind") is not None and item.callspec.params["name"] not in KINDS
 
 
 def backend_of(item):
@@ -129,8 +137,6 @@ def is_in(part, item, covers, sweeps):
         parameters = item.callspec.params
         long = parameters.get("name") in getattr(parameters.get("case"), "long", ())
         return covers and long == (part == "sweep")
-    if part == "sweep" and not covers and item.get_closest_marker("of_each_kind"):
-        return item.callspec.params["name"] in KINDS and (sweeps or backend != "cuda-cusim")
     if part == "all":
         return True
     long = item.get_closest_marker("long") is not None
