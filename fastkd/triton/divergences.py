@@ -30,6 +30,18 @@ def bregman_series(w):
 
 
 @triton.jit
+def bregman_series_to_0_7(w):
+    """The same for |w| < 0.7."""
+    w2 = w * w
+    if w.dtype == tl.float64:
+        series = w * (1.0 / 355687428096000.0) + 1.0 / 20922789888000.0
+        series = series * w + 1.0 / 1307674368000.0
+        return bregman_series(w) + w2 * w2 * w2 * (w2 * w2 * w2) * w * series
+    else:
+        return bregman_series(w) + w2 * w2 * w2 * (w * (1.0 / 362880.0) + 1.0 / 40320.0)
+
+
+@triton.jit
 def atanh_tail(x2):
     """(atanh(x) / x - 1) / x^2 as a function of x^2, for |x| <= 0.2."""
     if x2.dtype == tl.float64:
@@ -278,22 +290,38 @@ non_target_kl = kl_div  # and the teacher's entropy, where the loss wants it
 def two_classes(a, b, d):
     """See csrc/math/two_classes.h. Of coins with log odds a of the student and b of the teacher, d = a - b: KL(q || p),
     its derivative by a, -log p of the one class, q of it, and p of the rest."""
-    x, y = tl.exp(-tl.abs(a)), tl.exp(-tl.abs(b))
-    log_x, log_y = log1p(x), log1p(y)
-    p, q = 1.0 / (1.0 + x), 1.0 / (1.0 + y)
-    p_one, p_rest = tl.where(a > 0.0, p, x * p), tl.where(a > 0.0, x * p, p)
-    q_one, q_rest = tl.where(b > 0.0, q, y * q), tl.where(b > 0.0, y * q, q)
-    minus_log_one = tl.maximum(-a, 0.0) + log_x
-    near = is_near(d)
-    small = tl.where(near, d, 0.0)
-    grown, shrunk = small + small * small * bregman_series(small), -small + small * small * bregman_series(-small)
-    w_one = tl.maximum(-b, 0.0) - tl.maximum(-a, 0.0) + (log_y - log_x)
-    w_rest = tl.maximum(b, 0.0) - tl.maximum(a, 0.0) + (log_y - log_x)
-    w_one, w_rest = tl.where(near, -log1p(q_rest * shrunk), w_one), tl.where(near, -log1p(q_one * grown), w_rest)
-    loss_one, slope_one = kl_div(p_one, q_one, w_one, 0.0, False)
-    loss_rest, slope_rest = kl_div(p_rest, q_rest, w_rest, 0.0, False)
-    slope = tl.where(p_one < p_rest, slope_one, -slope_rest)
-    return loss_one + loss_rest, slope, minus_log_one, q_one, p_rest
+    exchanged = b > 0.0
+    against = tl.maximum(-a, 0.0)
+    a, b, d = tl.where(exchanged, -a, a), tl.where(exchanged, -b, b), tl.where(exchanged, -d, d)
+    d = tl.where(d - d == 0.0, d, a - b)  # where a side is certain of a class, the row's others have no difference
+    x, y = tl.exp(-tl.abs(a)), tl.exp(b)
+    p_likelier, log_student = _likelier(x)
+    q_rest, log_teacher = _likelier(y)
+    p, q = tl.where(a > 0.0, p_likelier, x * p_likelier), y * q_rest
+    p_rest = tl.where(a > 0.0, x * p_likelier, p_likelier)
+    close = d * d < 0.49
+    w = tl.where(close, d, 0.0)
+    beyond = w * w * bregman_series_to_0_7(w)
+    u = q * (w + beyond)
+    both = 1.0 / ((1.0 + u) * (2.0 + u))
+    r = u * (1.0 + u) * both
+    near = q * beyond - u * r + 2.0 * r * (r * r) * atanh_tail(r * r)
+    of_teacher, of_both = tl.where(q > 0.0, q * b, 0.0), tl.where(q > 0.0, q * d, 0.0)  # never 0 * inf
+    far = tl.where(a > 0.0, a * q_rest + of_teacher, -of_both) + (log_student - log_teacher)
+    slope = tl.where(close, q * q_rest * (w + beyond) * ((2.0 + u) * both), p - q)
+    slope = tl.where(exchanged, -slope, slope)
+    q_one, p_rest = tl.where(exchanged, q_rest, q), tl.where(exchanged, p, p_rest)
+    return tl.where(close, near, far), slope, against + log_student, q_one, p_rest
+
+
+@triton.jit
+def _likelier(x):
+    """Of log odds x = e^-|log odds|: the likelier class's probability 1 / (1 + x), and -log of it."""
+    more = x > 0.5  # log(1 + x) = log 2 + log((1 + x) / 2)
+    total, other = 1.0 + x, x + tl.where(more, 3.0, 2.0)
+    over = 1.0 / (total * other)
+    r = tl.where(more, x - 1.0, x) * total * over
+    return other * over, more.to(x.dtype) * 0.69314718055994530942 + 2.0 * (r + r * (r * r) * atanh_tail(r * r))
 
 
 # By number: each takes p, q, w [ROWS, BLOCK] and the rows' parameter [ROWS or 1, 1] in float64, which may be an end of
