@@ -225,6 +225,32 @@ def test_the_kernels_of_the_complement_are_clean(compiler, build, shape):
         assert run_program([complement_program(compiler, build), *arguments]) == "right\n", order
 
 
+def of_rows_program(compiler, build):
+    return compiler.program("of_rows", build, "reduce", "head -DFASTKD_SINGLE", "parts -DFASTKD_SINGLE")
+
+
+# (of csrc/testing/of_rows_main.cpp, dtype, N, V, rows side by side, clusters)
+OF_ROWS = {
+    "weights, a block a row": (0, FLOAT, 5, 300, 1, 1),
+    "weights, more classes than are kept": (0, BFLOAT16, 2, 13001, 1, 0),
+    "weights, maps": (0, HALF, 86, 21, 43, 1),
+    "weights, maps, more classes than are kept": (0, FLOAT, 26, 301, 13, 0),
+    "parts, a warp a row": (1, FLOAT, 9, 10, 1, 1),
+    "parts, a block a row": (1, BFLOAT16, 3, 4104, 1, 1),
+    "parts, maps": (1, HALF, 86, 21, 43, 1),
+    "parts of coins": (2, FLOAT, 5, 131, 1, 1),
+}
+
+
+@pytest.mark.sanitizers
+@pytest.mark.parametrize("shape", OF_ROWS)
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernels_of_weights_and_parts_are_clean(compiler, build, shape):
+    for order in ORDERS if build == "plain" else ("random",):
+        arguments = [*map(str, OF_ROWS[shape]), *ORDERS[order]]
+        assert run_program([of_rows_program(compiler, build), *arguments]) == "right\n", order
+
+
 def strips_program(compiler, build):
     return compiler.program("strips", build, "pkt", "triplet")
 

@@ -174,6 +174,22 @@ def complement_launches(complement):
     return calls
 
 
+def head_launches(head):
+    """What finds the weights of adaptive_kl_div: head/dtype/V; and that it compiles with masks, strides and tensors."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for V in (ONE_TILE, TILED):
+            x, weight = torch.empty(1, V, dtype=dtype), torch.empty(1, dtype=torch.float64)
+            calls[f"head/{str(dtype)[6:]}/{V}"] = functools.partial(
+                head.head_weight, x, x, 2.0, None, 2.0, None, None, 0.5, None, weight
+            )
+    maps, weight = torch.empty(2, 19, 5, 13, dtype=torch.float16).movedim(1, -1), torch.empty(130, dtype=torch.float64)
+    calls["other/head"] = functools.partial(
+        head.head_weight, maps, maps.float(), 2.0, weight, 1.0, None, weight > 0, 0.5, weight[0], weight.clone()
+    )
+    return calls
+
+
 def other_standardize_launches(standardize):
     """That they compile at all: maps, masks, strides, an addend."""
     maps = torch.empty(2, 19, 5, 13, dtype=torch.float16).movedim(1, -1)
@@ -315,6 +331,7 @@ def compile_for(target_name):
         complement,
         dist,
         features,
+        head,
         pairs,
         pkt,
         rows,
@@ -343,14 +360,14 @@ def compile_for(target_name):
     triton.runtime.jit.JITFunction.run = compile_only
     calls = launches(rows, scale) | relation_launches(pairs, angles) | feature_launches(features, attention)
     calls |= strip_launches(pkt, triplet) | standardize_launches(standardize) | dist_launches(dist)
-    calls |= complement_launches(complement)
+    calls |= complement_launches(complement) | head_launches(head)
     if target_name in WHOLE:
         calls |= other_launches(rows) | other_feature_launches(features, attention)
         calls |= other_strip_launches(pkt, triplet) | other_standardize_launches(standardize)
     else:  # That the others compile at all is seen of the two above. float64 has no bounds, float16 those of bfloat16;
         # beside products and rows that are walked along float32 takes the more registers, and smooth L1 beside squares.
         left_out = re.compile(
-            r"/float64/|/float16/|^(dist|standardize|complement)/bfloat16/"
+            r"/float64/|/float16/|^(dist|standardize|complement|head)/bfloat16/"
             r"|^other/|^relation/\w+/(256|1024)/|/(pairs|angles)$|^feature/\w+/(rows|long|maps)/./None$"
         )
         calls = {name: call for name, call in calls.items() if not left_out.search(name)}
@@ -455,6 +472,16 @@ def test_logits_beside_best_classes_move_in_128_bits(compiled):
             if kernel != "listed_kernel" and not name.startswith("other/"):
                 assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
                 assert kernel == "complement_fwd_kernel" or numbers["wide_stores"] >= 1, (name, kernel, numbers)
+
+
+@pytest.mark.gates
+def test_weights_are_found_in_registers_and_logits_move_in_128_bits(compiled):
+    for name, kernel, numbers in compiled:
+        if name.startswith("head") and "/float64/" not in name:
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] <= STACK[int(name.split("/")[2])], (name, kernel, numbers)
+            assert numbers["wide_loads"] > 0, (name, kernel, numbers)
+            assert numbers["narrow_loads"] == 0, (name, kernel, numbers)
 
 
 @pytest.mark.gates

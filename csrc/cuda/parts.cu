@@ -14,6 +14,8 @@ cudaError_t rows_parts(const RowsParams<T>& P, cudaStream_t stream) {
 }
 
 template cudaError_t rows_parts<float>(const RowsParams<float>&, cudaStream_t);
+#if !defined(FASTKD_SINGLE)  // a program that never computes in double is spared its kernel
 template cudaError_t rows_parts<double>(const RowsParams<double>&, cudaStream_t);
+#endif
 
 }  // namespace fastkd::cuda

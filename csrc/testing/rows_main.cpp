@@ -16,6 +16,7 @@
 
 #include "cuda/rows_launch.h"
 #include "cuda/rows_plan.h"
+#include "testing/matrix.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 extern "C" void cusim_device(int attribute, int value);
@@ -25,31 +26,6 @@ using namespace fastkd;
 namespace {
 
 constexpr double kBeta = 0.3, kPower = 0.5, kTemperature = 2.0, kHard = 0.3, kSoft = 0.6, kSmoothing = 0.1, kCoin = 1.5;
-
-// Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
-template <class S>
-struct Matrix {
-  Matrix(int64_t N, int64_t V, int64_t inner)
-      : N(N), V(V), inner(inner), data(static_cast<S*>(aligned_alloc(16, (N * V * sizeof(S) + 15) / 16 * 16))) {}
-  ~Matrix() { free(data); }
-  Matrix(const Matrix&) = delete;
-  RowsTensor rows(DType type) const {
-    RowsTensor r{};
-    r.data = reinterpret_cast<char*>(data);
-    r.dtype = type;
-    r.element_size = sizeof(S);
-    r.dims = inner > 1 ? 2 : 1;
-    r.size[0] = N / inner;
-    r.stride[0] = V * inner;
-    r.size[1] = inner;
-    r.stride[1] = 1;
-    r.stride_v = inner;
-    return r;
-  }
-  double at(int64_t n, int64_t v) const { return float(data[n / inner * V * inner + v * inner + n % inner]); }
-  int64_t N, V, inner;
-  S* data;
-};
 
 // The standard library's generators are templates, which the linker would share with cusim's.
 struct Normal {
@@ -269,8 +245,8 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
   for (int64_t n = 0; n < N; ++n) {
     std::vector<double> s, t, exact;
     for (int64_t v = 0; v < V; ++v) {
-      s.push_back(student.at(n, v));
-      t.push_back(teacher.at(n, v));
+      s.push_back(float(student.at(n, v)));
+      t.push_back(float(teacher.at(n, v)));
     }
     double row = 0;
     if (mask[n]) {
@@ -284,7 +260,8 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
     for (double x : exact) size = std::fmax(size, std::fabs(x));
     for (int64_t v = 0; v < V; ++v) {
       const double right = mask[n] ? exact[v] * scale : 0, unit = size * scale;
-      for (const auto& [found, wanted] : {std::pair{grad.at(n, v), right}, {again.at(n, v), right / 2}}) {
+      for (const auto& [found, wanted] :
+           {std::pair<double, double>{float(grad.at(n, v)), right}, {float(again.at(n, v)), right / 2}}) {
         const double off = std::fabs(found - wanted) / (mask[n] ? unit : 1e-30) / rounding;
         if (!(off <= worst)) worst = off;
       }

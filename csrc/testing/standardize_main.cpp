@@ -14,37 +14,13 @@
 #include <vector>
 
 #include "cuda/standardize_launch.h"
+#include "testing/matrix.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 
 using namespace fastkd;
 
 namespace {
-
-// Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
-template <class S>
-struct Matrix {
-  Matrix(int64_t N, int64_t V, int64_t inner)
-      : N(N), V(V), inner(inner), data(static_cast<S*>(aligned_alloc(16, (N * V * sizeof(S) + 15) / 16 * 16))) {}
-  ~Matrix() { free(data); }
-  Matrix(const Matrix&) = delete;
-  RowsTensor rows(DType type) const {
-    RowsTensor r{};
-    r.data = reinterpret_cast<char*>(data);
-    r.dtype = type;
-    r.element_size = sizeof(S);
-    r.dims = inner > 1 ? 2 : 1;
-    r.size[0] = N / inner;
-    r.stride[0] = V * inner;
-    r.size[1] = inner;
-    r.stride[1] = 1;
-    r.stride_v = inner;
-    return r;
-  }
-  S& at(int64_t n, int64_t v) const { return data[n / inner * V * inner + v * inner + n % inner]; }
-  int64_t N, V, inner;
-  S* data;
-};
 
 float number(uint64_t& state) {
   state = state * 6364136223846793005u + 1442695040888963407u;
