@@ -96,8 +96,8 @@ def pytest_collection_modifyitems(config, items):
         chosen = covering(parameters, costs) if len(cases) > 1 else [0]
         covered.update(cases[i] for i in chosen)
         if config.option.part == "sweep" and len(chosen) < len(cases):
-            kept = [i for i in range(len(cases)) if i in set(chosen) or not one_of_many(cases[i])]
-            begun = [kept.index(i) for i in chosen]
+            kept = [*chosen, *(i for i, case in enumerate(cases) if case not in covered and not one_of_many(case))]
+            begun = range(len(chosen))
             more = covering([parameters[i] for i in kept], [costs[i] for i in kept], 3, begun=begun)
             swept.update(cases[kept[i]] for i in more)
     wanted = {item: is_in(config.option.part, item, item in covered, item in swept) for item in items}

@@ -4,9 +4,10 @@ Nearly every fault shows with one value of one parameter, or with two that meet:
 backend that forgets an option. Three parameters of a few dozen values have thousands of cases and a few hundred pairs.
 Beside pairs, every backend meets every loss in every dtype, as that is what a kernel is compiled for; Triton's
 interpreter, which compiles nothing, has pairs alone. ``make test-sweep`` goes on until every three values have occurred
-together; with CUDA's kernels on the host, which take five times as long as the CPU's, those three in which the loss is
-none, as to them a loss is a functor in kernels that are the same for all. ``make test ARGS="--part all"`` has all cases,
-and ``make mutations`` tells which planted faults are found by pairs.
+together. Of two kinds of three it has some: where a test is marked ``of_each_kind``, those of one divergence of each
+kind; and of CUDA's kernels on the host, which take five times as long as the CPU's, a loss meets no two more, as to them
+it is a functor in kernels that are the same for all. ``make test ARGS="--part all"`` has all cases, and
+``make mutations`` tells which planted faults are found by pairs.
 
 Libraries that make such tables (allpairspy, covertable) start from parameters that may be combined freely. Ours may
 not: a case names its losses and dtypes, and where told so by a filter allpairspy 2.5.1 left out 173 of the pairs of

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from fastkd import _divergences
+
 _testing = pytest.importorskip("fastkd.lib._testing", reason="built with FASTKD_TESTING=1")
 
 
@@ -85,6 +87,7 @@ def test_log_ratio_is_right_to_its_last_digits(kind, ulp):
 
 
 FORWARD, _, REVERSE, JENSEN_SHANNON, SYMMETRIC, SKEW, SKEW_REVERSE, TOTAL_VARIATION = range(8)
+COINS = _divergences.NUMBERS["bernoulli_kl_div"]
 
 
 def classes(dtype):
@@ -161,6 +164,32 @@ def test_other_divergences_of_a_class(divergence, parameter, kind, ulp):
     share = 1 / (1 - parameter) if divergence in (SKEW, SKEW_REVERSE) else 1
     assert np.max(np.abs(loss - exact_loss) / exact_loss) <= 40 * ulp * share
     assert np.max(np.abs(slope - exact_slope) / np.abs(exact_slope)) <= 16 * ulp * share
+
+
+@pytest.mark.parametrize(("kind", "ulp"), [("float", 2.0**-23), ("double", 2.0**-52)])
+def test_coins_of_a_class(kind, ulp):
+    """Near and far, whichever side is the likelier, against extended precision."""
+    dtype = {"float": np.float32, "double": np.float64}[kind]
+    small = np.geomspace(1e-5, 0.69, 200)
+    d = np.concatenate([small, -small, np.linspace(0.71, 9, 100), -np.linspace(0.71, 9, 100)])
+    b, d = (x.ravel().astype(dtype) for x in np.meshgrid(np.linspace(-8, 8, 321), d))
+    a = b + d
+    wide, of_teacher = d.astype(np.longdouble), b.astype(np.longdouble)
+    near = np.abs(d) < 0.7  # there d says more than a - b
+    wide = np.where(near, wide, a.astype(np.longdouble) - of_teacher)
+    loss = getattr(_testing, f"loss_{kind}")(COINS, 0, a, b, wide.astype(dtype))
+    slope = getattr(_testing, f"slope_{kind}")(COINS, 0, a, b, wide.astype(dtype))
+
+    exact = np.zeros_like(wide)
+    for sign in (1, -1):  # the class and the rest: sum q (e^w - 1 - w), of which nothing cancels
+        q, of_rest = (1 / (1 + np.exp(-s * sign * of_teacher)) for s in (1, -1))
+        exact += q * bregman(-np.log1p(of_rest * np.expm1(-sign * wide)))
+    q, of_rest = 1 / (1 + np.exp(-of_teacher)), 1 / (1 + np.exp(of_teacher))
+    exact_slope = q * of_rest * np.expm1(wide) / (1 + q * np.expm1(wide))
+    off = np.abs(loss - exact) / exact
+    assert np.max(off[near]) <= 16 * ulp
+    assert np.max(off) <= 40 * ulp  # just above |d| = 0.7 the far form subtracts numbers 20 times its size
+    assert np.max(np.abs(slope - exact_slope) / np.abs(exact_slope)) <= 16 * ulp
 
 
 def test_impossible_classes():

@@ -4,9 +4,9 @@
 
 namespace fastkd::FASTKD_ISA {
 
-// What a student with log odds a and a teacher with log odds b give the one class and the rest, of which that is looked
-// at which the teacher finds no likelier than the other: with the sides exchanged where b > 0, q = 1 / (1 + e^-b) <= 1
-// / 2. Student and teacher agree as far as d = a - b is known to be small. With F(x) = log(1 + e^x)
+// What a student with log odds a and a teacher with log odds b give the one class and the rest. Of these two that is
+// looked at which the teacher finds no likelier than the other, so that q = 1 / (1 + e^-b) is a half at most: where
+// b > 0 they are exchanged. Student and teacher agree as far as d = a - b is known to be small. F(x) = log(1 + e^x):
 //   KL(q || p) = F(a) - F(b) - q d = log(1 + u) - u + q (e^d - 1 - d),  u = q (e^d - 1),
 //   p - q = q (1 - q) (e^d - 1) / (1 + u)
 // of which the first is right where d is large, and of the others next to nothing cancels where it is small.

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cuda/complement_launch.h"
+#include "testing/matrix.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 
@@ -23,32 +24,10 @@ namespace {
 
 constexpr double kTemperature = 1.5;
 
-float number(uint64_t& state) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return float(state >> 40) / float(1 << 22) - 2;
-}
-
-template <class S>
-RowsTensor rows(S* data, int64_t N, int64_t V, DType type) {
-  RowsTensor r{};
-  r.data = reinterpret_cast<char*>(data);
-  r.dtype = type;
-  r.element_size = sizeof(S);
-  r.dims = 1;
-  r.size[0] = N;
-  r.stride[0] = V;
-  r.stride_v = 1;
-  return r;
-}
-
 template <class S, DType kType>
 int run(int64_t N, int64_t V, int64_t K) {
-  // memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen
-  const auto room = [&](auto of, int64_t count) {
-    return static_cast<decltype(of)*>(aligned_alloc(16, (count * sizeof(of) + 15) / 16 * 16));
-  };
-  S* x = room(S(0), N * V);
-  float* addend = room(0.0f, N * V);
+  Matrix<S> x(N, V);
+  Matrix<float> addend(N, V);
   std::vector<int64_t> indices(N * K);
   std::vector<double> z(N * V), logits(N * (K + 1)), upstream(N * (K + 1));
   std::vector<ComplementSums> sums(N);
@@ -57,9 +36,9 @@ int run(int64_t N, int64_t V, int64_t K) {
   for (int64_t n = 0; n < N; ++n) {
     mask[n] = n != 1;
     for (int64_t v = 0; v < V; ++v) {
-      x[n * V + v] = S(n == 1 ? NAN : v % 7 == 3 ? -INFINITY : 3 * number(state));
-      z[n * V + v] = double(float(x[n * V + v]));
-      addend[n * V + v] = mask[n] ? number(state) : 0;
+      x.at(n, v) = S(n == 1 ? NAN : v % 7 == 3 ? -INFINITY : 3 * number(state));
+      z[n * V + v] = double(float(x.at(n, v)));
+      addend.at(n, v) = mask[n] ? number(state) : 0;
     }
     for (int64_t k = 0; k < K; ++k) indices[n * K + k] = k % 5 == 4 ? -1 - k : (k * (V / K) + n) % V;
     for (int64_t k = 0; k <= K; ++k) upstream[n * (K + 1) + k] = number(state);
@@ -69,7 +48,7 @@ int run(int64_t N, int64_t V, int64_t K) {
   P.rows.V = V;
   P.rows.mask = mask.get();
   P.rows.temperature = {nullptr, 0, kTemperature};
-  P.rows.student = P.rows.teacher = rows(x, N, V, kType);
+  P.rows.student = P.rows.teacher = x.rows(kType);
   P.indices = indices.data();
   P.K = K;
   P.logits = logits.data();
@@ -77,7 +56,7 @@ int run(int64_t N, int64_t V, int64_t K) {
   P.upstream = upstream.data();
   cudaError_t e = cuda::complement(P, false, nullptr);
   P.rows.grad = P.rows.student;
-  P.rows.teacher = rows(addend, N, V, DType::kFloat);
+  P.rows.teacher = addend.rows(DType::kFloat);
   P.addend = true;
   if (!e) e = cuda::complement(P, true, nullptr);
   if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
@@ -101,12 +80,10 @@ int run(int64_t N, int64_t V, int64_t K) {
     for (int64_t v = 0; v < V; ++v) {
       double right = mask[n] && place[v] >= 0 ? upstream[n * (K + 1) + place[v]] : 0;
       if (mask[n] && place[v] < 0) right = upstream[n * (K + 1) + K] * std::exp(z[n * V + v] / kTemperature) / total;
-      right += addend[n * V + v];
-      compare(float(x[n * V + v]), right, rounding * std::fmax(1, std::fabs(right)));
+      right += addend.at(n, v);
+      compare(float(x.at(n, v)), right, rounding * std::fmax(1, std::fabs(right)));
     }
   }
-  free(x);
-  free(addend);
   if (!(worst < 2)) return std::printf("wrong: off by %g\n", worst), 1;
   return std::puts("right"), 0;
 }

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "cuda/dist_launch.h"
-#include "testing/memory.h"
+#include "testing/matrix.h"
 
 extern "C" void cusim_order(int mode, unsigned seed);
 
@@ -97,28 +97,12 @@ double truth(const Table& s, const Table& t, Table& grad) {
 
 template <class T, class S, DType kType>
 int run(int64_t N, int64_t V, int64_t inner, bool masked) {
-  const Memory student(N * V * sizeof(S)), teacher(N * V * sizeof(S)), grad(N * V * sizeof(S));
+  const Matrix<S> student(N, V, inner), teacher(N, V, inner), grad(N, V, inner);
   const Memory of_rows(N * sizeof(DistRow)), columns(3 * dist_padded(V) * sizeof(T));
-  const auto rows = [&](const Memory& x) {  // [N / inner, V, inner]
-    RowsTensor r{};
-    r.data = x.as<char>();
-    r.dtype = kType;
-    r.element_size = sizeof(S);
-    r.dims = inner > 1 ? 2 : 1;
-    r.size[0] = N / inner;
-    r.stride[0] = V * inner;
-    r.size[1] = inner;
-    r.stride[1] = 1;
-    r.stride_v = inner;
-    return r;
-  };
-  const auto at = [&](const Memory& x, int64_t n, int64_t v) {
-    return double(T(x.as<S>()[n / inner * V * inner + v * inner + n % inner]));
-  };
   Uniform uniform;
   for (int64_t i = 0; i < N * V; ++i) {
-    student.as<S>()[i] = S(T(uniform()));
-    teacher.as<S>()[i] = S(T(uniform()));
+    student.data[i] = S(T(uniform()));
+    teacher.data[i] = S(T(uniform()));
   }
   const std::unique_ptr<bool[]> mask(new bool[N]);
   Table s, t, exact;
@@ -128,8 +112,8 @@ int run(int64_t N, int64_t V, int64_t inner, bool masked) {
     s.emplace_back();
     t.emplace_back();
     for (int64_t v = 0; v < V; ++v) {
-      s.back().push_back(at(student, n, v));
-      t.back().push_back(at(teacher, n, v));
+      s.back().push_back(double(T(student.at(n, v))));
+      t.back().push_back(double(T(teacher.at(n, v))));
     }
   }
   const double wanted = truth(s, t, exact), scale = 1 / double(s.size());
@@ -137,8 +121,8 @@ int run(int64_t N, int64_t V, int64_t inner, bool masked) {
   DistParams<T> P{};
   P.rows.N = N;
   P.rows.V = V;
-  P.rows.student = rows(student);
-  P.rows.teacher = rows(teacher);
+  P.rows.student = student.rows(kType);
+  P.rows.teacher = teacher.rows(kType);
   P.rows.temperature.of_all = P.rows.teacher_temperature.of_all = kTemperature;
   P.rows.mask = masked ? mask.get() : nullptr;
   P.rows.scale = &scale;
@@ -156,7 +140,7 @@ int run(int64_t N, int64_t V, int64_t inner, bool masked) {
   T loss = T(NAN);
   const T upstream = T(0.5);
   cudaError_t e = cuda::dist_forward(P, workspace, &loss, nullptr);
-  P.rows.grad = rows(grad);
+  P.rows.grad = grad.rows(kType);
   P.upstream = &upstream;
   if (!e) e = cuda::dist_backward(P, nullptr);
   if (e) return std::printf("error: %s\n", cudaGetErrorString(e)), 1;
@@ -173,7 +157,7 @@ int run(int64_t N, int64_t V, int64_t inner, bool masked) {
   for (int64_t n = 0; n < N; ++n) {
     for (int64_t v = 0; v < V; ++v) {
       const double right = mask[n] ? exact[next][v] / 2 : 0;
-      const double off = std::fabs(at(grad, n, v) - right) / (mask[n] ? size * rounding : 1e-30);
+      const double off = std::fabs(double(T(grad.at(n, v))) - right) / (mask[n] ? size * rounding : 1e-30);
       if (!(off <= worst)) worst = off;
     }
     next += mask[n];

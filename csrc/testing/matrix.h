@@ -1,19 +1,15 @@
-// Rows of logits of the programs for the sanitizers.
+// Rows of logits of the programs for the sanitizers, and numbers to fill them with.
 #pragma once
-#include <cstdint>
-#include <cstdlib>
-
 #include "common/rows_params.h"
+#include "testing/memory.h"
 
 namespace fastkd {
 
-// Memory that begins 16-byte aligned and ends where its last byte does: reading past it is seen. [N / inner, V, inner].
+// [N / inner, V, inner], in memory of its own: see Memory.
 template <class S>
 struct Matrix {
-  Matrix(int64_t N, int64_t V, int64_t inner)
-      : N(N), V(V), inner(inner), data(static_cast<S*>(aligned_alloc(16, (N * V * sizeof(S) + 15) / 16 * 16))) {}
-  ~Matrix() { free(data); }
-  Matrix(const Matrix&) = delete;
+  Matrix(int64_t N, int64_t V, int64_t inner = 1)
+      : N(N), V(V), inner(inner), memory(N * V * int64_t(sizeof(S))), data(memory.as<S>()) {}
   RowsTensor rows(DType type) const {
     RowsTensor r{};
     r.data = reinterpret_cast<char*>(data);
@@ -29,7 +25,14 @@ struct Matrix {
   }
   S& at(int64_t n, int64_t v) const { return data[n / inner * V * inner + v * inner + n % inner]; }
   int64_t N, V, inner;
+  Memory memory;
   S* data;
 };
+
+// From -2 to 2. The standard library's generators are templates, which the linker would share with cusim's.
+inline float number(uint64_t& state) {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return float(state >> 40) / float(1 << 22) - 2;
+}
 
 }  // namespace fastkd

@@ -29,11 +29,6 @@ namespace {
 constexpr double kTemperature = 1.5, kTeacherTemperature = 2, kMu = 0.5, kSmoothing = 0.1;
 using Row = std::vector<double>;
 
-float number(uint64_t& state) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return float(state >> 40) / float(1 << 22) - 2;
-}
-
 Row log_softmax(const Row& z, double temperature) {
   double max = -INFINITY, sum = 0;
   for (double x : z) max = x > max ? x : max;

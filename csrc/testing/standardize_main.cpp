@@ -22,11 +22,6 @@ using namespace fastkd;
 
 namespace {
 
-float number(uint64_t& state) {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return float(state >> 40) / float(1 << 22) - 2;
-}
-
 template <class S, DType kType>
 int run(int64_t N, int64_t V, int64_t inner) {
   Matrix<S> x(N, V, inner), grad(N, V, inner);
