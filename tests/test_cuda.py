@@ -513,22 +513,31 @@ INSTRUCTIONS = {
 }  # fmt: skip
 
 
+def machine_code(path, arch):
+    """{function: its code} of the kernels that INSTRUCTIONS names."""
+    wanted = re.compile("|".join(INSTRUCTIONS))
+    functions = [function for a, function, *_ in usage(path) if a == arch and wanted.search(function)]
+    dump = subprocess.run(
+        [find_tool("cuobjdump"), "-sass", "-arch", arch, "-fun", ",".join(functions), path], capture_output=True, text=True, check=True
+    ).stdout  # fmt: skip
+    codes = dict(part.split("\n", 1) for part in re.split(r"Function : (?=\w+\n)", dump)[1:])
+    assert set(codes) == set(functions)
+    return codes
+
+
 @pytest.mark.gates
 @pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
-@pytest.mark.parametrize("kernel", INSTRUCTIONS, ids=lambda name: name.partition("I")[0])
-def test_the_instructions_that_are_counted_on(library, kernel, arch):
-    found = usage(library)
-    require_built(arch, {a for a, *_ in found})
-    functions = {function for a, function, *_ in found if a == arch and re.search(kernel, function)}
-    assert functions
-    for function in functions:
-        sass = subprocess.run(
-            [find_tool("cuobjdump"), "-sass", "-arch", arch, "-fun", function, library], capture_output=True, text=True, check=True
-        ).stdout  # fmt: skip
-        for instruction in INSTRUCTIONS[kernel]:
-            assert re.search(instruction, sass), (function, instruction)
-        assert "LDL" not in sass
-        assert "STL" not in sass
+def test_the_instructions_that_are_counted_on(library, arch):
+    require_built(arch, {a for a, *_ in usage(library)})
+    codes = machine_code(library, arch)
+    for kernel, instructions in INSTRUCTIONS.items():
+        found = {function: sass for function, sass in codes.items() if re.search(kernel, function)}
+        assert found, kernel
+        for function, sass in found.items():
+            for instruction in (*instructions, "EXIT"):
+                assert re.search(instruction, sass), (function, instruction)
+            assert "LDL" not in sass, function
+            assert "STL" not in sass, function
 
 
 @pytest.mark.gates

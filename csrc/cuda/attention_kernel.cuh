@@ -122,19 +122,6 @@ struct AttentionWalk : BlockRows<T, K> {
   }
 };
 
-// f(std::type_identity<Pack>) for that of a layer.
-template <class T, class F>
-__device__ __forceinline__ void with_pack(const FeaturesPart<T>& layer, F&& f) {
-  switch (layer.pack) {
-    case FeaturesPack::kFeatures:
-      return f(Pack<FeaturesPack::kFeatures>());
-    case FeaturesPack::kRows:
-      return f(Pack<FeaturesPack::kRows>());
-    case FeaturesPack::kElement:
-      return f(Pack<FeaturesPack::kElement>());
-  }
-}
-
 // grid: the blocks of the student, then those of the teacher.
 template <class T, bool kSquares>
 __global__ void __launch_bounds__(kFeaturesThreads, 2)

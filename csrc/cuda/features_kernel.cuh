@@ -352,9 +352,9 @@ __device__ int layer_of(const FeaturesParams<T>& P, int block) {
   return layer;
 }
 
-template <Feature F, class Distance, FeaturesPack kPack, class T>
+template <Feature F, class Distance, class K, class T>
 __device__ __forceinline__ void walk(const FeaturesParams<T>& P, int l) {
-  double loss = FeaturesWalk<T, Pack<kPack>, Distance>(P, l).template run<F>();
+  double loss = FeaturesWalk<T, K, Distance>(P, l).template run<F>();
   if (!P.partials) return;
   __syncthreads();  // others may still read the rows' states
   loss = block_sum<kFeaturesThreads / 32>(loss, reinterpret_cast<double*>(ptx::dynamic_shared()));
@@ -378,14 +378,7 @@ __global__ void __launch_bounds__(kFeaturesThreads, sizeof(T) == 8         ? 1
                                                                            : 2)
     features_kernel(const __grid_constant__ FeaturesParams<T> P) {
   const int l = layer_of(P, blockIdx.x);
-  switch (P.layers[l].pack) {
-    case FeaturesPack::kFeatures:
-      return walk<F, Distance, FeaturesPack::kFeatures>(P, l);
-    case FeaturesPack::kRows:
-      return walk<F, Distance, FeaturesPack::kRows>(P, l);
-    case FeaturesPack::kElement:
-      return walk<F, Distance, FeaturesPack::kElement>(P, l);
-  }
+  with_pack(P.layers[l], [&](auto pack) { walk<F, Distance, decltype(pack)>(P, l); });
 }
 
 }  // namespace fastkd::cuda

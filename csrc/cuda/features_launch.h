@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 
 #include "common/features_params.h"
+#include "cuda/in_packs.h"
 #include "cuda/rows_launch.h"
 
 namespace fastkd::cuda {

@@ -16,6 +16,16 @@ struct Pack {
   static constexpr int kKept = kFeaturesKept<T> / kElements;
 };
 
+// f(Pack) with that of a layer.
+template <class T, class F>
+__device__ __forceinline__ void with_pack(const FeaturesPart<T>& layer, F&& f) {
+  if constexpr (kInPacks<T>) {
+    if (layer.pack == FeaturesPack::kFeatures) return f(Pack<FeaturesPack::kFeatures>());
+    if (layer.pack == FeaturesPack::kRows) return f(Pack<FeaturesPack::kRows>());
+  }
+  f(Pack<FeaturesPack::kElement>());
+}
+
 // The threads of a block that share a row.
 struct Sharers {
   int threads, rank;

@@ -51,11 +51,13 @@ void plan_rows(FeaturesPart<T>& layer, bool keep) {
   layer.pack = FeaturesPack::kElement;
   layer.packs = int32_t(layer.D);
   layer.side_by_side = rows;
-  if (features && layer.D % kFeaturesPack == 0 && packs_are_aligned(layer, kFeaturesPack, layer.dims, false)) {
+  if (kInPacks<T> && features && layer.D % kFeaturesPack == 0 &&
+      packs_are_aligned(layer, kFeaturesPack, layer.dims, false)) {
     layer.pack = FeaturesPack::kFeatures;
     layer.packs = int32_t(layer.D / kFeaturesPack);
     for_each_tensor([](FeaturesTensor& x) { x.step *= kFeaturesPack; }, layer.student, layer.teacher, layer.grad);
-  } else if (rows && layer.size[last] % kRowsPack == 0 && packs_are_aligned(layer, kRowsPack, last, true)) {
+  } else if (kInPacks<T> && rows && layer.size[last] % kRowsPack == 0 &&
+             packs_are_aligned(layer, kRowsPack, last, true)) {
     layer.pack = FeaturesPack::kRows;
   }
   layer.all_packs = layer.N * layer.packs;
@@ -91,7 +93,7 @@ void plan_flat(FeaturesPart<T>& layer, int64_t numel) {
   layer.size[0] = layer.N;
   layer.threads = kFeaturesThreads;
   layer.rows = 1;
-  const bool packs = numel % kFeaturesPack == 0 && packs_are_aligned(layer, kFeaturesPack, 1, false);
+  const bool packs = kInPacks<T> && numel % kFeaturesPack == 0 && packs_are_aligned(layer, kFeaturesPack, 1, false);
   const int step = packs ? kFeaturesPack : 1;
   layer.pack = packs ? FeaturesPack::kFeatures : FeaturesPack::kElement;
   layer.packs = int32_t(layer.D / step);

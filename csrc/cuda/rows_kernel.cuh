@@ -143,11 +143,12 @@ __device__ __forceinline__ void save_nothing(const RowsParams<T>& P, int64_t row
   if (P.stats) P.stats[row] = {};
 }
 
-// The gradient of a row whose divergence has none: that of its hard loss, if it has one.
+// The gradient of a row whose divergence has none: that of its hard loss, if it has one. Of the packs pack, pack +
+// threads, ... before end, and the edges edge, edge + edge_step, ...
 template <bool kParted, class S, class U, class T>
-__device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t begin, int64_t end, bool edges,
-                          int rank, int threads, const HardRow<T>* hard) {
-  for (int64_t i = begin + rank; i < end; i += threads) {
+__device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int64_t pack, int64_t end, int threads,
+                          int64_t edge, int64_t edge_step, const HardRow<T>* hard) {
+  for (int64_t i = pack; kInPacks<T> && i < end; i += threads) {
     T grad[kPack] = {}, s[kPack];
     if (hard && hard->target >= 0) {
       load_pack<S, Memory::kGlobal>(L.student + L.pack(i) * element_size<S>(P.student), P.student.dtype, s);
@@ -155,7 +156,7 @@ __device__ void hard_grad(const RowsParams<T>& P, const RowLayout<S, U>& L, int6
     }
     store_pack<S>(L.grad + L.pack(i) * element_size<S>(P.grad), P.grad.dtype, grad);
   }
-  for (int64_t i = rank; edges && i < L.edges; i += threads) {
+  for (int64_t i = edge; i < L.edges; i += edge_step) {
     T grad[1] = {}, s[1], t[1];
     if (hard && hard->target >= 0) {
       load_class(L, P, L.edge(i), s, t);
@@ -278,7 +279,7 @@ __global__ void __launch_bounds__(kMaxThreads, std::is_same_v<S, AnyType> ? 1
     }
   }
   if (write && (!possible || (!D::kCentred && no_gradient(k.sum_student, k.sum_teacher, sums.slope)))) {
-    hard_grad<kParted>(P, L, first, first + mine, edges, rank, threads, hard);
+    hard_grad<kParted>(P, L, first + rank, first + mine, threads, edges ? rank : L.edges, threads, hard);
   } else if (write && !D::kCentred) {
     with_functor<D>(parameter, second, [&](const auto& divergence) {
       for (int64_t i = rank; edges && i < L.edges; i += threads) {

@@ -2,6 +2,7 @@
 // online sums over its classes, and the step from logits to loss and gradient.
 #pragma once
 #include "common/rows_params.h"
+#include "cuda/in_packs.h"
 #include "cuda/ptx.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/vec.cuh"
@@ -76,7 +77,8 @@ struct RowLayout {
   __device__ RowLayout(const RowsParams<T>& P, int64_t row)
       : student(row_of(P.student, row)), teacher(row_of(P.teacher, row)), grad(row_of(P.grad, row)) {
     head = P.V;
-    const bool dense = P.student.stride_v == 1 && P.teacher.stride_v == 1 && (!grad || P.grad.stride_v == 1);
+    const bool dense =
+        kInPacks<T> && P.student.stride_v == 1 && P.teacher.stride_v == 1 && (!grad || P.grad.stride_v == 1);
 #pragma unroll 1
     for (int h = 0; dense && h < kPack && h < P.V; ++h) {
       const auto aligned = [h](const char* p, int size) {

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int split = blockIdx.x % parts.splits, rank = threadIdx.x, threads = blockDim.x;
   const int64_t row = first_row + blockIdx.x / parts.splits;
   const RowLayout<S, U> L(P, row);
-  const Slice<S, U> slice(L, split, parts.splits);
+  const Slice<T> slice(L, split, parts.splits);
   const bool write = D::kCentred && P.grad.data;
   const bool counts = !P.mask || P.mask[row];
   constexpr bool kParted = kWithoutTarget<D>;
@@ -56,21 +56,21 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
   if (k.sum_student == T(0) || k.sum_teacher == T(0) || P.hard.without_soft()) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
-    if (write) hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
+    if (write) hard_grad<kParted>(P, L, slice.begin + rank, slice.end, threads, slice.edge, slice.edge_step, &hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   LossSums<T> sums = LossSums<T>::empty();
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
   with_functor<D>(P.parameter[row], P.second_parameter[row], [&](const auto& divergence) {
-    for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+    for (int64_t i = slice.edge; i < L.edges; i += slice.edge_step) {
       load_class(L, P, L.edge(i), s1, t1);
       leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
       reduce(s1, t1, softmax, divergence, r.grad_scale, &hard, L.edge(i), 1, sums, grad1);
       if (write) store_class(L, P, L.edge(i), grad1[0]);
     }
     // Backwards: what the pass before touched last is the likeliest to be in the L2.
-    for (int64_t i = slice.end - 1 - rank; i >= slice.begin; i -= threads) {
+    for (int64_t i = slice.end - 1 - rank; kInPacks<T> && i >= slice.begin; i -= threads) {
       const int64_t v = L.pack(i);
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int64_t row = first_row + int64_t(blockIdx.x / parts.splits) * blockDim.y + threadIdx.y;
   if (row >= end_row) return;
   const RowLayout<S, U> L(P, row);
-  const Slice<S, U> slice(L, split, parts.splits);
+  const Slice<T> slice(L, split, parts.splits);
   constexpr bool kParted = kWithoutTarget<D>;
   const RowConstants<T> r = row_constants<kParted>(P, row);
   const int64_t parted = parted_target<kParted>(P, row);
@@ -119,19 +119,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
   }
   if (no_gradient(k.sum_student, k.sum_teacher, slopes) || P.hard.without_soft()) {
-    hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);
+    hard_grad<kParted>(P, L, slice.begin + rank, slice.end, threads, slice.edge, slice.edge_step, &hard);
     return;
   }
   const RowSoftmax<T> softmax(r, k.max_student, k.sum_student, k.max_teacher, k.sum_teacher);
   T s[kPack], t[kPack], s1[1], t1[1], grad[kPack], grad1[1];
   with_functor<D>(P.parameter[row], P.second_parameter[row], [&](const auto& divergence) {
-    for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+    for (int64_t i = slice.edge; i < L.edges; i += slice.edge_step) {
       load_class(L, P, L.edge(i), s1, t1);
       leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
       gradient(s1, t1, softmax, divergence, grad_scale, slopes, &hard, L.edge(i), 1, grad1);
       store_class(L, P, L.edge(i), grad1[0]);
     }
-    for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
+    for (int64_t i = slice.begin + rank; kInPacks<T> && i < slice.end; i += threads) {
       const int64_t v = L.pack(i);
       const char *student = L.student + v * element_size<S>(P.student),
                  *teacher = L.teacher + v * element_size<U>(P.teacher);

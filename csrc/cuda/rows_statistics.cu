@@ -13,18 +13,18 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int64_t row = first_row + blockIdx.x / parts.splits;
   if (P.mask && !P.mask[row]) return;
   const RowLayout<S, U> L(P, row);
-  const Slice<S, U> slice(L, split, parts.splits);
+  const Slice<T> slice(L, split, parts.splits);
   const RowConstants<T> r = row_constants(P, row);
   Shared own{Sums<T>::empty(), r.exp2_student, r.exp2_teacher};
   HardSums<T> hard = HardSums<T>::empty();
   const int64_t parted = parted_target<kParted>(P, row);
   T s[kPack], t[kPack], s1[1], t1[1];
-  for (int64_t i = rank; slice.edges && i < L.edges; i += threads) {
+  for (int64_t i = slice.edge; i < L.edges; i += slice.edge_step) {
     load_class(L, P, L.edge(i), s1, t1);
     leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
     add<T, 1, kEntropy, kParted>(own.sums, hard, s1, t1, r, P.hard);
   }
-  for (int64_t i = slice.begin + rank; i < slice.end; i += threads) {
+  for (int64_t i = slice.begin + rank; kInPacks<T> && i < slice.end; i += threads) {
     const int64_t v = L.pack(i);
     load<S, U, Memory::kGlobal>(L.student + v * element_size<S>(P.student), L.teacher + v * element_size<U>(P.teacher),
                                 P, s, t);
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const Sums<T> k = combine_over_row(own, room, 0, threads / 32, threads / 32).sums;
   if (rank == 0) parts.sums[row * parts.splits + split] = k;
   if (!P.hard.target) return;
-  if (slice.edges && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard);
+  if (split == 0 && rank == 0) read_target<kParted, S, U>(P, row, L.student, L.teacher, hard);
   HardSums<T>* room_of_hard = reinterpret_cast<HardSums<T>*>(room + threads / 32 + 1);
   hard = rebased<kParted>(hard, own.sums, k);
   hard = combine_over_row(hard, room_of_hard, 0, threads / 32, threads / 32);

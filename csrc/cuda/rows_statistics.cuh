@@ -15,15 +15,19 @@ struct RowsParts {
   int splits;           // of a row, at most 32: one a lane
 };
 
-// The packs of a row that one of its blocks takes; the edges are the first block's.
-template <class S, class U>
+// The packs of a row that one of its blocks takes, and the first edge of a thread and its step: a row that is not read
+// in packs is all edges.
+template <class T>
 struct Slice {
-  int64_t begin, end;
-  bool edges;
-  __device__ Slice(const RowLayout<S, U>& L, int split, int splits) : edges(split == 0) {
-    const int64_t each = (L.packs + splits - 1) / splits;
-    begin = split * each < L.packs ? split * each : L.packs;
-    end = begin + each < L.packs ? begin + each : L.packs;
+  int64_t begin = 0, end = 0, edge, edge_step;
+  template <class S, class U>
+  __device__ Slice(const RowLayout<S, U>& L, int split, int splits)
+      : edge(int64_t(split) * blockDim.x + threadIdx.x), edge_step(int64_t(splits) * blockDim.x) {
+    if constexpr (kInPacks<T>) {
+      const int64_t each = (L.packs + splits - 1) / splits;
+      begin = split * each < L.packs ? split * each : L.packs;
+      end = begin + each < L.packs ? begin + each : L.packs;
+    }
   }
 };
 

@@ -71,8 +71,10 @@ struct RowWalk {
     for (int64_t i = threadIdx.x; any && i < at.edges; i += blockDim.x) {
       f(at.edge(i), std::integral_constant<int, 1>());
     }
-    for (int64_t i = threadIdx.x; any && i < at.packs; i += blockDim.x) {
-      f(at.pack(i), std::integral_constant<int, kPack>());
+    if constexpr (kInPacks<T>) {
+      for (int64_t i = threadIdx.x; any && i < at.packs; i += blockDim.x) {
+        f(at.pack(i), std::integral_constant<int, kPack>());
+      }
     }
   }
   // room: of one combination, the which-th
