@@ -90,7 +90,7 @@ def test_the_order_of_classes_and_the_number_of_threads_do_not_matter(backend, V
     assert torch.equal(weights(backend, student, teacher, 0.4), found)
 
 
-def test_a_limit_that_lies_at_a_rung_of_the_first_guess(backend):
+def test_a_limit_that_is_the_mass_of_some_classes(backend):
     """Where sums of floating-point numbers cannot tell on which side it lies, the head is one of two all the same."""
     V = 600
     teacher, student = torch.randn(1, V), torch.randn(1, V)
@@ -105,6 +105,22 @@ def test_a_limit_that_lies_at_a_rung_of_the_first_guess(backend):
             shares = torch.stack([(difference * (teacher <= x)).sum() / difference.sum() for x in bounds])
             at = (bounds > top - depth).sum()
             assert (shares[at - 2 : at + 3] - found).abs().min() < 1e-5
+
+
+@pytest.mark.parametrize("likely", ["outside of the sample", "in the sample", "in the first chunk"])
+def test_a_sample_that_is_like_no_other_class(backend, likely):
+    """The CPU's kernel looks at every eighth class of 256 first, from the fourth on."""
+    V = 7500
+    at = torch.arange(V) % 256
+    chosen = {
+        "outside of the sample": at == 0,
+        "in the sample": at % 8 == 4,
+        "in the first chunk": torch.arange(V) < 256,
+    }
+    for mu in (0.1, 0.5, 0.9):
+        teacher, student = torch.randn(2, V) + 6 * chosen[likely], torch.randn(2, V)
+        found = weights(backend, student, teacher, mu)
+        torch.testing.assert_close(found, expected(student, teacher, mu), rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)

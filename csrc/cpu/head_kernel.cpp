@@ -2,9 +2,9 @@
 // head; see math/head.h. Compiled once per instruction set.
 //
 // A row by itself: its maxima; e^(z - max) of both sides, in a workspace that stays in cache; and the bound of the
-// head. Two rounds of floating-point sums of the mass above a few logits guess where the bound lies. The whole masses
-// then say whether it lies there, and which logit it is: so that the guess costs time alone. Last the differences on
-// either side of the bound. Traffic: student and teacher, once each.
+// head. A sample of the classes guesses where the bound lies, and floating-point sums of the mass above a few logits
+// around it say whether it does. The whole masses then say which logit it is: so that the guess costs time alone. Last
+// the differences on either side of the bound. Traffic: student and teacher, once each.
 #include "cpu/head_kernel.h"
 
 #include "cpu/prefetch.h"
@@ -57,6 +57,21 @@ void walk_teacher(const RowsParams<T>& P, int64_t row, Prefetch& ahead, Visit&& 
   }
 }
 
+// Every so many of a row's classes, counted within its chunks.
+template <class T>
+struct Sample {
+  static constexpr int64_t kMost = 1024;
+  int64_t step = 1, count = 0;
+  alignas(64) T logits[kMost], mass[kMost];
+
+  explicit Sample(int64_t V) {
+    while ((V / kChunk + 1) * ((kChunk + step - 1) / step) > kMost) ++step;
+  }
+  void take(const T* x, int64_t n) {
+    for (int64_t i = step / 2; i < n && count < kMost; i += step) logits[count++] = x[i];
+  }
+};
+
 // Logits from high to low between which the bound lies, and what lies above each.
 constexpr int kSteps = 4;
 template <class T>
@@ -67,6 +82,37 @@ struct Ladder {
   Ladder(T high, T low) {
     for (int i = 0; i <= kSteps; ++i) at[i] = high - (high - low) * (T(i) / T(kSteps + 1));
     at[kSteps + 1] = low;
+  }
+  // Around where the share mu of the mass lies above, by a sample and by how far one like it may be off. The best
+  // class, at high, is known: in the sample it would stand for many.
+  Ladder(T high, T low, Sample<T>& sample, int64_t V, double mu, T scale) : Ladder(high, low) {
+    constexpr int kBins = 256;
+    const T lowest = exp2_lowest(scale), width = (high - low) / T(kBins);
+#pragma omp simd
+    for (int64_t i = 0; i < sample.count; ++i) {
+      sample.mass[i] = exp2_scaled(sample.logits[i] - high, scale, lowest);
+    }
+    const double of_best = double(sample.count) / double(V);
+    double bins[kBins] = {of_best}, sum = of_best, squares = 0;
+    for (int64_t i = 0; i < sample.count; ++i) {
+      const T below = (high - sample.logits[i]) / width;
+      const double mass = below > T(0) ? double(sample.mass[i]) : 0;
+      bins[below < T(kBins) && below > T(0) ? int(below) : kBins - 1] += mass;
+      sum += mass;
+      squares += mass * mass;
+    }
+    const double deviation = std::sqrt(mu * (1 - mu) * squares);
+    const double wanted[] = {mu * sum - 4 * deviation, mu * sum - 1.5 * deviation, mu * sum + 1.5 * deviation,
+                             mu * sum + 4 * deviation};
+    double above_bin = 0;  // and in it
+    int rung = 0;
+    for (int bin = 0; bin < kBins; ++bin) {
+      above_bin += bins[bin];
+      for (; rung < kSteps && above_bin > wanted[rung]; ++rung) {
+        at[rung + 1] = high - width * T(rung < kSteps / 2 ? bin : bin + 1);
+      }
+    }
+    for (; rung < kSteps; ++rung) at[rung + 1] = low;
   }
   void add(const T* teacher, const T* exp_teacher, int64_t n) {
     static_assert(kSteps == 4);
@@ -84,11 +130,11 @@ struct Ladder {
     above[3] += double(sum3);
     above[4] += double(sum4);
   }
-  // The two rungs between which the mass above passes the limit.
-  Ladder between(double limit) const {
+  // The first rung above which there is more than the limit: the bound is between it and the one before.
+  int passed(double limit) const {
     int i = 1;
     while (i <= kSteps && above[i] <= limit) ++i;
-    return {at[i - 1], at[i]};
+    return i;
   }
 };
 
@@ -244,18 +290,22 @@ inline float next_below(float x) { return nextafterf(x, -kInf<float>); }
 inline double next_below(double x) { return nextafter(x, -kInf<double>); }
 
 // The bound of the head where it is not of all classes: of a row whose exponentials are there. ladder: what lies above
-// the rungs of the first guess.
+// the rungs of the first guess. Where the bound is not near it, more of them close in on it by steps of equal length.
 template <class T>
 T bound_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row, double max, double sum, Ladder<T> ladder,
            Prefetch& ahead) {
   const double mu = P.parameter[row];
-  ladder = ladder.between(mu * sum);
-  walk_teacher(P, row, ahead,
-               [&](int64_t first, const T* teacher, int64_t n) { ladder.add(teacher, W.exp_teacher + first, n); });
-  ladder = ladder.between(mu * sum);
+  int passed = ladder.passed(mu * sum);
+  const bool near = passed > 1 && passed <= kSteps;
+  for (int round = near ? 2 : 0; round < 2; ++round) {
+    ladder = Ladder<T>(ladder.at[passed - 1], ladder.at[passed]);
+    walk_teacher(P, row, ahead,
+                 [&](int64_t first, const T* teacher, int64_t n) { ladder.add(teacher, W.exp_teacher + first, n); });
+    passed = ladder.passed(mu * sum);
+  }
   const T below_best = next_below(T(max));
-  const T high = ladder.at[0] < below_best ? ladder.at[0] : below_best;
-  Gathered<T> found = gather(P, W, row, high, ladder.at[kSteps + 1], ahead);
+  const T high = ladder.at[passed - 1] < below_best ? ladder.at[passed - 1] : below_best;
+  Gathered<T> found = gather(P, W, row, high, ladder.at[passed], ahead);
   const uint64_t limit = mass_limit(mu, found.total);
   const bool too_low = high < below_best && found.above > limit;
   if (too_low || found.above + found.inside <= limit) found = gather(P, W, row, below_best, -kInf<T>, ahead);
@@ -268,7 +318,9 @@ double weight_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row,
   if ((P.mask && !P.mask[row])) return 0.5;
   RowsStats stats{};
   T max_student = -kInf<T>, max_teacher = -kInf<T>;
+  Sample<T> sample(P.V);
   walk(P, row, ahead, [&](int64_t, const T* student, const T* teacher, int64_t n) {
+    sample.take(teacher, n);
     const T s = maximum(student, n), t = maximum(teacher, n);
     max_student = s > max_student ? s : max_student;
     max_teacher = t > max_teacher ? t : max_teacher;
@@ -279,7 +331,7 @@ double weight_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row,
   // Less probable classes are no head's: all of them together are less than any tail.
   const double deepest = 1.001 * std::log(double(P.V) / (1 - mu > 1e-9 ? 1 - mu : 1e-9)) / r.inv_teacher_temperature;
   alignas(64) T difference[kChunk];  // of a chunk
-  Ladder<T> ladder(T(stats.max_teacher), T(stats.max_teacher - deepest));
+  Ladder<T> ladder(T(stats.max_teacher), T(stats.max_teacher - deepest), sample, P.V, mu, r.scale_teacher);
   walk(P, row, ahead, [&](int64_t first, const T* student, const T* teacher, int64_t n) {
     first_pass_chunk<TotalVariation<T>>(student, teacher, n, r, stats, W.exp_student + first, W.exp_teacher + first,
                                         difference);

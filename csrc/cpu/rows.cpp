@@ -49,10 +49,10 @@ const RowsLanes<T>& lanes(Divergence which) {
 template <class T>
 void forward_of_rows(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t begin, int64_t end) {
   const RowsKernel<T>& k = kernel<T>(P.divergence);
-  if (!P.parts) return k.forward(P, W, begin, end);
+  if (!P.parts || k.describes) return k.forward(P, W, begin, end);
   const RowsDescribe<T> describe = FASTKD_OF_ISA(rows_describe<T>());
   for (int64_t row = begin; row < end; ++row) {
-    describe(P, row, row + 1);
+    describe(P, row, row + 1, end);
     k.forward(P, W, row, row + 1);
   }
 }
@@ -79,7 +79,7 @@ void forward(const RowsParams<T>& P) {
       for (int64_t group = first; group < last; ++group) {
         const auto [begin, end] = groups.of(group);
         if (together.any_parameters || one_parameter(P, begin, end)) {
-          if (P.parts) FASTKD_OF_ISA(rows_describe<T>())(P, begin, end);
+          if (P.parts) FASTKD_OF_ISA(rows_describe<T>())(P, begin, end, end);
           together.forward(P, memory, begin, end);
         } else {
           forward_of_rows(P, RowsWorkspace<T>(memory, P.V, targets), begin, end);
@@ -97,9 +97,9 @@ void forward(const RowsParams<T>& P) {
                  [&](int64_t begin, int64_t end) { forward_of_rows(P, workspace(), begin, end); });
     return;
   }
-  if (P.parts) {
+  if (P.parts && !k.describes) {
     const RowsDescribe<T> describe = FASTKD_OF_ISA(rows_describe<T>());
-    parallel_for(0, P.N, 1, [&](int64_t begin, int64_t end) { describe(P, begin, end); });
+    parallel_for(0, P.N, 1, [&](int64_t begin, int64_t end) { describe(P, begin, end, end); });
   }
   const RowsWorkspace<T> W = workspace();
   for (int64_t row = 0; row < P.N; ++row) {

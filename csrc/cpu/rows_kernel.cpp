@@ -22,6 +22,10 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
+// Whether the workspace has what P.parts tells of a row: exponentials, of all classes.
+template <class D>
+inline constexpr bool kDescribes = given<D>() == Given::kProbabilities && !kWithoutTarget<D>;
+
 inline int64_t part(int64_t begin, int64_t end, int64_t most) { return end - begin < most ? end - begin : most; }
 
 // First pass.
@@ -29,7 +33,7 @@ template <class T, class D>
 void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, int64_t begin, int64_t end,
                 Prefetch& ahead) {
   alignas(64) T student_buffer[kRowsBlock], teacher_buffer[kRowsBlock];
-  constexpr bool kEntropy = D::kTeacherEntropy;
+  const bool describes = kDescribes<D> && P.parts;
   const Row<T> r = row_constants(P, row);
   const char *student = P.student.row(row), *teacher = P.teacher.row(row);
   const int64_t target = P.hard.target ? P.hard.target[row] : -1;
@@ -37,7 +41,7 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
     const int64_t first = block * kRowsBlock, n = part(first, P.V, kRowsBlock);
     const T* s = load_block(P.student, student, first, n, student_buffer);
     const T* t = load_block(P.teacher, teacher, first, n, teacher_buffer);
-    double logit = 0, teacher_logit = 0, entropy = 0, logits = 0, sum_teacher = 0;
+    double logit = 0, teacher_logit = 0, entropy = 0, student_entropy = 0, logits = 0, sum_teacher = 0;
     if (target >= first && target < first + n) {
       logit = double(s[target - first]);  // now: the gradient may be written over the student
       if constexpr (kWithoutTarget<D>) {
@@ -45,11 +49,16 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
         t = without(target - first, t, padded(n), teacher_buffer, teacher_logit);
       }
     }
-    RowsStats sums{double(finite_max(maximum(s, padded(n)))), 0, double(finite_max(maximum(t, padded(n)))), 0, 0, 0, 0};
+    RowsStats sums{};
+    if (given<D>() != Given::kLogOdds || P.hard.target) {  // else nothing is taken from log odds
+      sums.max_student = double(finite_max(maximum(s, padded(n))));
+      sums.max_teacher = double(finite_max(maximum(t, padded(n))));
+    }
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t at = first + i, m = part(i, padded(n), kChunk);
       first_pass_chunk<D>(s + i, t + i, m, r, sums, W.exp_student + at, W.exp_teacher + at, W.difference + at);
-      if constexpr (kEntropy) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
+      if (D::kTeacherEntropy || describes) entropy += entropy_chunk(t + i, W.exp_teacher + at, m, T(sums.max_teacher));
+      if (describes) student_entropy += entropy_chunk(s + i, W.exp_student + at, m, T(sums.max_student));
       if (kWithoutTarget<D> && P.hard.loss == TargetLoss::kNormalized) {
         const int power = hard_power(P.teacher_temperature[row]);
         sum_teacher += hard_chunk(t + i, m, sums.max_teacher, power, W.exp_teacher + at, W.exp_hard + at);
@@ -61,7 +70,7 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
       if (P.hard.smoothing != 0) logits += logits_chunk(s + i, part(i, n, kChunk), sums.max_student);
       ahead.some();
     }
-    W.blocks[block] = {sums, 0, 0, 0, entropy, logit, teacher_logit, logits, sum_teacher};
+    W.blocks[block] = {sums, 0, 0, 0, entropy, student_entropy, logit, teacher_logit, logits, sum_teacher};
   }
 }
 
@@ -94,8 +103,35 @@ inline Parted parted(const RowsBlock* blocks, int64_t n, const RowsStats& row) {
   return k;
 }
 
+// The first of a side's classes that are the best. Before the gradient is written, perhaps over the student.
 template <class T>
+int64_t best_class(const RowsTensor& logits, int64_t row, int64_t V, const RowsBlock* blocks, double RowsStats::* max,
+                   double RowsStats::* sum) {
+  int64_t first = 0;
+  double best = -kInf<double>;
+  for (int64_t b = 0; b < rows_blocks(V); ++b) {
+    const RowsStats& k = blocks[b].stats;
+    if (k.*sum == 0 || !(k.*max > best)) continue;
+    best = k.*max;
+    first = b * kRowsBlock;
+  }
+  alignas(64) T buffer[kRowsBlock];
+  const int64_t n = part(first, V, kRowsBlock);
+  const T* z = load_block(logits, logits.row(row), first, n, buffer);
+  for (int64_t i = 0; i < n; ++i) {
+    if (double(z[i]) == best) return first + i;
+  }
+  return -1;
+}
+
+template <class T, class D>
 RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row) {
+  if (kDescribes<D> && P.parts) {
+    using S = RowsStats;
+    P.parts[row] = {};
+    P.parts[row].agreement = best_class<T>(P.student, row, P.V, W.blocks, &S::max_student, &S::sum_student) ==
+                             best_class<T>(P.teacher, row, P.V, W.blocks, &S::max_teacher, &S::sum_teacher);
+  }
   const Row<T> r = row_constants(P, row);
   const int64_t n = rows_blocks(P.V);
   using S = RowsStats;
@@ -111,16 +147,23 @@ RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row
   return out;
 }
 
-// The entropy of the teacher's row.
-inline double teacher_entropy(const RowsBlock* blocks, int64_t n, double inv_temperature, const RowsStats& row) {
-  double sum = 0;
+// The entropy of a side of a row; of a side without a possible class 0.
+inline double entropy_of(const RowsBlock* blocks, int64_t n, double RowsBlock::* entropy, double RowsStats::* max,
+                         double RowsStats::* sum, double inv_temperature, const RowsStats& row) {
+  if (row.*sum == 0) return 0;
+  double terms = 0;
   for (int64_t b = 0; b < n; ++b) {
     const RowsStats& k = blocks[b].stats;
-    if (k.sum_teacher == 0) continue;
-    sum += (blocks[b].entropy + k.sum_teacher * (row.max_teacher - k.max_teacher)) * inv_temperature *
-           rebase(k.max_teacher, row.max_teacher, inv_temperature);
+    if (k.*sum == 0) continue;
+    terms += (blocks[b].*entropy + k.*sum * (row.*max - k.*max)) * inv_temperature *
+             rebase(k.*max, row.*max, inv_temperature);
   }
-  return sum / row.sum_teacher + std::log(row.sum_teacher);
+  return terms / row.*sum + std::log(row.*sum);
+}
+template <class T>
+double teacher_entropy(const RowsWorkspace<T>& W, int64_t V, const Row<T>& r, const RowsStats& row) {
+  return entropy_of(W.blocks, rows_blocks(V), &RowsBlock::entropy, &RowsStats::max_teacher, &RowsStats::sum_teacher,
+                    r.inv_teacher_temperature, row);
 }
 
 // The gradient of a row that is masked out.
@@ -246,11 +289,16 @@ void finish(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     for (int64_t block = 0; block < blocks; ++block) loss += W.blocks[block].loss;
     if constexpr (kTwoSums<D>) loss = row_of_sums<D>(W.blocks, blocks).loss;
     if (D::kTeacherEntropy && P.hard.loss != TargetLoss::kDecoupled) {
-      loss += teacher_entropy(W.blocks, blocks, r.inv_teacher_temperature, stats);
+      loss += teacher_entropy(W, P.V, r, stats);
     }
     if (stats.sum_student == 0) loss = kInf<double>;
   }
   if (P.parts) P.parts[row].soft = loss * squared(P, row);
+  if (kDescribes<D> && P.parts) {
+    P.parts[row].student_entropy = entropy_of(W.blocks, blocks, &RowsBlock::student_entropy, &RowsStats::max_student,
+                                              &RowsStats::sum_student, r.inv_temperature, stats);
+    P.parts[row].teacher_entropy = teacher_entropy(W, P.V, r, stats);
+  }
   if (P.hard.parted()) {
     loss = parted_loss(P, r, stats, parted(W.blocks, blocks, stats), loss);
   } else {
@@ -280,12 +328,13 @@ void forward(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t begin, i
     if (P.mask && !P.mask[row]) {
       P.loss[row] = T(0);
       if (P.stats) P.stats[row] = {};
+      if (kDescribes<D> && P.parts) P.parts[row] = {};
       zero_grad(P, row, 0, blocks);
       continue;
     }
     Prefetch ahead(P, row, end, D::kCentred || !P.grad.data ? 2 : 3);
     statistics<T, D>(P, W, row, 0, blocks, ahead);
-    RowsStats stats = combine(P, W, row);
+    RowsStats stats = combine<T, D>(P, W, row);
     reduce<T, D>(P, W, row, stats, 0, blocks, ahead);
     if constexpr (!D::kCentred) {
       add_slopes<T, D>(P, W, stats);
@@ -383,8 +432,9 @@ void backward_part(const RowsParams<T>& P, int64_t row, int64_t begin, int64_t e
 
 template <class T, class D>
 const RowsKernel<T> kernel = {forward<T, D>,       backward<T, D>,    statistics_part<T, D>,
-                              combine<T>,          reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T, D>,
-                              gradient_part<T, D>, finish<T, D>,      backward_part<T, D>};
+                              combine<T, D>,       reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T, D>,
+                              gradient_part<T, D>, finish<T, D>,      backward_part<T, D>,
+                              kDescribes<D>};
 
 }  // namespace
 

@@ -11,10 +11,11 @@ FASTKD_HD constexpr int64_t rows_blocks(int64_t V) { return (V + kRowsBlock - 1)
 // to threads.
 struct RowsBlock {
   RowsStats stats;
-  double loss, slope, second, entropy;
-  double logit, teacher_logit;  // of the target, where it is in the block
-  double logits;                // where labels are smoothed, the sum of z - max of all
-  double sum_teacher;           // where it is asked for, at temperature 1
+  double loss, slope, second;
+  double entropy, student_entropy;  // sum e^((z - max) / T) (max - z), where it is asked for
+  double logit, teacher_logit;      // of the target, where it is in the block
+  double logits;                    // where labels are smoothed, the sum of z - max of all
+  double sum_teacher;               // where it is asked for, at temperature 1
 };
 
 // What the first pass leaves for the second: [blocks * kRowsBlock] each, and [blocks].
@@ -54,6 +55,7 @@ struct RowsKernel {
   void (*gradient)(const Params&, const Workspace&, int64_t row, const RowsStats&, int64_t begin, int64_t end);
   void (*finish)(const Params&, const Workspace&, int64_t row, const RowsStats&);
   void (*backward_part)(const Params&, int64_t row, int64_t begin, int64_t end);
+  bool describes;  // whether all of P.parts comes of it: the exponentials are there
 };
 
 // The same for many rows at once, each in a lane of its own: rows begin .. end, at most kMostLanes, with one step from

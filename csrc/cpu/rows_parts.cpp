@@ -1,6 +1,7 @@
-// Entropies of student and teacher, and whether their best class is the same: what is told of a row besides its loss.
-// Compiled once per instruction set. A row is read for its maxima, and from cache for its sums; the rows schedule then
-// finds it there. With e = e^((z - max) / T) the entropy is log(sum e) + sum e (max - z) / T / sum e.
+// Entropies of student and teacher, and whether their best class is the same: what is told of a row besides its loss,
+// where the rows schedule does not have their exponentials. Compiled once per instruction set. A row is read for its
+// maxima, and from cache for its sums; the rows schedule then finds it there. With e = e^((z - max) / T) the entropy is
+// log(sum e) + sum e (max - z) / T / sum e.
 #include "cpu/rows_parts.h"
 
 #include "cpu/prefetch.h"
@@ -16,21 +17,27 @@ struct Side {
   T scale, lowest;
   T max = -kInf<T>;
   double sum = 0, terms = 0;  // of e, and of e (max - z); of coins: of their entropies
-  int64_t best = -1;          // the first class that has the maximum
+  int64_t chunk = 0;          // the first that has the maximum
 
   explicit Side(double temperature)
       : inv_temperature(1 / temperature), scale(T(kLog2e<double> / temperature)), lowest(exp2_lowest(scale)) {}
 
-  void see(const T* z, int64_t n) {
+  void see(const T* z, int64_t first, int64_t n) {
     const T found = maximum(z, padded(n));
-    max = found > max ? found : max;
+    if (found > max) {
+      max = found;
+      chunk = first;
+    }
   }
-  void find(const T* z, int64_t first, int64_t n) {
-    if (best >= 0) return;
-    int64_t equal = 0;
-#pragma omp simd reduction(+ : equal)
-    for (int64_t i = 0; i < n; ++i) equal += z[i] == max;
-    for (int64_t i = 0; equal && best < 0 && i < n; ++i) best = z[i] == max ? first + i : -1;
+  // The first class that has the maximum.
+  int64_t best(const RowsTensor& logits, const char* row, int64_t V) const {
+    alignas(64) T buffer[kChunk];
+    const int64_t n = V - chunk < kChunk ? V - chunk : kChunk;
+    const T* z = load_block(logits, row, chunk, n, buffer);
+    for (int64_t i = 0; i < n; ++i) {
+      if (z[i] == max) return chunk + i;
+    }
+    return -1;
   }
   void add(const T* z, int64_t n) {
     const T from = finite_max(max), by = scale, least = lowest;
@@ -61,7 +68,7 @@ struct Side {
 };
 
 template <class T>
-void describe(const RowsParams<T>& P, int64_t begin, int64_t end) {
+void describe(const RowsParams<T>& P, int64_t begin, int64_t end, int64_t last) {
   alignas(64) T student_buffer[kChunk], teacher_buffer[kChunk];
   const bool coins = P.divergence == Divergence::kBernoulliKL;
   for (int64_t row = begin; row < end; ++row) {
@@ -69,26 +76,26 @@ void describe(const RowsParams<T>& P, int64_t begin, int64_t end) {
     if (P.mask && !P.mask[row]) continue;
     Side<T> student(P.temperature[row]), teacher(P.teacher_temperature[row]);
     const char *s_row = P.student.row(row), *t_row = P.teacher.row(row);
+    Prefetch ahead(P, row, last, 2);
     const auto walk = [&](auto&& visit) {
       for (int64_t first = 0; first < P.V; first += kChunk) {
         const int64_t n = P.V - first < kChunk ? P.V - first : kChunk;
         visit(load_block(P.student, s_row, first, n, student_buffer),
               load_block(P.teacher, t_row, first, n, teacher_buffer), first, n);
+        ahead.some();
       }
     };
-    walk([&](const T* s, const T* t, int64_t, int64_t n) {
-      student.see(s, n);
-      teacher.see(t, n);
-    });
     walk([&](const T* s, const T* t, int64_t first, int64_t n) {
-      student.find(s, first, n);
-      teacher.find(t, first, n);
+      student.see(s, first, n);
+      teacher.see(t, first, n);
+    });
+    walk([&](const T* s, const T* t, int64_t, int64_t n) {
       coins ? student.add_coins(s, n) : student.add(s, n);
       coins ? teacher.add_coins(t, n) : teacher.add(t, n);
     });
     P.parts[row].student_entropy = student.entropy(coins);
     P.parts[row].teacher_entropy = teacher.entropy(coins);
-    P.parts[row].agreement = student.best == teacher.best;
+    P.parts[row].agreement = student.best(P.student, s_row, P.V) == teacher.best(P.teacher, t_row, P.V);
   }
 }
 

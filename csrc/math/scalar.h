@@ -133,6 +133,21 @@ FASTKD_HD double atanh_tail(double x2) {
   return p * x2 + 1.0 / 3.0;
 }
 
+// The same for |x| <= 1 / 3.
+FASTKD_HD float atanh_tail_to_third(float x2) {
+  return atanh_tail(x2) + x2 * x2 * (x2 * x2) * (1.0f / 11.0f + x2 * (1.0f / 13.0f));
+}
+FASTKD_HD double atanh_tail_to_third(double x2) {
+  double p = 1.0 / 35.0;
+  p = p * x2 + 1.0 / 33.0;
+  p = p * x2 + 1.0 / 31.0;
+  p = p * x2 + 1.0 / 29.0;
+  p = p * x2 + 1.0 / 27.0;
+  p = p * x2 + 1.0 / 25.0;
+  const double x4 = x2 * x2, x8 = x4 * x4;  // x2^2, x2^4
+  return atanh_tail(x2) + x8 * x8 * (x4 * x2) * p;
+}
+
 // log(sum / a) = exponent log 2 + 2 atanh(r), atanh(r) = r (1 + r^2 tail)
 template <class T>
 struct LogRatio {

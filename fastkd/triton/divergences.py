@@ -60,6 +60,21 @@ def atanh_tail(x2):
 
 
 @triton.jit
+def atanh_tail_to_third(x2):
+    """The same for |x| <= 1 / 3."""
+    x4 = x2 * x2
+    if x2.dtype == tl.float64:
+        series = x2 * (1.0 / 35.0) + 1.0 / 33.0
+        series = series * x2 + 1.0 / 31.0
+        series = series * x2 + 1.0 / 29.0
+        series = series * x2 + 1.0 / 27.0
+        series = series * x2 + 1.0 / 25.0
+        return atanh_tail(x2) + x4 * x4 * (x4 * x4) * (x4 * x2) * series
+    else:
+        return atanh_tail(x2) + x4 * x4 * (x2 * (1.0 / 13.0) + 1.0 / 11.0)
+
+
+@triton.jit
 def log_ratio(total, a, x, near):
     """log(total / a) for total = a + x > 0, right to a few ulp of itself however small x or the total is, each given as
     exactly as it is known; and its r and tail, with log = exponent log 2 + 2 r (1 + r^2 tail). near: the total is
@@ -295,33 +310,27 @@ def two_classes(a, b, d):
     a, b, d = tl.where(exchanged, -a, a), tl.where(exchanged, -b, b), tl.where(exchanged, -d, d)
     d = tl.where(d - d == 0.0, d, a - b)  # where a side is certain of a class, the row's others have no difference
     x, y = tl.exp(-tl.abs(a)), tl.exp(b)
-    p_likelier, log_student = _likelier(x)
-    q_rest, log_teacher = _likelier(y)
-    p, q = tl.where(a > 0.0, p_likelier, x * p_likelier), y * q_rest
-    p_rest = tl.where(a > 0.0, x * p_likelier, p_likelier)
+    over = 1.0 / ((1.0 + x) * (1.0 + y))
+    likelier = (1.0 + y) * over
+    p, p_rest = tl.where(a > 0.0, likelier, x * likelier), tl.where(a > 0.0, x * likelier, likelier)
+    q_rest = (1.0 + x) * over
+    q = y * q_rest
     close = d * d < 0.49
     w = tl.where(close, d, 0.0)
     beyond = w * w * bregman_series_to_0_7(w)
-    u = q * (w + beyond)
-    both = 1.0 / ((1.0 + u) * (2.0 + u))
-    r = u * (1.0 + u) * both
-    near = q * beyond - u * r + 2.0 * r * (r * r) * atanh_tail(r * r)
+    grown = w + beyond
+    slope = tl.where(close, q * p_rest * grown, p - q)
+    of_u = y * grown
+    r = tl.where(close, of_u, x - y) / ((1.0 + y) + tl.where(close, (1.0 + y) + of_u, 1.0 + x))
+    tail = 2.0 * r * (r * r) * atanh_tail_to_third(r * r)
     of_teacher, of_both = tl.where(q > 0.0, q * b, 0.0), tl.where(q > 0.0, q * d, 0.0)  # never 0 * inf
-    far = tl.where(a > 0.0, a * q_rest + of_teacher, -of_both) + (log_student - log_teacher)
-    slope = tl.where(close, q * q_rest * (w + beyond) * ((2.0 + u) * both), p - q)
+    far = tl.where(a > 0.0, a * q_rest + of_teacher, -of_both) + (2.0 * r + tail)
+    loss = tl.where(close, q * beyond - q * grown * r + tail, far)
     slope = tl.where(exchanged, -slope, slope)
     q_one, p_rest = tl.where(exchanged, q_rest, q), tl.where(exchanged, p, p_rest)
-    return tl.where(close, near, far), slope, against + log_student, q_one, p_rest
-
-
-@triton.jit
-def _likelier(x):
-    """Of log odds x = e^-|log odds|: the likelier class's probability 1 / (1 + x), and -log of it."""
-    more = x > 0.5  # log(1 + x) = log 2 + log((1 + x) / 2)
-    total, other = 1.0 + x, x + tl.where(more, 3.0, 2.0)
-    over = 1.0 / (total * other)
-    r = tl.where(more, x - 1.0, x) * total * over
-    return other * over, more.to(x.dtype) * 0.69314718055994530942 + 2.0 * (r + r * (r * r) * atanh_tail(r * r))
+    r = x / (x + 2.0)
+    minus_log = against + 2.0 * (r + r * (r * r) * atanh_tail_to_third(r * r))
+    return loss, slope, minus_log, q_one, p_rest
 
 
 # By number: each takes p, q, w [ROWS, BLOCK] and the rows' parameter [ROWS or 1, 1] in float64, which may be an end of

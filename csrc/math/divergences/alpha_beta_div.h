@@ -11,8 +11,11 @@ namespace fastkd::FASTKD_ISA {
 //   (slope - (p^s - q^s) / s) / b = ((q^s - q^a p^b) / b + (p^s - q^s) / s) / a
 // of which the one is taken that divides by the larger of a and b. Conditions are one after the other: of nested ones
 // no vectors are made.
-template <class T>
+//
+// kAscending: b is known to be no less than a, as it mostly is; then loss and slope take the same step.
+template <class T, bool kAscending = false>
 struct AlphaBeta {
+  using Ascending = AlphaBeta<T, true>;
   static constexpr bool kCentred = false, kTeacherEntropy = false;
   static constexpr Given kGiven = Given::kLogs;
   static constexpr int kTerms = sizeof(T) == 4 ? 7 : 13;
@@ -50,9 +53,13 @@ struct AlphaBeta {
     const T w = near ? e.w : T(0);
     T series = c[kTerms - 1];
     for (int i = kTerms - 2; i >= 0; --i) series = series * w + c[i];
-    const T powered = sign > T(0) ? of_p : of_q;
-    const T over = step(powered, both, sign * e.w, less, over_less, endless_less);
-    T far = (over - sign * ((of_p - of_q) * over_s)) * over_more;
+    T far;
+    if constexpr (kAscending) {
+      far = (step(of_p, both, e.w, a, over_a, endless_a) - (of_p - of_q) * over_s) * over_more;
+    } else {
+      const T over = step(sign > T(0) ? of_p : of_q, both, sign * e.w, less, over_less, endless_less);
+      far = (over - sign * ((of_p - of_q) * over_s)) * over_more;
+    }
     far = s > T(0) ? far : e.w * e.w;  // of one side alone: +inf
     const T close = of_q * (w * w * series);
     const T found = near ? close : far;
