@@ -4,7 +4,8 @@ the teacher ("two heads").
 
 fastkd takes the heads in place of logits (``LinearLogits``), or its loss follows a plain linear layer; other libraries
 fuse both, in chunks of rows. Rates are of the three products, or four, as a share of the rate that ``torch.mm`` reaches
-in the same run.
+in the same run. With labels beside the teacher ("head + kd_loss") PyTorch's own loss of a head is measured too, which
+is that of the labels alone.
 """
 
 import functools
@@ -15,17 +16,21 @@ import torch.nn.functional as F
 
 from fastkd import LinearLogits, functional
 
-from .bench_rows import TEMPERATURE, eager_jensen_shannon, eager_log_target
+from .bench_rows import TEMPERATURE, eager_jensen_shannon, eager_log_target, eager_with_targets, targets
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
 
 ONE, TWO = "head + kl_div", "two heads + kl_div"
 TWO_OF_JS = "two heads + js_div"
+LABELLED = "head + kd_loss"
+ONE_HEAD = ONE, LABELLED
+NAMES = *ONE_HEAD, TWO, TWO_OF_JS
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CASES = {  # N x H x V
-    "cpu": [(name, "1024x512x32000", "float32") for name in (ONE, TWO, TWO_OF_JS)],
-    "cuda": [(name, "8192x4096x128256", "bfloat16") for name in (ONE, TWO, TWO_OF_JS)],
+    "cpu": [(name, "1024x512x32000", "float32") for name in NAMES],
+    "cuda": [(name, "8192x4096x128256", "bfloat16") for name in NAMES],
 }
+LABELS_ALONE = "F.linear_cross_entropy, of labels alone"
 PRODUCT = 2048  # torch.mm of two matrices of this size
 BLOCK = 2**23  # logits held in float64 at a time
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-5}  # logits in bfloat16 are rounded before the loss
@@ -57,7 +62,7 @@ def eager_of(loss):
 class Truth:
     """In float64, in blocks of rows."""
 
-    def __init__(self, loss, hidden, weight, teacher):
+    def __init__(self, loss, hidden, weight, teacher, labels=None):
         h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
         step, self.loss = max(BLOCK // len(w), 1), 0.0
         for start in range(0, len(h), step):
@@ -66,7 +71,8 @@ class Truth:
                 target = teacher[0][rows].double() @ teacher[1].double().T
             else:
                 target = teacher[rows].double()
-            part = loss(h[rows] @ w.T, target) * len(target) / len(h)
+            of_labels = () if labels is None else (labels[rows],)
+            part = loss(h[rows] @ w.T, target, *of_labels) * len(target) / len(h)
             part.backward()
             self.loss += part.item()
         self.grads = h.grad, w.grad
@@ -90,10 +96,29 @@ def provide(label, loss, hidden, weight, teacher):
     return Provider(label, leaves, lambda *inputs: loss(*inputs).backward(), answer)
 
 
+def of_labels(student, teacher, **options):
+    """kd_loss of logits, or of what stands in their place."""
+    return functional.kd_loss(student, teacher, targets(*teacher.shape, teacher.device), **options)
+
+
 LOSSES = {  # fastkd's, and by plain PyTorch
     "kl_div": (functional.kl_div, eager_log_target),
     "js_div": (functional.js_div, eager_jensen_shannon),
+    "kd_loss": (of_labels, eager_with_targets),
 }
+
+
+def labels_alone(hidden, weight, labels):
+    """PyTorch's own, in its chunks."""
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def leaves():
+        return hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+
+    def run(h, w):
+        F.linear_cross_entropy(h, w, labels, options=options).backward()
+
+    return Provider(LABELS_ALONE, leaves, run)
 
 
 def providers(name, hidden, weight, teacher):
@@ -109,6 +134,10 @@ def providers(name, hidden, weight, teacher):
     theirs, without = peers(name, hidden.device.type, temperature=TEMPERATURE)
     losses |= {"eager": eager, "torch.compile": torch.compile(eager, dynamic=False), **theirs}
     found = [provide(label, loss, hidden, weight, teacher) for label, loss in losses.items()]
+    if name == LABELLED and hasattr(F, "linear_cross_entropy"):
+        found.append(labels_alone(hidden, weight, targets(*teacher.shape, teacher.device)))
+    elif name == LABELLED:
+        without[LABELS_ALONE] = f"torch {torch.__version__} has none: it is there from 2.13 on"
     a, b = (torch.randn(PRODUCT, PRODUCT, device=hidden.device).to(hidden.dtype) for _ in range(2))
     found.append(Provider("mm", lambda: (a, b), torch.mm))
     return found, missing | without
@@ -123,11 +152,12 @@ def test_heads(benchmark, case, rounds, device):
         return (torch.randn(*size, generator=generator) * scale).to(device, DTYPES[dtype])
 
     hidden, weight = drawn(N, H), drawn(V, H, scale=H**-0.5)
-    teacher = drawn(N, V) if name == ONE else (drawn(N, H), drawn(V, H, scale=H**-0.5))
+    teacher = drawn(N, V) if name in ONE_HEAD else (drawn(N, H), drawn(V, H, scale=H**-0.5))
     found, missing = providers(name, hidden, weight, teacher)
-    errors = judge(found, missing, Truth(LOSSES[name.split()[-1]][1], hidden, weight, teacher))
+    labels = targets(N, V, hidden.device) if name == LABELLED else None
+    errors = judge(found, missing, Truth(LOSSES[name.split()[-1]][1], hidden, weight, teacher, labels))
     results = interleave(benchmark, found, rounds, 1, device)
-    rate, flops = 2 * PRODUCT**3 / results["mm"]["median_s"], (6 if name == ONE else 8) * N * H * V
+    rate, flops = 2 * PRODUCT**3 / results["mm"]["median_s"], (6 if name in ONE_HEAD else 8) * N * H * V
     for label, result in results.items():
         result.update(
             product_share=(2 * PRODUCT**3 if label == "mm" else flops) / result["median_s"] / rate,

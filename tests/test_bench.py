@@ -59,16 +59,18 @@ def test_truth_in_blocks_is_the_reference(name, shape, monkeypatch):
     assert relations_truth.wrong(truth.errors(loss.detach() * 1.001, x.grad), torch.float32)
 
 
-@pytest.mark.parametrize("name", [bench_heads.ONE, bench_heads.TWO_OF_JS])
+@pytest.mark.parametrize("name", [bench_heads.ONE, bench_heads.LABELLED, bench_heads.TWO_OF_JS])
 def test_truth_of_heads_in_blocks_is_the_reference(monkeypatch, name):
     monkeypatch.setattr(bench_heads, "BLOCK", 200)
     hidden, weight, teacher = torch.randn(13, 5), torch.randn(40, 5), torch.randn(13, 40)
-    if name != bench_heads.ONE:
+    one_head = name in bench_heads.ONE_HEAD
+    if not one_head:
         teacher = torch.randn(13, 3), torch.randn(40, 3)
     ours, eager = bench_heads.LOSSES[name.split()[-1]]
-    truth = bench_heads.Truth(eager, hidden, weight, teacher)
+    labels = bench_heads.targets(13, 40, hidden.device) if name == bench_heads.LABELLED else None
+    truth = bench_heads.Truth(eager, hidden, weight, teacher, labels)
     h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
-    target = teacher.double() if name == bench_heads.ONE else teacher[0].double() @ teacher[1].double().T
+    target = teacher.double() if one_head else teacher[0].double() @ teacher[1].double().T
     with fastkd.backend("torch"):
         loss = ours(h @ w.T, target, temperature=bench_heads.TEMPERATURE)
     loss.backward()
