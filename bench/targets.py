@@ -6,7 +6,22 @@ RATIOS = {  # case: provider, at least
     f"kl_div 32x10 float32 {STEP}": {"eager": 1.0},
     f"kl_div 2048x32000 float32 {STEP}": {"eager": 15.0, "torch.compile": 2.5},
     f"kl_div 2048x32000 bfloat16 {STEP}": {"eager": 8.0, "torch.compile": 2.5},
-    f"dist_loss 2048x32000 float32 {STEP}": {"eager": 6.0},
+    **{
+        f"{name} 2048x32000 float32 {STEP}": {"eager": 6.0}
+        for name in (
+            "symmetric_kl_div",
+            "skew_kl_div",
+            "skew_reverse_kl_div",
+            "negative_log_acceptance",
+            "alpha_beta_div",
+            "bernoulli_kl_div",
+            "adaptive_kl_div",
+            "dist_loss",
+        )
+    },
+    f"total_variation 2048x32000 float32 {STEP}": {"eager": 5.0},
+    f"kd_loss 2048x32000 float32 {STEP}": {"eager": 12.0, "torch.compile": 3.0},
+    f"dkd_loss 256x100 float32 {STEP}": {"eager": 1.0},
     "rkd_distance 256x512 float32": {"eager": 2.0},
     "rkd_distance 1024x512 float32": {"eager": 4.0},
     "rkd_distance 4096x512 float32": {"eager": 8.0},

@@ -159,9 +159,14 @@ def alpha_beta_div(log_p: Tensor, log_q: Tensor, parameters: Any) -> Tensor:
 
     of_sums = (of_p - of_q) / to_s
     wide = torch.where(no_q, 1e30, torch.where(none, -1e30, w))  # of one side alone: finite, so that 0 times it is 0
-    by_b, by_a = (growth(a, of_p, wide) - of_sums) / to_b, (growth(b, of_q, -wide) + of_sums) / to_a
+
+    def far_where(chosen, x):  # before the division: 0 times what is not finite has no gradient
+        return torch.where(chosen & ~near, x, 0.0)
+
+    by_b = far_where((b != 0) & (b >= a), growth(a, of_p, wide) - of_sums) / to_b
+    by_a = far_where((b != 0) & (b < a), growth(b, of_q, -wide) + of_sums) / to_a
     # with a power of 0 of what there is not, the other limit's first term would be 0 times an infinite w
-    without_b = (of_p - of_q - a * of_q * w) / to_a**2
+    without_b = far_where(b == 0, of_p - of_q - a * of_q * w) / to_a / to_a
     far = torch.where(b == 0, without_b, torch.where(b < a, by_a, by_b))
     rows = torch.where(near, of_q * close**2 * series, far)
     rows = torch.where(none & no_q, 0.0, rows).sum(-1)

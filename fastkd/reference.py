@@ -152,10 +152,9 @@ def _alpha_beta_div(log_p, log_q, parameters):
 
 def _negative_log_acceptance(log_p, log_q, _=None):
     """-log sum min(p, q), of 1 - total variation where that is the more exact. Where it is +inf it has no gradient."""
-    p, q, below = log_p.exp(), log_q.exp(), log_p < log_q
-    w = torch.where(below, log_p - log_q, -1.0).clamp(min=-1)
-    variation = torch.where(below, torch.where(w > -1, -q * torch.expm1(w), q - p), 0.0).sum(-1)
-    accepted, near = torch.where(below, p, q).sum(-1), variation < 0.5
+    p, q = log_p.exp(), log_q.exp()
+    variation = _total_variation(log_p, log_q)  # of both sides: what all classes are off by alike cancels
+    accepted, near = torch.where(log_p < log_q, p, q).sum(-1), variation < 0.5
     none = accepted == 0
     of_variation = -torch.log1p(-torch.where(near, variation, 0.0))
     of_accepted = -torch.log(torch.where(near | none, 1.0, accepted))

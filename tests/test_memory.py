@@ -5,6 +5,7 @@ import torch
 
 from bench.measure import CLOCKS, Provider
 from fastkd import functional
+from fastkd._divergences import DERIVED, REGISTRY, TARGET_LOSSES
 from fastkd.ops import standardize
 
 N, V = 512, 32000
@@ -31,6 +32,17 @@ def test_training_holds_one_gradient(logits):
     student, teacher = logits
     used = peak(lambda s: functional.kl_div(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
     assert GRADIENT <= used <= GRADIENT + SLACK  # the lower bound proves that the measure sees it
+
+
+@pytest.mark.parametrize("name", [*REGISTRY, *DERIVED, *TARGET_LOSSES, "kd_loss", "dist_loss"])
+def test_every_loss_of_logits_holds_one_gradient(logits, name):
+    student, teacher = logits
+    loss, more = getattr(functional, name), ()
+    if name in {*TARGET_LOSSES, "kd_loss"}:
+        more = (torch.arange(N),)
+    used = peak(lambda s: loss(s, teacher, *more).backward(), lambda: (student.detach().requires_grad_(),))
+    columns = 8 << 20 if name == "dist_loss" else 0  # the moments of every class
+    assert GRADIENT <= used <= GRADIENT + SLACK + columns
 
 
 def test_an_upstream_factor_costs_no_second_gradient(logits):
