@@ -28,7 +28,7 @@ TARGETS = {
 # that all compile at all, also in float64, which has no bounds, is seen of two targets, one of each maker; beside
 # products and rows that are walked along float32 takes the more registers, and smooth L1 beside squares.
 LEFT_OUT = (
-    r"/float16/|^relation/\w+/(256|1024)/|/(pairs|angles)$",
+    r"/float16/|^relation/\w+/(256|1024)/|^relation/.*/(pairs|angles)$",
     r"/float64/|^other/|^(dist|standardize|complement|head)/bfloat16/|^feature/\w+/(rows|long|maps)/./None$",
 )
 LEFT_OUT_OF = {"sm_90": 0, "gfx942": 1}  # how many of these; of other targets all

@@ -57,18 +57,19 @@ void walk_teacher(const RowsParams<T>& P, int64_t row, Prefetch& ahead, Visit&& 
   }
 }
 
-// Every so many of a row's classes, counted within its chunks.
+// Some of a row's classes, evenly spaced.
 template <class T>
 struct Sample {
   static constexpr int64_t kMost = 1024;
-  int64_t step = 1, count = 0;
+  const int64_t V, step;
+  int64_t next, count = 0;
   alignas(64) T logits[kMost], mass[kMost];
 
-  explicit Sample(int64_t V) {
-    while ((V / kChunk + 1) * ((kChunk + step - 1) / step) > kMost) ++step;
-  }
-  void take(const T* x, int64_t n) {
-    for (int64_t i = step / 2; i < n && count < kMost; i += step) logits[count++] = x[i];
+  explicit Sample(int64_t V) : V(V), step((V + kMost - 1) / kMost), next(step / 2) {}
+  // Of the classes first .. first + n.
+  void take(int64_t first, const T* x, int64_t n) {
+    const int64_t end = first + n < V ? first + n : V;  // n may have been padded
+    for (; next < end; next += step) logits[count++] = x[next - first];
   }
 };
 
@@ -319,8 +320,8 @@ double weight_of(const RowsParams<T>& P, const HeadWorkspace<T>& W, int64_t row,
   RowsStats stats{};
   T max_student = -kInf<T>, max_teacher = -kInf<T>;
   Sample<T> sample(P.V);
-  walk(P, row, ahead, [&](int64_t, const T* student, const T* teacher, int64_t n) {
-    sample.take(teacher, n);
+  walk(P, row, ahead, [&](int64_t first, const T* student, const T* teacher, int64_t n) {
+    sample.take(first, teacher, n);
     const T s = maximum(student, n), t = maximum(teacher, n);
     max_student = s > max_student ? s : max_student;
     max_teacher = t > max_teacher ? t : max_teacher;
