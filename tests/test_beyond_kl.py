@@ -187,3 +187,24 @@ def test_bad_powers(backend, changed, kind, message):
     if not isinstance(next(iter(changed.values())), torch.Tensor):
         with pytest.raises(kind, match=message.replace(" or a tensor", "")):
             fastkd.AlphaBetaDivLoss(**changed)
+
+
+@pytest.mark.parametrize("T", [1.0, 4.0])
+def test_acceptance_keeps_its_digits_near_convergence(backend, T):
+    """What rounding makes all classes of a side off by alike cancels; the contract allows 2e-4."""
+    teacher = 2 * torch.randn(8, 1000)
+    student = teacher + 2e-3 * torch.randn(8, 1000)
+    found, _ = run(negative_log_acceptance, student, teacher, temperature=T, reduction="none")
+    p, q = (torch.softmax(x.double() / T, -1) for x in (student, teacher))
+    wanted = -T * T * torch.log1p(-(p - q).abs().sum(-1) / 2)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1e-25, 0.7), (1e-22, 0.7), (0.7, 1e-25), (1e-30, 0.0)])
+def test_a_number_next_to_nothing_has_a_gradient(backend, alpha, beta):
+    student, teacher = torch.randn(4, 11), torch.randn(4, 11)
+    found = run(alpha_beta_div, student, teacher, alpha=alpha, beta=beta)
+    with fastkd.backend("torch"):
+        wanted = run(alpha_beta_div, student.double(), teacher.double(), alpha=alpha, beta=beta)
+    for x, y in zip(found, wanted, strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-6)

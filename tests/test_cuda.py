@@ -321,6 +321,20 @@ def test_numbers_in_every_order_of_threads(cusim, name, order, older):
                 test_rows.check(name, case, torch.bfloat16, "none", False)
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "none"])
+@pytest.mark.parametrize("name", cases.KINDS)
+def test_rows_of_several_blocks_without_packs(cusim, name, reduction):
+    """Double, and classes that are not neighbours, are read one by one, by all blocks of a row."""
+    for dtype, step in ((torch.float64, 1), (torch.float64, 2), (torch.float32, 2)):
+        student, teacher = (torch.randn(2, 9001 * step, dtype=dtype)[:, ::step] for _ in range(2))
+        with use("cuda-cusim"):
+            found = test_rows.run(cases.LOSSES[name], student, teacher, reduction=reduction)
+        with use("torch"):
+            right = test_rows.run(cases.LOSSES[name], student.double(), teacher.double(), reduction=reduction)
+        for x, y in zip(found, right, strict=True):
+            torch.testing.assert_close(x.double(), y, rtol=1e-9 if dtype is torch.float64 else 1e-4, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", cases.LOSSES)
 def test_a_masked_row_of_several_blocks(cusim, poisoned, name):
     """Without clusters, as above, a long row is several blocks', whose sums lie in memory: of a masked row none."""

@@ -130,6 +130,17 @@ def test_entropies_of_coins_that_are_nearly_sure(backend, scale, V):
     check(student, teacher, targets(student), tolerance=40, divergence="bernoulli_kl_div")
 
 
+@pytest.mark.parametrize("divergence", ["kl_div", "bernoulli_kl_div"])
+def test_of_equal_classes_the_first_is_the_best(backend, divergence):
+    """Also of those that lie far apart, which kernels look at one after the other."""
+    student, teacher = logits(3, 2600)
+    teacher[:, 5] = 20.0
+    for first, agreement in ((20.0, 1.0), (0.0, 0.0)):
+        student[:, 5], student[:, [1500, 2500]] = first, 20.0
+        found = kd_loss(student, teacher, torch.arange(3), divergence=divergence, return_parts=True)
+        assert found.agreement == agreement
+
+
 def test_rows_that_threads_share(threads):
     student, teacher = logits(3, 40000)
     found = []

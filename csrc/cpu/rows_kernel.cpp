@@ -17,6 +17,7 @@
 
 #include "common/enum.h"
 #include "cpu/prefetch.h"
+#include "cpu/rows_blocks.h"
 #include "cpu/rows_chunks.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -25,8 +26,6 @@ namespace {
 // Whether the workspace has what P.parts tells of a row: exponentials, of all classes.
 template <class D>
 inline constexpr bool kDescribes = given<D>() == Given::kProbabilities && !kWithoutTarget<D>;
-
-inline int64_t part(int64_t begin, int64_t end, int64_t most) { return end - begin < most ? end - begin : most; }
 
 // First pass.
 template <class T, class D>
@@ -74,56 +73,6 @@ void statistics(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, 
   }
 }
 
-// The blocks' maxima and sums, on one side, as those of the row.
-inline void combine_side(const RowsBlock* blocks, int64_t n, double RowsStats::* max, double RowsStats::* sum,
-                         double inv_temperature, RowsStats& out) {
-  double m = -kInf<double>;
-  for (int64_t b = 0; b < n; ++b) {  // a block of -inf alone has sum 0 and no maximum
-    const RowsStats& k = blocks[b].stats;
-    if (k.*sum != 0 && !(k.*max <= m)) m = k.*max;
-  }
-  out.*max = finite_max(m);
-  out.*sum = 0;
-  for (int64_t b = 0; b < n; ++b) {
-    const RowsStats& k = blocks[b].stats;
-    if (k.*sum != 0) out.*sum += k.*sum * rebase(k.*max, out.*max, inv_temperature);
-  }
-}
-
-// What the blocks know of a target that is parted from the others.
-inline Parted parted(const RowsBlock* blocks, int64_t n, const RowsStats& row) {
-  Parted k{};
-  for (int64_t b = 0; b < n; ++b) {
-    const RowsBlock& block = blocks[b];
-    k.logit += block.logit;
-    k.teacher_logit += block.teacher_logit;
-    if (block.sum_teacher != 0)
-      k.sum_teacher += block.sum_teacher * rebase(block.stats.max_teacher, row.max_teacher, 1);
-  }
-  return k;
-}
-
-// The first of a side's classes that are the best. Before the gradient is written, perhaps over the student.
-template <class T>
-int64_t best_class(const RowsTensor& logits, int64_t row, int64_t V, const RowsBlock* blocks, double RowsStats::* max,
-                   double RowsStats::* sum) {
-  int64_t first = 0;
-  double best = -kInf<double>;
-  for (int64_t b = 0; b < rows_blocks(V); ++b) {
-    const RowsStats& k = blocks[b].stats;
-    if (k.*sum == 0 || !(k.*max > best)) continue;
-    best = k.*max;
-    first = b * kRowsBlock;
-  }
-  alignas(64) T buffer[kRowsBlock];
-  const int64_t n = part(first, V, kRowsBlock);
-  const T* z = load_block(logits, logits.row(row), first, n, buffer);
-  for (int64_t i = 0; i < n; ++i) {
-    if (double(z[i]) == best) return first + i;
-  }
-  return -1;
-}
-
 template <class T, class D>
 RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row) {
   if (kDescribes<D> && P.parts) {
@@ -145,25 +94,6 @@ RowsStats combine(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row
   }
   if (P.hard.parted()) out.factor = target_part(P, r, out, parted(W.blocks, n, out)).factor;
   return out;
-}
-
-// The entropy of a side of a row; of a side without a possible class 0.
-inline double entropy_of(const RowsBlock* blocks, int64_t n, double RowsBlock::* entropy, double RowsStats::* max,
-                         double RowsStats::* sum, double inv_temperature, const RowsStats& row) {
-  if (row.*sum == 0) return 0;
-  double terms = 0;
-  for (int64_t b = 0; b < n; ++b) {
-    const RowsStats& k = blocks[b].stats;
-    if (k.*sum == 0) continue;
-    terms += (blocks[b].*entropy + k.*sum * (row.*max - k.*max)) * inv_temperature *
-             rebase(k.*max, row.*max, inv_temperature);
-  }
-  return terms / row.*sum + std::log(row.*sum);
-}
-template <class T>
-double teacher_entropy(const RowsWorkspace<T>& W, int64_t V, const Row<T>& r, const RowsStats& row) {
-  return entropy_of(W.blocks, rows_blocks(V), &RowsBlock::entropy, &RowsStats::max_teacher, &RowsStats::sum_teacher,
-                    r.inv_teacher_temperature, row);
 }
 
 // The gradient of a row that is masked out.
@@ -219,7 +149,7 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
     const HardScale<T> hard = hard_scale(P, r, stats, sums.stats);
     for (int64_t i = 0; i < padded(n); i += kChunk) {
       const int64_t m = part(i, padded(n), kChunk), at = first + i;
-      with_functor<D>(P.parameter[row], P.second_parameter[row], [&](auto divergence) {
+      with_row_functor<D>(P.parameter[row], P.second_parameter[row], [&](auto divergence) {
         if (to_grad) {
           reduce_chunk_to_grad(divergence, W.exp_student + at, W.exp_teacher + at, W.difference + at, m, k, sums, grad);
         } else {
@@ -233,17 +163,6 @@ void reduce(const RowsParams<T>& P, const RowsWorkspace<T>& W, int64_t row, cons
       ahead.some();
     }
   }
-}
-
-// Of a divergence whose loss is no sum over classes, in double.
-template <class D>
-RowOfSums<double> row_of_sums(const RowsBlock* blocks, int64_t n) {
-  double loss = 0, second = 0;
-  for (int64_t block = 0; block < n; ++block) {
-    loss += blocks[block].loss;
-    second += blocks[block].second;
-  }
-  return D::InDouble::row(loss, second);
 }
 
 // The sum of the slopes, which the gradient of a divergence that is not centred needs.
@@ -370,7 +289,7 @@ void backward_blocks(const RowsParams<T>& P, int64_t row, const RowsStats& stats
       t = without(target - first, t, m, teacher_buffer, logit);
     }
     first_pass_chunk<D>(s, t, m, r, sums, exp_student, exp_teacher, difference);
-    with_functor<D>(P.parameter[row], P.second_parameter[row], [&](auto divergence) {
+    with_row_functor<D>(P.parameter[row], P.second_parameter[row], [&](auto divergence) {
       gradient_chunk(divergence, exp_student, exp_teacher, difference, m, k, grad);
     });
     if (P.hard.target) {

@@ -61,8 +61,8 @@ void with_functors(const RowsParams<T>& P, int64_t begin, int64_t n, int64_t lan
       return f(functors);
     }
   }
-  with_functor<D>(P.parameter[begin], P.second_parameter[begin],
-                  [&](auto divergence) { f(OneFunctor<decltype(divergence)>{divergence}); });
+  with_row_functor<D>(P.parameter[begin], P.second_parameter[begin],
+                      [&](auto divergence) { f(OneFunctor<decltype(divergence)>{divergence}); });
 }
 
 struct LossSums {

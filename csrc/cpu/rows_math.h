@@ -12,6 +12,15 @@
 namespace fastkd::FASTKD_ISA {
 namespace {
 
+// with_functor, and of a divergence that has it the simpler one: of a GPU's code it would be as much again.
+template <class D, class F>
+void with_row_functor(double parameter, double second, F&& f) {
+  if constexpr (requires { typename D::Ascending; }) {
+    if (second >= parameter) return f(typename D::Ascending(parameter, second));
+  }
+  with_functor<D>(parameter, second, f);
+}
+
 // Of temperatures that people distil with: powers cost less than exponentials, and as many roundings more.
 inline constexpr int kMostHardPower = 4;
 

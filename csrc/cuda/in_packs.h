@@ -3,7 +3,7 @@
 
 namespace fastkd::cuda {
 
-// Double reads one element at a time: it is for checks, and its packs would be a fifth of all code. Neighbouring
+// Double reads one element at a time: it is for checks, and its packs would be a tenth of all code. Neighbouring
 // threads take neighbouring elements, so its accesses are wide all the same.
 template <class T>
 inline constexpr bool kInPacks = sizeof(T) == 4;

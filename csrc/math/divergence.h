@@ -10,8 +10,8 @@
 //   kGiven           what p and q are given as, if not as probabilities: see Given
 //   second, row      if its loss is no sum over classes: another sum over them, and what the two sums come to
 // It is made for each row from the row's parameters, which are 0 where it has none. Where by convention it is another
-// divergence at a parameter of 0 or of 1, that one is its type AtZero or AtOne; and Ascending is one that may count on
-// its second parameter to be no less than the first.
+// divergence at a parameter of 0 or of 1, that one is its type AtZero or AtOne; and Ascending, on the CPU, is one that
+// may count on its second parameter to be no less than the first.
 // With w = log p - log q all are written so that nothing cancels when student and teacher
 // agree: near convergence w is small and known to full precision, p - q is not.
 #pragma once
@@ -67,11 +67,6 @@ FASTKD_HD void with_functor(double parameter, double second, F&& f) {
   if constexpr (requires { typename D::AtOne; }) {
     if (parameter == 1) return f(typename D::AtOne());
   }
-#if !defined(__CUDACC__)  // of a GPU's code it would be as much again
-  if constexpr (requires { typename D::Ascending; }) {
-    if (second >= parameter) return f(typename D::Ascending(parameter, second));
-  }
-#endif
   if constexpr (requires { D(parameter, second); }) {
     f(D(parameter, second));
   } else {
