@@ -1,9 +1,9 @@
 """The divergences between a row of student and a row of teacher logits: one entry each, from which all else follows.
 
 An entry's ``name`` is that of its function in :mod:`fastkd.functional`, of its reference in plain PyTorch
-(``fastkd/reference.py``, ``_NAME``), of Triton's function (``fastkd/triton/divergences.py``, ``NAME``) and of its C++
-header (``csrc/math/divergences/NAME.h``). Its number in the ops is its place in the list; the build runs this file,
-which prints C++ headers. Nothing is imported from torch, as the build runs it without.
+(``fastkd/reference/divergences.py``, ``_NAME``), of Triton's function (``fastkd/triton/divergences.py``, ``NAME``) and
+of its C++ header (``csrc/math/divergences/NAME.h``). Its number in the ops is its place in the list; the build runs
+this file, which prints C++ headers. Nothing is imported from torch, as the build runs it without.
 """
 
 from __future__ import annotations

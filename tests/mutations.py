@@ -255,7 +255,7 @@ MUTATIONS = [
     Mutation("check: a mask of integers", "fastkd/_check/arguments.py",
              "if x.dtype is not torch.bool:", "if x.dtype is torch.float64:", "tests/test_errors.py"),
     # what is plain PyTorch
-    Mutation("reference: the mean is over all rows", "fastkd/reference.py",
+    Mutation("reference: the mean is over all rows", "fastkd/reference/_shared.py",
              "valid = rows.numel() if mask is None else mask.sum()", "valid = rows.numel()", ROWS),
     Mutation("products: features are trusted near convergence", "fastkd/ops/gram.py",
              "if may_cancel or (squares > MIN_SHARE * terms).all():  # false of NaN", "if True:", "tests/test_gram.py " + RELATIONS),

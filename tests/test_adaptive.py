@@ -19,7 +19,7 @@ def weights(backend, student, teacher, mu=0.5, mask=None):
     name = backend.partition("-")[0]
     if name == "torch":
         log_p, log_q = (x.log_softmax(-1) for x in (student, teacher))
-        return reference._adaptive_kl_div(log_p, log_q, mu, teacher).squeeze(-1).double()
+        return reference.OF_DERIVED["adaptive_kl_div"](log_p, log_q, mu, teacher).squeeze(-1).double()
     options = _check.LogitsOptions(1.0, 1.0, True, mask, None, "none", None, False, mu)
     return head.student_weight(_backend.namespace(name), student, teacher, options)
 

@@ -97,7 +97,7 @@ def add(folder):
     (folder / "csrc/math/divergences/squared_hellinger.h").write_text(HEADER)
     for path, before, text in (
         ("fastkd/_divergences.py", '        Divergence("reverse_kl_div"', ENTRY.lstrip("\n")),
-        ("fastkd/reference.py", "# Each takes log p", REFERENCE.lstrip("\n") + "\n\n"),
+        ("fastkd/reference/divergences.py", "# Each takes log p", REFERENCE.lstrip("\n") + "\n\n"),
         ("fastkd/triton/divergences.py", "# By number: each takes", TRITON.lstrip("\n") + "\n\n"),
     ):
         whole = (folder / path).read_text()

@@ -2,7 +2,7 @@ r"""The DIST loss: the student's probabilities correlate with the teacher's, in 
 
 from torch import Tensor
 
-from .. import _backend, _check, _dtensor, reference_dist
+from .. import _backend, _check, _dtensor, reference
 from .._types import Logits, WholeTeacher
 from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of, logits_of_rows
 from ._logits_loss import of_forms
@@ -40,7 +40,7 @@ def _computed(student, teacher, options, device):
         sides = [logits_of_rows(x, options.mask) if isinstance(x, LinearLogits) else x for x in (student, teacher)]
         if isinstance(sides[1], Tensor):
             sides[1] = sides[1][..., : options.num_classes]
-        return reference_dist.dist_loss(*sides, options)
+        return reference.dist_loss(*sides, options)
     from ..ops import dist, dist_forms
 
     logits = isinstance(student, Tensor) and isinstance(teacher, Tensor)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _library, _reference_forms
+from .. import _library, reference
 from .._calls import DistBackward, DistCall, FormDist, FormDistBackward, FormDistForward, Standardize
 from .._check import DistOptions
 from .._dtypes import compute_dtype, without_autocast
@@ -136,7 +136,7 @@ class _Runs:
         mask = slab.of_rows(self.call.mask)
         s, t = self.student.logits(slab, mask), self.teacher.logits(slab, mask)
         if self.form.probabilities:
-            t = _reference_forms.logits(t.to(compute_dtype(s, t)), self.own, False)
+            t = reference.forms.logits(t.to(compute_dtype(s, t)), self.own, False)
         return s, t, mask
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .. import _masses, _reference_forms, _terms, reference
+from .. import _masses, _terms, reference
 from .._calls import RowsCall, RowsForward
 from .._divergences import NUMBERS, TARGET_LOSSES
 from .slabs import slabs
@@ -71,7 +71,7 @@ class OfProbabilities(Apart):
         if as_given is not None:  # the user's numbers have been rounded since
             same = of_rows(as_given, leading)
         own = torch.where(same, T, self.own) if isinstance(same, torch.Tensor) else self.own
-        part = part._replace(teacher=_reference_forms.logits(q, own, coins))
+        part = part._replace(teacher=reference.forms.logits(q, own, coins))
         if coins or self.standardizes:
             self.of_logits(part, out)
             return

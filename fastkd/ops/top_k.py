@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .. import _reference_forms, _terms, reference
+from .. import _terms, reference
 from .._calls import Complement, ComplementBackward, FormRows, RowsCall, RowsForward
 from .._divergences import NUMBERS
 from .._dtypes import compute_dtype
@@ -126,7 +126,7 @@ class FewClasses(Apart):
     def soft(self, part: RowsCall, slab: Any, out: RowsForward, hard_grad: torch.Tensor | None) -> None:
         z, index = part.student, self.call.indices[slab.index]
         leading, wanted = z.shape[:-1], out.grad is not None
-        agrees = None if out.parts is None else z.argmax(-1) == _reference_forms.best_class(part.teacher, index)
+        agrees = None if out.parts is None else z.argmax(-1) == reference.forms.best_class(part.teacher, index)
         over = _OverThose if self.tail == "renormalize" else _OverAll
         student = over(self.namespace, part, index)
         u = student.logits()

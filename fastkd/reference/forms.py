@@ -1,11 +1,11 @@
-"""What stands in place of a teacher's logits, in plain PyTorch: see reference.py."""
+"""What stands in place of a teacher's logits, in plain PyTorch."""
 
 from typing import Any
 
 import torch
 
-from . import _terms
-from .forms import TopKLogProbs
+from .. import _terms
+from ..forms import TopKLogProbs
 
 
 def few_classes(

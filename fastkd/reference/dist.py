@@ -1,14 +1,16 @@
-"""The DIST loss in plain PyTorch; see :mod:`fastkd.reference`."""
+"""The DIST loss in plain PyTorch."""
 
 from typing import Any
 
 import torch
 
-from . import _reference_forms, _terms
-from ._check import DistOptions
-from ._dtypes import compute_dtype
-from ._inplace import overwritten
-from .reference import _number, _standardized_logits, log_softmax, ordinary
+from .. import _terms
+from .._check import DistOptions
+from .._dtypes import compute_dtype
+from .._inplace import overwritten
+from . import forms
+from ._shared import _number, ordinary
+from .logits import _standardized_logits, log_softmax
 
 
 def _apart(centred, means, count, eps, dim):
@@ -48,8 +50,8 @@ def dist_loss(student: torch.Tensor, teacher: Any, options: DistOptions) -> torc
     s, t = (torch.where(counts[:, None], x, 0.0) for x in (s, t))  # a masked row may hold NaN
     mass = None
     if given:
-        mass = None if options.standardize else _reference_forms.mass(t, options.temperature == given.temperature)
-        t = _reference_forms.logits(t, given.temperature, False)
+        mass = None if options.standardize else forms.mass(t, options.temperature == given.temperature)
+        t = forms.logits(t, given.temperature, False)
     if options.standardize:
         s, t = _standardized_logits(s), _standardized_logits(t)
     temperature, eps = _number(options.temperature, s), _number(options.eps, s)
