@@ -7,16 +7,9 @@ from .features import attention_transfer, feature_cosine, feature_mse, feature_s
 from .kd import KDParts, kd_loss
 from .logits import kl_div, reverse_kl_div, soft_cross_entropy, total_variation
 from .mixtures import js_div, skew_kl_div, skew_reverse_kl_div, symmetric_kl_div
-from .relations import (
-    gram_mse,
-    pkt,
-    relation_kl,
-    relational_triplet,
-    rkd_angle,
-    rkd_distance,
-    rkd_loss,
-    similarity_preserving,
-)
+from .relations import relation_kl, relational_triplet
+from .rkd import rkd_angle, rkd_distance, rkd_loss
+from .similarity import gram_mse, pkt, similarity_preserving
 from .targets import dkd_loss, nkd_loss
 
 __all__ = [

@@ -13,16 +13,9 @@ from .features import (
 from .kd import KDLoss
 from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
 from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
-from .relations import (
-    GramMSELoss,
-    PKTLoss,
-    RelationalTripletLoss,
-    RelationKLLoss,
-    RKDAngleLoss,
-    RKDDistanceLoss,
-    RKDLoss,
-    SimilarityPreservingLoss,
-)
+from .relations import RelationalTripletLoss, RelationKLLoss
+from .rkd import RKDAngleLoss, RKDDistanceLoss, RKDLoss
+from .similarity import GramMSELoss, PKTLoss, SimilarityPreservingLoss
 from .targets import DKDLoss, NKDLoss
 
 __all__ = [
