@@ -14,7 +14,9 @@ from fastkd import _divergences, _types, functional, modules
 
 FAMILIES = {
     "logits": "logits",
+    "cross_entropy": "logits",
     "mixtures": "logits",
+    "skew": "logits",
     "adaptive": "logits",
     "beyond_kl": "logits",
     "targets": "logits",

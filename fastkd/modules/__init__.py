@@ -2,6 +2,7 @@
 
 from .adaptive import AdaptiveKLDivLoss
 from .beyond_kl import AlphaBetaDivLoss, BernoulliKLDivLoss, NegativeLogAcceptanceLoss
+from .cross_entropy import SoftCrossEntropyLoss
 from .dist import DISTLoss
 from .features import (
     AttentionTransferLoss,
@@ -11,11 +12,12 @@ from .features import (
     LinearFeatureMSELoss,
 )
 from .kd import KDLoss
-from .logits import KLDivLoss, ReverseKLDivLoss, SoftCrossEntropyLoss, TotalVariationLoss
-from .mixtures import JSDivLoss, SkewKLDivLoss, SkewReverseKLDivLoss, SymmetricKLDivLoss
+from .logits import KLDivLoss, ReverseKLDivLoss, TotalVariationLoss
+from .mixtures import JSDivLoss, SymmetricKLDivLoss
 from .relations import RelationalTripletLoss, RelationKLLoss
 from .rkd import RKDAngleLoss, RKDDistanceLoss, RKDLoss
 from .similarity import GramMSELoss, PKTLoss, SimilarityPreservingLoss
+from .skew import SkewKLDivLoss, SkewReverseKLDivLoss
 from .targets import DKDLoss, NKDLoss
 
 __all__ = [
