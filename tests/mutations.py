@@ -223,9 +223,9 @@ MUTATIONS = [
              "tests/test_triplet.py"),
     Mutation("triton: rows that are not there are pairs' all the same", "fastkd/triton/pairs_kernels.py",
              "pair = (i < n)[:, None] & (j < n)[None, :] & (i", "pair = (j < n)[None, :] & (i", RELATIONS),
-    Mutation("triton targets: the logit of the target is left out", "fastkd/triton/rows_tile.py",
+    Mutation("triton targets: the logit of the target is left out", "fastkd/triton/rows_targets.py",
              "(1.0 - smoothing) * (max_student - logit)", "(1.0 - smoothing) * max_student", TARGETS),
-    Mutation("triton targets: of a walk the last tile's logits", "fastkd/triton/rows_tile.py",
+    Mutation("triton targets: of a walk the last tile's logits", "fastkd/triton/rows_walks.py",
              "            logits += tl.sum(", "            logits = tl.sum(", TARGETS),
     # bindings
     Mutation("binding: the teacher's temperatures of rows are the student's", "csrc/common/rows_op.h",

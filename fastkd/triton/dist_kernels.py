@@ -18,8 +18,8 @@ from .rows_tile import (
     rows_of_program,
     rows_to_read,
     store,
-    walk_for_statistics,
 )
+from .rows_walks import walk_for_statistics
 
 
 @triton.jit

@@ -29,8 +29,8 @@ from .rows_tile import (
     rows_of_program,
     rows_to_read,
     temperatures,
-    walk_for_statistics,
 )
+from .rows_walks import walk_for_statistics
 
 
 @triton.jit

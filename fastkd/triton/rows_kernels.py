@@ -16,11 +16,11 @@ A row that is masked out is never read: it is taken for -inf alone.
 import triton
 import triton.language as tl
 
+from .rows_targets import hard_sums, target_part, whole_gradient, whole_loss
 from .rows_tile import (
     exp,
     finite,
     functor_parameters,
-    hard_sums,
     load_parted,
     loss_scales,
     per_row,
@@ -33,15 +33,10 @@ from .rows_tile import (
     store,
     store_statistics,
     sums_of_softmax,
-    target_part,
     temperatures,
     visit,
-    walk_for_grad,
-    walk_for_loss,
-    walk_for_statistics,
-    whole_gradient,
-    whole_loss,
 )
+from .rows_walks import walk_for_grad, walk_for_loss, walk_for_statistics
 
 
 @triton.jit

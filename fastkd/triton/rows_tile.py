@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .divergences import acceptance_of_row, log1p, two_classes
+from .divergences import acceptance_of_row, log1p
 
 LOG2E = tl.constexpr(1.4426950408889634)
 INF = tl.constexpr(float("inf"))
@@ -182,15 +182,6 @@ def exp(z, maximum, inv_temperature):
 
 
 @triton.jit
-def _accumulate(z, maximum, total, inv_temperature):
-    """The running maximum, and the running sum of e^((z - maximum) / T)."""
-    larger = tl.maximum(maximum, tl.max(z, 1))
-    base = finite(larger)
-    total = total * tl.exp2((maximum - base) * (inv_temperature * LOG2E)) + tl.sum(exp(z, base, inv_temperature), 1)
-    return larger, total
-
-
-@triton.jit
 def _log_odds_of(s, t, of_row, SAME_TEMPERATURE: tl.constexpr):
     a, b = of_row[0][:, None], of_row[1][:, None]
     w = (s - t) * a
@@ -283,105 +274,6 @@ def gradient_of(slope, p, sum_slope, of_row, scale):
 
 
 @triton.jit
-def hard_sums(s, t, maximum, max_teacher, columns, V, HARD: tl.constexpr):
-    """Of a tile: the student's sum at temperature 1, and the sum of z - max. Where the target is parted, the teacher's
-    sum in its place."""
-    total = tl.zeros(maximum.shape, s.dtype)
-    logits = total
-    if HARD:
-        one = tl.full(maximum.shape, 1.0, s.dtype)
-        total = tl.sum(exp(s, maximum, one), 1)
-        if HARD >= 2:
-            logits = tl.sum(exp(t, max_teacher, one), 1)
-        else:
-            logits = tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
-    return total, logits
-
-
-@triton.jit
-def _log_odds(below_max, total):
-    """Of a class that lies so far above the others' maximum, whose exponentials add up to the total."""
-    return tl.where(total == 0.0, INF, below_max - log1p(total - 1.0))
-
-
-@triton.jit
-def target_part(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD: tl.constexpr):
-    """What a target that is parted from the others has in its row's loss, and the factor of its gradient; of another
-    0 and 1."""
-    part = tl.zeros(logit.shape, logit.dtype)
-    factor = part + 1.0
-    if HARD >= 2:
-        part, factor = _parted(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD)
-    return part, factor
-
-
-@triton.jit
-def _parted(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD: tl.constexpr):
-    a, b, max_student, sum_student, max_teacher, sum_teacher = of_row
-    nan = float("nan")
-    student = tl.where(logit == INF, nan, logit) - max_student
-    teacher = tl.where(teacher_logit == INF, nan, teacher_logit) - max_teacher
-    if HARD == 2:
-        of_student = _log_odds(student * a, sum_student)
-        of_teacher = _log_odds(teacher * (a - b), sum_teacher)
-        # w of the target as of another class: see _probabilities
-        shift = max_student - max_teacher
-        shifted = tl.abs(shift) > 4.0
-        difference = tl.where(shifted, student - teacher, logit - teacher_logit) - tl.where(shifted, 0.0, shift)
-        at_other = tl.where(teacher_logit == -INF, 0.0, teacher * b)
-        difference = difference * a + at_other - log1p((sum_student - sum_teacher) / sum_teacher)
-        loss, slope, _minus_log, _q, _p = two_classes(of_student, of_teacher, difference)
-        factor = -slope
-    else:
-        of_student = _log_odds(student, sum_hard)
-        of_teacher = _log_odds(teacher, sum_teacher_hard)
-        _loss, _slope, minus_log, q, p_rest = two_classes(of_student, of_teacher, of_student - of_teacher)
-        loss, factor = tl.where(q == 0.0, 0.0, q * minus_log), q * p_rest
-    no_student = (sum_student == 0.0) & (logit == -INF)
-    no_teacher = (sum_teacher == 0.0) & (teacher_logit == -INF)
-    loss = tl.where(no_teacher, 0.0, tl.where(no_student, INF, loss))
-    return loss, tl.where(no_teacher | no_student, 0.0, factor)
-
-
-@triton.jit
-def hard_gradient(s, of_row, hard, columns, HARD: tl.constexpr):
-    """What the hard loss adds to the gradient of a tile. Nothing where no class is possible; NaN where the target is
-    none of the classes: as loud as a device may be that cannot raise."""
-    target, has_target, scale, sum_hard, smoothing, V, _soft_weight = hard
-    max_student = of_row[2]
-    inv_temperature = tl.full(max_student.shape, 1.0, s.dtype)
-    if HARD == 2:
-        inv_temperature, sum_hard = of_row[0], of_row[3]
-    scale = tl.where(sum_hard == 0.0, 0.0, scale)
-    scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
-    scale = tl.where(has_target, scale, 0.0)[:, None]
-    p = exp(s, max_student, inv_temperature)
-    p *= tl.where(sum_hard == 0.0, 0.0, 1.0 / sum_hard)[:, None]
-    is_target = columns[None, :] == target[:, None]
-    if HARD == 1:
-        everywhere, of_target = (smoothing / V)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
-        values = p * scale - everywhere - tl.where(is_target, of_target, 0.0)
-    else:
-        values = p * scale - tl.where(is_target, scale, 0.0)
-    return values
-
-
-@triton.jit
-def hard_loss(of_row, hard, hard_weight, scale, logits, logit):
-    """Cross-entropy with the target. With a weight of 0 it is left out, however large it is."""
-    target, has_target, _scale, sum_hard, smoothing, V, _soft_weight = hard
-    max_student = of_row[2]
-    loss = log1p(sum_hard - 1.0)
-    loss += tl.where(smoothing < 1.0, (1.0 - smoothing) * (max_student - logit), 0.0)
-    loss += tl.where(smoothing > 0.0, -smoothing * logits / V, 0.0)
-    loss = tl.where(sum_hard == 0.0, INF, loss) * scale
-    if hard_weight == 0.0:
-        loss = tl.zeros_like(loss)
-    loss = tl.where((target >= 0) & (target < V), loss, float("nan"))
-    return tl.where(has_target, loss, 0.0)
-
-
-@triton.jit
 def row_loss(total, of_row, scale, ENTROPY: tl.constexpr):
     _a, _b, _max_student, sum_student, _max_teacher, sum_teacher = of_row
     if ENTROPY:
@@ -391,118 +283,11 @@ def row_loss(total, of_row, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def whole_loss(
-    total, part, of_row, soft_scale, hard, hard_weight, hard_scale, logits, logit,
-    ENTROPY: tl.constexpr, HARD: tl.constexpr,
-):  # fmt: skip
-    """The loss of a row, of both parts where it has a target. A part of weight 0 is left out, however large it is."""
-    total = row_loss(total, of_row, soft_scale, ENTROPY)
-    if HARD == 1:
-        total = tl.where(hard[6] == 0.0, 0.0, total)
-        total += hard_loss(of_row, hard, hard_weight, hard_scale, logits, logit)
-    if HARD >= 2:
-        target, has_target, V = hard[0], hard[1], hard[5]
-        total = tl.where(soft_scale == 0.0, 0.0, total)
-        part = tl.where(hard_scale == 0.0, 0.0, part * hard_scale)
-        part = tl.where((target >= 0) & (target < V), part, float("nan"))
-        total += tl.where(has_target, part, 0.0)
-    return total
-
-
-@triton.jit
 def rows_to_read(mask, row, live):
     read = live
     if mask is not None:
         read = live & (tl.load(mask + row, mask=live, other=0) != 0)
     return read
-
-
-@triton.jit
-def whole_gradient(slope, p, sum_slope, of_row, scale, s, hard, columns, HARD: tl.constexpr):
-    """The gradient of a tile, of both losses where rows have targets."""
-    grad = gradient_of(slope, p, sum_slope, of_row, scale)
-    if HARD:
-        grad = tl.where(hard[6][:, None] == 0.0, 0.0, grad)  # what has no weight is left out, be it NaN
-        grad += hard_gradient(s, of_row, hard, columns, HARD)
-    return grad
-
-
-@triton.jit
-def walk_for_statistics(
-    inputs, a, b, target, dtype: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, HARD: tl.constexpr
-):  # fmt: skip
-    """of_row of rows longer than a tile; and of those with targets what hard_sums gives, and the target's logits."""
-    V = inputs[5]
-    max_hard, sum_hard = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
-    max_of_teacher = max_hard
-    logits, logit = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
-    teacher_logit = logit
-    max_student, sum_student = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
-    max_teacher, sum_teacher = tl.full((ROWS,), -INF, dtype), tl.zeros((ROWS,), dtype)
-    for first in range(0, V, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        s, t, of_student, of_teacher = load_parted(inputs, columns, target, dtype, "evict_last", HARD)
-        logit += of_student
-        teacher_logit += of_teacher
-        max_student, sum_student = _accumulate(s, max_student, sum_student, a)
-        max_teacher, sum_teacher = _accumulate(t, max_teacher, sum_teacher, a - b)
-        if HARD:
-            before = finite(max_hard)
-            max_hard, sum_hard = _accumulate(s, max_hard, sum_hard, tl.full((ROWS,), 1.0, dtype))
-            maximum = finite(max_hard)
-            if HARD >= 2:
-                max_of_teacher, logits = _accumulate(t, max_of_teacher, logits, tl.full((ROWS,), 1.0, dtype))
-            else:
-                logits += first * (before - maximum)
-                logits += tl.sum(tl.where((columns < V)[None, :], s - maximum[:, None], 0.0), 1)
-    of_row = (a, b, finite(max_student), sum_student, finite(max_teacher), sum_teacher)
-    return of_row, sum_hard, logits, logit, teacher_logit
-
-
-@triton.jit
-def walk_for_loss(
-    inputs, of_row, parameter, grad, grad_step, live, grad_scale, hard,
-    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, IS_CENTRED: tl.constexpr,
-    SAME_TEMPERATURE: tl.constexpr, GIVEN: tl.constexpr, HARD: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums of losses and slopes over rows longer than a tile, and a second one; the gradient where it needs no sum of
-    slopes."""
-    V = inputs[5]
-    total, sum_slope, second = tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype), tl.zeros((ROWS,), dtype)
-    last = (V - 1) // BLOCK * BLOCK
-    for first in range(0, V, BLOCK):
-        columns = last - first + tl.arange(0, BLOCK)
-        s, t, _, _ = load_parted(inputs, columns, hard[0], dtype, "evict_first" if IS_CENTRED else "evict_last", HARD)
-        losses, slopes, p, seconds = visit(
-            s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN
-        )  # fmt: skip
-        total += tl.sum(losses, 1)
-        if GIVEN == 3:
-            second += tl.sum(seconds, 1)
-        if not IS_CENTRED:
-            sum_slope += tl.sum(slopes, 1)
-        elif grad is not None:
-            values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
-            store(grad, grad_step, live, V, columns, values)
-    return total, sum_slope, second
-
-
-@triton.jit
-def walk_for_grad(
-    inputs, of_row, parameter, grad, grad_step, live, grad_scale, sum_slope, hard,
-    DIVERGENCE: tl.constexpr, OF_ROWS: tl.constexpr, ENTROPY: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
-    GIVEN: tl.constexpr, HARD: tl.constexpr, dtype: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    V = inputs[5]
-    for first in range(0, V, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        s, t, _, _ = load_parted(inputs, columns, hard[0], dtype, "evict_first", HARD)
-        _losses, slopes, p, _seconds = visit(
-            s, t, of_row, parameter, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN
-        )  # fmt: skip
-        values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
-        store(grad, grad_step, live, V, columns, values)
 
 
 @triton.jit
