@@ -20,6 +20,11 @@ from cases import KINDS  # noqa: E402
 import fastkd  # noqa: E402
 from fastkd import _library  # noqa: E402
 
+# What they assert is told in full, as that of tests is.
+pytest.register_assert_rewrite(
+    "dist_checks", "linear_logits_checks", "probabilities_checks", "recipes_checks", "relation_checks", "rows_checks", "top_k_checks"
+)  # fmt: skip
+
 
 def cpu_levels():
     """The instruction sets of this processor, of those that the library was built for."""
@@ -201,6 +206,19 @@ def pytest_collectstart(collector):
 def seed(request):
     """What fails once fails again: torch seeds itself anew in every process. Nor does it matter which tests ran before."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture(params=["cpu", "torch"])
+def computed_by(request):
+    """One backend with kernels, and plain PyTorch: for what is the same on the others, as what the user is told."""
+    with fastkd.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """What torch.compile has seen in other tests is forgotten."""
+    torch._dynamo.reset()
 
 
 @pytest.fixture

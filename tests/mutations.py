@@ -32,17 +32,17 @@ class Mutation(NamedTuple):
     first: str  # where to look first: the files of tests that are about it; if none fails, all are run
 
 
-ROWS = "tests/test_rows.py"
+ROWS = "tests/test_rows.py tests/test_rows_edges.py tests/test_rows_gradients.py tests/test_rows_parameters.py"
 STANDARDIZE = "tests/test_standardize.py"
-LINEAR = "tests/test_linear_logits.py"
-TOP_K = "tests/test_top_k.py"
-PROBABILITIES = "tests/test_probabilities.py"
+LINEAR = "tests/test_linear_logits.py tests/test_linear_logits_errors.py"
+TOP_K = "tests/test_top_k.py tests/test_top_k_ignore.py tests/test_top_k_errors.py"
+PROBABILITIES = "tests/test_probabilities.py tests/test_probabilities_errors.py"
 TARGETS = "tests/test_targets.py"
 PARTED = "tests/test_parted_targets.py"
 BEYOND = "tests/test_beyond_kl.py"
-RELATIONS = "tests/test_relations.py tests/test_row_options.py"
+RELATIONS = "tests/test_relations.py tests/test_relations_gradients.py tests/test_row_options.py"
 FEATURES = "tests/test_features.py tests/test_attention.py"
-DIST = "tests/test_dist.py"
+DIST = "tests/test_dist.py tests/test_dist_gradients.py tests/test_dist_errors.py"
 PARTS = "tests/test_kd_parts.py"
 NUM_CLASSES = "tests/test_num_classes.py"
 MUTATIONS = [
@@ -204,7 +204,7 @@ MUTATIONS = [
     Mutation("cuda lanes: a warp's classes past those that are kept are the first ones", "csrc/cuda/rows_lanes.cuh",
              ": reinterpret_cast<const From*>(p);", ": reinterpret_cast<const From*>(room) + threadIdx.x;", ROWS),
     Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",
-             "P.grad.data;\n  const bool counts = !P.mask || P.mask[row];", "P.grad.data;\n  const bool counts = true;", ROWS + " tests/test_cuda.py"),
+             "P.grad.data;\n  const bool counts = !P.mask || P.mask[row];", "P.grad.data;\n  const bool counts = true;", ROWS + " tests/test_cuda_orders.py"),
     Mutation("cuda angles: the bound of Huber is one-sided", "csrc/cuda/angles_kernel.cuh",
              "return x < -bound ? -bound : x > bound ? bound : x; }", "return x > bound ? bound : x; }", RELATIONS),
     Mutation("cuda pairs: all rows are there", "csrc/cuda/pairs_tile.cuh",
@@ -242,7 +242,7 @@ MUTATIONS = [
              "_arguments(ctx.options, tensors[2 * count :], layer_weights, beta)", "_arguments(ctx.options, tensors[2 * count :], layer_weights, beta and beta * 0 + 1)", FEATURES),
     Mutation("binding: keys that are the rows have no gradient", "fastkd/ops/relation_kl.py",
              "s.add_gradients(rows, S, grad, grad if s.own_keys else keys_grad)", "s.add_gradients(rows, S, grad, keys_grad)",
-             "tests/test_relation_kl.py"),
+             "tests/test_relation_kl.py tests/test_relation_kl_pairs.py"),
     Mutation("binding: an upstream gradient multiplies once more when a graph is retained", "fastkd/ops/gradient.py",
              "    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward\n        return [grad * upstream for grad in grads]\n",
              "", ROWS),

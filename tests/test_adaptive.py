@@ -5,7 +5,8 @@ import functools
 import numpy as np
 import pytest
 import torch
-from test_rows import FLOOR, error, run
+from rows_checks import run
+from tolerances import FLOOR, error
 from truth import truth
 
 from fastkd import _backend, _check, functional, reference

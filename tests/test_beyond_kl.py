@@ -7,7 +7,7 @@ import cases
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rows import DTYPES, logit_size, run, storage_error
+from rows_checks import DTYPES, logit_size, run, storage_error
 from tolerances import FLOOR, error
 from truth import truth, upstream_like
 

@@ -5,14 +5,13 @@ import unittest.mock
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import gradcheck
+from dist_checks import DTYPES, check, logits, run, some_rows
 from dist_truth import dist_truth
 from tolerances import FLOOR, NEAR_CONVERGENCE, error
 
 import fastkd
 from fastkd.functional import dist_loss
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = {
     "digits": (32, 10),
     "two_classes": (5, 2),
@@ -29,38 +28,6 @@ SHAPES = {
     "no_rows": (0, 7),
     "no_rows_in_the_middle": (3, 0, 7),
 }
-
-
-def logits(shape, dtype=torch.float32, teacher_dtype=None, near=None):
-    """near: how far the student is from the teacher."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    teacher = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    student = 2 * torch.randn(shape, generator=generator, dtype=torch.float64)
-    if near is not None:
-        student = teacher + near * student
-    return student.to(dtype), teacher.to(teacher_dtype or dtype)
-
-
-def some_rows(shape):
-    return torch.rand(shape[:-1], generator=torch.Generator().manual_seed(1)) < 0.6
-
-
-def run(student, teacher, upstream=1.0, **options):
-    student = student.detach().requires_grad_()
-    loss = dist_loss(student, teacher, **options)
-    return loss.detach(), torch.autograd.grad(loss * upstream, student)[0]
-
-
-def check(student, teacher, upstream=1.0, tolerance=1.0, constant=1e-15, **options):
-    loss, grad = run(student, teacher, upstream, **options)
-    loss_ref, grad_ref = dist_truth(student, teacher, constant=constant, **options)
-    compute = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    assert loss.dtype is compute
-    assert (grad.dtype, grad.shape) == (student.dtype, student.shape)
-    assert error(loss, loss_ref) <= 2 * tolerance * FLOOR[compute]
-    grad_ref = grad_ref * upstream
-    stored = 2 * error(grad_ref.to(grad.dtype), grad_ref)
-    assert error(grad, grad_ref) <= 40 * tolerance * FLOOR[compute] + stored
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -275,94 +242,6 @@ def test_nan_is_not_hidden(backend, bad, side):
     assert grad[3].isnan().all()
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 4)], ids=str)
-def test_gradcheck(backend, shape):
-    student = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    teacher = torch.randn(shape, dtype=torch.float64)
-    mask = some_rows(shape)
-    assert gradcheck(backend, lambda s: dist_loss(s, teacher, mask=mask, temperature=2.0, eps=0.01), (student,))
-
-
-@pytest.mark.parametrize("maps", [False, True])
-def test_the_same_bits_again(kernel, maps):
-    student, teacher = logits((300, 90))
-    if maps:
-        student, teacher = (x.T.contiguous().T for x in (student, teacher))
-    first = run(student, teacher)
-    for _ in range(3):
-        assert all(torch.equal(a, b) for a, b in zip(first, run(student, teacher), strict=True))
-
-
-@pytest.mark.parametrize("shape", [(700, 33), (40, 3001), (17, 5)], ids=str)
-@pytest.mark.parametrize("maps", [False, True])
-def test_the_same_bits_with_any_number_of_threads(threads, shape, maps):
-    student, teacher = logits(shape)
-    if maps:
-        student, teacher = (x.T.contiguous().T for x in (student, teacher))
-    found = []
-    for count in (1, 2, 3, 8):
-        threads(count)
-        found.append(run(student, teacher))
-    for loss, grad in found[1:]:
-        assert torch.equal(loss, found[0][0])
-        assert torch.equal(grad, found[0][1])
-
-
-@pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inplace_writes_the_gradient_over_the_student(backend, dtype, standardize):
-    student, teacher = logits((60, 70), dtype)
-    expected = run(student, teacher, upstream=3.0, standardize=standardize)
-    leaf = student.clone().requires_grad_()
-    z = leaf * 1
-    loss = dist_loss(z, teacher, inplace=True, standardize=standardize)
-    (3.0 * loss).backward()
-    assert torch.equal(loss.detach(), expected[0])
-    assert torch.equal(leaf.grad, expected[1])
-    if backend != "torch":
-        assert torch.equal(z.detach(), expected[1])
-
-
-def test_after_inplace_the_logits_are_gone(backend):
-    student, teacher = logits((6, 7))
-    z = student.requires_grad_() * 1
-    loss = dist_loss(z, teacher, inplace=True)
-    with pytest.raises(ValueError, match=r"^student: these logits.* have been overwritten"):
-        dist_loss(z, teacher)
-    with pytest.raises(RuntimeError, match="used again"):
-        (loss + z.sum()).backward()
-
-
-def test_both_sides_learn_by_two_calls(backend):
-    a, b = (x.requires_grad_() for x in logits((20, 30)))
-    with pytest.raises(
-        ValueError, match=r"^teacher: .*dist_loss\(student, teacher.detach\(\)\) and dist_loss\(teacher, "
-    ):
-        dist_loss(a, b)
-    grads = torch.autograd.grad(dist_loss(a, b.detach()), a) + torch.autograd.grad(dist_loss(b, a.detach()), b)
-    for x, y, grad in ((a, b, grads[0]), (b, a, grads[1])):
-        assert error(grad, dist_truth(x, y)[1]) <= 1e-4
-
-
-def test_backward_twice(backend):
-    student, teacher = logits((20, 30))
-    student.requires_grad_()
-    loss = dist_loss(student, teacher)
-    first = torch.autograd.grad(loss, student, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(loss, student)[0])
-
-
-def test_without_gradients_the_loss_is_the_same(backend):
-    student, teacher = logits((20, 30))
-    expected, _ = run(student, teacher)
-    with torch.inference_mode():
-        assert torch.equal(dist_loss(student, teacher), expected)
-        inference = teacher.clone()
-        mask = torch.ones(20, dtype=torch.bool)
-    loss, _ = run(student, inference, mask=mask)
-    torch.testing.assert_close(loss, expected)
-
-
 def test_the_module(backend):
     student, teacher = logits((4, 6, 5))
     module = fastkd.DISTLoss(inter_weight=2.0, intra_weight=0.5, temperature=3.0, eps=1e-6, dim=1)
@@ -370,88 +249,3 @@ def test_the_module(backend):
     options = {"inter_weight": 2.0, "intra_weight": 0.5, "eps": 1e-6, "dim": 1}
     torch.testing.assert_close(module(student, teacher, mask=mask), dist_loss(student, teacher, temperature=3.0, mask=mask, **options))  # fmt: skip
     torch.testing.assert_close(module(student, teacher, temperature=1.5), dist_loss(student, teacher, temperature=1.5, **options))  # fmt: skip
-
-
-BAD = {
-    "inter_weight": [(-1.0, ValueError), ("1", TypeError), (torch.nan, ValueError)],
-    "intra_weight": [(-1.0, ValueError), (torch.inf, ValueError), (True, TypeError)],
-    "temperature": [(0.0, ValueError), (-1, ValueError), (torch.ones(4), TypeError), (None, TypeError)],
-    "eps": [(0.0, ValueError), (-1e-8, ValueError), (1e-40, ValueError), ("", TypeError)],
-    "standardize": [(1, TypeError), (None, TypeError)],
-    "dim": [(2, ValueError), (0.5, TypeError)],
-    "mask": [(torch.ones(4), TypeError), (torch.ones(3, dtype=torch.bool), ValueError), ([True] * 4, TypeError)],
-    "inplace": [(1, TypeError)],
-}
-
-
-@pytest.mark.parametrize("argument", BAD)
-def test_bad_options_are_named(backend, argument):
-    for value, problem in BAD[argument]:
-        with pytest.raises(problem, match=f"^{argument}: .*wanted"):
-            dist_loss(torch.randn(4, 5), torch.randn(4, 5), **{argument: value})
-        if argument != "mask" and not (argument == "dim" and value == 2):
-            with pytest.raises(problem, match=f"^{argument}: .*wanted"):
-                fastkd.DISTLoss(**{argument: value})
-
-
-def test_bad_logits_are_named(backend):
-    good = torch.randn(4, 5)
-    for student, teacher, problem, name in (
-        ([1.0], good, TypeError, "student"),
-        (good, good.long(), TypeError, "teacher"),
-        (good, torch.randn(4, 6), ValueError, "teacher"),
-        (torch.randn(()), torch.randn(()), ValueError, "student"),
-        (torch.randn(4, 0), torch.randn(4, 0), ValueError, "student"),
-        (good, good.to("meta"), ValueError, "teacher"),
-        (good.to_sparse(), good, TypeError, "student"),
-    ):
-        with pytest.raises(problem, match=f"^{name}: "):
-            dist_loss(student, teacher)
-
-
-def test_ops_look_at_what_they_are_given(kernel):
-    from fastkd import _backend
-    from fastkd.ops import dist
-
-    x = torch.randn(4, 5)
-    ops = dist.OPS[_backend.namespace(kernel.partition("-")[0])]
-    rows, columns, numbers = torch.empty(4, 6).double(), torch.empty(3, 16), torch.tensor([1, 1, 1, 1e-8]).double()
-    good = {"mask": None, "scale": 0.25, "scale_tensor": None, "numbers": numbers}
-    out = {"loss": torch.empty(()), "rows": rows, "columns": columns}
-    for i, name in enumerate(("inter_weight", "intra_weight", "temperature", "eps")):
-        bad = numbers.clone()
-        bad[i] = -1
-        with pytest.raises((RuntimeError, ValueError), match=f"{name}: "):
-            ops.fwd(x, x, **{**good, "numbers": bad}, **out)
-
-
-@pytest.mark.parametrize("backend_name", ["cpu", "torch"])
-def test_compiled_exported_and_without_values(backend_name):
-    class Step(torch.nn.Module):
-        def forward(self, student, teacher, mask):
-            return dist_loss(student, teacher, mask=mask, temperature=2.0)
-
-    student, teacher = logits((9, 20))
-    mask = some_rows(student.shape)
-    with fastkd.backend(backend_name):
-        torch.compiler.reset()
-        compiled = torch.compile(Step(), fullgraph=True, backend="aot_eager", dynamic=True)
-        for N in (9, 7, 5):
-            x = student[:N].clone().requires_grad_()
-            loss = compiled(x, teacher[:N], mask[:N])
-            expected, grad = run(student[:N], teacher[:N], mask=mask[:N], temperature=2.0)
-            torch.testing.assert_close(loss, expected)
-            torch.testing.assert_close(torch.autograd.grad(loss, x)[0], grad)
-        batch = torch.export.Dim("batch", min=2)
-        program = torch.export.export(Step(), (student, teacher, mask), dynamic_shapes=({0: batch},) * 3)
-        torch.testing.assert_close(program.module()(student[:6], teacher[:6], mask[:6]), Step()(student[:6], teacher[:6], mask[:6]))  # fmt: skip
-        meta = dist_loss(student.to("meta").requires_grad_(), teacher.to("meta"))
-        assert (meta.shape, meta.device.type) == ((), "meta")
-        meta.backward()
-
-
-def test_autocast_does_not_round(backend):
-    student, teacher = logits((20, 30))
-    with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = run(student, teacher)
-    torch.testing.assert_close(loss, run(student, teacher)[0])

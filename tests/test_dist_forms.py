@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_rows import storage_error
+from rows_checks import storage_error
 from tolerances import FLOOR, NEAR_CONVERGENCE, error
 
 import fastkd

@@ -9,7 +9,7 @@ import pytest
 import relation_cases
 import torch
 from gpu_tools import BACKENDS, peak_extra_bytes, replayed, without_waiting
-from test_relations import PROMISED
+from relation_checks import PROMISED
 from tolerances import FLOOR, error
 
 import fastkd

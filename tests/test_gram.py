@@ -5,8 +5,8 @@ import relation_cases as cases
 import torch
 import torch.nn.functional as F
 from conftest import gradcheck
+from relation_checks import NEAR_CONVERGENCE, PROMISED, check, run
 from relation_truth import TRUTH
-from test_relations import NEAR_CONVERGENCE, PROMISED, check, run
 from tolerances import FLOOR, error
 
 import fastkd

@@ -1,97 +1,32 @@
 """LinearLogits: logits made of hidden states and a head, a slab of rows at a time."""
 
-import functools
-import inspect
-
-import cases
 import pytest
 import torch
+from linear_logits_checks import (
+    DTYPES,
+    FORMS,
+    LEADING,
+    LOSSES,
+    MASK,
+    OPTIONS,
+    ROWS,
+    SIDES,
+    SMALL,
+    TARGET,
+    WITH_TARGET,
+    V,
+    check,
+    inputs,
+    run,
+    whole,
+)
 from tolerances import FLOOR, error
 
 import fastkd
 from fastkd import LinearLogits, functional
-from fastkd._divergences import BY_NAME, TARGET_LOSSES
 from fastkd.ops import _head_products
 from fastkd.ops import forms as ops_forms
 from fastkd.ops.slabs import slabs
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LEADING, V = (3, 7), 45
-N = 21
-TARGET = (torch.arange(N) * 17 % (V - 6)).reshape(LEADING)
-TARGET[1, 2] = -100
-WITH_TARGET = ("kd_loss", *TARGET_LOSSES)
-LOSSES = {name: getattr(functional, name) for name in BY_NAME}
-LOSSES |= {name: functools.partial(getattr(functional, name), target=TARGET) for name in WITH_TARGET}
-SIDES = ("both", "student", "teacher")
-ROWS = torch.rand(LEADING, generator=torch.Generator().manual_seed(0))
-MASK = ROWS < 0.6
-SMALL = 8 * V * 8  # a slab of eight rows, of sixteen in float32
-OPTIONS = {
-    "plain": {},
-    "masked": {"mask": MASK, "reduction": "none"},
-    "of_rows": {"temperature": 0.5 + ROWS, "teacher_temperature": 2.0, "weight": 1 + ROWS},
-    "standardized": {"standardize": True, "normalizer": 3.0},
-    "num_classes": {"num_classes": V - 6, "mask": MASK},
-}
-
-
-def inputs(dtype=torch.float32, leading=LEADING, seed=0, V=V, size=1.0, H=(12, 20)):
-    """Hidden states, weights and biases of student and teacher, in float64 but rounded to a dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    sides = []
-    for width in H:
-        hidden, weight, bias = (
-            torch.randn(shape, generator=generator, dtype=torch.float64)
-            for shape in ((*leading, width), (V, width), (V,))
-        )
-        sides.append([x.to(dtype) for x in (hidden, size * weight / width**0.5, bias)])
-    return sides
-
-
-FORMS = ({"scale": 0.7, "softcap": 3.0, "slab_bytes": SMALL}, {"slab_bytes": SMALL // 2})
-
-
-def run(loss_function, student, teacher, sides="both", forms=FORMS, upstream=None, **options):
-    """The loss, and the gradients of what the student is made of. sides: which are LinearLogits."""
-    student = [x.detach().clone().requires_grad_() for x in student]
-    of_student, of_teacher = (LinearLogits(*x, **form) for x, form in zip((student, teacher), forms, strict=True))
-    if sides == "student":
-        of_teacher = of_teacher.logits()
-    if sides == "teacher":
-        of_student = of_student.logits()
-    loss = loss_function(of_student, of_teacher, **options)
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
-    return loss.detach(), torch.autograd.grad(loss, student, upstream)
-
-
-def whole(loss_function, student, teacher, dtype, forms=FORMS, **options):
-    """The same by plain PyTorch, of whole logits in another dtype."""
-
-    def of_logits(of_student, of_teacher, **options):
-        with fastkd.backend("torch"):
-            return loss_function(of_student.logits(), of_teacher.logits(), **options)
-
-    student, teacher = ([x.to(dtype) for x in side] for side in (student, teacher))
-    return run(of_logits, student, teacher, forms=forms, **options)
-
-
-def check(loss_function, student, teacher, sides="both", forms=FORMS, **options):
-    """Loss and gradients are as near to the truth as twice those of whole logits in float32 are, and roundings."""
-    dtype = student[0].dtype
-    compute = torch.float64 if dtype is torch.float64 else torch.float32
-    found = run(loss_function, student, teacher, sides, forms, **options)
-    truth, eager = (whole(loss_function, student, teacher, x, forms, **options) for x in (torch.float64, compute))
-    assert found[0].dtype == compute
-    assert error(found[0], truth[0]) <= 2 * error(eager[0], truth[0]) + 2 * FLOOR[compute]
-    for name, x, right, of_eager, like in zip(
-        ("hidden", "weight", "bias"), found[1], truth[1], eager[1], student, strict=True
-    ):
-        assert (x.dtype, x.shape) == (like.dtype, like.shape)
-        # a gradient of logits that is rounded once for the products, and a product that is
-        rounding = 2 * FLOOR[dtype] if dtype.itemsize == 2 else 4 * FLOOR[dtype]
-        assert error(x, right) <= 2 * error(of_eager, right) + rounding, name
-    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -426,85 +361,6 @@ def test_modules(backend):
     assert torch.equal(fastkd.KDLoss()(*forms, TARGET), functional.kd_loss(*forms, TARGET))
 
 
-def test_every_loss_of_logits_takes_it():
-    taken = {name for name in functional.__all__ if name.islower()
-             and "LinearLogits" in str(inspect.signature(getattr(functional, name)).parameters["student"].annotation)}  # fmt: skip
-    assert taken == {*LOSSES, "dist_loss"}
-    assert {name.partition("-")[0] for name in cases.LOSSES} <= taken
-
-
 def test_it_is_printed_by_its_shapes():
     student, _ = inputs()
     assert repr(LinearLogits(*student)) == "LinearLogits(hidden [3, 7, 12], weight [45, 12], bias)"
-
-
-hidden, weight, bias = inputs()[0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "problem", "message"),
-    [
-        ((hidden, weight.T), ValueError, r"^weight: a head of shape \[V, 12\] wanted, whose first dimension"),
-        ((hidden, weight[:, :5]), ValueError, r"^weight: a head of shape \[V, 12\] wanted, for hidden"),
-        ((hidden, weight[0]), ValueError, r"^weight: a head of shape \[V, H\] wanted, got"),
-        ((hidden, weight[:0]), ValueError, r"^weight: at least one class wanted"),
-        ((hidden[0, 0, 0], weight), ValueError, r"^hidden: hidden states of shape"),
-        ((hidden[..., :0], weight[:, :0]), ValueError, r"^hidden: .* H at least 1, got shape \[3, 7, 0\]"),
-        ((hidden.long(), weight), TypeError, r"^hidden: float16, .* wanted, got torch.int64"),
-        ((hidden.to_sparse(), weight), TypeError, r"^hidden: a dense tensor wanted"),
-        ((hidden, torch.nn.Linear(12, V)), TypeError, r"^weight: a torch.Tensor wanted, got Linear"),
-        ((hidden, weight, bias[:3]), ValueError, r"^bias: shape \[45\] wanted"),
-        ((hidden, weight, 1.0), TypeError, r"^bias: a torch.Tensor wanted"),
-    ],
-)
-def test_bad_parts_are_named(arguments, problem, message):
-    with pytest.raises(problem, match=message):
-        LinearLogits(*arguments)
-
-
-@pytest.mark.parametrize(
-    ("option", "bad", "problem"),
-    [
-        ("scale", 0, ValueError), ("scale", "1", TypeError), ("scale", torch.nan, ValueError),
-        ("softcap", 0.0, ValueError), ("softcap", -1.0, ValueError), ("softcap", True, TypeError),
-        ("slab_bytes", 0, ValueError), ("slab_bytes", 1e6, TypeError),
-    ],
-)  # fmt: skip
-def test_bad_numbers_are_named(option, bad, problem):
-    with pytest.raises(problem, match=rf"^{option}: .*wanted"):
-        LinearLogits(hidden, weight, **{option: bad})
-
-
-def test_bad_use_is_named(backend):
-    student, teacher = inputs()
-    of_student, of_teacher = LinearLogits(*student), LinearLogits(*teacher)
-    loss = functional.kl_div
-    with pytest.raises(ValueError, match=r"^inplace: LinearLogits have no logits"):
-        loss(of_student, of_teacher, inplace=True)
-    logits = torch.randn(21, V, requires_grad=True) * 1
-    with pytest.raises(ValueError, match=r"^inplace: student and teacher share their memory"):
-        loss(logits, LinearLogits(torch.randn(21, V), logits.detach()[:, :]), inplace=True)
-    for option in ("inplace", "dim"):
-        with pytest.raises(TypeError, match=rf"^{option}: "):
-            loss(of_student, of_teacher, **{option: "a"})
-    with pytest.raises(ValueError, match=r"^dim: the classes of LinearLogits are last"):
-        loss(of_student, of_teacher, dim=1)
-    with pytest.raises(ValueError, match=r"^teacher: the student's shape \[3, 7, 45\] wanted.*num_classes=40"):
-        loss(of_student, torch.randn(*LEADING, 40))
-    with pytest.raises(TypeError, match=r"^student.weight: the dtype of hidden, torch.float32, wanted"):
-        loss(LinearLogits(hidden, weight.double()), of_teacher)
-    with pytest.raises(TypeError, match=r"^teacher.bias: the dtype of hidden, torch.float32, wanted"):
-        loss(of_student, LinearLogits(hidden, weight, bias.half()))
-    with pytest.raises(ValueError, match=r"^student.weight: a tensor on the device of hidden, cpu, wanted, got meta"):
-        loss(LinearLogits(hidden, weight.to("meta")), of_teacher)
-    for at, name in enumerate(("hidden", "weight", "bias")):
-        learned = [x.clone() for x in teacher]
-        learned[at].requires_grad_()
-        with pytest.raises(ValueError, match=rf"^teacher.{name}: no gradient flows to it"):
-            loss(of_student, LinearLogits(*learned))
-    with pytest.raises(ValueError, match=r"^mask: a shape that broadcasts"):
-        loss(of_student, of_teacher, mask=torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"^target: classes from 0 to 44 wanted"):
-        functional.kd_loss(of_student, of_teacher, TARGET + 1)
-    with pytest.raises(TypeError, match=r"^teacher: .*LinearLogits"):
-        functional.feature_mse(hidden, of_teacher)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from test_rows import DTYPES, cancellation, logit_size, run, storage_error
+from rows_checks import DTYPES, cancellation, logit_size, run, storage_error
 from test_targets import CASES, targets
 from tolerances import FLOOR, error
 from truth import truth

@@ -6,8 +6,8 @@ import pytest
 import relation_cases as cases
 import torch
 from conftest import KERNELS, gradcheck
+from relation_checks import PROMISED, check, run
 from relation_truth import TRUTH, published
-from test_relations import PROMISED, check, run
 from tolerances import FLOOR, error
 
 import fastkd

@@ -6,8 +6,8 @@ import pytest
 import relation_cases
 import test_attention
 import torch
+from relation_checks import run
 from relation_truth import nearest, triplets
-from test_relations import run
 from tolerances import error
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,63 +1,19 @@
 """Values and gradients of the relational losses, against float64."""
 
-import functools
-
 import pytest
 import relation_cases as cases
 import torch
 from conftest import cpu_levels
 from relation_cases import DTYPES, LOSSES
+from relation_checks import HALF_OPERANDS, MODULES, NEAR_CONVERGENCE, NOTHING, PROMISED, check, rounding, run
 from relation_truth import TRUTH, published
 from tolerances import FLOOR, error
 
-import fastkd
-from fastkd import _check, functional
+from fastkd import functional
 from fastkd._dtypes import compute_dtype
 from fastkd.ops import similarity
 
 pytestmark = pytest.mark.products
-
-# A BLAS may add up D products in any order: the sum is off by at most D u times their magnitudes, u = 2^-24 or 2^-53,
-# and by about sqrt(D) u, as roundings fall on both sides. The widths here are at most 130, so that this is 130 u and 11 u;
-# each step after it adds a few u. 5e-6 is 80 u: seven times what any order gives, and less than the worst that one could.
-# In float64 1e-12 is 9000 u, as d^2 of pairs that are just not near is off by up to 2^8 times more: 11 u 2^8 = 2800 u.
-PROMISED = {torch.float32: 5e-6, torch.float64: 1e-12}
-# The loss is a square of differences: of a loss of 1e-6 they are 1e-3 of the relations, whose own 11 u and more count
-# 1000 times: 7e-4 in float32, and 1e-12 (and 3e-10 of a pair that is just not near, as few are) in float64.
-NEAR_CONVERGENCE = {torch.float32: 1e-3, torch.float64: 1e-10}
-NOTHING = {torch.float32: 1e-6, torch.float64: 1e-14}
-# Of a loss: kernels for GPUs multiply what half precision holds of centred embeddings.
-HALF_OPERANDS = {torch.float16: 1e-3, torch.bfloat16: 4e-3}
-
-
-def run(loss_function, student, teacher, upstream=1.0, **options):
-    student = student.detach().requires_grad_()
-    loss = loss_function(student, teacher, **options)
-    (grad,) = torch.autograd.grad(loss, student, torch.full_like(loss, upstream))
-    return loss.detach(), grad
-
-
-def rounding(grad, ref, compute):
-    """Of a gradient to its dtype, relative to its norm: twice, and float16's smallest step."""
-    if grad.dtype == compute or not ref.numel():
-        return 0.0
-    step = 2.0**-25 if grad.dtype == torch.float16 else 0.0
-    return 2 * FLOOR[grad.dtype] + step * ref.numel() ** 0.5 / max(ref.norm().item(), 1e-30)
-
-
-def check(backend, name, case, dtype, promised=PROMISED):
-    student, teacher = case.inputs(dtype)
-    loss, grad = run(LOSSES[name], student, teacher, **case.options_of(name))
-    loss_ref, grad_ref = case.truth(name, dtype)
-    compute = compute_dtype(student, teacher)
-    assert (loss.dtype, loss.shape) == (compute, ())
-    assert (grad.dtype, grad.shape) == (dtype, student.shape)
-    promised = promised[compute]
-    if name == "rkd_angle" and compute == torch.float64:
-        promised *= case.spread
-    on_gpu = backend.startswith(("cuda", "triton")) and name not in cases.SIMILARITIES
-    assert error(loss, loss_ref) <= promised + (HALF_OPERANDS.get(dtype, 0.0) if on_gpu else 0.0)
-    assert error(grad, grad_ref) <= promised + rounding(grad, grad_ref, compute)
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), cases.each(cases.CASES), ids=str)
@@ -274,154 +230,7 @@ def test_expanded_embeddings(backend, name):
             assert (ours[1] - compact[1]).norm() <= 1e-6
 
 
-# Gradients
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_same_bits_again(kernel, name):
-    student, teacher = cases.Case("again", "", 19, (19, 8)).inputs(torch.float32)
-    first, again = run(LOSSES[name], student, teacher), run(LOSSES[name], student.clone(), teacher.clone())
-    assert torch.equal(first[0], again[0])
-    assert torch.equal(first[1], again[1])
-
-
-@pytest.mark.parametrize("N", [70, 300, 1100])
-@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "rkd_loss"])
-def test_same_bits_whatever_the_threads(threads, name, N):
-    if N > 600 and name != "rkd_distance":
-        N = 600
-    student, teacher = cases.Case("threads", "", N, (24, 8)).inputs(torch.float32)
-    results = []
-    for n in (1, 2, 3, 2):
-        threads(n)
-        results.append(run(LOSSES[name], student, teacher))
-    for loss, grad in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(grad, results[0][1])
-
-
-@pytest.mark.parametrize("name", ["rkd_distance", "rkd_angle", "rkd_loss"])
-def test_float16_gradients_survive_a_loss_scaler(backend, name):
-    """Gradients below float16's smallest number times 2^16 are numbers again."""
-    case = cases.Case("scaled", "", 20, (8, 8), lambda s, t: ((2e4 * s).clamp(-6e4, 6e4), t))
-    student, teacher = case.inputs(torch.float16)
-    options = {"distance_weight": 0.1, "angle_weight": 0.1} if name == "rkd_loss" else {}
-    _, grad_ref = TRUTH[name](student, teacher, **options)
-    assert error(grad_ref.half(), grad_ref) > 0.05  # or this test is too easy
-    _, grad = run(LOSSES[name], student, teacher, 2.0**16, **options)
-    assert error(grad, grad_ref * 2.0**16) <= 2 * FLOOR[torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_upstream_gradient_is_applied(backend, name, dtype):
-    student, teacher = cases.MIXED.inputs(dtype)
-    _, plain = run(LOSSES[name], student, teacher)
-    step = 2.0**-22 * plain.numel() ** 0.5 if dtype is torch.float16 else 0.0
-    for factor in (0.5, 0.0, -3.0):
-        _, grad = run(LOSSES[name], student, teacher, factor)
-        assert (grad.double() - plain.double() * factor).norm() <= 2 * FLOOR[dtype] * abs(
-            factor
-        ) * plain.double().norm() + step
-
-
-@pytest.mark.parametrize("factor", [1.0, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_a_retained_graph_gives_the_same_again(backend, name, dtype, factor):
-    student, teacher = cases.MIXED.inputs(dtype)
-    student.requires_grad_()
-    loss = LOSSES[name](student, teacher) * factor
-    grads = [torch.autograd.grad(loss, student, retain_graph=again)[0] for again in (True, True, False)]
-    assert grads[0].any()
-    assert torch.equal(grads[0], grads[1])
-    assert torch.equal(grads[0], grads[2])
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, student)
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_gradients_accumulate(backend, name):
-    student, teacher = torch.randn(6, 5, requires_grad=True), torch.randn(6, 4)
-    LOSSES[name](student, teacher).backward()
-    once = student.grad.clone()
-    LOSSES[name](student, teacher).backward()
-    assert torch.equal(student.grad, 2 * once)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LOSSES)
-def test_without_a_gradient_the_loss_is_the_same(backend, name, dtype):
-    student, teacher = cases.MIXED.inputs(dtype)
-    expected, _ = run(LOSSES[name], student, teacher)
-    student.requires_grad_()
-    with torch.no_grad():
-        without = LOSSES[name](student, teacher)
-    with torch.inference_mode():
-        inference = LOSSES[name](student, teacher)
-    for loss in (without, inference):
-        assert not loss.requires_grad
-        assert error(loss, expected) <= 4 * FLOOR[torch.float32]
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
-def test_teacher_and_mask_made_in_inference_mode(backend, name, masked):
-    student = torch.randn(9, 5)
-    with torch.inference_mode():
-        teacher, mask = torch.randn(9, 4), torch.arange(9) != 2
-    options = {"mask": mask} if masked else {}
-    loss, grad = run(LOSSES[name], student, teacher, **options)
-    expected = run(LOSSES[name], student, teacher.clone(), **{key: x.clone() for key, x in options.items()})
-    assert torch.equal(loss, expected[0])
-    assert torch.equal(grad, expected[1])
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_inputs_are_not_changed(backend, name):
-    student, teacher = torch.randn(9, 5) + 10, torch.randn(9, 5) + 10
-    before = student.clone(), teacher.clone()
-    run(LOSSES[name], student, teacher)
-    assert torch.equal(student, before[0])
-    assert torch.equal(teacher, before[1])
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-@pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [*((name, {}) for name in LOSSES), ("rkd_distance", {"normalize": None}), ("rkd_distance", {"delta": 0.1})],
-    ids=str,
-)
-def test_nan_and_inf_propagate(backend, monkeypatch, name, options, side, value):
-    """On devices where looking would cost a synchronisation; never a number that is wrong."""
-    monkeypatch.setattr(_check.arguments, "values_known", lambda _: False)
-    student, teacher = torch.randn(9, 5), torch.randn(9, 4)
-    (student if side == "student" else teacher)[4, 2] = value
-    loss, grad = run(LOSSES[name], student, teacher, **options)
-    if backend == "torch" and ("normalize" in options or name == "relational_triplet"):  # infinite distances
-        assert not loss.isfinite()
-        return
-    assert loss.isnan()
-    assert grad.isnan().all()
-
-
 # Modules
-
-MODULES = {
-    "rkd_distance": functools.partial(fastkd.RKDDistanceLoss, normalize=None, delta=0.3),
-    "rkd_angle": functools.partial(fastkd.RKDAngleLoss, delta=0.3),
-    "rkd_loss": functools.partial(
-        fastkd.RKDLoss, distance_weight=2.0, angle_weight=3.0, distance_delta=0.3, angle_delta=0.4
-    ),
-    "similarity_preserving": fastkd.SimilarityPreservingLoss,
-    "gram_mse": functools.partial(fastkd.GramMSELoss, normalize=False, clamp="both"),
-    "pkt": fastkd.PKTLoss,
-    "relational_triplet": functools.partial(fastkd.RelationalTripletLoss, margin=0.5, positives=3),
-    "relation_kl": functools.partial(
-        fastkd.RelationKLLoss, temperature=0.5, teacher_temperature=0.7, divergence="js_div", beta=0.3, normalize=True
-    ),
-}
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import gradcheck
 from relation_cases import DTYPES, LOSSES
+from relation_checks import MODULES, PROMISED, rounding, run
 from relation_truth import nearest
-from test_relations import MODULES, PROMISED, rounding, run
 from tolerances import FLOOR, error
 
 from fastkd import functional

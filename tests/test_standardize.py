@@ -8,8 +8,8 @@ import cases
 import pytest
 import torch
 from conftest import gradcheck
-from test_rows import cancellation, logit_size, run, storage_error
-from test_torch_integration import both
+from integration_checks import both
+from rows_checks import cancellation, logit_size, run, storage_error
 from tolerances import FLOOR, NEAR_CONVERGENCE, error
 from truth import truth
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from test_rows import DTYPES, cancellation, eager, logit_size, run, storage_error
+from rows_checks import DTYPES, cancellation, eager, logit_size, run, storage_error
 from tolerances import FLOOR, TIMES_EAGER, error
 from truth import truth, upstream_like
 

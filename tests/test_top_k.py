@@ -1,121 +1,31 @@
 """TopKLogProbs: a teacher of which the best classes of each row are known."""
 
 import functools
-import inspect
 
 import literal
 import pytest
 import torch
-from test_rows import storage_error
 from tolerances import FLOOR, NEAR_CONVERGENCE, error
+from top_k_checks import (
+    DTYPES,
+    LEADING,
+    LOSSES,
+    MASK,
+    OPTIONS,
+    ROWS,
+    TAILS,
+    TARGET,
+    K,
+    V,
+    check,
+    dense,
+    inputs,
+    run,
+    truth,
+)
 
 import fastkd
 from fastkd import LinearLogits, TopKLogProbs, functional
-from fastkd._divergences import BY_NAME
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-LEADING, V, K = (3, 7), 60, 6
-TARGET = torch.arange(21).reshape(LEADING) * 17 % (V - 8)
-TARGET[1, 2] = -100
-ROWS = torch.rand(LEADING, generator=torch.Generator().manual_seed(0))
-MASK = ROWS < 0.6
-NAMES = [name for name in BY_NAME if name != "bernoulli_kl_div"]
-LOSSES = {name: getattr(functional, name) for name in NAMES}
-LOSSES |= {
-    f"kd_loss of {name}": functools.partial(functional.kd_loss, target=TARGET, divergence=name)
-    for name in ("kl_div", "js_div")
-}
-TAILS = ("bucket", "renormalize")
-OPTIONS = {
-    "plain": {},
-    "masked": {"mask": MASK, "reduction": "none"},
-    "of_rows": {"temperature": 0.5 + ROWS, "teacher_temperature": 2.0, "weight": 1 + ROWS},
-    "num_classes": {"num_classes": V - 8, "mask": MASK, "normalizer": 3.0},
-}
-
-
-def inputs(dtype=torch.float32, leading=LEADING, classes=V - 8, V=V, K=K, padded=True):
-    """A student's logits, and a teacher's best classes with log-probabilities; of some rows padding, in any order."""
-    generator = torch.Generator().manual_seed(V + K)
-    student = 2 * torch.randn(*leading, V, generator=generator, dtype=torch.float64)
-    teacher = 2 * torch.randn(*leading, classes, generator=generator, dtype=torch.float64)
-    log_probs, indices = teacher.log_softmax(-1).topk(K)
-    order = torch.randperm(K, generator=generator)
-    log_probs, indices = log_probs[..., order], indices[..., order]
-    if padded and len(leading) == 2:
-        indices[0, 1, ::2] = -1
-        indices[2, 2] = -5  # a row of padding
-        log_probs[0, 1, 0] = torch.nan  # which may hold anything
-    return student.to(dtype), indices, log_probs.to(dtype)
-
-
-def dense(student, indices, log_probs, tail, T, scale=1.0, log_tail=None):
-    """By hand: logits of both sides over the classes that are known, and the bucket, class by class."""
-    rows = []
-    T = (
-        T.expand(student.shape[:-1]).reshape(-1)
-        if isinstance(T, torch.Tensor)
-        else [T] * (student.numel() // student.shape[-1])
-    )
-    tails = [None] * len(T) if log_tail is None else log_tail.reshape(-1)
-    flat = (x.reshape(-1, x.shape[-1]) for x in (student, indices, log_probs))
-    for z, index, log_q, t, rest in zip(*flat, T, tails, strict=True):
-        there = index >= 0
-        known = index[there]
-        s, q = z[known], log_q[there] * scale
-        if tail == "bucket":
-            others = torch.ones(len(z), dtype=torch.bool)
-            others[known] = False
-            left = 1 - log_q[there].exp().sum() if rest is None else rest.exp()
-            s = torch.cat([s, t * torch.logsumexp(z[others] / t, 0, keepdim=True)])
-            q = torch.cat([q, scale * left.clamp(min=0).log()[None]])
-        lacking = len(index) + (tail == "bucket") - len(s)
-        nothing = torch.full((lacking,), -torch.inf, dtype=s.dtype)
-        rows.append([torch.cat([s, nothing]), torch.cat([q, nothing])])
-    return [torch.stack(x).view(*student.shape[:-1], -1) for x in zip(*rows, strict=True)]
-
-
-def truth(name, student, indices, log_probs, tail, scale=1.0, upstream=None, log_tail=None, **options):
-    """Loss and gradient in float64."""
-    student = student.detach().double().requires_grad_()
-    counted = student[..., : options.pop("num_classes", None)]
-    z = torch.where(options["mask"][..., None], counted, 0.0) if "mask" in options else counted
-    s, t = dense(z, indices, log_probs.double(), tail, options.get("temperature", 1.0), scale, log_tail)
-    _, _, divergence = name.rpartition("kd_loss of ")
-    with fastkd.backend("torch"):
-        loss = getattr(functional, divergence)(s, t.detach(), **options)
-        if "kd_loss" in name:
-            of_rows = {
-                key: x for key, x in options.items() if key not in ("temperature", "teacher_temperature", "weight")
-            }
-            mask = options.get("mask", torch.ones(LEADING, dtype=torch.bool)) & (TARGET != -100)
-            loss = getattr(functional, divergence)(s, t.detach(), **options | {"mask": mask})
-            loss = 0.5 * loss + functional.kd_loss(
-                z, z.detach(), TARGET, soft_weight=0.0, weight=options.get("weight"), **of_rows
-            )
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
-    return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
-
-
-def run(
-    name, student, indices, log_probs, tail="bucket", scale=1.0, upstream=None, log_tail=None, least=None, **options
-):
-    leaf = student.detach().clone().requires_grad_()
-    few = TopKLogProbs(indices, log_probs, tail=tail, temperature=scale, log_tail=log_tail, log_prob_min=least)
-    loss = LOSSES[name](leaf, few, **options)
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
-    return loss.detach(), torch.autograd.grad(loss, leaf, upstream)[0]
-
-
-def check(name, student, *few, times=16, **options):
-    loss, grad = run(name, student, *few, **options)
-    right, of_right = truth(name, student, *few, **options)
-    compute = torch.float64 if student.dtype is torch.float64 else torch.float32
-    assert loss.dtype == compute
-    assert (grad.dtype, grad.shape) == (student.dtype, student.shape)
-    assert error(loss, right) <= times * FLOOR[compute]
-    assert error(grad, of_right) <= times * FLOOR[compute] + storage_error(grad, of_right)
-    return loss, grad
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -368,71 +278,6 @@ def test_the_gradient_of_both_parts_is_rounded_once(kernel, tail):
     assert ((grads[0] - grads[1]).abs() <= 2.0**-8 * grads[1].abs() + 1e-9).all()
 
 
-def of_terms(name, student, indices, log_probs, scale=1.0, least=None, upstream=None, **options):
-    """Loss and gradient of the K terms alone, in float64, from the definition."""
-    student = student.detach().double().requires_grad_()
-    z = student[..., : options.get("num_classes")]
-    mask = options.get("mask", torch.ones(LEADING, dtype=torch.bool))
-    z = torch.where(mask[..., None], z, 0.0)
-    T = torch.as_tensor(options.get("temperature", 1.0)).expand(LEADING)[..., None].double()
-    there = indices >= 0
-    lp = (z / T).log_softmax(-1).gather(-1, indices.clamp(min=0))
-    lp, lq = (torch.where(there, x, -1.0) for x in (lp, log_probs.double()))
-    if least is not None:
-        lp, lq = (x.clamp(min=least) for x in (lp, lq))
-    rows = torch.where(there, literal.TERMS[name](lp.exp(), lq.exp(), lp, lq), 0.0).sum(-1)
-    rows = torch.where(mask, rows * T.squeeze(-1) ** 2 * options.get("weight", 1.0), 0.0)
-    loss = rows if options.get("reduction") == "none" else rows.sum() / options.get("normalizer", mask.sum())
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
-    return loss.detach(), torch.autograd.grad(loss, student, upstream)[0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("least", [None, -3.0])
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", literal.TERMS)
-def test_a_tail_that_is_ignored(backend, name, options, least, dtype):
-    """The terms of the K classes alone; the student is among all."""
-    options = dict(OPTIONS[options])
-    if options.get("reduction") == "none":
-        options["upstream"] = 1 + ROWS
-    if "teacher_temperature" in options:
-        options["scale"] = 2.0
-    student, indices, log_probs = inputs(dtype)
-    found = run(name, student, indices, log_probs, "ignore", least=least, **options)
-    expected = of_terms(name, student, indices, log_probs, least=least, **options)
-    compute = torch.float64 if dtype is torch.float64 else torch.float32
-    for x, right in zip(found, expected, strict=True):
-        assert error(x, right) <= 32 * FLOOR[compute] + (storage_error(x, right) if x.dim() == 3 else 0)
-
-
-@pytest.mark.parametrize("name", literal.TERMS)
-def test_a_student_without_any_possible_class(backend, name):
-    """Loss +inf and no gradient, whatever the tail; but of padding alone the loss is 0."""
-    student, indices, log_probs = inputs()
-    student[1, 1], student[2, 2] = -torch.inf, -torch.inf  # the second has padding alone
-    loss, grad = run(name, student, indices, log_probs, "ignore", reduction="none")
-    assert loss[1, 1] == torch.inf
-    assert loss[2, 2] == 0
-    assert not grad[1, 1].any()
-    assert loss.isfinite().sum() == loss.numel() - 1
-
-
-@pytest.mark.parametrize("name", ["js_div", "symmetric_kl_div", "skew_kl_div"])
-def test_a_parameter_out_of_its_range_is_nan_where_nobody_looks(name):
-    student, indices, log_probs = inputs()
-    few = TopKLogProbs(indices, log_probs, tail="ignore")
-
-    def loss(value):
-        return LOSSES[name](student, few, **{BY_NAME[name].parameter.name: value}, reduction="none")
-
-    torch.compiler.reset()
-    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(torch.where(ROWS < 0.5, 0.5, 1.2))
-    there = (indices >= 0).any(-1)
-    assert found[(ROWS >= 0.5) & there].isnan().all()
-    assert found[ROWS < 0.5].isfinite().all()
-
-
 @pytest.mark.parametrize("tail", [*TAILS, "ignore"])
 def test_a_teacher_in_float64(backend, tail):
     """The student is read as it is, in place too."""
@@ -485,90 +330,3 @@ def test_modules_and_narrow_types(backend):
     assert functional.kl_div(long, TopKLogProbs(unsigned.to(torch.int8), inputs(padded=False)[2])).isfinite()
     assert torch.equal(fastkd.KLDivLoss()(student, few), functional.kl_div(student, few))
     assert repr(few) == "TopKLogProbs([3, 7, 6], tail='bucket', temperature=1.0)"
-
-
-def test_the_losses_that_take_it():
-    taken = {name for name in functional.__all__ if name.islower()
-             and "TopKLogProbs" in str(inspect.signature(getattr(functional, name)).parameters["teacher"].annotation)}  # fmt: skip
-    assert taken == {*NAMES, "kd_loss"}
-
-
-student, indices, log_probs = inputs(padded=False)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "options", "problem", "message"),
-    [
-        ((indices.to_sparse(), log_probs), {}, TypeError, r"^indices: a dense tensor wanted"),
-        ((indices.float(), log_probs), {}, TypeError, r"^indices: whole numbers wanted"),
-        ((indices, log_probs.long()), {}, TypeError, r"^log_probs: float16, .* wanted"),
-        ((indices, log_probs[..., :3]), {}, ValueError, r"^log_probs: the shape of indices"),
-        ((indices[..., :0], log_probs[..., :0]), {}, ValueError, r"^indices: shape \[\*, K\] wanted"),
-        (([1], log_probs), {}, TypeError, r"^indices: a torch.Tensor wanted"),
-        ((indices, log_probs), {"tail": "drop"}, ValueError, r"^tail: 'bucket', 'renormalize' or 'ignore' wanted"),
-        ((indices, log_probs), {"log_prob_min": -9.0}, ValueError, r"^log_prob_min: with tail='ignore' alone"),
-        ((indices, log_probs), {"log_prob_min": 0.5, "tail": "ignore"}, ValueError, r"^log_prob_min: a negative"),
-        ((indices, log_probs), {"log_prob_min": "9", "tail": "ignore"}, TypeError, r"^log_prob_min: a number"),
-        ((indices, log_probs), {"log_tail": ROWS, "tail": "ignore"}, ValueError, r"^log_tail: .*has no bucket"),
-        ((indices, log_probs), {"temperature": 0.0}, ValueError, r"^temperature: a positive"),
-        ((indices, log_probs), {"log_tail": log_probs}, ValueError, r"^log_tail: shape \[3, 7\] wanted"),
-        ((indices, log_probs), {"log_tail": ROWS, "tail": "renormalize"}, ValueError, r"^log_tail: .*has no bucket"),
-    ],
-)
-def test_bad_parts_are_named(arguments, options, problem, message):
-    with pytest.raises(problem, match=message):
-        TopKLogProbs(*arguments, **options)
-
-
-def test_bad_values_are_named_with_their_row(backend):
-    def refused(match, *few, **options):
-        with pytest.raises(ValueError, match=match):
-            functional.kl_div(student, TopKLogProbs(*few), **options)
-
-    beyond, twice, positive, too_much, no_number = (
-        indices.clone(),
-        indices.clone(),
-        *(log_probs.clone() for _ in range(3)),
-    )
-    beyond[1, 3, 0], twice[2, 4, 1] = V, twice[2, 4, 5]
-    too_much[1, 1], no_number[2, 6, 0] = -0.1, torch.nan
-    positive[0, 2, 2] = 0.1
-    refused(r"^teacher.indices: classes below 60 wanted.*row \(1, 3\)", beyond, log_probs)
-    refused(r"^teacher.indices: each class once.*row \(2, 4\)", twice, log_probs)
-    refused(r"^teacher.log_probs: log-probabilities, at most 0.*row \(0, 2\)", indices, positive)
-    refused(r"^teacher.log_probs: log-probabilities, at most 0.*row \(2, 6\)", indices, no_number)
-    refused(r"^teacher.log_probs: probabilities whose sum.*row \(1, 1\)", indices, too_much)
-    at_most = int(indices.max())
-    refused(rf"^teacher.indices: classes below {at_most} wanted", indices, log_probs, num_classes=at_most)
-
-
-def test_bad_use_is_named(backend):
-    few = TopKLogProbs(indices, log_probs)
-    with pytest.raises(TypeError, match=r"^student: logits or LinearLogits wanted, got TopKLogProbs"):
-        functional.kl_div(few, few)
-    for name in ("dkd_loss", "nkd_loss"):
-        with pytest.raises(ValueError, match=rf"^teacher: {name} needs all classes"):
-            getattr(functional, name)(student, few, TARGET)
-    with pytest.raises(ValueError, match=r"^teacher: bernoulli_kl_div needs all classes"):
-        functional.kd_loss(student, few, TARGET, divergence="bernoulli_kl_div")
-    with pytest.raises(ValueError, match=r"^teacher: dist_loss needs all classes"):
-        functional.dist_loss(student, few)
-    with pytest.raises(ValueError, match=r"^standardize: it needs all logits"):
-        functional.kl_div(student, few, standardize=True)
-    for name in ("negative_log_acceptance", "adaptive_kl_div"):
-        with pytest.raises(ValueError, match=rf"^teacher: {name} is no sum of terms"):
-            getattr(functional, name)(student, TopKLogProbs(indices, log_probs, tail="ignore"))
-    for temperature in (2.0, torch.tensor(2.0), 1 + ROWS):
-        with pytest.raises(ValueError, match=r"^teacher_temperature: .*taken, 1.0, wanted with tail='bucket'"):
-            functional.kl_div(student, few, temperature=temperature)
-    functional.kl_div(student, few, temperature=2.0, teacher_temperature=torch.ones(LEADING))
-    with pytest.raises(ValueError, match=r"^dim: the classes of TopKLogProbs are last"):
-        functional.kl_div(student, few, dim=1)
-    with pytest.raises(ValueError, match=r"^teacher: the student's shape"):
-        functional.kl_div(student[:2], few)
-    with pytest.raises(ValueError, match=r"^student: logits of shape"):
-        functional.kl_div(torch.tensor(1.0), few)
-    with pytest.raises(ValueError, match=r"^teacher.log_probs: no gradient flows to it"):
-        functional.kl_div(student, TopKLogProbs(indices, log_probs.clone().requires_grad_()))
-    with pytest.raises(ValueError, match=r"^teacher.indices: a tensor on the student's device"):
-        functional.kl_div(student, TopKLogProbs(indices.to("meta"), log_probs))

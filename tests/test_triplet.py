@@ -6,8 +6,8 @@ import pytest
 import relation_cases as cases
 import torch
 from conftest import cpu_levels
+from relation_checks import PROMISED, check, rounding, run
 from relation_truth import nearest, triplets
-from test_relations import PROMISED, check, rounding, run
 from tolerances import error
 
 import fastkd
