@@ -196,7 +196,7 @@ MUTATIONS = [
              "    add<T, 1, D::kTeacherEntropy, kParted>(own.sums, hard_sums, s1, t1, r, P.hard);\n", "", ROWS),
     Mutation("cuda targets: sums of a thread keep its own maximum", "csrc/cuda/rows_kernel.cuh",
              "    hard_sums = rebased<kParted>(hard_sums, own.sums, k);\n", "", TARGETS),
-    Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_math.cuh",
+    Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_targets.cuh",
              "hard.logits += i < count ? s[i] - sums.max_student : T(0);", "hard.logits += s[i] - sums.max_student;", TARGETS),
     Mutation("cuda targets: a row without a soft gradient has none at all", "csrc/cuda/rows_split.cuh",
              "if (write) hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);",
