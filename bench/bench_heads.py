@@ -16,9 +16,9 @@ import torch.nn.functional as F
 
 from fastkd import LinearLogits, functional
 
-from .bench_rows import TEMPERATURE, eager_jensen_shannon, eager_log_target, eager_with_targets, targets
 from .measure import Provider, interleave
 from .peers import judge, own_backends, peers, with_backend
+from .rows_eager import TEMPERATURE, eager_jensen_shannon, eager_log_target, eager_with_targets, targets
 
 ONE, TWO = "head + kl_div", "two heads + kl_div"
 TWO_OF_JS = "two heads + js_div"

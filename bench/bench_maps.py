@@ -13,10 +13,11 @@ import torch.nn.functional as F
 
 from fastkd import functional
 
-from .bench_rows import DTYPES, STEP, TEMPERATURE
-from .bench_rows import eager_log_target as eager_of_rows
+from .bench_rows import DTYPES, STEP
 from .measure import Provider, interleave
 from .peers import judge, own_backends, with_backend
+from .rows_eager import TEMPERATURE
+from .rows_eager import eager_log_target as eager_of_rows
 from .truth import Truth, wrong
 
 NAME = "kl_div"
