@@ -29,7 +29,6 @@ import copy
 import functools
 import itertools
 import json
-import math
 import os
 import statistics
 import tempfile
@@ -40,10 +39,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from command_line import (
+    POSITIVE,
+    WEIGHT,
+    WHOLE,
+    choose_device,
+    make_folder,
+    print_settings,
+    show_progress,
+    write_numbers,
+)
+from digits_report import draw, print_results
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
-from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
@@ -299,11 +306,6 @@ def summarize(runs):
     }
 
 
-def percent(result):
-    mean, sd = result["accuracy_mean"], result["accuracy_sd"]
-    return f"{mean:.2f}" if sd is None else f"{mean:.2f} ± {sd:.2f}"
-
-
 def describe(args, train, test):
     """What was chosen, for the reader of the table."""
     teacher, student = (sum(p.numel() for p in model.parameters()) for model in (make_convnet(), make_student()))
@@ -323,103 +325,29 @@ def describe(args, train, test):
     }
 
 
-def print_results(console, results, args):
-    """The table, and what it says about where the gain comes from."""
-    table = Table(title=f"Students after {args.epochs} epochs, {args.seeds} seeds")
-    table.add_column("student")
-    for column in ("test accuracy\n% ± sd", "loss time\nµs / step", "loss peak\nKiB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for result in results:
-        time_us, peak_kib = f"{result['loss_us_median']:.0f}", f"{result['loss_peak_kib']:.1f}"
-        table.add_row(result["method"], percent(result), time_us, peak_kib)
-    console.print(table)
-    alone, same, everything, plain, relational, contrastive, hinted, supervised = (
-        result["accuracy_mean"] for result in results
-    )
-    console.print(
-        f"From the teacher: {everything - alone:+.2f} points of accuracy, of which {same - alone:+.2f} by soft "
-        f"targets on the labelled images and {everything - same:+.2f} by the images that only the teacher labels. "
-        f"Beside every label without a teacher: {everything - supervised:+.2f}. "
-        f"fastkd beside plain PyTorch: {everything - plain:+.2f}. Relations on top of soft targets: "
-        f"{relational - everything:+.2f}; contrast: {contrastive - everything:+.2f}; "
-        f"a hint: {hinted - everything:+.2f}.\n"
-        "Loss time: loss and its gradients to logits and features, cross-entropy included, median. Loss peak: memory "
-        "that these hold at most in a step, beside what the loss is given. With ten classes the time is mostly that "
-        "of calling operators; make bench measures large vocabularies and batches.",
-        highlight=False,
-    )
-
-
-def draw(path, results, methods, teacher_accuracy, args):
-    """Accuracy over the epochs, and at the end."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    epochs = range(1, args.epochs + 1)
-    for row, (method, result) in enumerate(zip(methods, results, strict=True)):
-        seeds = torch.tensor(result["accuracy_per_seed_and_epoch"])
-        mean, sd = seeds.mean(0), seeds.std(0, correction=min(1, args.seeds - 1))
-        curves.plot(epochs, mean, color=method.color, linestyle=method.line, label=method.name, linewidth=2)
-        curves.fill_between(epochs, mean - sd, mean + sd, color=method.color, alpha=0.15, linewidth=0)
-        bars.barh(row, mean[-1], xerr=sd[-1], color=method.color, alpha=0.5, capsize=4)
-        bars.text(0.02, row, percent(result), transform=bars.get_yaxis_transform(), va="center")
-    low = max(0, 10 * math.floor(min(result["accuracy_mean"] for result in results) / 10) - 10)
-    curves.axhline(teacher_accuracy, color="#cc79a7", linewidth=2, label=f"teacher, {teacher_accuracy:.1f} %")
-    bars.axvline(teacher_accuracy, color="#cc79a7", linewidth=2)
-    curves.set(title="Over the epochs", xlabel="epoch", ylabel=f"test accuracy (%), mean ± sd of {args.seeds} seeds")
-    curves.set(xlim=(1, max(2, args.epochs)), ylim=(low, 100))
-    curves.legend(loc="lower right")
-    curves.grid(alpha=0.3)
-    bars.set(title=f"After epoch {args.epochs}", xlabel=f"test accuracy (%), axis from {low}", xlim=(low, 100))
-    bars.set_yticks(range(len(methods)), [method.name.replace(": ", ":\n").replace(", ", ",\n") for method in methods])
-    bars.invert_yaxis()
-    figure.suptitle(f"Distillation on digits, {args.labels_per_class} labels per class for the students")
-    figure.savefig(path, dpi=130)
-
-
-def number(kind, accepts, wanted):
-    """An argparse type that says in a sentence what it wants."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if accepts(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{wanted} wanted, got {text!r}")
-
-    return parse
-
-
 def parse_arguments():
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    whole = number(int, lambda x: x > 0, "a whole number above 0")
-    positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
-    weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
-    parser.add_argument("--temperature", type=positive, default=4.0, help="softens student and teacher")
-    parser.add_argument("--epochs", type=whole, default=100, help="of each student")
-    parser.add_argument("--teacher-epochs", type=whole, default=30, help="of each member of the teacher")
-    parser.add_argument("--seeds", type=whole, default=5, help="how many times the students are trained")
-    parser.add_argument("--labels-per-class", type=whole, default=5, help="labels that the students are given")
-    parser.add_argument("--hard-weight", type=weight, default=0.1, help="of the cross-entropy on labels")
-    parser.add_argument("--soft-weight", type=weight, default=0.9, help="of the divergence from the teacher")
-    parser.add_argument("--relation-weight", type=weight, default=0.01, help="of RKD, 25 x distances + 50 x angles")
-    parser.add_argument("--contrast-weight", type=weight, default=0.1, help="of the relational triplet loss")
-    parser.add_argument("--hint-weight", type=weight, default=0.03, help="of the squared differences of features")
+    parser.add_argument("--temperature", type=POSITIVE, default=4.0, help="softens student and teacher")
+    parser.add_argument("--epochs", type=WHOLE, default=100, help="of each student")
+    parser.add_argument("--teacher-epochs", type=WHOLE, default=30, help="of each member of the teacher")
+    parser.add_argument("--seeds", type=WHOLE, default=5, help="how many times the students are trained")
+    parser.add_argument("--labels-per-class", type=WHOLE, default=5, help="labels that the students are given")
+    parser.add_argument("--hard-weight", type=WEIGHT, default=0.1, help="of the cross-entropy on labels")
+    parser.add_argument("--soft-weight", type=WEIGHT, default=0.9, help="of the divergence from the teacher")
+    parser.add_argument("--relation-weight", type=WEIGHT, default=0.01, help="of RKD, 25 x distances + 50 x angles")
+    parser.add_argument("--contrast-weight", type=WEIGHT, default=0.1, help="of the relational triplet loss")
+    parser.add_argument("--hint-weight", type=WEIGHT, default=0.03, help="of the squared differences of features")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()
     if args.hard_weight == args.soft_weight == 0:
         parser.error("--hard-weight and --soft-weight: one of them must be above 0")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    choose_device(parser, args)
     available = load_data("cpu")[0].labels.bincount().min().item()
     if args.labels_per_class > available:
         parser.error(f"--labels-per-class: a class has {available} training images, got {args.labels_per_class}")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: {args.output} cannot be made a folder: {error.strerror}")
+    make_folder(parser, args)
     return args
 
 
@@ -430,12 +358,9 @@ def main():
     train, test = load_data(args.device)
     methods = make_methods(args)
     settings = describe(args, train, test)
-    grid = Table.grid(padding=(0, 2))
-    for setting in settings.items():
-        grid.add_row(*setting)
     console = Console()
-    console.print(grid)
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), console=console) as progress:
+    print_settings(console, settings)
+    with show_progress(console) as progress:
         task = progress.add_task("teacher epochs", total=TEACHERS * args.teacher_epochs)
         teacher = train_teacher(train, args.teacher_epochs, functools.partial(progress.advance, task))
         train.teacher, train.teacher_features = teacher(train.images)
@@ -449,8 +374,7 @@ def main():
     draw(args.output / "distill_digits.png", results, methods, teacher_accuracy, args)
     numbers = {"arguments": vars(args) | {"output": str(args.output)}, "settings": settings}
     numbers |= {"teacher_accuracy": teacher_accuracy, "students": results}
-    (args.output / "distill_digits.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    console.print(f"Figure and numbers: {args.output}/distill_digits.png and .json", soft_wrap=True)
+    write_numbers(console, args.output, "distill_digits", numbers)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,8 @@ an eighth of the training interactions, scores on them, and leaves the test inte
 """
 
 import argparse
-import contextlib
 import copy
 import functools
-import json
 import math
 import statistics
 import time
@@ -39,16 +37,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
+from command_line import POSITIVE, WEIGHT, WHOLE, make_folder, number, print_settings, show_progress, write_numbers
 from recommender_data import hold_out, make_synthetic, read_movielens
 from recommender_models import FACTORS, FactorizationMachine, Features, Output, WideAndDeep
+from recommender_report import draw, print_results, rank_metrics
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
-from rich.table import Table
 
 import fastkd
 
-TOP = 10  # of the ranking that is scored
 BATCH_USERS, SAMPLED_ITEMS = 128, 256  # that a batch relates
 TEACHER_SEED = 10_000  # away from the students' 0, 1, 2, ...
 TEACHER_LEARNING_RATE, LEARNING_RATE = 3e-3, 1e-2
@@ -95,24 +91,6 @@ class Catalogue:
 
     def metrics(self, scores):
         return rank_metrics(scores.masked_fill(self.train, -math.inf), self.test)
-
-
-def rank_metrics(scores, relevant):
-    """NDCG and recall of the first TOP items, and the mean reciprocal rank of the first relevant one.
-
-    Recall is the share of min(TOP, number of relevant items) that is found, so that a perfect ranking has 1 in all.
-    Users without a relevant item do not count.
-    """
-    rows = relevant.any(1)
-    order = scores[rows].argsort(1, descending=True)
-    found = relevant[rows].gather(1, order).float()
-    top = min(TOP, found.shape[1])
-    possible = relevant[rows].sum(1).clamp(max=top)
-    discounts = 1 / torch.log2(torch.arange(top) + 2.0)
-    ndcg = found[:, :top] @ discounts / discounts.cumsum(0)[possible - 1]
-    recall = found[:, :top].sum(1) / possible
-    first = found.argmax(1) + 1.0
-    return {"ndcg": ndcg.mean().item(), "recall": recall.mean().item(), "mrr": (1 / first).mean().item()}
 
 
 def candidates(output, batch):
@@ -269,122 +247,24 @@ def describe(args, data, catalogue):
     }
 
 
-def show(value):
-    return f"{value['mean']:.4f}" if value["sd"] is None else f"{value['mean']:.4f} ± {value['sd']:.4f}"
-
-
-def compare(result, alone):
-    """How a method's NDCG differs from the student's that learns alone, and whether the seeds agree on it."""
-    pairs = zip(result["ndcg_per_seed_and_epoch"], alone["ndcg_per_seed_and_epoch"], strict=True)
-    differences = [theirs[-1] - own[-1] for theirs, own in pairs]
-    better, seeds = sum(d > 0 for d in differences), len(differences)
-    verdict = {seeds: "it helps", 0: "it does not help"}.get(better, "the seeds do not agree that it helps")
-    if seeds == 1:
-        verdict = "one seed proves nothing"
-    return f"{statistics.mean(differences):+.4f} (better in {better} of {seeds} seeds: {verdict})"
-
-
-def print_results(console, popularity, results, teacher, args):
-    """The table, and what it says about where the gain comes from."""
-    part = "validation" if args.validation else "test"
-    table = Table(
-        title=f"Whole catalogue, {part} interactions, students after {args.epochs} epochs, {args.seeds} seeds"
-    )
-    table.add_column("model")
-    for column in (f"NDCG@{TOP}", f"recall@{TOP}", "MRR"):
-        table.add_column(column + ("\nmean ± sd" if args.seeds > 1 else ""), justify="right", no_wrap=True)
-    for result in (popularity, *results, teacher):
-        table.add_row(result["method"], *(show(result[metric]) for metric in ("ndcg", "recall", "mrr")))
-    console.print(table)
-    alone, *taught = results
-    sentences = [f"{result['method'][2:]}: {compare(result, alone)}" for result in taught]
-    ahead = teacher["ndcg"]["mean"] - alone["ndcg"]["mean"]
-    best = max(taught, key=lambda result: result["ndcg"]["mean"])
-    gain = best["ndcg"]["mean"] - alone["ndcg"]["mean"]
-    gap = f"The teacher's NDCG@{TOP} is {ahead:+.4f} beside that of the student alone"
-    if ahead > 0 and gain > 0:
-        gap += f", and the best taught student ({best['method'][2:]}) makes up {100 * gain / ahead:.0f} % of that"
-    console.print(
-        f"NDCG@{TOP} beside the student alone, of the teacher's "
-        + "; ".join(sentences)
-        + f". {gap}. Users' distances and items' neighbours are those of the embeddings of the deep part: what the "
-        "wide part knows is only in the scores.",
-        highlight=False,
-    )
-
-
-def draw(path, popularity, results, teacher, methods, args):
-    """NDCG over the epochs, and at the end."""
-    figure = Figure(figsize=(13, 5), layout="constrained")
-    curves, bars = figure.subplots(1, 2, width_ratios=(3, 2))
-    epochs = range(1, args.epochs + 1)
-    for row, (method, result) in enumerate(zip(methods, results, strict=True)):
-        seeds = torch.tensor(result["ndcg_per_seed_and_epoch"])
-        mean, sd = seeds.mean(0), seeds.std(0, correction=min(1, args.seeds - 1))
-        curves.plot(epochs, mean, color=method.color, label=method.name, linewidth=2)
-        curves.fill_between(epochs, mean - sd, mean + sd, color=method.color, alpha=0.15, linewidth=0)
-        bars.barh(row, mean[-1], xerr=sd[-1], color=method.color, alpha=0.5, capsize=4)
-        label = bars.text(0.02, row, show(result["ndcg"]), transform=bars.get_yaxis_transform(), va="center")
-        label.set_bbox({"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 2})
-    lines = ((teacher, "#cc79a7", "-"), (popularity, "black", ":"))
-    everything = [result["ndcg"] for result in (popularity, *results, teacher)]
-    low = math.floor(100 * min(value["mean"] for value in everything)) / 100
-    high = max(value["mean"] + (value["sd"] or 0) for value in everything)
-    for result, color, line in lines:
-        value = result["ndcg"]["mean"]
-        curves.axhline(value, color=color, linestyle=line, linewidth=2, label=f"{result['method']}, {value:.4f}")
-        bars.axvline(value, color=color, linestyle=line, linewidth=2)
-    curves.set(title="Over the epochs", xlabel="epoch", ylabel=f"NDCG@{TOP}, mean ± sd of {args.seeds} seeds")
-    curves.set(xlim=(1, max(2, args.epochs)))
-    curves.xaxis.get_major_locator().set_params(integer=True)
-    curves.autoscale(axis="y")  # the horizontal lines are inside too
-    curves.legend(loc="lower right")
-    curves.grid(alpha=0.3)
-    bars.set(
-        title=f"After epoch {args.epochs}",
-        xlabel=f"NDCG@{TOP}, axis from {low:g}",
-        xlim=(low, low + 1.1 * (high - low)),
-    )
-    bars.set_yticks(range(len(methods)), [method.name for method in methods])
-    bars.invert_yaxis()
-    name = "MovieLens 100K" if args.data else "synthetic interactions"
-    figure.suptitle(f"Distillation of a recommender, {name}: a wide-and-deep teacher, factorization machines")
-    figure.savefig(path, dpi=130)
-
-
-def number(kind, accepts, wanted):
-    """An argparse type that says in a sentence what it wants."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if accepts(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{wanted} wanted, got {text!r}")
-
-    return parse
-
-
 def parse_arguments():
     """The arguments, and the data they choose."""
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    whole = number(int, lambda x: x > 0, "a whole number above 0")
     some = number(int, lambda x: x >= 100, "a whole number of at least 100")
-    positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
-    weight = number(float, lambda x: 0 <= x < math.inf, "a finite number of at least 0")
     parser.add_argument(
         "--data", type=Path, default=argparse.SUPPRESS, help="a folder of MovieLens 100K: u.data, u.user, u.item"
     )
     parser.add_argument("--users", type=some, default=argparse.SUPPRESS, help="of the synthetic data (default: 2000)")
     parser.add_argument("--items", type=some, default=argparse.SUPPRESS, help="of the synthetic data (default: 1000)")
-    parser.add_argument("--epochs", type=whole, default=20, help="of each student")
-    parser.add_argument("--teacher-epochs", type=whole, default=20, help="of the teacher")
-    parser.add_argument("--seeds", type=whole, default=5, help="how many times the students are trained")
-    parser.add_argument("--temperature", type=positive, default=1.0, help="softens student and teacher")
-    parser.add_argument("--hard-weight", type=weight, default=0.3, help="of the interactions, beside the scores")
-    parser.add_argument("--soft-weight", type=weight, default=0.7, help="of the divergence from the teacher's scores")
-    parser.add_argument("--user-weight", type=weight, default=0.03, help="of the distances between users")
-    parser.add_argument("--item-weight", type=weight, default=0.1, help="of the divergence of items' similarities")
+    parser.add_argument("--epochs", type=WHOLE, default=20, help="of each student")
+    parser.add_argument("--teacher-epochs", type=WHOLE, default=20, help="of the teacher")
+    parser.add_argument("--seeds", type=WHOLE, default=5, help="how many times the students are trained")
+    parser.add_argument("--temperature", type=POSITIVE, default=1.0, help="softens student and teacher")
+    parser.add_argument("--hard-weight", type=WEIGHT, default=0.3, help="of the interactions, beside the scores")
+    parser.add_argument("--soft-weight", type=WEIGHT, default=0.7, help="of the divergence from the teacher's scores")
+    parser.add_argument("--user-weight", type=WEIGHT, default=0.03, help="of the distances between users")
+    parser.add_argument("--item-weight", type=WEIGHT, default=0.1, help="of the divergence of items' similarities")
     parser.add_argument("--validation", action="store_true", help="score on a part of the training interactions")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()
@@ -399,10 +279,7 @@ def parse_arguments():
         data = read_movielens(args.data) if args.data else make_synthetic(args.users, args.items)
     except (OSError, ValueError) as error:
         parser.error(f"--data: {error}")
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: {args.output} cannot be made a folder: {error.strerror}")
+    make_folder(parser, args)
     return args, data
 
 
@@ -414,12 +291,9 @@ def main():
         train, test = hold_out(train, 0.125, seed=1)
     catalogue, methods = Catalogue(data, train, test), make_methods(args)
     settings = describe(args, data, catalogue)
-    grid = Table.grid(padding=(0, 2))
-    for setting in settings.items():
-        grid.add_row(*setting)
     console = Console()
-    console.print(grid)
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), console=console) as progress:
+    print_settings(console, settings)
+    with show_progress(console) as progress:
         task = progress.add_task("teacher epochs", total=args.teacher_epochs)
         teacher = train_teacher(catalogue, args.teacher_epochs, functools.partial(progress.advance, task))
         task = progress.add_task("student epochs", total=args.seeds * args.epochs)
@@ -432,8 +306,7 @@ def main():
     draw(args.output / "distill_recommender.png", popularity, results, taught_by, methods, args)
     numbers = {"arguments": vars(args) | {"output": str(args.output), "data": args.data and str(args.data)}}
     numbers |= {"settings": settings, "popularity": popularity, "students": results, "teacher": taught_by}
-    (args.output / "distill_recommender.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    console.print(f"Figure and numbers: {args.output}/distill_recommender.png and .json", soft_wrap=True)
+    write_numbers(console, args.output, "distill_recommender", numbers)
 
 
 if __name__ == "__main__":

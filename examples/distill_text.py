@@ -25,10 +25,8 @@ and margin were chosen by hand, on sentences held out of the training ones in th
 """
 
 import argparse
-import contextlib
 import copy
 import functools
-import json
 import math
 import os
 import statistics
@@ -39,12 +37,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
+from command_line import (
+    POSITIVE,
+    WHOLE,
+    choose_device,
+    make_folder,
+    number,
+    print_settings,
+    show_progress,
+    write_numbers,
+)
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress
-from rich.table import Table
-from scipy.stats import spearmanr
 from sentences import read_sentences
+from text_report import chance, draw, print_results, rank_correlation, recall
 from torch import nn
 
 import fastkd
@@ -54,7 +59,6 @@ TOKENS, PADDING = 48, 0  # of a sentence at most; the tokenizer's number
 HELD_OUT = 8  # one sentence in so many
 TOO_ALIKE = 0.9  # the teacher's cosine from which two sentences are nearly the same
 SPLIT_SEED = 10_000  # away from the students' 0, 1, 2, ...
-NEIGHBOURS = 10
 ENCODED = 128  # sentences at once, where nothing learns
 BUCKET = 16  # batches that are dealt out of sentences sorted by length
 WARM_UP_STEPS = 10  # whose times do not count
@@ -206,23 +210,6 @@ def batches(texts, size, generator):
     return [dealt[at] for at in torch.randperm(len(dealt), generator=generator)]
 
 
-def neighbours(embeddings):
-    return (embeddings @ embeddings.T).fill_diagonal_(-math.inf).topk(NEIGHBOURS).indices
-
-
-def recall(embeddings, teacher):
-    """The share of the teacher's nearest neighbours that are the student's too."""
-    found = neighbours(embeddings)[:, :, None] == neighbours(teacher)[:, None]
-    return found.any(1).float().mean().item()
-
-
-def rank_correlation(embeddings, teacher):
-    """Spearman's, of the cosine similarities of all pairs."""
-    first, second = torch.triu_indices(len(teacher), len(teacher), 1)
-    student, teacher = ((x @ x.T)[first, second].cpu() for x in (embeddings, teacher))
-    return spearmanr(student, teacher).statistic.item()
-
-
 class Run:
     """One student that learns by one method."""
 
@@ -301,11 +288,6 @@ def summarize(runs):
     return result
 
 
-def percent(result, measure):
-    mean, sd = result[f"{measure}_mean"], result[f"{measure}_sd"]
-    return f"{100 * mean:.1f}" if sd is None else f"{100 * mean:.1f} ± {100 * sd:.1f}"
-
-
 def describe(args, student, train, test):
     """What was chosen, for the reader of the table."""
     learned = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -326,116 +308,25 @@ def describe(args, student, train, test):
     }
 
 
-def chance(texts):
-    """The recall of neighbours that are drawn."""
-    return NEIGHBOURS / (len(texts.lengths) - 1)
-
-
-def print_results(console, results, args):
-    """The table, and what it says about what the losses bring."""
-    table = Table(title=f"Students after {args.epochs} epochs, {args.seeds} seeds")
-    table.add_column("student", no_wrap=True)
-    for column in ("width", f"recall@{NEIGHBOURS}\n%", "rank corr.\n%", "loss µs\n/ step", "all ms\n/ step"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for result, following in zip(results, [*results[1:], results[-1]], strict=True):
-        times = "-", "-"
-        if result["step_us_median"]:
-            times = f"{result['loss_us_median']:.0f}", f"{result['step_us_median'] / 1000:.1f}"
-        measures = percent(result, "recall"), percent(result, "rank_correlation")
-        table.add_row(
-            result["method"], str(result["width"]), *measures, *times, end_section=result["by"] != following["by"]
-        )
-    console.print(table)
-    untrained, alone, *taught = results
-
-    def best(measure, by):
-        result = max((r for r in taught if r["by"] == by), key=lambda r: r[f"{measure}_mean"])
-        return f"{percent(result, measure)} % by {by} ({result['method']})"
-
-    measures = {
-        "recall": f"Of the {NEIGHBOURS} nearest neighbours that a sentence has for the teacher, found again: ",
-        "rank_correlation": "The rank correlation of all similarities: ",
-    }
-    for measure, opening in measures.items():
-        alone_gain = alone[f"{measure}_mean"] - untrained[f"{measure}_mean"]
-        better = sum(r[f"{measure}_mean"] > max(x[f"{measure}_mean"] for x in (untrained, alone)) for r in taught)
-        console.print(
-            f"{opening}{percent(untrained, measure)} % by the untrained student, {100 * alone_gain:+.1f} points by "
-            f"learning alone; at best {best(measure, 'features')} and "
-            f"{best(measure, 'relations')}. {better} of {len(taught)} losses do better than no teacher.",
-            highlight=False,
-        )
-    shares = [100 * r["loss_us_median"] / r["step_us_median"] for r in taught]
-    console.print(
-        "Loss: the loss with its gradient to the embeddings and to the layer behind them, median; all: with the "
-        f"student and the optimizer. The losses take {min(shares):.1f} to {max(shares):.1f} % of a step.",
-        highlight=False,
-    )
-
-
-def draw(path, results, methods, chance, args):
-    """Both measures, a bar for each student."""
-    figure = Figure(figsize=(12, 5.5), layout="constrained")
-    measures = {
-        "recall": f"recall@{NEIGHBOURS} (%); dotted: by chance",
-        "rank_correlation": "rank correlation of all similarities (%)",
-    }
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
-        for row, (method, result) in enumerate(zip(methods, results, strict=True)):
-            mean, sd = 100 * result[f"{measure}_mean"], 100 * (result[f"{measure}_sd"] or 0)
-            axes.barh(row, mean, xerr=sd, color=method.color, alpha=0.5, capsize=4)
-            axes.text(0.02, row, percent(result, measure), transform=axes.get_yaxis_transform(), va="center")
-        axes.set_xlabel(label)
-    panels[0].axvline(100 * chance, color="black", linestyle=":")
-    panels[0].set_yticks(range(len(methods)), [method.name for method in methods])
-    panels[0].invert_yaxis()
-    figure.suptitle(
-        "Students beside their teacher, all-MiniLM-L6-v2, on held-out sentences: "
-        f"mean ± sd of {args.seeds} seeds, {args.epochs} epochs"
-    )
-    figure.savefig(path, dpi=130)
-
-
-def number(kind, accepts, wanted):
-    """An argparse type that says in a sentence what it wants."""
-
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if accepts(value := kind(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"{wanted} wanted, got {text!r}")
-
-    return parse
-
-
 def parse_arguments():
     formatter = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    whole = number(int, lambda x: x > 0, "a whole number above 0")
-    positive = number(float, lambda x: 0 < x < math.inf, "a finite number above 0")
     size = number(int, lambda x: 8 <= x <= 1000, "a whole number from 8 to 1000")
     many = number(int, lambda x: x >= 200, "a whole number of at least 200")
-    parser.add_argument("--epochs", type=whole, default=2, help="of each student")
-    parser.add_argument("--seeds", type=whole, default=3, help="how many times the students are trained")
+    parser.add_argument("--epochs", type=WHOLE, default=2, help="of each student")
+    parser.add_argument("--seeds", type=WHOLE, default=3, help="how many times the students are trained")
     parser.add_argument("--batch-size", type=size, default=64, help="sentences whose relations are compared")
     parser.add_argument("--sentences", type=many, default=12_000, help="at most so many, held-out ones included")
-    parser.add_argument("--learning-rate", type=positive, default=3e-3, help="Adam's, at its highest")
-    parser.add_argument("--temperature", type=positive, default=0.05, help="of the softmax over cosine similarities")
-    parser.add_argument("--margin", type=positive, default=0.2, help="of the relational triplet loss")
+    parser.add_argument("--learning-rate", type=POSITIVE, default=3e-3, help="Adam's, at its highest")
+    parser.add_argument("--temperature", type=POSITIVE, default=0.05, help="of the softmax over cosine similarities")
+    parser.add_argument("--margin", type=POSITIVE, default=0.2, help="of the relational triplet loss")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     parser.add_argument("--output", type=Path, default=Path("outputs"), help="folder of the figure and the numbers")
     args = parser.parse_args()
     if args.batch_size > args.sentences // 2:
         parser.error(f"--batch-size: at most half of --sentences wanted, {args.sentences // 2}, got {args.batch_size}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this PyTorch sees no CUDA device")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        args.output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--output: {args.output} cannot be made a folder: {error.strerror}")
+    choose_device(parser, args)
+    make_folder(parser, args)
     return args
 
 
@@ -444,18 +335,15 @@ def main():
     console = Console()
     tokenizer, words, teacher = load_teacher(args.device)
     texts, words = tokenize(tokenizer, args.sentences, args.device), narrow(words)
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), console=console) as progress:
+    with show_progress(console) as progress:
         task = progress.add_task("teacher batches", total=math.ceil(len(texts.lengths) / ENCODED))
         texts.teacher = encode(teacher, texts, functools.partial(progress.advance, task))
     torch.set_num_threads(min(torch.get_num_threads(), THREADS))
     train, test = split(texts)
     settings = describe(args, Student(words), train, test)
-    grid = Table.grid(padding=(0, 2))
-    for setting in settings.items():
-        grid.add_row(*setting)
-    console.print(grid)
+    print_settings(console, settings)
     methods = make_methods(args, train)
-    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), console=console) as progress:
+    with show_progress(console) as progress:
         total = args.seeds * args.epochs * (len(train.lengths) // args.batch_size)
         advance = functools.partial(progress.advance, progress.add_task("student steps", total=total))
         seeds = [train_students(seed, methods, words, train, test, args, advance) for seed in range(args.seeds)]
@@ -464,8 +352,7 @@ def main():
     draw(args.output / "distill_text.png", results, methods, chance(test), args)
     numbers = {"arguments": vars(args) | {"output": str(args.output)}, "settings": settings}
     numbers |= {"recall_by_chance": chance(test), "students": results}
-    (args.output / "distill_text.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    console.print(f"Figure and numbers: {args.output}/distill_text.png and .json", soft_wrap=True)
+    write_numbers(console, args.output, "distill_text", numbers)
 
 
 if __name__ == "__main__":
