@@ -1,9 +1,10 @@
 """DTensors: a loss of the whole batch from what each rank holds of it.
 
 Rows of logits and of features are independent, so that each rank computes those that it has, by the same function as
-without DTensors, and divides by what the whole batch has: the sum over ranks is the loss. Relations compare every
-sample with every other: their embeddings are whole on every rank. The student's placements decide; whatever stands
-beside it is brought to them. A plain tensor beside DTensors counts as whole, the same on every rank.
+without DTensors, and divides by what the whole batch has: the sum over ranks is the loss. Where one dimension of the
+mesh splits the classes of logits, its ranks are the group of ops/group.py. Relations compare every sample with every
+other: their embeddings are whole on every rank. The student's placements decide; whatever stands beside it is brought
+to them. A plain tensor beside DTensors counts as whole, the same on every rank.
 
 ``item()`` of a ``Partial`` returns the summand of one rank, so that losses are summed here. The gradient of what is
 replicated is summed over those ranks alone that split the batch: a projector's is, and a replicated student's is not.
@@ -23,7 +24,7 @@ from ._dtypes import compute_dtype
 from ._inplace import overwritten
 from ._layouts import _GATHER, _dtensor, _first, _is_plain, _is_split, _layout, _list, _local, _mesh, _whole
 
-_CLASSES = f"group= will take classes that are split, once it is there; until then {_GATHER}"
+_CLASSES = f"Classes may be split by one dimension of the mesh, on both sides alike; else {_GATHER}"
 _OTHERS = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
 
 
@@ -168,10 +169,18 @@ def _share_of_rows(mesh, options, local, here, rows):
     return counts.sum().double() / (count.clamp(min=1) if isinstance(count, torch.Tensor) else count)
 
 
+def _splits_classes(x, dim):
+    """Which dimension of the mesh splits the classes of a tensor, None where none does, or more than one."""
+    placements = getattr(x, "placements", ())
+    found = [i for i, p in enumerate(placements) if _is_split(p) and p.dim % x.dim() == dim % x.dim()]
+    return found[0] if len(found) == 1 and type(placements[found[0]]) is _dtensor().Shard else None
+
+
 def logits_loss(again, divergence, student, teacher, options, dim):
     """again: the function that computes it of plain tensors; the other arguments are its own."""
+    over = _splits_classes(student, dim)
     for name, x in (("student", student), ("teacher", teacher)):
-        if isinstance(x, torch.Tensor) and x.dim():
+        if isinstance(x, torch.Tensor) and x.dim() and not (over is not None and _splits_classes(x, dim) == over):
             rows = [d for d in range(x.dim()) if d != dim % x.dim()]
             _refuse_split(name, x, rows, "all classes of a row", "classes", _CLASSES)
     if dim != -1:
@@ -181,10 +190,13 @@ def logits_loss(again, divergence, student, teacher, options, dim):
     parameters = dict(zip(("parameter", "second"), parameters_of(divergence), strict=False))
     per_row |= {entry.name: getattr(options, field) for field, entry in parameters.items()}
     mesh = _mesh(student=student, teacher=teacher, **per_row, normalizer=options.normalizer)
-    layout = _layout(mesh, student)
+    of_logits = layout = _layout(mesh, student)
+    if over is not None:
+        layout = layout.whole_over(over)
+        options = options._replace(group=mesh.get_group(over))
     options = options._replace(normalizer=_plain(options.normalizer))
     with _explained(student, teacher=teacher, **per_row):
-        _check.logits_loss(student, teacher, options._replace(inplace=False), dim)
+        _check.logits_loss(student, teacher, options._replace(inplace=False, group=None), dim)
         for field, entry in parameters.items():
             _check.parameter(entry, getattr(options, field), student)
     rows = student.shape[:-1]
@@ -196,8 +208,8 @@ def logits_loss(again, divergence, student, teacher, options, dim):
         classes = student.shape[-1] if options.num_classes is None else options.num_classes
         each = classes if options.reduction == "mean" else 1
         options = options._replace(normalizer=_count(mesh, _rows_that_count(mesh, options), rows) * each)
-    here = _student_here(mesh, layout, student, options.inplace)
-    loss = again(divergence, here, _local(teacher, layout), options._replace(**local))
+    here = _student_here(mesh, of_logits, student, options.inplace)
+    loss = again(divergence, here, _local(teacher, of_logits), options._replace(**local))
     if options.return_parts:
         loss, means = loss
         if any(layout.split):  # of the rows here

@@ -51,6 +51,10 @@ class _Layout(NamedTuple):
     def replicated(self):
         return self._replace(placements=(_dtensor().Replicate(),) * len(self.placements))
 
+    def whole_over(self, at):
+        """The same, but for a dimension of the mesh, on all of whose ranks it is whole."""
+        return self._replace(placements=(*self.placements[:at], _dtensor().Replicate(), *self.placements[at + 1 :]))
+
     def pending(self):
         """Of what is a sum over the ranks that split this."""
         kinds = _dtensor()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from . import _calls, _divergences
+from . import _divergences, _schemas
 
 _libraries = []  # a definition lasts as long as its library
 
@@ -14,14 +14,14 @@ def define(namespace):
     """Defines the ops once more, for another implementation. Here and not in C++: Triton's need no
     compiled library."""
     library = torch.library.Library(namespace, "DEF")
-    for schema in _calls.EVERYWHERE:
+    for schema in _schemas.EVERYWHERE:
         library.define(schema)
     _libraries.append(library)
     return library
 
 
 fastkd = define("fastkd")
-for _schema in (*_calls.ONCE, *_calls.IN_PYTHON):
+for _schema in (*_schemas.ONCE, *_schemas.IN_PYTHON):
     fastkd.define(_schema)
 
 FOLDER = Path(__file__).parent / "lib"
@@ -41,7 +41,7 @@ def _load(name):
         built = calls()
     except NotImplementedError:  # it is older than this question
         built = ""
-    if built != f"{_calls.digest()},{_divergences.digest()}":
+    if built != f"{_schemas.digest()},{_divergences.digest()}":
         return f"{path.name} was built from other sources than fastkd's Python"
     return ""
 

@@ -41,6 +41,12 @@ def refuse(name: str, x: torch.Tensor) -> None:
         )
 
 
+def refuse_all(name: str, x: torch.Tensor, why: str) -> None:
+    """Raises where an argument takes part in a transform, whatever computes it."""
+    if transform := _transform_of(x):
+        raise RuntimeError(f"{name}: fastkd has no {transform} {why}")
+
+
 def refuse_forward_mode(name: str, x: torch.Tensor) -> None:
     """Raises where PyTorch itself has no forward mode for what plain PyTorch computes."""
     transform = _transform_of(x)

@@ -1,10 +1,15 @@
 """The types that several signatures name."""
 
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from torch import Tensor
 
 from .forms import LinearLogits, Probabilities, TopKLogProbs
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+else:  # a torch that was built without it has none
+    ProcessGroup = Any
 
 # What a loss of logits compares.
 Logits: TypeAlias = Tensor | LinearLogits

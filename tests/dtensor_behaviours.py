@@ -31,18 +31,86 @@ class Behaviours:
         with pytest.raises(ValueError, match=words):
             function(*arguments, **options)
 
-    def classes_that_are_split_are_an_error_that_names_group(self):
+    def classes_that_the_teacher_alone_splits_are_an_error(self):
         from torch.distributed.tensor import Shard
 
         whole, split = self.of(self.student, self.whole), self.of(self.student, [Shard(-1)])
         for loss in ("kl_div", "reverse_kl_div", "js_div", "soft_cross_entropy"):
             function = getattr(functional, loss)
-            self.raises(r"^student: .*classes that are split over ranks.*group=.*full_tensor", function, split, whole)
-            self.raises(r"^teacher: .*classes that are split over ranks.*group=.*full_tensor", function, whole, split)
+            self.raises(r"^teacher: .*classes that are split over ranks.*full_tensor", function, whole, split)
             maps = self.of(self.student, [Shard(1)])
             self.raises(
-                r"^student: .*classes that are split.*Shard\(dim=1\)", functools.partial(function, dim=1), maps, maps
+                r"^teacher: .*classes that are split.*Shard\(dim=1\)", functools.partial(function, dim=1), whole, maps
             )
+
+    def _of_classes(self, function, student, teacher, dim, **options):
+        """Loss and gradient of whole tensors, of DTensors whose classes are split, and of shards with a group."""
+        from torch.distributed.tensor import Shard
+
+        chunks = [x.chunk(2, dim)[dist.get_rank()].contiguous() for x in (student, teacher)]
+        split = [self.of(x, [Shard(dim)]) for x in (student, teacher)]
+        cases = (
+            (student, teacher, {}),
+            (*split, {}),
+            (split[0], teacher, {}),
+            (*chunks, {"group": self.mesh.get_group()}),
+        )
+        for logits, beside, more in cases:
+            x = logits.detach().clone().requires_grad_()
+            loss = function(x, beside, dim=dim, **options, **more)
+            (loss if loss.dim() == 0 else (loss * torch.ones_like(loss).cumsum(0)).sum()).backward()
+            grad = x.grad
+            if grad.shape != student.shape:  # of a chunk
+                parts = [None, None]
+                dist.all_gather_object(parts, grad)
+                grad = torch.cat(parts, dim)
+            yield whole(loss).detach(), whole(grad)
+
+    def classes_that_are_split_by_ranks(self):
+        """By a group, and by DTensors, which find theirs themselves: uneven shards, both backends, all kinds of losses."""
+        target = torch.arange(15).view(5, 3) % 7
+        losses = {
+            "kl_div": {},
+            "js_div": {"beta": 0.3},
+            "negative_log_acceptance": {},
+            "kd_loss": {"target": target, "label_smoothing": 0.1},
+        }
+        student, teacher = torch.randn(5, 3, 7), torch.randn(5, 3, 7)
+        for backend in ("cpu", "torch"):
+            for name, options in losses.items():
+                for reduction in ("none", "batchmean"):
+                    with fastkd.backend(backend):
+                        function = functools.partial(getattr(functional, name), temperature=2.0, reduction=reduction)
+                        (loss, grad), *others = self._of_classes(function, student, teacher, 2, **options)
+                    for other, other_grad in others:
+                        torch.testing.assert_close(other, loss)
+                        torch.testing.assert_close(other_grad, grad)
+        (loss, grad), *others = self._of_classes(functional.kl_div, student, teacher, 1)  # maps
+        for other, other_grad in others:
+            torch.testing.assert_close(other, loss)
+            torch.testing.assert_close(other_grad, grad)
+
+    def what_does_not_go_with_classes_that_are_split(self):
+        from torch.distributed.tensor import Shard
+
+        split, group = self.of(self.student, [Shard(-1)]), self.mesh.get_group()
+        target = torch.zeros(5, 3, dtype=torch.int64)
+        for loss in (functional.dkd_loss, functional.nkd_loss):
+            self.raises("^group: not with .*gather the classes", loss, split, split, target)
+        self.raises("^group: not with adaptive_kl_div", functional.adaptive_kl_div, split, split)
+        self.raises("^standardize: ", functional.kl_div, split, split, standardize=True)
+        self.raises("^student: a plain tensor of logits", functional.kl_div, split, self.teacher, group=group)
+        form = fastkd.LinearLogits(torch.randn(5, 3, 6), torch.randn(8, 6))
+        self.raises(
+            "^student: a plain tensor of logits.*LinearLogits", functional.kl_div, form, self.teacher, group=group
+        )
+        with pytest.raises(TypeError, match=r"^group: a torch.distributed.ProcessGroup wanted, got str"):
+            fastkd.KLDivLoss(group="tensor parallel")
+        with pytest.raises(TypeError, match=r"^group: a torch.distributed.ProcessGroup wanted, got int"):
+            functional.kl_div(self.student, self.teacher, group=1)
+        module = fastkd.KDLoss(group=group)
+        loss = module(self.student, self.teacher, target)
+        torch.testing.assert_close(loss, functional.kd_loss(self.student, self.teacher, target, group=group))
 
     def rows_or_classes_that_are_split_are_an_error_of_dist_loss(self):
         from torch.distributed.tensor import Shard

@@ -38,6 +38,7 @@ LINEAR = "tests/test_linear_logits.py tests/test_linear_logits_errors.py"
 TOP_K = "tests/test_top_k.py tests/test_top_k_ignore.py tests/test_top_k_errors.py"
 PROBABILITIES = "tests/test_probabilities.py tests/test_probabilities_errors.py"
 TARGETS = "tests/test_targets.py"
+GROUP = "tests/test_group.py"
 PARTED = "tests/test_parted_targets.py"
 BEYOND = "tests/test_beyond_kl.py"
 RELATIONS = "tests/test_relations.py tests/test_relations_gradients.py tests/test_row_options.py"
@@ -76,7 +77,7 @@ MUTATIONS = [
     Mutation("cpu parts: an entropy without the logarithm of its sum", "csrc/cpu/rows_parts.cpp",
              "std::log(sum) + terms * inv_temperature / sum", "terms * inv_temperature / sum", PARTS),
     Mutation("cpu parts: of equal classes the last is the best", "csrc/cpu/rows_parts.cpp",
-             "if (best >= 0) return;", "if (false) return;", PARTS),
+             "const T* z = load_block(logits, row, chunk, n, buffer);\n    for (int64_t i = 0; i < n; ++i) {\n      if (z[i]", "const T* z = load_block(logits, row, chunk, n, buffer);\n    for (int64_t i = n - 1; i >= 0; --i) {\n      if (z[i]", PARTS),
     Mutation("cpu parts: the soft part without T^2", "csrc/cpu/rows_lanes.h",
              "P.parts[row].soft = soft * squared(P, row);", "P.parts[row].soft = soft;", PARTS),
     Mutation("python parts: a soft part of weight 0 is what the kernels leave", "fastkd/ops/rows.py",
@@ -136,7 +137,7 @@ MUTATIONS = [
     Mutation("cpu dist: a chunk begins again in every group of rows", "csrc/cpu/dist_kernel.cpp",
              "chunk.count + i == 0, chunk)", "i == 0, chunk)", DIST),
     Mutation("cpu rows: a masked row has the gradient that its memory held", "csrc/cpu/rows_kernel.cpp",
-             "if (P.stats) P.stats[row] = {};\n      zero_grad(P, row, 0, blocks);", "if (P.stats) P.stats[row] = {};", ROWS),
+             "      zero_grad(P, row, 0, blocks);\n      continue;", "      continue;", ROWS),
     Mutation("cpu rows: a student without a class has a finite loss", "csrc/cpu/rows_kernel.cpp",
              "if (stats.sum_student == 0) loss = kInf<double>;", "", ROWS),
     Mutation("cpu lanes: runs but the first are not computed", "csrc/cpu/rows_groups.h",
@@ -160,7 +161,7 @@ MUTATIONS = [
     Mutation("cpu samples: a row's own weight is that of all its pairs", "csrc/cpu/samples_kernel.cpp",
              "v = kWeighted ? half_i + half[j] : T(1)", "v = kWeighted ? 2 * half_i : T(1)", RELATIONS + " tests/test_gram.py"),
     Mutation("cpu samples: similarity's gradient goes to one side", "csrc/cpu/samples.cpp",
-             "if (in_.save) symmetrize(G);", "", RELATIONS),
+             "if (in_.save) symmetrize(G, N_);", "", RELATIONS),
     Mutation("cpu samples: sums of similarities have no gradient", "csrc/cpu/samples.cpp",
              "kernel_.subtract(G + i * N_, N_, q[i], q.data());", "(void)q;", RELATIONS + " tests/test_pkt.py"),
     Mutation("cpu samples: the length of a row has no gradient", "csrc/cpu/samples_kernel.cpp",
@@ -199,8 +200,8 @@ MUTATIONS = [
     Mutation("cuda targets: smoothed labels of classes that are not there", "csrc/cuda/rows_targets.cuh",
              "hard.logits += i < count ? s[i] - sums.max_student : T(0);", "hard.logits += s[i] - sums.max_student;", TARGETS),
     Mutation("cuda targets: a row without a soft gradient has none at all", "csrc/cuda/rows_split.cuh",
-             "if (write) hard_grad<kParted>(P, L, slice.begin, slice.end, slice.edges, rank, threads, &hard);",
-             "if (write) hard_grad<kParted, S, U, T>(P, L, slice.begin, slice.end, slice.edges, rank, threads, nullptr);", TARGETS),
+             "if (write) hard_grad<kParted>(P, L, slice.begin + rank, slice.end, threads, slice.edge, slice.edge_step, &hard);",
+             "if (write) hard_grad<kParted, S, U, T>(P, L, slice.begin + rank, slice.end, threads, slice.edge, slice.edge_step, nullptr);", TARGETS),
     Mutation("cuda lanes: a warp's classes past those that are kept are the first ones", "csrc/cuda/rows_lanes.cuh",
              ": reinterpret_cast<const From*>(p);", ": reinterpret_cast<const From*>(room) + threadIdx.x;", ROWS),
     Mutation("cuda rows: of several blocks a row the mask is not asked", "csrc/cuda/rows_split.cuh",
@@ -246,6 +247,24 @@ MUTATIONS = [
     Mutation("binding: an upstream gradient multiplies once more when a graph is retained", "fastkd/ops/gradient.py",
              "    if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward\n        return [grad * upstream for grad in grads]\n",
              "", ROWS),
+    # classes that are split over ranks
+    Mutation("group: sums of the ranks have their own maxima", "fastkd/ops/group.py",
+             "factors = torch.exp((maximum - top) * inv_temperature)", "factors = torch.ones_like(maximum)", GROUP),
+    Mutation("group: the target of another rank counts here", "fastkd/ops/group.py",
+             "target = torch.where((target >= 0) & (target < V), target, -1)", "target = target.clamp(0, max(V - 1, 0))", GROUP),
+    Mutation("group: every rank adds the teacher's log sum", "fastkd/ops/group.py",
+             "if entry.teacher_entropy and ranks.rank == 0:", "if entry.teacher_entropy:", GROUP),
+    Mutation("cpu phases: a block's entropy has its own maximum", "csrc/cpu/rows.cpp",
+             "std::exp(below * inv_temperature) / stats.sum_teacher;", "1 / stats.sum_teacher;", GROUP),
+    Mutation("cuda phases: only those that are split count in the entropy", "csrc/cuda/rows_split.cuh",
+             "      add_entropy<D>(P, t, softmax, r, sums);\n", "", GROUP),
+    Mutation("cuda targets: labels are smoothed over the classes that are here", "csrc/cuda/rows_targets.cuh",
+             "T(P.hard.smoothing) / T(P.hard.classes)", "T(P.hard.smoothing) / T(P.V)", GROUP),
+    Mutation("triton targets: labels are smoothed over the classes that are here", "fastkd/triton/rows_targets.py",
+             "(smoothing / in_all)", "(smoothing / V)", GROUP),
+    Mutation("cpu relation_kl: keys have lost a mean that the gradient does not know", "csrc/cpu/relation_kl_few.cpp",
+             "kernel.add(grad + i * D, student.mean.data(), D, T(kernel.sum(W + i * N_, N_)));", "(void)kernel;",
+             "tests/test_relation_kl.py"),
     # checks
     Mutation("check: a temperature of 0", "fastkd/_check/arguments.py",
              "if not 0 < value <= sys.float_info.max:  # false for NaN", "if not 0 <= value <= sys.float_info.max:  # false for NaN", "tests/test_errors.py"),

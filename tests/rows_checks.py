@@ -72,11 +72,12 @@ def right(name, student, teacher, **options):
 SKEWED = 5  # js_div at beta = 0.1: its two terms, and log(m / p), are 1 / beta times what they leave
 
 
-def check(name, case, dtype, reduction, plain_pytorch):
+def check(name, case, dtype, reduction, plain_pytorch, loss_function=None):
+    loss_function = loss_function or cases.LOSSES[name]
     student, teacher, options = case.inputs(dtype)
     if reduction == "none":
         options.pop("normalizer", None)
-    loss, grad = run(cases.LOSSES[name], student, teacher, reduction=reduction, **options)
+    loss, grad = run(loss_function, student, teacher, reduction=reduction, **options)
     loss_ref, grad_ref = right(name, student, teacher, reduction=reduction, **options)
 
     compute = reference.compute_dtype(student, teacher)

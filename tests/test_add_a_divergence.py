@@ -115,7 +115,7 @@ def built(tmp_path_factory):
     generated = folder / "generated"
     generated.mkdir()
     for script, argument, header in (
-        ("_calls.py", "", "calls.h"),
+        ("_schemas.py", "", "calls.h"),
         ("_divergences.py", "list", "divergence_list.h"),
         ("_divergences.py", "functors", "divergence_functors.h"),
     ):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastkd import _backend
-from fastkd._calls import DistCall, RowsCall, RowsForward
+from fastkd._calls import DistCall, RowsCall, RowsForward, RowsStatistics, RowsSums
 from fastkd._divergences import NON_TARGET, NUMBERS
 from fastkd._dtypes import compute_dtype
 from fastkd.ops import attention, dist, features, relations, rows, standardize
@@ -60,6 +60,13 @@ def op_calls(backend_name):
         ops.fwd(*call, *RowsForward(torch.empty(shape), None, stats))
         upstream = torch.rand(shape).reshape(-1)
         yield f"rows_bwd-{name}", ops.bwd, (*call, stats, upstream, torch.empty_like(student))
+        if call.target_loss == 0:
+            some = call if call.target is None else call._replace(target=call.target - 6)  # some of them elsewhere
+            if call.target is not None:
+                some = some._replace(target_numbers=as_tensor(0.3, 0.6, 0.1, 40.0))
+            sums = torch.empty(3, 4, 3, dtype=torch.float64)
+            yield f"rows_statistics-{name}", ops.statistics, (*some, *RowsStatistics(stats.clone()))
+            yield f"rows_sums-{name}", ops.sums, (*some, *RowsSums(stats, sums, torch.empty_like(student)))
     scale = torch.empty((), dtype=torch.float64)
     for name, counted in (("rows", (full.mask, None)), ("given", (full.mask, torch.tensor(5.0)))):
         yield f"inverse_divisor-{name}", ops.inverse_divisor, (*counted, 12, 20, scale)

@@ -194,7 +194,7 @@ def test_a_module_prints_its_options(function, module):
 def test_printed_options_in_full():
     assert repr(fastkd.JSDivLoss(beta=0.25)) == (
         "JSDivLoss(beta=0.25, temperature=1.0, teacher_temperature=None, t_squared=True, standardize=False, dim=-1, "
-        "num_classes=None, reduction='batchmean', inplace=False)"
+        "num_classes=None, reduction='batchmean', inplace=False, group=None)"
     )
     assert repr(fastkd.SimilarityPreservingLoss()) == "SimilarityPreservingLoss()"
 

@@ -78,6 +78,18 @@ def test_logits_move_in_128_bits(compiled_rows):
 
 
 @pytest.mark.gates
+def test_phases_stay_in_registers_and_move_in_128_bits(compiled):
+    """But for a row's numbers."""
+    for name, kernel, numbers in compiled:
+        if name.startswith("phase"):
+            assert numbers["registers"] <= REGISTERS, (name, kernel, numbers)
+            assert numbers["stack"] == 0, (name, kernel, numbers)
+            assert numbers["wide_loads"] >= 1, (name, kernel, numbers)
+            assert (numbers["wide_stores"] >= 1) == name.endswith("sums"), (name, kernel, numbers)
+            assert numbers["narrow_loads"] <= 5, (name, kernel, numbers)
+
+
+@pytest.mark.gates
 def test_standardized_logits_move_in_128_bits(compiled):
     """But for a row's three moments."""
     for name, kernel, numbers in compiled:

@@ -20,6 +20,7 @@ from triton_launches import (
     other_launches,
     other_standardize_launches,
     other_strip_launches,
+    phase_launches,
     relation_launches,
     standardize_launches,
     strip_launches,
@@ -54,6 +55,7 @@ def compile_for(target_name):
         pairs,
         pkt,
         rows,
+        rows_phases,
         scale,
         standardize,
         triplet,
@@ -79,7 +81,7 @@ def compile_for(target_name):
     triton.runtime.jit.JITFunction.run = compile_only
     calls = launches(rows, scale) | relation_launches(pairs, angles) | feature_launches(features, attention)
     calls |= strip_launches(pkt, triplet) | standardize_launches(standardize) | dist_launches(dist)
-    calls |= complement_launches(complement) | head_launches(head)
+    calls |= complement_launches(complement) | head_launches(head) | phase_launches(rows_phases)
     calls |= other_launches(rows) | other_feature_launches(features, attention)
     calls |= other_strip_launches(pkt, triplet) | other_standardize_launches(standardize)
     left_out = re.compile("|".join(LEFT_OUT[: LEFT_OUT_OF.get(target_name, len(LEFT_OUT))]) or "(?!)")

@@ -105,6 +105,33 @@ def other_launches(rows):
     return {f"other/{name}": functools.partial(*call) for name, call in calls.items()}
 
 
+def phase_launches(phases):
+    """The phases of the rows schedule by themselves: phase/dtype/V/call; and that they compile with targets and masks."""
+    calls = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        x, stats, sums = torch.empty(1, TILED, dtype=dtype), torch.empty(1, 7).double(), torch.empty(1, 3).double()
+        name, call = f"phase/{str(dtype)[6:]}/{TILED}", rows_call(x, x, KL_DIV)
+        calls[f"{name}/statistics"] = functools.partial(phases.rows_statistics, *call, stats)
+        calls[f"{name}/sums"] = functools.partial(phases.rows_sums, *call, stats, sums, torch.empty_like(x))
+    maps, stats, sums = (
+        torch.empty(2, 19, 5, 13).movedim(1, -1),
+        torch.empty(130, 7).double(),
+        torch.empty(130, 3).double(),
+    )
+    numbers = torch.tensor([0.3, 0.6, 0.1, 40.0], dtype=torch.float64)
+    targets = rows_call(
+        maps,
+        maps.double(),
+        JS_DIV,
+        mask=stats[:, 0] > 0,
+        target=torch.zeros(130, dtype=torch.int64),
+        target_numbers=numbers,
+    )
+    calls["other/phase/statistics"] = functools.partial(phases.rows_statistics, *targets, stats)
+    calls["other/phase/sums"] = functools.partial(phases.rows_sums, *targets, stats, sums, None)
+    return calls
+
+
 def standardize_launches(standardize):
     """Every kernel that standardizes logits: standardize/dtype/V/call."""
     calls = {}

@@ -5,6 +5,8 @@
 //   kValuesAtHand                    whether the host may read tensors without waiting
 //   forward(P, loss, per_row)        runs the schedule; loss: [] where not per_row
 //   backward(P)                      the gradient from P.stats
+//   statistics(P)                    P.stats of some of a row's classes
+//   sums(P)                          P.sums from P.stats, and the gradient where it is known by then
 //   inverse_divisor(in)              see fastkd/_calls.py
 #pragma once
 #include "common/rows_inputs.h"
@@ -59,16 +61,26 @@ struct RowsOps {
   // Targets out of range are an error where the host can look, and NaN where it cannot.
   static HardTargets hard_targets(const RowsCall& in, const bool* mask) {
     if (!in.target) return {};
-    const int64_t* target = per_row<int64_t>(in.target, in, ScalarType::Long, "target");
-    for (int64_t row = 0; Device::kValuesAtHand && row < number_of_rows(in); ++row) {
-      FASTKD_CHECK((mask && !mask[row]) || (target[row] >= 0 && target[row] < classes(in)),
-                   "target: classes from 0 to ", classes(in) - 1, " wanted, got ", target[row]);
+    const int64_t V = classes(in);
+    HardTargets hard{per_row<int64_t>(in.target, in, ScalarType::Long, "target"), TargetLoss(in.target_loss)};
+    hard.classes = double(V);
+    if (hard.parted()) {
+      hard.hard_weight = 1;
+    } else {
+      numbers_of(in, hard);
     }
-    if (const auto loss = TargetLoss(in.target_loss); loss != TargetLoss::kCrossEntropy) return {target, loss, 1, 1, 0};
+    for (int64_t row = 0; Device::kValuesAtHand && row < number_of_rows(in); ++row) {
+      FASTKD_CHECK((mask && !mask[row]) || hard.is_class(hard.target[row], V), "target: classes from 0 to ", V - 1,
+                   " wanted, got ", hard.target[row]);
+    }
+    return hard;
+  }
+
+  static void numbers_of(const RowsCall& in, HardTargets& hard) {
     const OptionalTensor& numbers = in.target_numbers;
     FASTKD_CHECK(numbers && numbers->is_cpu() && numbers->scalar_type() == ScalarType::Double &&
-                     numbers->numel() == 3 && numbers->is_contiguous(),
-                 "target_numbers: three numbers in float64 on the CPU wanted");
+                     (numbers->numel() == 3 || numbers->numel() == 4) && numbers->is_contiguous(),
+                 "target_numbers: three numbers or four in float64 on the CPU wanted");
     const double* number = static_cast<const double*>(numbers->const_data_ptr());
     const auto weight = [](const char* name, double x) {
       FASTKD_CHECK(x >= 0 && std::isfinite(x), name, ": a finite number of at least 0 wanted, got ", x);
@@ -76,7 +88,12 @@ struct RowsOps {
     weight("hard_weight", number[0]);
     weight("soft_weight", number[1]);
     FASTKD_CHECK(number[2] >= 0 && number[2] <= 1, "label_smoothing: a number from 0 to 1 wanted, got ", number[2]);
-    return {target, TargetLoss::kCrossEntropy, number[0], number[1], number[2]};
+    hard.hard_weight = number[0];
+    hard.soft_weight = number[1];
+    hard.smoothing = number[2];
+    if (numbers->numel() == 4) hard.classes = number[3];
+    FASTKD_CHECK(hard.classes >= double(classes(in)), "target_numbers: classes in all, not fewer than there are here, ",
+                 "wanted, got ", hard.classes);
   }
 
   static void check_grad(const Tensor& grad, const RowsCall& in) {
@@ -138,7 +155,10 @@ struct RowsOps {
   static void forward(StableIValue* stack, uint64_t, uint64_t) {
     Arguments arguments(stack);
     const auto in = RowsCall::read(arguments);
-    const auto out = RowsForward::read(arguments);
+    forward(in, RowsForward::read(arguments));
+  }
+
+  static void forward(const RowsCall& in, const RowsForward& out) {
     check_all(in);
     const bool per_row = out.loss.dim() > 0;
     FASTKD_CHECK(lies_dense(out.loss, in, per_row ? number_of_rows(in) : 1, computed_in(in)),
@@ -151,6 +171,7 @@ struct RowsOps {
       RowsParams<T> P = params<T>(in, out.grad);
       if (out.stats) P.stats = stats_data(*out.stats, in);
       if (out.parts) P.parts = parts_data(*out.parts, in);
+      FASTKD_CHECK(!in.target || P.hard.classes == double(P.V), "target_numbers: three wanted of whole rows");
       device.forward(P, out.loss, per_row);
     });
   }
@@ -174,6 +195,43 @@ struct RowsOps {
       P.upstream_stride = numel == 1 ? 0 : 1;
       if (N > 0) device.backward(P);
     });
+  }
+
+  static void statistics(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const auto in = RowsCall::read(arguments);
+    const auto out = RowsStatistics::read(arguments);
+    check_phase(in);
+    dispatch_compute(computed_in(in), [&](auto t) {
+      using T = decltype(t);
+      const Device device(in.student);
+      RowsParams<T> P = params<T>(in, {});
+      P.stats = stats_data(out.stats, in);
+      if (P.N > 0) device.statistics(P);
+    });
+  }
+
+  static void sums(StableIValue* stack, uint64_t, uint64_t) {
+    Arguments arguments(stack);
+    const auto in = RowsCall::read(arguments);
+    const auto rest = RowsSums::read(arguments);
+    check_phase(in);
+    if (rest.grad) check_grad(*rest.grad, in);
+    FASTKD_CHECK(lies_dense(rest.sums, in, 3 * number_of_rows(in), ScalarType::Double),
+                 "sums: a contiguous float64 tensor ", Device::kName, " with 3 elements per row wanted");
+    dispatch_compute(computed_in(in), [&](auto t) {
+      using T = decltype(t);
+      const Device device(in.student);
+      RowsParams<T> P = params<T>(in, rest.grad);
+      P.stats = stats_data(rest.stats, in);
+      P.sums = static_cast<RowSums*>(rest.sums.mutable_data_ptr());
+      if (P.N > 0) device.sums(P);
+    });
+  }
+
+  static void check_phase(const RowsCall& in) {
+    check_all(in);
+    FASTKD_CHECK(in.target_loss == 0, "target_loss: a phase by itself is not there for targets that are parted");
   }
 
   static void inverse_divisor(StableIValue* stack, uint64_t, uint64_t) {

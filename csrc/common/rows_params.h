@@ -38,8 +38,17 @@ struct HardTargets {
   const int64_t* target = nullptr;  // [N]; null: the divergence alone
   TargetLoss loss = TargetLoss::kCrossEntropy;
   double hard_weight = 0, soft_weight = 1, smoothing = 0;
+  double classes = 0;  // of a row in all, over which labels are smoothed; where more than V, others may have the target
+  FASTKD_HD bool is_class(int64_t of_row, int64_t V) const {
+    return of_row < V && (of_row >= 0 || classes > double(V));
+  }
   FASTKD_HD bool parted() const { return loss != TargetLoss::kCrossEntropy; }
   FASTKD_HD bool without_soft() const { return soft_weight == 0; }  // a part of weight 0 is left out, be it NaN
+};
+
+// What some of a row's classes have in its loss: see RowsSums in fastkd/_calls.py.
+struct RowSums {
+  double loss, slope, second;
 };
 
 // What is told of a row besides its loss, where it is asked for: both parts before they are weighed, the soft one with
@@ -69,6 +78,7 @@ struct RowsParams {
   const double* scale;      // the same in memory, where the host does not know it; or null
   T* loss;                  // [N]
   RowsStats* stats;         // [N], or null
+  RowSums* sums;            // [N], of classes whose row has P.stats; or null
   RowParts* parts;          // [N], or null
   bool stream;              // write the gradient past the caches
   bool prefetch;            // this row and the next fit the second-level cache

@@ -1,9 +1,12 @@
 // The rows ops on the CPU: deals rows or blocks to threads.
+#include "cpu/rows.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -144,6 +147,68 @@ void backward(const RowsParams<T>& P) {
   }
 }
 
+// f(workspace, row) of the rows that count; of the others statistics, sums and gradient are 0.
+template <class T, class F>
+void for_rows_in_phase(const RowsParams<T>& P, F&& f) {
+  const bool targets = P.hard.target != nullptr;
+  torch::stable::parallel_for(0, P.N, row_grain(P.V), [&](int64_t begin, int64_t end) {
+    const RowsWorkspace<T> W(scratch(RowsWorkspace<T>::bytes(P.V, targets)), P.V, targets);
+    for (int64_t row = begin; row < end; ++row) {
+      if (!P.mask || P.mask[row]) {
+        f(W, row);
+      } else if (P.sums) {
+        P.sums[row] = {};
+        if (P.grad.data) kernel<T>(P.divergence).backward_part(P, row, 0, rows_blocks(P.V));
+      } else {
+        P.stats[row] = {};
+      }
+    }
+  });
+}
+
+// The first pass over some classes of a row, whose statistics are P.stats then.
+template <class T>
+void statistics(const RowsParams<T>& P) {
+  const RowsKernel<T>& k = kernel<T>(P.divergence);
+  const int64_t blocks = rows_blocks(P.V);
+  for_rows_in_phase(P, [&](const RowsWorkspace<T>& W, int64_t row) {
+    k.statistics(P, W, row, 0, blocks);
+    RowsStats& stats = P.stats[row] = k.combine(P, W, row);
+    if (P.hard.smoothing == 0) return;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t n = std::min(kRowsBlock, P.V - b * kRowsBlock);
+      stats.factor += W.blocks[b].logits + double(n) * (W.blocks[b].stats.max_student - stats.max_student);
+    }
+  });
+}
+
+// Both passes over some classes of a row, whose statistics are known.
+template <class T>
+void sums(const RowsParams<T>& P) {
+  const RowsKernel<T>& k = kernel<T>(P.divergence);
+  const int64_t blocks = rows_blocks(P.V);
+  for_rows_in_phase(P, [&](const RowsWorkspace<T>& W, int64_t row) {
+    const RowsStats& stats = P.stats[row];
+    k.statistics(P, W, row, 0, blocks);
+    k.reduce(P, W, row, stats, 0, blocks);
+    RowSums& sums = P.sums[row] = {};
+    if (stats.sum_teacher == 0) return;
+    for (int64_t b = 0; b < blocks; ++b) {
+      const RowsBlock& block = W.blocks[b];
+      sums.loss += block.loss;
+      sums.slope += block.slope;
+      sums.second += block.second;
+      if (block.stats.sum_teacher == 0) continue;
+      const double inv_temperature = 1 / P.teacher_temperature[row];
+      const double below = block.stats.max_teacher - stats.max_teacher;
+      if (k.teacher_entropy) {
+        sums.loss += (block.entropy - block.stats.sum_teacher * below) * inv_temperature *
+                     std::exp(below * inv_temperature) / stats.sum_teacher;
+      }
+    }
+  });
+}
+
 struct Cpu {
   explicit Cpu(const Tensor&) {}
   static constexpr const char* kName = "on the CPU";
@@ -166,6 +231,17 @@ struct Cpu {
   void backward(RowsParams<T>& P) const {
     prepare(P);
     fastkd::backward(P);
+  }
+
+  template <class T>
+  void statistics(RowsParams<T>& P) const {
+    fastkd::statistics(P);
+  }
+
+  template <class T>
+  void sums(RowsParams<T>& P) const {
+    prepare(P);
+    fastkd::sums(P);
   }
 
   template <class T>
@@ -211,9 +287,13 @@ void cpu_calls(StableIValue* stack, uint64_t, uint64_t) {
 
 }  // namespace
 
+void rows_forward(const RowsCall& in, const RowsForward& out) { RowsOps<Cpu>::forward(in, out); }
+
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CPU, m) {
   m.impl("rows_fwd", &RowsOps<Cpu>::forward);
   m.impl("rows_bwd", &RowsOps<Cpu>::backward);
+  m.impl("rows_statistics", &RowsOps<Cpu>::statistics);
+  m.impl("rows_sums", &RowsOps<Cpu>::sums);
   m.impl("inverse_divisor", &RowsOps<Cpu>::inverse_divisor);
 }
 STABLE_TORCH_LIBRARY_IMPL(fastkd, CompositeExplicitAutograd, m) {

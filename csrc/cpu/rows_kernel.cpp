@@ -353,7 +353,7 @@ template <class T, class D>
 const RowsKernel<T> kernel = {forward<T, D>,       backward<T, D>,    statistics_part<T, D>,
                               combine<T, D>,       reduce_part<T, D>, D::kCentred ? nullptr : add_slopes<T, D>,
                               gradient_part<T, D>, finish<T, D>,      backward_part<T, D>,
-                              kDescribes<D>};
+                              D::kTeacherEntropy,  kDescribes<D>};
 
 }  // namespace
 

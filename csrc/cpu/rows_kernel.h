@@ -55,7 +55,8 @@ struct RowsKernel {
   void (*gradient)(const Params&, const Workspace&, int64_t row, const RowsStats&, int64_t begin, int64_t end);
   void (*finish)(const Params&, const Workspace&, int64_t row, const RowsStats&);
   void (*backward_part)(const Params&, int64_t row, int64_t begin, int64_t end);
-  bool describes;  // whether all of P.parts comes of it: the exponentials are there
+  bool teacher_entropy;  // whether it is a part of the loss that the first pass sums, in RowsBlock
+  bool describes;        // whether all of P.parts comes of it: the exponentials are there
 };
 
 // The same for many rows at once, each in a lane of its own: rows begin .. end, at most kMostLanes, with one step from

@@ -293,7 +293,7 @@ struct Hard {
     for (int64_t i = 0; i < lanes; ++i) {
       const double sum = group.sum_hard[i], scale = group.hard_grad_scale[i] * (P.hard.parted() ? group.factor[i] : 1);
       p[i] = T(scale / sum);
-      everywhere[i] = T(scale * P.hard.smoothing / double(P.V));
+      everywhere[i] = T(scale * P.hard.smoothing / P.hard.classes);
       of_target[i] = T(scale * (1 - P.hard.smoothing));
       kept[i] = i < n && counts(P, begin + i) && sum != 0 ? ~Bits<T>(0) : Bits<T>(0);
     }

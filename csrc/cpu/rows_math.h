@@ -229,7 +229,7 @@ HardScale<T> hard_scale(const RowsParams<T>& P, const Row<T>& r, const RowsStats
   if (row.sum_hard == 0) return {};  // of -inf alone: no finite step makes a class possible
   const double scale = r.hard_grad_scale * (P.hard.parted() ? row.factor : 1), smoothing = P.hard.smoothing;
   const double p = own.sum_hard == 0 ? 0 : scale / row.sum_hard * rebase(own.max_student, row.max_student, 1.0);
-  return {T(p), T(scale * smoothing / double(P.V)), T(scale * (1 - smoothing))};
+  return {T(p), T(scale * smoothing / P.hard.classes), T(scale * (1 - smoothing))};
 }
 
 // The cross-entropy of a row, from its sum and maximum, the target's logit and the sum of all z - max.

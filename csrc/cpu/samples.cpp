@@ -1,27 +1,21 @@
 // similarity_preserving, gram_mse and pkt of few samples on the CPU: both matrices of inner products whole, a kernel
 // over their rows, and one product for the gradient, in one op. Many samples are walked in strips, by fastkd/ops.
+#include "cpu/samples.h"
+
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <optional>
+#include <cmath>
 #include <vector>
 
-#include "common/dispatch.h"
 #include "common/numbers.h"
-#include "cpu/gemm.h"
-#include "cpu/isa.h"
 #include "cpu/pkt_kernel.h"
-#include "cpu/samples_kernel.h"
 
 namespace fastkd {
 namespace {
 
 // The numbers are those of fastkd/ops/samples.py.
 enum class Relation : int64_t { kSimilarity, kGram, kPkt, kCount };
-
-constexpr int64_t kWork = 16384;  // elements that are worth a thread
 
 struct SamplesInputs {
   explicit SamplesInputs(Arguments& a)
@@ -65,15 +59,6 @@ void check(const SamplesInputs& in) {
                "eps: a positive finite number wanted, got ", in.eps);
 }
 
-// f(row) of all rows, of so many elements each.
-template <class F>
-void for_rows(int64_t rows, int64_t width, F&& f) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kWork / std::max<int64_t>(1, width)),
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t row = begin; row < end; ++row) f(row);
-                              });
-}
-
 template <class T>
 class Samples {
  public:
@@ -87,13 +72,16 @@ class Samples {
   }
 
   // grad: [N, D_s], contiguous, or none
-  double operator()(std::optional<Tensor> grad) {
+  double operator()(Tensor* grad) {
     // one sample alone has no pair, but in a Gram matrix it is similar to itself
     if (count_ < (in_.relation == Relation::kGram ? 1 : 2)) {
       if (grad) torch::stable::zero_(*grad);
       return 0;
     }
-    const Side student(*this, in_.student), teacher(*this, in_.teacher);
+    const bool pkt = in_.relation == Relation::kPkt;
+    const Lengths lengths =
+        pkt ? Lengths{true, in_.eps, Length::kMore} : Lengths{in_.normalize, 1e-12, Length::kAtLeast};
+    const Embeddings<T> student(in_.student, mask_, lengths), teacher(in_.teacher, mask_, lengths);
     const Tensor memory = torch::stable::new_empty(student.tensor, {2, N_, N_}, kType);
     T* G = static_cast<T*>(memory.mutable_data_ptr());
     T* H = G + N_ * N_;
@@ -104,54 +92,13 @@ class Samples {
       T* g = static_cast<T*>(grad->mutable_data_ptr());
       const int64_t D = student.matrix.columns;
       gemm(Matrix<T>{g, N_, D, D}, square(G), student.matrix);
-      if (!student.rows.empty()) {
-        for_rows(N_, D,
-                 [&](int64_t i) { kernel_.unit_backward(g + i * D, student.matrix.data + i * D, D, student.rows[i]); });
-      }
+      student.through_lengths(g);
     }
     return loss;
   }
 
  private:
-  static constexpr ScalarType kType = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-
-  // Embeddings as they are multiplied.
-  struct Side {
-    Side(const Samples& call, const Tensor& given) : tensor(given) {
-      const int64_t N = call.N_, D = given.size(1);
-      const bool unit = call.in_.relation == Relation::kPkt || call.in_.normalize;
-      if (tensor.scalar_type() != kType || tensor.stride(1) != 1 || (call.mask_ && !unit)) {
-        tensor = torch::stable::new_empty(given, {N, D}, kType);
-        torch::stable::copy_(tensor, given);
-      }
-      if (unit) {
-        const Tensor source = tensor;
-        tensor = torch::stable::new_empty(source, {N, D}, kType);
-        rows.resize(N);
-        const T* x = static_cast<const T*>(source.const_data_ptr());
-        T* u = static_cast<T*>(tensor.mutable_data_ptr());
-        const bool more = call.in_.relation == Relation::kPkt;
-        for_rows(N, D, [&](int64_t i) {
-          if (call.counts(i)) {
-            rows[i] = call.kernel_.unit(x + i * source.stride(0), D, more ? call.in_.eps : 1e-12,
-                                        more ? Length::kMore : Length::kAtLeast, u + i * D);
-          } else {
-            std::fill_n(u + i * D, D, T(0));
-          }
-        });
-      } else if (call.mask_) {  // a row that does not count may hold anything
-        T* x = static_cast<T*>(tensor.mutable_data_ptr());
-        for (int64_t i = 0; i < N; ++i) {
-          if (!call.counts(i)) std::fill_n(x + i * D, D, T(0));
-        }
-      }
-      matrix = {static_cast<const T*>(tensor.const_data_ptr()), N, D, tensor.stride(0)};
-    }
-
-    Tensor tensor;
-    std::vector<UnitRow> rows;  // of unit length: how each came to it
-    Matrix<T> matrix;
-  };
+  static constexpr ScalarType kType = kComputed<T>;
 
   bool counts(int64_t i) const { return !mask_ || mask_[i]; }
   double weight(int64_t i) const {
@@ -179,7 +126,7 @@ class Samples {
       const double by = weight(i) / pairs, of_row = kernel_.similarity(G + i * N_, H + i * N_, N_, by);
       losses[i] = counts(i) ? by * of_row : 0;
     });
-    if (in_.save) symmetrize(G);
+    if (in_.save) symmetrize(G, N_);
     return sum(losses);
   }
 
@@ -233,12 +180,6 @@ class Samples {
     return sum(losses);
   }
 
-  void symmetrize(T* G) {
-    constexpr int64_t kRows = 16;
-    for_rows((N_ + kRows - 1) / kRows, kRows * N_,
-             [&](int64_t block) { kernel_.symmetrize(G, N_, block * kRows, std::min((block + 1) * kRows, N_)); });
-  }
-
   static double sum(const std::vector<double>& x) {
     double total = 0;
     for (double one : x) total += one;
@@ -257,22 +198,13 @@ void samples_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   const SamplesInputs in(arguments);
   check(in);
-  const ScalarType type = in.student.scalar_type(), compute = in.compute();
-  const int64_t N = in.N(), D = in.student.size(1);
-  // float16's range would be left before a loss scaler multiplies the gradient
-  const ScalarType saved = type == ScalarType::Half ? ScalarType::Float : type;
-  Tensor loss = torch::stable::new_empty(in.student, {}, compute);
-  Tensor grad =
-      in.save ? torch::stable::new_empty(in.student, {N, D}, saved) : torch::stable::new_empty(in.student, {0}, saved);
-  Tensor computed = in.save && saved != compute ? torch::stable::new_empty(in.student, {N, D}, compute) : grad;
-  dispatch_compute(compute, [&](auto zero) {
-    using T = decltype(zero);
-    *static_cast<T*>(loss.mutable_data_ptr()) =
-        T(Samples<T>(in)(in.save ? std::optional<Tensor>(computed) : std::nullopt));
+  const ScalarType compute = in.compute();
+  few_samples(stack, in.student, compute, in.save, [&](Tensor& loss, Tensor* grad) {
+    dispatch_compute(compute, [&](auto zero) {
+      using T = decltype(zero);
+      *static_cast<T*>(loss.mutable_data_ptr()) = T(Samples<T>(in)(grad));
+    });
   });
-  if (in.save && saved != compute) torch::stable::copy_(grad, computed);
-  stack[0] = torch::stable::detail::from(loss);
-  stack[1] = torch::stable::detail::from(grad);
 }
 
 }  // namespace

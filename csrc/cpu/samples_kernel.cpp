@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "math/scalar.h"
 
@@ -139,7 +140,35 @@ void symmetrize(T* G, int64_t N, int64_t begin, int64_t end) {
 }
 
 template <class T>
-const SamplesKernel<T> kernel = {unit<T>, unit_backward<T>, similarity<T>, gram<T>, subtract<T>, symmetrize<T>, sum<T>};
+void center(const T* x, int64_t N, int64_t D, int64_t stride, const bool* mask, T* centered, T* mean) {
+  std::vector<double> sums(D);
+  double* of_rows = sums.data();
+  int64_t count = 0;
+  for (int64_t i = 0; i < N; ++i) {
+    if (mask && !mask[i]) continue;
+    ++count;
+    const T* row = x + i * stride;
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) of_rows[d] += double(row[d]);
+  }
+  for (int64_t d = 0; d < D; ++d) mean[d] = T(of_rows[d] / double(count));
+  for (int64_t i = 0; i < N; ++i) {
+    const T* row = x + i * stride;
+    T* out = centered + i * D;
+#pragma omp simd
+    for (int64_t d = 0; d < D; ++d) out[d] = row[d] - mean[d];
+  }
+}
+
+template <class T>
+void add(T* g, const T* x, int64_t D, T by) {
+#pragma omp simd
+  for (int64_t d = 0; d < D; ++d) g[d] += by * x[d];
+}
+
+template <class T>
+const SamplesKernel<T> kernel = {unit<T>,       unit_backward<T>, similarity<T>, gram<T>, subtract<T>,
+                                 symmetrize<T>, sum<T>,           center<T>,     add<T>};
 
 }  // namespace
 

@@ -30,6 +30,10 @@ struct SamplesKernel {
   // Rows begin .. end of G + G^T, above the diagonal and its mirror image.
   void (*symmetrize)(T* G, int64_t N, int64_t begin, int64_t end);
   double (*sum)(const T* x, int64_t N);
+  // x [N, D], its rows stride apart, less the mean of the rows that count; mean: [D].
+  void (*center)(const T* x, int64_t N, int64_t D, int64_t stride, const bool* mask, T* centered, T* mean);
+  // g += by x
+  void (*add)(T* g, const T* x, int64_t D, T by);
 };
 
 // One for each level of isa.h.

@@ -42,6 +42,20 @@ struct Cuda {
   }
 
   template <class T>
+  void statistics(RowsParams<T>& P) const {
+    const Tensor workspace = phase_workspace(P);
+    FASTKD_CUDA_CHECK(cuda::rows_statistics(P, context.device, workspace.mutable_data_ptr(), context.stream));
+  }
+
+  template <class T>
+  void sums(RowsParams<T>& P) const {
+    const Tensor workspace = phase_workspace(P);
+    FASTKD_CUDA_CHECK(with_constant(P.divergence, [&](auto which) {
+      return cuda::rows_sums<which.value>(P, context.device, workspace.mutable_data_ptr(), context.stream);
+    }));
+  }
+
+  template <class T>
   static void inverse_divisor(const InverseDivisor& in) {
     const Context context(in.scale);
     const bool* mask = in.mask ? static_cast<const bool*>(in.mask->const_data_ptr()) : nullptr;
@@ -51,6 +65,12 @@ struct Cuda {
   }
 
  private:
+  template <class T>
+  Tensor phase_workspace(const RowsParams<T>& P) const {
+    const int64_t parts = P.N * cuda::rows_phase_plan(P, context.device).splits;
+    return torch::stable::new_empty(student, {parts * cuda::kPartValues}, kScalarType<T>);
+  }
+
   const Tensor& student;
   const Context context;
 };
@@ -64,6 +84,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastkd, CUDA, m) {
 #endif
   m.impl("rows_fwd", &RowsOps<Cuda>::forward);
   m.impl("rows_bwd", &RowsOps<Cuda>::backward);
+  m.impl("rows_statistics", &RowsOps<Cuda>::statistics);
+  m.impl("rows_sums", &RowsOps<Cuda>::sums);
   m.impl("inverse_divisor", &RowsOps<Cuda>::inverse_divisor);
 }
 

@@ -12,16 +12,6 @@ namespace {
 template <class T>
 using Functor = FASTKD_DIVERGENCE<T>;
 
-template <class T>
-RowsParts<T> parts_in(void* workspace, int64_t N, int splits) {
-  RowsParts<T> parts;
-  parts.splits = splits;
-  parts.sums = static_cast<Sums<T>*>(workspace);
-  parts.losses = reinterpret_cast<LossSums<T>*>(parts.sums + N * splits);
-  parts.hard = reinterpret_cast<HardSums<T>*>(parts.losses + N * splits);
-  return parts;
-}
-
 template <class T, class S>
 cudaError_t on_chip(const RowsParams<T>& P, const RowsPlan& plan, const Device& device, cudaStream_t stream) {
   static_assert(sizeof(RowsRoom<T, true>) <= kRoomBytes);
@@ -98,13 +88,28 @@ cudaError_t rows_backward(const RowsParams<T>& P, const Device& device, cudaStre
   });
 }
 
+template <Divergence kWhich, class T>
+cudaError_t rows_sums(const RowsParams<T>& P, const Device& device, void* workspace, cudaStream_t stream) {
+  const RowsPlan plan = rows_phase_plan(P, device);
+  RowsParts<T> parts = parts_in<T>(workspace, P.N, plan.splits);
+  parts.sums = nullptr;
+  const Launch launch(P.N * plan.splits, dim3(plan.threads), plan.shared_bytes, stream);
+  FASTKD_CUDA_RETURN(with_storage(P, [&](auto storage) {
+    using S = decltype(storage);
+    return launch(rows_reduce_kernel<T, S, S, Functor<T>>, P, parts, int64_t(0));
+  }));
+  return Launch(P.N, dim3(32), 0, stream)(rows_sums_kernel<T>, P, parts);
+}
+
 #define FASTKD_ENUMERATOR_OF_(name) Divergence::k##name
 #define FASTKD_ENUMERATOR_OF(name) FASTKD_ENUMERATOR_OF_(name)
 #define FASTKD_INSTANTIATE(T)                                                                                         \
   template cudaError_t rows_forward<FASTKD_ENUMERATOR_OF(FASTKD_DIVERGENCE), T>(const RowsParams<T>&, const Device&,  \
                                                                                 void*, cudaStream_t);                 \
   template cudaError_t rows_backward<FASTKD_ENUMERATOR_OF(FASTKD_DIVERGENCE), T>(const RowsParams<T>&, const Device&, \
-                                                                                 cudaStream_t);
+                                                                                 cudaStream_t);                       \
+  template cudaError_t rows_sums<FASTKD_ENUMERATOR_OF(FASTKD_DIVERGENCE), T>(const RowsParams<T>&, const Device&,     \
+                                                                             void*, cudaStream_t);
 FASTKD_INSTANTIATE(float)
 #if !defined(FASTKD_SINGLE)  // a program that never computes in double is spared its kernels
 FASTKD_INSTANTIATE(double)

@@ -22,6 +22,13 @@ cudaError_t rows_forward(const RowsParams<T>&, const Device&, void* workspace, c
 template <Divergence kWhich, class T>
 cudaError_t rows_backward(const RowsParams<T>&, const Device&, cudaStream_t);
 
+// P.stats of some of a row's classes; and P.sums of them, from P.stats of the row, with the gradient where it is known
+// by then.
+template <class T>
+cudaError_t rows_statistics(const RowsParams<T>&, const Device&, void* workspace, cudaStream_t);
+template <Divergence kWhich, class T>
+cudaError_t rows_sums(const RowsParams<T>&, const Device&, void* workspace, cudaStream_t);
+
 // P.parts, but for the soft losses, which rows_forward leaves there. Before it, as the gradient may be written over the
 // student.
 template <class T>

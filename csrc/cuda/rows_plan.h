@@ -111,4 +111,15 @@ RowsPlan rows_plan(const RowsParams<T>& P, const Device& device) {
   return plan;
 }
 
+// Of one phase by itself: a kernel of its own, several blocks a row.
+template <class T>
+RowsPlan rows_phase_plan(const RowsParams<T>& P, const Device& device) {
+  RowsPlan plan{};
+  plan.wave_rows = P.N;
+  plan.splits = splits_for(P.N, P.V / kPlanPack, device);
+  plan.threads = threads_for(P.V / kPlanPack / plan.splits);
+  plan.shared_bytes = kRoomBytes;
+  return plan;
+}
+
 }  // namespace fastkd::cuda

@@ -37,6 +37,27 @@ __device__ LossSums<T> row_losses(const RowsParts<T>& parts, int64_t row) {
       LossSums<T>::combine(lane < parts.splits ? parts.losses[row * parts.splits + lane] : LossSums<T>::empty()));
 }
 
+template <class T>
+__device__ Sums<T> sums_of(const RowsStats& saved) {
+  return {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
+}
+
+// What soft_cross_entropy has besides, but for log(sum), where the classes here may be some of a row's.
+template <class D, class T, int kCount>
+__device__ __forceinline__ void add_entropy(const RowsParams<T>& P, const T (&t)[kCount], const RowSoftmax<T>& softmax,
+                                            const RowConstants<T>& r, LossSums<T>& sums) {
+  if constexpr (D::kTeacherEntropy && !kWithoutTarget<D>) {
+    if (!P.sums) return;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const T below = softmax.max_teacher - t[i];
+      const T q = exp2_of(-below * softmax.exp2_teacher - softmax.log2_teacher);
+      sums.loss += q == T(0) ? T(0) : q * (below * r.inv_teacher_temperature);
+    }
+  }
+}
+
+// Of P.sums and no parts.sums the rows' statistics are P.stats, and the classes here may be some of a row's.
 template <class T, class S, class U, class D>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     rows_reduce_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts, int64_t first_row) {
@@ -49,10 +70,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   constexpr bool kParted = kWithoutTarget<D>;
   const RowConstants<T> r = row_constants<kParted>(P, row);
   const int64_t parted = parted_target<kParted>(P, row);
-  const Sums<T> k = counts ? row_sums<T, D>(parts, row, r) : Sums<T>{};
+  Sums<T> k{};
   HardRow<T> hard;
-  if (write && counts && P.hard.target) {
-    hard = hard_row<kParted>(P, row, r, k, row_hard<D>(P, parts, row, k, r));
+  if (counts && P.sums) {
+    k = sums_of<T>(P.stats[row]);
+    if (write && P.hard.target) hard = hard_row<kParted>(P, row, r, P.stats[row]);
+  } else if (counts) {
+    k = row_sums<T, D>(parts, row, r);
+    if (write && P.hard.target) hard = hard_row<kParted>(P, row, r, k, row_hard<D>(P, parts, row, k, r));
   }
   if (k.sum_student == T(0) || k.sum_teacher == T(0) || P.hard.without_soft()) {
     if (rank == 0) parts.losses[row * parts.splits + split] = LossSums<T>::empty();
@@ -67,6 +92,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       load_class(L, P, L.edge(i), s1, t1);
       leave_out<kParted>(parted, L.edge(i), 1, s1, t1);
       reduce(s1, t1, softmax, divergence, r.grad_scale, &hard, L.edge(i), 1, sums, grad1);
+      add_entropy<D>(P, t1, softmax, r, sums);
       if (write) store_class(L, P, L.edge(i), grad1[0]);
     }
     // Backwards: what the pass before touched last is the likeliest to be in the L2.
@@ -77,6 +103,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       load<S, U, D::kCentred ? Memory::kGlobalLast : Memory::kGlobal>(student, teacher, P, s, t);
       leave_out<kParted>(parted, v, 1, s, t);
       reduce(s, t, softmax, divergence, r.grad_scale, &hard, v, 1, sums, grad);
+      add_entropy<D>(P, t, softmax, r, sums);
       if (write) store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
@@ -112,7 +139,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (P.hard.target) hard = hard_row<kParted>(P, row, r, k, row_hard<D>(P, parts, row, k, r));
     } else {
       const RowsStats& saved = P.stats[row];
-      k = {T(saved.max_student), T(saved.sum_student), T(saved.max_teacher), T(saved.sum_teacher), T(0)};
+      k = sums_of<T>(saved);
       slopes = T(saved.slope);
       if constexpr (kTwoSums<D>) grad_scale *= T(saved.factor);
       if (P.hard.target) hard = hard_row<kParted>(P, row, r, saved);
@@ -141,6 +168,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       store_pack<S>(L.grad + v * element_size<S>(P.grad), P.grad.dtype, grad);
     }
   });
+}
+
+// What the classes here have in a row's loss, from its parts: a warp a row.
+template <class T>
+__global__ void rows_sums_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts) {
+  const int64_t row = blockIdx.x, lane = threadIdx.x;
+  const bool counts = !P.mask || P.mask[row];
+  const LossSums<T> sums = LossSums<T>::combine(counts && lane < parts.splits ? parts.losses[row * parts.splits + lane]
+                                                                              : LossSums<T>::empty());
+  if (lane == 0) P.sums[row] = {double(sums.loss), double(sums.slope), double(sums.second)};
 }
 
 // A row's loss from its parts: a warp a row.

@@ -1,4 +1,5 @@
 // Launches of the first pass of the rows schedule, where it is a kernel of its own.
+#include "cuda/rows_plan.h"
 #include "cuda/rows_statistics.cuh"
 #include "cuda/rows_storage.cuh"
 
@@ -42,6 +43,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   if (rank == 0) parts.hard[row * parts.splits + split] = hard;
 }
 
+// What the splits of a row have left, as one: a warp a row.
+template <class T>
+__global__ void rows_save_statistics_kernel(const __grid_constant__ RowsParams<T> P, RowsParts<T> parts) {
+  const int64_t row = blockIdx.x, lane = threadIdx.x, part = row * parts.splits + lane;
+  if (P.mask && !P.mask[row]) {
+    if (lane == 0) P.stats[row] = {};
+    return;
+  }
+  const RowConstants<T> r = row_constants(P, row);
+  const bool there = lane < parts.splits;
+  const Sums<T> own = there ? parts.sums[part] : Sums<T>::empty();
+  const Sums<T> k = SharedSums<T, false>::combine({own, r.exp2_student, r.exp2_teacher}).sums;
+  HardSums<T> hard = HardSums<T>::empty();
+  if (P.hard.target) {
+    if (there) hard = rebased<false>(parts.hard[part], own, k);
+    hard = completed<false>(HardSums<T>::combine(hard), k, r);
+  }
+  if (lane == 0) {
+    P.stats[row] = {double(k.max_student), double(k.sum_student), double(k.max_teacher), double(k.sum_teacher), 0,
+                    double(hard.sum),      double(hard.logits)};
+  }
+}
+
 }  // namespace
 
 template <class T>
@@ -55,7 +79,17 @@ cudaError_t rows_statistics(const RowsParams<T>& P, const RowsParts<T>& parts, i
   });
 }
 
+template <class T>
+cudaError_t rows_statistics(const RowsParams<T>& P, const Device& device, void* workspace, cudaStream_t stream) {
+  const RowsPlan plan = rows_phase_plan(P, device);
+  const RowsParts<T> parts = parts_in<T>(workspace, P.N, plan.splits);
+  const Launch launch(P.N * plan.splits, dim3(plan.threads), plan.shared_bytes, stream);
+  FASTKD_CUDA_RETURN(rows_statistics(P, parts, 0, launch, false, false));
+  return Launch(P.N, dim3(32), 0, stream)(rows_save_statistics_kernel<T>, P, parts);
+}
+
 #define FASTKD_INSTANTIATE(T)                                                                                      \
+  template cudaError_t rows_statistics<T>(const RowsParams<T>&, const Device&, void*, cudaStream_t);               \
   template cudaError_t rows_statistics<T>(const RowsParams<T>&, const RowsParts<T>&, int64_t, const Launch&, bool, \
                                           bool);
 FASTKD_INSTANTIATE(float)

@@ -15,6 +15,17 @@ struct RowsParts {
   int splits;           // of a row, at most 32: one a lane
 };
 
+// In memory for rows * splits * kPartValues of T.
+template <class T>
+RowsParts<T> parts_in(void* workspace, int64_t N, int splits) {
+  RowsParts<T> parts;
+  parts.splits = splits;
+  parts.sums = static_cast<Sums<T>*>(workspace);
+  parts.losses = reinterpret_cast<LossSums<T>*>(parts.sums + N * splits);
+  parts.hard = reinterpret_cast<HardSums<T>*>(parts.losses + N * splits);
+  return parts;
+}
+
 // The packs of a row that one of its blocks takes, and the first edge of a thread and its step: a row that is not read
 // in packs is all edges.
 template <class T>

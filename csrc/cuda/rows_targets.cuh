@@ -105,12 +105,13 @@ struct HardRow {
     log2_sum = sum == T(0) ? T(0) : log_of(sum) * kLog2e<T>;
     // of -inf alone: no finite step makes a class possible
     scale = sum == T(0) ? T(0) : r.hard_grad_scale;
-    if (target < 0 || target >= P.V) {
+    if (!P.hard.is_class(target, P.V)) {
       target = 0;
       scale = kInf<T> - kInf<T>;  // as loud as the host, which cannot look, may be
     }
-    everywhere = scale * T(P.hard.smoothing) / T(P.V);
+    everywhere = scale * T(P.hard.smoothing) / T(P.hard.classes);
     of_target = scale * T(1 - P.hard.smoothing);
+    if (target < 0) target = P.V;  // a class that is not here
   }
   // Of a target that is parted from the others, of which these are the sums. factor: see TargetLoss.
   static __device__ HardRow parted(const RowsParams<T>& P, int64_t row, const RowConstants<T>& r, const Sums<T>& k,

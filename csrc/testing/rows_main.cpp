@@ -8,6 +8,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -155,51 +156,68 @@ double with_parted_target(const std::vector<double>& s, const std::vector<double
 
 template <Divergence kWhich>
 cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
-                             const RowsParams<float>& back) {
+                             const RowsParams<float>& back, const RowsParams<float>& phases) {
   if (const cudaError_t e = cuda::rows_forward<kWhich>(P, device, workspace, nullptr)) return e;
-  return cuda::rows_backward<kWhich>(back, device, nullptr);
+  if (const cudaError_t e = cuda::rows_backward<kWhich>(back, device, nullptr)) return e;
+  if (!phases.sums) return cudaSuccess;
+  if (const cudaError_t e = cuda::rows_statistics(phases, device, workspace, nullptr)) return e;
+  return cuda::rows_sums<kWhich>(phases, device, workspace, nullptr);
 }
 
 // One divergence of each kind: centred, with the teacher's entropy, not centred and with other functors at its ends,
 // between the classes beside a target, of two sums, given logarithms and two parameters, given log odds. The kernels of
 // the others take the same ways.
 cudaError_t forward_backward(const RowsParams<float>& P, const cuda::Device& device, void* workspace,
-                             const RowsParams<float>& back) {
+                             const RowsParams<float>& back, const RowsParams<float>& phases) {
   switch (P.divergence) {
     case Divergence::kForwardKL:
-      return forward_backward<Divergence::kForwardKL>(P, device, workspace, back);
+      return forward_backward<Divergence::kForwardKL>(P, device, workspace, back, phases);
     case Divergence::kSoftCrossEntropy:
-      return forward_backward<Divergence::kSoftCrossEntropy>(P, device, workspace, back);
+      return forward_backward<Divergence::kSoftCrossEntropy>(P, device, workspace, back, phases);
     case Divergence::kJensenShannon:
-      return forward_backward<Divergence::kJensenShannon>(P, device, workspace, back);
+      return forward_backward<Divergence::kJensenShannon>(P, device, workspace, back, phases);
     case Divergence::kNonTargetKL:
-      return forward_backward<Divergence::kNonTargetKL>(P, device, workspace, back);
+      return forward_backward<Divergence::kNonTargetKL>(P, device, workspace, back, phases);
     case Divergence::kNegativeLogAcceptance:
-      return forward_backward<Divergence::kNegativeLogAcceptance>(P, device, workspace, back);
+      return forward_backward<Divergence::kNegativeLogAcceptance>(P, device, workspace, back, phases);
     case Divergence::kAlphaBeta:
-      return forward_backward<Divergence::kAlphaBeta>(P, device, workspace, back);
+      return forward_backward<Divergence::kAlphaBeta>(P, device, workspace, back, phases);
     case Divergence::kBernoulliKL:
-      return forward_backward<Divergence::kBernoulliKL>(P, device, workspace, back);
+      return forward_backward<Divergence::kBernoulliKL>(P, device, workspace, back, phases);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
+// Whether the second phase by itself writes the gradient: the slopes of a row add up to 0.
+bool in_two_phases(Divergence which) {
+  return which == Divergence::kForwardKL || which == Divergence::kSoftCrossEntropy || which == Divergence::kBernoulliKL;
+}
+
+// The row's divergence times T^2, from what the phases by themselves have found of it.
+double of_sums(Divergence which, const RowSums& sums, const RowsStats& stats) {
+  double loss = sums.loss;
+  if (which == Divergence::kNegativeLogAcceptance) loss = -std::log(sums.second);
+  if (which == Divergence::kSoftCrossEntropy) loss += std::log(stats.sum_teacher);
+  return loss * kTemperature * kTemperature;
+}
+
 template <class S, DType kType>
 int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
-  Matrix<S> student(N, V, inner), teacher(N, V, inner), grad(N, V, inner), again(N, V, inner);
+  Matrix<S> student(N, V, inner), teacher(N, V, inner), grad(N, V, inner), again(N, V, inner), of_phases(N, V, inner);
   Normal normal;
   for (int64_t i = 0; i < N * V; ++i) {
     student.data[i] = S(normal());
     teacher.data[i] = S(normal());
-    grad.data[i] = again.data[i] = S(NAN);
+    grad.data[i] = again.data[i] = of_phases.data[i] = S(NAN);
   }
   const std::unique_ptr<bool[]> mask(new bool[N]);
   for (int64_t n = 0; n < N; ++n) mask[n] = n != 1;
   std::vector<int64_t> target(N);
   for (int64_t n = 0; n < N; ++n) target[n] = n == 1 ? -100 : n % 2 ? V - 1 - n % V : 7 * n % V;
   std::vector<float> loss(N, NAN);
-  std::vector<RowsStats> stats(N);
+  std::vector<RowsStats> stats(N), found(N);
+  std::vector<RowSums> sums(N);
   cuda::Device device;
   if (cuda::current_device(device)) return std::puts("no device"), 1;
   double scale = NAN;
@@ -223,14 +241,20 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
   P.mask = mask.get();
   if (targets == 1) P.hard = {target.data(), TargetLoss::kCrossEntropy, kHard, kSoft, kSmoothing};
   if (targets > 1) P.hard = {target.data(), targets == 2 ? TargetLoss::kDecoupled : TargetLoss::kNormalized, 1, 1, 0};
+  P.hard.classes = double(V);
   P.scale = &scale;
   P.loss = loss.data();
   P.stats = stats.data();
   RowsParams<float> back = P;
   back.grad = again.rows(kType);
+  RowsParams<float> phases = P;  // by themselves
+  phases.grad = of_phases.rows(kType);
+  phases.stats = found.data();
+  phases.sums = targets > 1 ? nullptr : sums.data();
   const cuda::RowsPlan plan = cuda::rows_plan(P, device);
-  std::vector<float> workspace(plan.on_chip ? 0 : cuda::kPartValues * N * plan.splits);
-  cudaError_t e = forward_backward(P, device, workspace.data(), back);
+  const int splits = std::max(plan.on_chip ? 0 : plan.splits, cuda::rows_phase_plan(P, device).splits);
+  std::vector<float> workspace(cuda::kPartValues * N * splits);
+  cudaError_t e = forward_backward(P, device, workspace.data(), back, phases);
   if (!e) e = cuda::rows_sum<float>(loss.data(), N, 0, &scale, &sum, nullptr);
   const float factor = 0.5f;
   cuda::Scale<float> scaled{};
@@ -251,7 +275,12 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
     double row = 0;
     if (mask[n]) {
       row = targets > 1 ? with_parted_target(s, t, size_t(target[n]), targets == 2, exact) : truth(which, s, t, exact);
+      if (targets <= 1 && std::fabs(of_sums(which, sums[n], found[n]) - row) > 4e-6 * std::fmax(row, 1)) {
+        worst = INFINITY;
+      }
       if (targets == 1) row = with_target(row, s, size_t(target[n]), exact);
+    } else if (targets <= 1 && (sums[n].loss != 0 || found[n].sum_student != 0)) {
+      worst = INFINITY;
     }
     if (std::fabs(loss[n] - row) > 4e-6 * std::fmax(row, 1)) worst = INFINITY;
     total += row;
@@ -260,9 +289,11 @@ int run(Divergence which, int64_t N, int64_t V, int64_t inner, int targets) {
     for (double x : exact) size = std::fmax(size, std::fabs(x));
     for (int64_t v = 0; v < V; ++v) {
       const double right = mask[n] ? exact[v] * scale : 0, unit = size * scale;
-      for (const auto& [found, wanted] :
-           {std::pair<double, double>{float(grad.at(n, v)), right}, {float(again.at(n, v)), right / 2}}) {
-        const double off = std::fabs(found - wanted) / (mask[n] ? unit : 1e-30) / rounding;
+      const double third = in_two_phases(which) && targets <= 1 ? double(float(of_phases.at(n, v))) : right;
+      for (const auto& [value, wanted] : {std::pair<double, double>{float(grad.at(n, v)), right},
+                                          {float(again.at(n, v)), right / 2},
+                                          {third, right}}) {
+        const double off = std::fabs(value - wanted) / (mask[n] ? unit : 1e-30) / rounding;
         if (!(off <= worst)) worst = off;
       }
     }

@@ -55,6 +55,7 @@ class LogitsOptions(NamedTuple):
     standardize: Any = False
     return_parts: Any = False
     num_classes: Any = None  # that count, of both sides the first; None: all
+    group: Any = None  # the ranks over which classes are split
 
 
 def logits_loss(student, teacher, options, dim=-1):
@@ -62,7 +63,7 @@ def logits_loss(student, teacher, options, dim=-1):
     whether it has a target that may leave out rows."""
     whole = student
     student, teacher = first_classes(student, teacher, options.num_classes)
-    logits(student, teacher, dim)
+    logits(student, teacher, dim, some=options.group is not None)
     temperature("temperature", options.temperature, student, LEARNED)
     if options.teacher_temperature is not options.temperature:
         temperature("teacher_temperature", options.teacher_temperature, student)
@@ -81,7 +82,8 @@ def logits_loss(student, teacher, options, dim=-1):
         if options.target_loss is None:
             hard_options(options.hard_weight, options.soft_weight, options.label_smoothing)
         target_reduction(options.reduction)
-        if target(options.target, student, options.ignore_index, options.mask):
+        classes = student.shape[-1] if options.group is None else None
+        if target(options.target, student, options.ignore_index, options.mask, classes):
             says_which_rows_count = options.target
     if options.normalizer is not None:
         normalizer(options.normalizer, student, says_which_rows_count, options.reduction)
@@ -121,15 +123,15 @@ def target_reduction(reduction_):
         )
 
 
-def target(x, student, ignore_index, mask_):
-    """A class for each row. Values are looked at where that waits for nothing, and where the row counts. Whether there
-    may be rows that are ignored."""
+def target(x, student, ignore_index, mask_, classes):
+    """A class for each row; classes: how many there are, None where that is not known yet. Values are looked at where
+    that waits for nothing, and where the row counts. Whether there may be rows that are ignored."""
     whole_number("ignore_index", ignore_index)
     constant("target", x, student)
-    rows, classes = student.shape[:-1], student.shape[-1]
+    rows = student.shape[:-1]
     if x.shape != rows:
         raise ValueError(f"target: shape {list(rows)} wanted, a class for each row; got {list(x.shape)}")
-    if not values_known(x) or not x.numel():
+    if classes is None or not values_known(x) or not x.numel():
         return True
     lowest, highest = (value.item() for value in x.aminmax())
     if lowest >= 0 and highest < classes:
@@ -156,7 +158,9 @@ def not_overwritten(student):
         )
 
 
-def logits_module(temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction_, inplace_):
+def logits_module(
+    temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction_, inplace_, group_=None
+):
     """The options that the module of a logit loss is made with."""
     whole_number("dim", dim)
     count_of_classes(num_classes)
@@ -169,6 +173,31 @@ def logits_module(temperature, teacher_temperature, t_squared, standardize, dim,
     flag("standardize", standardize)
     flag("inplace", inplace_)
     reduction(reduction_)
+    group(group_)
+
+
+def group(group_):
+    """A process group that this process is a member of, or None."""
+    if group_ is None:
+        return
+    dist = torch.distributed
+    if not (dist.is_available() and isinstance(group_, dist.ProcessGroup)):
+        raise TypeError(f"group: a torch.distributed.ProcessGroup wanted, got {type(group_).__name__}")
+    if dist.get_rank(group_) < 0:
+        raise ValueError("group: one that this process is a member of wanted")
+
+
+def beside_group(options):
+    """What a loss of classes that are split over ranks does not have."""
+    group(options.group)
+    if options.num_classes is not None:
+        raise ValueError(
+            "num_classes: not with classes that are split over ranks; beside group= each rank gives those of its own "
+            "that count, logits[..., :n]"
+        )
+    for name in ("standardize", "return_parts"):
+        if getattr(options, name):
+            raise ValueError(f"{name}: not with classes that are split over ranks")
 
 
 def class_dim(dim, student, teacher):
@@ -202,19 +231,20 @@ def first_classes(student, teacher, num_classes):
     return student.detach()[..., :num_classes], teacher.detach()[..., :num_classes]
 
 
-def logits(student, teacher, dim):
-    """Two tensors [*, V] of one shape, on one device, of floating dtypes; dim: where the user has the classes."""
+def logits(student, teacher, dim, some=False):
+    """Two tensors [*, V] of one shape, on one device, of floating dtypes; dim: where the user has the classes; some:
+    others may be elsewhere, and even all."""
     inputs(student, teacher, "logits")
     if student.dim() == 0:
         raise ValueError("student: logits of shape [*, V] wanted, got a tensor without dimensions")
     if student.shape != teacher.shape:
         shape, teacher_shape = (list(x.movedim(-1, dim).shape) for x in (student, teacher))
         padded = ""
-        if student.shape[:-1] == teacher.shape[:-1]:
+        if student.shape[:-1] == teacher.shape[:-1] and not some:
             fewer = min(student.shape[-1], teacher.shape[-1])
             padded = f". Where a head is padded, num_classes={fewer} takes the classes that both have"
         raise ValueError(f"teacher: the student's shape {shape} wanted, got {teacher_shape}{padded}")
-    if student.shape[-1] == 0:
+    if student.shape[-1] == 0 and not some:
         raise ValueError(f"student: at least one class wanted, got shape {list(student.movedim(-1, dim).shape)}")
     same_device(student, teacher)
 

@@ -19,6 +19,8 @@ _EXCHANGED = {
     "alpha_beta_div": "alpha_beta_div({}, alpha=beta, beta=alpha)",
 }
 
+_GATHER = "gather the classes of a row, which are split over ranks, on each of them first"
+
 FORMS = LinearLogits | TopKLogProbs | Probabilities
 
 
@@ -90,9 +92,21 @@ def _exchanged(called, options):
     return exchanged, note + ", without inplace" * options.inplace
 
 
+def _beside_group(called, student, teacher, options):
+    """An error where classes are split over ranks, and something is given that they do not go with."""
+    _check.beside_group(options)
+    for name, side in (("student", student), ("teacher", teacher)):
+        if isinstance(side, FORMS) or _dtensor.given(side):
+            raise ValueError(f"{name}: a plain tensor of logits wanted beside group=, got {type(side).__name__}")
+    if called in _divergences.DERIVED or options.target_loss is not None:
+        raise ValueError(f"group: not with {options.target_loss or called}: {_GATHER}")
+
+
 def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
     divergence, parameters = called, _divergences.parameters_of(called)
+    if options.group is not None:
+        _beside_group(called, student, teacher, options)
     forms = of_forms(student, teacher, options, dim)
     if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
         student = logits_of(forms[0])
@@ -141,6 +155,10 @@ def _computed(divergence, student, teacher, options, device):
     if isinstance(teacher, torch.Tensor):
         teacher = teacher[..., : options.num_classes]
     backend = _backend.select(device)
+    if options.group is not None:
+        from .. import _split_classes
+
+        return _split_classes.logits_loss(backend, divergence, student, teacher, options)
     if backend == "torch":
         student, teacher = (
             logits_of_rows(x, options.mask) if isinstance(x, LinearLogits) else x for x in (student, teacher)

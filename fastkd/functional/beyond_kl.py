@@ -5,7 +5,7 @@ losses of logits stands in :mod:`fastkd.functional.logits`.
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits, WholeTeacher
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits, WholeTeacher
 from ._logits_loss import _logits_loss
 
 
@@ -24,6 +24,7 @@ def negative_log_acceptance(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Negative logarithm of the rate at which speculative decoding accepts the student's tokens.
 
@@ -61,6 +62,7 @@ def negative_log_acceptance(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -94,6 +96,7 @@ def negative_log_acceptance(
         0.0,
         standardize=standardize,
         num_classes=num_classes,
+        group=group,
     )
     return _logits_loss("negative_log_acceptance", student, teacher, options, dim)
 
@@ -115,6 +118,7 @@ def alpha_beta_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Alpha-beta divergence, which weighs where the student is wrong and where it is sure by two numbers.
 
@@ -159,6 +163,7 @@ def alpha_beta_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -193,6 +198,7 @@ def alpha_beta_div(
         alpha,
         standardize=standardize,
         num_classes=num_classes,
+        group=group,
         second=beta,
     )
     return _logits_loss("alpha_beta_div", student, teacher, options, dim)
@@ -213,6 +219,7 @@ def bernoulli_kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of labels that do not exclude each other: every class is a coin.
 
@@ -250,6 +257,7 @@ def bernoulli_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -283,5 +291,6 @@ def bernoulli_kl_div(
         0.0,
         standardize=standardize,
         num_classes=num_classes,
+        group=group,
     )
     return _logits_loss("bernoulli_kl_div", student, teacher, options, dim)

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._logits_loss import _logits_loss
 
 
@@ -23,6 +23,7 @@ def soft_cross_entropy(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Cross-entropy of the student with the teacher's distribution as soft labels.
 
@@ -58,6 +59,7 @@ def soft_cross_entropy(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -81,6 +83,6 @@ def soft_cross_entropy(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("soft_cross_entropy", student, teacher, options, dim)

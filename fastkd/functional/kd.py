@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple, overload
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, SoftDivergence, TargetReduction, TeacherLogits
+from .._types import Logits, ProcessGroup, SoftDivergence, TargetReduction, TeacherLogits
 from ._logits_loss import _logits_loss
 
 
@@ -54,6 +54,7 @@ def kd_loss(
     reduction: TargetReduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
     return_parts: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -82,6 +83,7 @@ def kd_loss(
     reduction: TargetReduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
     return_parts: Literal[True],
 ) -> KDParts: ...
 def kd_loss(
@@ -109,6 +111,7 @@ def kd_loss(
     reduction: TargetReduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
     return_parts: bool = False,
 ) -> Tensor | KDParts:
     r"""Cross-entropy with the target beside a divergence from the teacher, in one pass over the logits.
@@ -161,6 +164,8 @@ def kd_loss(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says; targets are
+            numbers of all classes. Default: none.
         return_parts: whether the loss comes with its parts, the entropies of both sides and their agreement, as a
             :class:`KDParts`. On the CPU they are from the same pass over memory; on a GPU a kernel before it reads both
             logits for them, and with a ``soft_weight`` of 0 the divergence takes a pass of its own. Default False.
@@ -193,7 +198,7 @@ def kd_loss(
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, parameter,
         target, ignore_index, hard_weight, soft_weight, label_smoothing, second=second,
-        standardize=standardize, num_classes=num_classes, return_parts=return_parts,
+        standardize=standardize, num_classes=num_classes, return_parts=return_parts, group=group,
     )  # fmt: skip
     found = _logits_loss(divergence, student, teacher, options, dim)
     return KDParts(found[0], *found[1].unbind()) if return_parts else found

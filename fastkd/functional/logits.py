@@ -27,6 +27,18 @@ last dimension, W, is taken for the classes.
 **Padded heads.** With ``num_classes`` the first classes of both sides count, and the others may hold anything: widths
 may differ then. The gradient of the others is 0. They are no part of any sum, mean or number of classes.
 
+**Classes that are split over ranks**, as tensor parallel heads leave them. With ``group=`` each rank of a process group
+gives its own classes of student and teacher, in the order of the ranks and as many as it has; rows, mask, weights and
+targets, which are numbers of all classes, are the same on every rank. Every rank gets the loss of whole rows, the same
+to the last bit, and the gradient of its own classes. Of ``kl_div``, ``soft_cross_entropy`` and ``bernoulli_kl_div``
+four numbers a row are exchanged before the gradient, and one for the loss, or one a row with ``"none"``; the others
+exchange three more a row in place of that one. Targets are two or three more a row, and ``"mean"`` is one. Nothing is
+exchanged in backward. All divergences and ``kd_loss`` have it but ``adaptive_kl_div``. It takes logits alone, and
+neither ``num_classes`` nor ``standardize`` nor ``return_parts``, and there are first derivatives alone. Smoothed labels
+make the host wait for the device once; plain PyTorch gathers the logits, and waits as well. Maps are read across their
+rows, which is slower than without a group. An error that one rank alone raises leaves the others waiting. A module that
+has a group can be neither copied nor pickled, as the group cannot.
+
 **Standardized logits.** With ``standardize=True`` every row of logits x becomes (x - mean) / (std + 1e-7), on both
 sides, before it is divided by the temperature: the student learns how the teacher's logits relate to each other, and
 not how large they are. The standard deviation is that of a sample, with V - 1. Logits of -inf stay so, and count for
@@ -57,8 +69,9 @@ dimensions. The loss is that of the whole batch: a replicated DTensor, so that `
 ``reduction="none"`` it is split as the rows are. The gradient lies where the student does. What stands beside the
 student is brought there too, sums that are pending (``Partial``) are made first, and a plain tensor counts as whole,
 the same on every rank; so does a normalizer. Where rows are split the ranks add up the loss, and the number of rows
-that a mask lets count; backward exchanges nothing. Classes that are split are an error. ``inplace`` and
-``torch.compile`` work as they do elsewhere.
+that a mask lets count; backward exchanges nothing. Where one dimension of the mesh splits the student's classes its
+ranks are the group of above, and the teacher is brought there. ``inplace`` and ``torch.compile`` work as they do
+elsewhere.
 
 **Errors** are raised before anything is computed, and name the argument. The values of tensor temperatures, betas and
 normalizers, those of masked rows too, and of numbers under ``torch.compile``, are checked on the CPU only: on other
@@ -68,7 +81,7 @@ devices a check would have to wait for the device, so that wrong values propagat
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._logits_loss import _logits_loss
 from .cross_entropy import soft_cross_entropy
 
@@ -90,6 +103,7 @@ def kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the student from the teacher: Hinton's distillation loss.
 
@@ -129,6 +143,7 @@ def kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -152,7 +167,7 @@ def kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("kl_div", student, teacher, options, dim)
 
@@ -172,6 +187,7 @@ def reverse_kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of the teacher from the student, which seeks the teacher's modes.
 
@@ -209,6 +225,7 @@ def reverse_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -232,7 +249,7 @@ def reverse_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("reverse_kl_div", student, teacher, options, dim)
 
@@ -252,6 +269,7 @@ def total_variation(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Total variation distance between student and teacher.
 
@@ -287,6 +305,7 @@ def total_variation(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -310,6 +329,6 @@ def total_variation(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, 0.0,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("total_variation", student, teacher, options, dim)

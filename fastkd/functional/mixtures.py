@@ -4,7 +4,7 @@ losses of logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._logits_loss import _logits_loss
 from .skew import skew_kl_div, skew_reverse_kl_div
 
@@ -27,6 +27,7 @@ def js_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Generalised Jensen-Shannon divergence between student and teacher.
 
@@ -66,6 +67,7 @@ def js_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -89,7 +91,7 @@ def js_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, beta,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("js_div", student, teacher, options, dim)
 
@@ -110,6 +112,7 @@ def symmetric_kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Both Kullback-Leibler divergences between student and teacher, weighted.
 
@@ -149,6 +152,7 @@ def symmetric_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -172,6 +176,6 @@ def symmetric_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, student_weight,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("symmetric_kl_div", student, teacher, options, dim)

@@ -4,7 +4,7 @@ logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._logits_loss import _logits_loss
 
 
@@ -24,6 +24,7 @@ def skew_kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of a mixture of both sides from the teacher.
 
@@ -61,6 +62,7 @@ def skew_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -84,7 +86,7 @@ def skew_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("skew_kl_div", student, teacher, options, dim)
 
@@ -105,6 +107,7 @@ def skew_reverse_kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Kullback-Leibler divergence of a mixture of both sides from the student.
 
@@ -141,6 +144,7 @@ def skew_reverse_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -164,6 +168,6 @@ def skew_reverse_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, alpha,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("skew_reverse_kl_div", student, teacher, options, dim)

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction, TeacherLogits, WholeTeacher
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits, WholeTeacher
 from ._loss import _Loss
 
 
@@ -24,6 +24,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -49,6 +50,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -62,11 +64,13 @@ class NegativeLogAcceptanceLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -75,6 +79,7 @@ class NegativeLogAcceptanceLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -112,6 +117,7 @@ class NegativeLogAcceptanceLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -136,6 +142,7 @@ class AlphaBetaDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -163,6 +170,7 @@ class AlphaBetaDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -178,11 +186,13 @@ class AlphaBetaDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         _check.parameter(_divergences.REGISTRY["alpha_beta_div"].parameter, alpha)
         _check.parameter(_divergences.REGISTRY["alpha_beta_div"].second, beta)
         self.alpha = alpha
@@ -195,6 +205,7 @@ class AlphaBetaDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -234,6 +245,7 @@ class AlphaBetaDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -253,6 +265,7 @@ class BernoulliKLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -278,6 +291,7 @@ class BernoulliKLDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -291,11 +305,13 @@ class BernoulliKLDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -304,6 +320,7 @@ class BernoulliKLDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -341,4 +358,5 @@ class BernoulliKLDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, functional
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -23,6 +23,7 @@ class SoftCrossEntropyLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -48,6 +49,7 @@ class SoftCrossEntropyLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -61,11 +63,13 @@ class SoftCrossEntropyLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -74,6 +78,7 @@ class SoftCrossEntropyLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -111,4 +116,5 @@ class SoftCrossEntropyLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )

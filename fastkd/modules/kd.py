@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, SoftDivergence, TargetReduction, TeacherLogits
+from .._types import Logits, ProcessGroup, SoftDivergence, TargetReduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -36,6 +36,7 @@ class KDLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
         return_parts: whether the loss comes in a :class:`fastkd.functional.KDParts`. Default False.
 
     Shape:
@@ -71,6 +72,7 @@ class KDLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
         "return_parts",
     )
 
@@ -94,6 +96,7 @@ class KDLoss(_Loss):
         num_classes: int | None = None,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
         return_parts: bool = False,
     ) -> None:
         super().__init__()
@@ -104,8 +107,9 @@ class KDLoss(_Loss):
         _check.hard_options(hard_weight, soft_weight, label_smoothing)
         _check.target_reduction(reduction)
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         _check.whole_number("ignore_index", ignore_index)
         _check.flag("return_parts", return_parts)
         self.hard_weight = hard_weight
@@ -125,6 +129,7 @@ class KDLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
+        self.group = group
         self.return_parts = return_parts
 
     def forward(
@@ -176,5 +181,6 @@ class KDLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
             return_parts=self.return_parts,
         )

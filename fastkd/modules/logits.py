@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, functional
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._loss import _Loss
 from .cross_entropy import SoftCrossEntropyLoss
 
@@ -29,6 +29,7 @@ class KLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -54,6 +55,7 @@ class KLDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -67,11 +69,13 @@ class KLDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -80,6 +84,7 @@ class KLDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -117,6 +122,7 @@ class KLDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -136,6 +142,7 @@ class ReverseKLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -161,6 +168,7 @@ class ReverseKLDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -174,11 +182,13 @@ class ReverseKLDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -187,6 +197,7 @@ class ReverseKLDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -224,6 +235,7 @@ class ReverseKLDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -243,6 +255,7 @@ class TotalVariationLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -268,6 +281,7 @@ class TotalVariationLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -281,11 +295,13 @@ class TotalVariationLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
         self.t_squared = t_squared
@@ -294,6 +310,7 @@ class TotalVariationLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -331,4 +348,5 @@ class TotalVariationLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )

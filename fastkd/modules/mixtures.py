@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._loss import _Loss
 from .skew import SkewKLDivLoss, SkewReverseKLDivLoss
 
@@ -28,6 +28,7 @@ class JSDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -54,6 +55,7 @@ class JSDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -68,11 +70,13 @@ class JSDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta)
         self.beta = beta
         self.temperature = temperature
@@ -83,6 +87,7 @@ class JSDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -121,6 +126,7 @@ class JSDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -141,6 +147,7 @@ class SymmetricKLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -167,6 +174,7 @@ class SymmetricKLDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -181,11 +189,13 @@ class SymmetricKLDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         _check.parameter(_divergences.REGISTRY["symmetric_kl_div"].parameter, student_weight)
         self.student_weight = student_weight
         self.temperature = temperature
@@ -196,6 +206,7 @@ class SymmetricKLDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -234,4 +245,5 @@ class SymmetricKLDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._loss import _Loss
 
 
@@ -24,6 +24,7 @@ class SkewKLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -50,6 +51,7 @@ class SkewKLDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -64,11 +66,13 @@ class SkewKLDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         _check.parameter(_divergences.REGISTRY["skew_kl_div"].parameter, alpha)
         self.alpha = alpha
         self.temperature = temperature
@@ -79,6 +83,7 @@ class SkewKLDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -117,6 +122,7 @@ class SkewKLDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -137,6 +143,7 @@ class SkewReverseKLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions, or ``[*]`` with
@@ -163,6 +170,7 @@ class SkewReverseKLDivLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -177,11 +185,13 @@ class SkewReverseKLDivLoss(_Loss):
         num_classes: int | None = None,
         reduction: Reduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
-        )
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace,
+            group,
+        )  # fmt: skip
         _check.parameter(_divergences.REGISTRY["skew_reverse_kl_div"].parameter, alpha)
         self.alpha = alpha
         self.temperature = temperature
@@ -192,6 +202,7 @@ class SkewReverseKLDivLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: Reduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -230,4 +241,5 @@ class SkewReverseKLDivLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )

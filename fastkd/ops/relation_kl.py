@@ -24,17 +24,18 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import _library
-from .._calls import InverseDivisor, RowsCall
+from .._calls import InverseDivisor, RelationKLFew, RowsCall
 from .._divergences import ENTRIES, NUMBERS, REGISTRY
 from .._dtypes import compute_dtype, without_autocast
 from ..reference import gradient_dtype
 from . import rows as rows_schedule
+from ._relation_sides import HALF, Side
 from .gradient import forbid_double_backward, scaled
-from .products import blocks_of, unit, unit_backward
+from .products import blocks_of, unit_backward
 from .rows import changeable, number_or_rows, positive
+from .samples import are_few
 
 BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
-HALF = (torch.float16, torch.bfloat16)
 MAX_SIMILARITY = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
 
 
@@ -54,61 +55,6 @@ class _Options(NamedTuple):
     mask: Any
     key_mask: Any
     weight: Any
-
-
-class _Side:
-    """The rows and the keys of a few samples, [b, N, D] and [b, M, D], as they are multiplied."""
-
-    def __init__(self, x, keys, options, dtype, halves):
-        self.own_keys, normalize = keys is None, options.normalize
-        self.low = x.device.type == "cuda" and not normalize and x.dtype in halves
-        self.low = self.low and (self.own_keys or keys.dtype is x.dtype)
-        dtype = x.dtype if self.low else dtype
-        self.x, self.through = _prepared(x.to(dtype), options.mask, normalize)
-        self.keys, self.keys_through = self.x, None
-        if not self.own_keys:
-            self.keys, self.keys_through = _prepared(keys.to(dtype), options.key_mask, normalize)
-        if not self.low:
-            self.keys = self.keys - _mean(self.keys, options.key_mask)
-
-    def similarities(self, rows, strip):
-        if self.low:
-            return torch.bmm(self.x[:, rows], self.keys.mT, out_dtype=strip.dtype)
-        return torch.bmm(self.x[:, rows], self.keys.mT, out=strip)
-
-    def add_gradients(self, rows, W, grad, keys_grad):
-        """From W of a strip, to those that are wanted; where there are no other keys both are the rows'."""
-        W = W.to(self.x.dtype)
-        if grad is not None:
-            self._add_product(grad[:, rows], W, self.keys)
-        if keys_grad is not None:
-            self._add_product(keys_grad, W.mT, self.x[:, rows])
-
-    def _add_product(self, grad, a, b):
-        if self.low:
-            grad += torch.bmm(a, b, out_dtype=grad.dtype)
-        elif grad.device.type != "cpu":
-            grad.baddbmm_(a, b)
-        else:  # whose products of a batch are slower
-            for one, u, v in zip(grad, a, b, strict=True):
-                one.addmm_(u, v)
-
-
-def _prepared(x, mask, normalize):
-    """Rows as they are multiplied, and what unit_backward wants where they are of length 1."""
-    if mask is not None:  # a row that does not count may hold anything
-        x = torch.where(mask[..., None], x, 0.0)
-    if not normalize:
-        return x, None
-    x, *how = unit(x)
-    return x, (x, *how)
-
-
-def _mean(keys, mask):
-    """Of those that count; the others are 0."""
-    if mask is None:
-        return keys.mean(1, keepdim=True)
-    return keys.sum(1, keepdim=True) / mask.sum(1).clamp(min=1)[:, None, None]
 
 
 def _check_shapes(student, teacher, student_keys, teacher_keys, options):
@@ -261,29 +207,47 @@ def _scaled(options, widths, dtype):
     )
 
 
+def _are_few(student, options):
+    """Whether the CPU has one op for these samples."""
+    one_batch = len(student) == 1 and options.key_mask is options.mask
+    return one_batch and options.rows == "fastkd" and are_few(student[0], BLOCK)
+
+
+def _few(student, teacher, options, save):
+    """csrc/cpu/relation_kl_few.cpp"""
+    fields = ((name, getattr(options, name)) for name in RelationKLFew._fields if name in _Options._fields)
+    fields = {name: _some(x, 0) if name in _PER_SAMPLE else x for name, x in fields}
+    call = RelationKLFew(student[0], teacher[0], save=save, **fields)
+    loss, grad = torch.ops.fastkd.relation_kl_few.default(*call)
+    return loss, grad[None] if save else grad, grad.new_empty(0)
+
+
 @torch.no_grad()
 def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
     *options, save, save_keys = options
     options = _Options(*options)
     _check_shapes(student, teacher, student_keys, teacher_keys, options)
     dtype = compute_dtype(student, teacher, student_keys, teacher_keys)
-    grad = torch.zeros(student.shape if save else (0,), dtype=gradient_dtype(student), device=student.device)
     keys = student if student_keys is None else student_keys
-    keys_grad = torch.zeros(keys.shape if save_keys else (0,), dtype=gradient_dtype(keys), device=keys.device)
     (B, N, D), M = student.shape, keys.shape[1]
+    if B * N * M > 0:
+        if student_keys is None and options.key_mask is None:
+            options = options._replace(key_mask=options.mask)
+        options = _scaled(_with_numbers(options), (D, teacher.shape[2]), dtype)
+        if student_keys is None and _are_few(student, options):
+            return _few(student, teacher, options, save)
+    grad = torch.zeros(student.shape if save else (0,), dtype=gradient_dtype(student), device=student.device)
+    keys_grad = torch.zeros(keys.shape if save_keys else (0,), dtype=gradient_dtype(keys), device=keys.device)
     loss = student.new_zeros((), dtype=torch.float64)
     if B * N * M == 0:
         return loss.to(dtype), grad, keys_grad
-    if student_keys is None and options.key_mask is None:
-        options = options._replace(key_mask=options.mask)
-    options = _scaled(_with_numbers(options), (D, teacher.shape[2]), dtype)
     strips = _Strips(B, N, M, options, student, dtype)
     halves = HALF[1:] if save or save_keys else HALF
     with without_autocast(student.device):
         for some in strips.samples:
             here = options._replace(**{name: _some(getattr(options, name), some) for name in _PER_SAMPLE})
-            s = _Side(student[some], _some(student_keys, some), here, dtype, halves)
-            t = _Side(teacher[some], _some(teacher_keys, some), here, dtype, HALF)
+            s = Side(student[some], _some(student_keys, some), here, dtype, halves)
+            t = Side(teacher[some], _some(teacher_keys, some), here, dtype, HALF)
             # in their own memory where the dtype is that which is computed in
             both = (grad, save), (keys_grad, save_keys)
             to, to_keys = (x[some].to(dtype) if wanted else None for x, wanted in both)

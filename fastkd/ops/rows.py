@@ -28,9 +28,11 @@ class Ops(NamedTuple):
     bwd: Any
     inverse_divisor: Any
     scale_: Any
+    statistics: Any
+    sums: Any
 
 
-NAMES = ("rows_fwd", "rows_bwd", "inverse_divisor", "scale_")
+NAMES = ("rows_fwd", "rows_bwd", "inverse_divisor", "scale_", "rows_statistics", "rows_sums")
 OPS: dict[str, Ops] = {}  # by namespace
 
 

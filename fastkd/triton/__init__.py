@@ -8,9 +8,37 @@ NAMESPACE = "fastkd_triton"
 def register() -> None:
     """Defines the ops, for tensors on GPUs; for the interpreter, which has those of the CPU, as well."""
     from .. import ops
-    from . import angles, attention, complement, dist, features, head, pairs, pkt, rows, scale, standardize, triplet
+    from . import (
+        angles,
+        attention,
+        complement,
+        dist,
+        features,
+        head,
+        pairs,
+        pkt,
+        rows,
+        rows_phases,
+        scale,
+        standardize,
+        triplet,
+    )
 
-    schedules = (rows, head, standardize, complement, dist, pairs, angles, pkt, triplet, features, attention, scale)
+    schedules = (
+        rows,
+        rows_phases,
+        head,
+        standardize,
+        complement,
+        dist,
+        pairs,
+        angles,
+        pkt,
+        triplet,
+        features,
+        attention,
+        scale,
+    )
     implementations = {name: getattr(next(s for s in schedules if hasattr(s, name)), name) for name in ops.NAMES}
     library = _library.define(NAMESPACE)
     for key in ("CUDA", "CPU"):

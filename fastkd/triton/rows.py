@@ -130,7 +130,7 @@ def sizes(call: RowsCall | HeadWeight) -> tuple[int, int, int]:
     return call.student.numel() // V, V, max(call.student.element_size(), call.teacher.element_size())
 
 
-def _layouts(call, grad):
+def layouts_of(call: RowsCall, grad: torch.Tensor | None) -> tuple[Layout, ...]:
     """Of student, teacher and gradient."""
     return layout_of(call.student), layout_of(call.teacher), NO_LAYOUT if grad is None else layout_of(grad)
 
@@ -140,8 +140,8 @@ def number(rows: torch.Tensor | None, of_all: float) -> tuple[torch.Tensor | Non
     return rows, int(rows is not None and rows.dim() > 0), of_all
 
 
-def _arguments(call, layouts):
-    """Those that both kernels begin with."""
+def arguments_of(call: RowsCall, layouts: Sequence[Layout]) -> tuple[Any, ...]:
+    """Those that all kernels begin with."""
     return (
         *(value for layout in layouts for value in layout),
         *number(call.temperature_rows, call.temperature),
@@ -153,16 +153,22 @@ def _arguments(call, layouts):
         *number(call.parameter_rows, call.parameter),
         *number(call.second_parameter_rows, call.second_parameter),
         call.target,
-        *((0.0, 1.0, 0.0) if call.target_numbers is None else call.target_numbers.tolist()),
+        *_target_numbers(call),
     )
 
 
-def _given(entry):
+def _target_numbers(call):
+    """hard_weight, soft_weight, smoothing, and how many classes a row has in all."""
+    numbers = (0.0, 1.0, 0.0) if call.target_numbers is None else call.target_numbers.tolist()
+    return (*numbers, float(call.student.shape[-1]))[:4]
+
+
+def given(entry: Any) -> int:
     """See rows_tile."""
     return 3 if entry.two_sums else ("Probabilities", "Logs", "LogOdds").index(entry.given)
 
 
-def _hard(call):
+def hard_of(call: RowsCall) -> int:
     """See rows_tile."""
     return 0 if call.target is None else 1 + call.target_loss
 
@@ -180,7 +186,7 @@ def rows_fwd(*arguments: Any) -> None:
     if N == 0:
         out.loss.zero_()
         return
-    layouts = _layouts(call, out.grad)
+    layouts = layouts_of(call, out.grad)
     run = side_by_side(N, layouts)
     rows, block, warps = configuration(V, element_size, run)
     limits = limited(dtype)
@@ -196,9 +202,9 @@ def rows_fwd(*arguments: Any) -> None:
         soft_losses = out.parts.view(N, -1)[:, 1]
     with torch.cuda.device_of(call.student):
         rows_fwd_kernel[(count,)](
-            *_arguments(call, layouts), parts, out.stats, soft_losses, 5, N, V, run,
+            *arguments_of(call, layouts), parts, out.stats, soft_losses, 5, N, V, run,
             DIVERGENCE=FUNCTIONS[call.divergence], IS_CENTRED=entry.centred,
-            ENTROPY=entry.teacher_entropy and _hard(call) != 2, GIVEN=_given(entry), HARD=_hard(call),
+            ENTROPY=entry.teacher_entropy and hard_of(call) != 2, GIVEN=given(entry), HARD=hard_of(call),
             SAME_TEMPERATURE=same_temperature(call), T_SQUARED=call.t_squared, PER_ROW=per_row,
             ONE_TILE=block >= V, ROWS=rows, BLOCK=block, num_warps=warps, **limits,
         )  # fmt: skip
@@ -213,14 +219,14 @@ def rows_bwd(*arguments: Any) -> None:
     N, V, element_size = sizes(call)
     if N == 0:
         return
-    layouts = _layouts(call, rest.grad)
+    layouts = layouts_of(call, rest.grad)
     run = side_by_side(N, layouts)
     rows, block, warps = backward_configuration(V, element_size, run)
     with torch.cuda.device_of(call.student):
         rows_bwd_kernel[(programs(N, run, rows), triton.cdiv(V, block))](
-            *_arguments(call, layouts), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V, run,
-            DIVERGENCE=FUNCTIONS[call.divergence], GIVEN=_given(ENTRIES[call.divergence]),
-            SAME_TEMPERATURE=same_temperature(call), T_SQUARED=call.t_squared, HARD=_hard(call),
+            *arguments_of(call, layouts), rest.stats, rest.upstream, int(rest.upstream.numel() > 1), N, V, run,
+            DIVERGENCE=FUNCTIONS[call.divergence], GIVEN=given(ENTRIES[call.divergence]),
+            SAME_TEMPERATURE=same_temperature(call), T_SQUARED=call.t_squared, HARD=hard_of(call),
             ROWS=rows, BLOCK=block, num_warps=warps,
             **limited(compute_dtype(call.student, call.teacher)),
         )  # fmt: skip

@@ -52,7 +52,7 @@ def rows_fwd_kernel(
     parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
     second_rows, second_stride, second: tl.float64,
     target,  # [N], or None
-    hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
+    hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64, in_all: tl.float64,
     loss,  # [N] where PER_ROW; else [programs], of each the sum over its rows
     stats,  # [N, 7], or None
     soft_losses, soft_stride,  # [N] with a stride, or None: before they are weighed
@@ -70,9 +70,9 @@ def rows_fwd_kernel(
     )  # fmt: skip
     OF_ROWS: tl.constexpr = parameter_rows is not None
     parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)
-    soft_scale, hard_scale, (classes, smoothings, soft_weights) = loss_scales(
+    soft_scale, hard_scale, (classes, smoothings, soft_weights, all_classes) = loss_scales(
         per_row(weight, 1, 1.0, row, read, dtype), T, parameter, second_rows, second_stride, second,
-        target, hard_weight, soft_weight, smoothing, row, read, dtype, T_SQUARED, HARD,
+        target, hard_weight, soft_weight, smoothing, in_all, row, read, dtype, T_SQUARED, HARD,
     )  # fmt: skip
     parameters = functor_parameters(parameter, second_rows, second_stride, second, row, read, GIVEN)
     one_over_divisor = per_row_times(scale_tensor, scale, row, read, dtype)
@@ -96,7 +96,7 @@ def rows_fwd_kernel(
         of_row = sums_of_softmax((a, b, max_student, sum_student, max_teacher, sum_teacher), read, GIVEN)
         sum_hard, logits = hard_sums(s, t, max_student, max_teacher, columns, V, HARD)
         part, factor = target_part(of_row, sum_hard, logits, logit, teacher_logit, HARD)
-        hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights)
+        hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights, all_classes)
         losses, slopes, p, seconds = visit(
             s, t, of_row, parameters, DIVERGENCE, OF_ROWS, ENTROPY, SAME_TEMPERATURE, GIVEN
         )  # fmt: skip
@@ -113,7 +113,7 @@ def rows_fwd_kernel(
         )
         of_row = sums_of_softmax(of_row, read, GIVEN)
         part, factor = target_part(of_row, sum_hard, logits, logit, teacher_logit, HARD)
-        hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights)
+        hard = (classes, read, grad_of_hard * factor, sum_hard, smoothings, V, soft_weights, all_classes)
         total, sum_slope, sum_second = walk_for_loss(
             inputs, of_row, parameters, grad, grad_step, live, grad_scale, hard,
             DIVERGENCE, OF_ROWS, ENTROPY, IS_CENTRED, SAME_TEMPERATURE, GIVEN, HARD, dtype, ROWS, BLOCK,
@@ -152,7 +152,7 @@ def rows_bwd_kernel(
     parameter_rows, parameter_stride, parameter: tl.float64,  # the same, in float64
     second_rows, second_stride, second: tl.float64,
     target,  # [N], or None
-    hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64,
+    hard_weight: tl.float64, soft_weight: tl.float64, smoothing: tl.float64, in_all: tl.float64,
     stats,  # [N, 7]
     upstream, upstream_stride,  # [N], or [1] with stride 0
     N, V, side_by_side,
@@ -171,9 +171,9 @@ def rows_bwd_kernel(
     of_loss *= per_row_times(scale_tensor, scale, row, read, dtype)
     OF_ROWS: tl.constexpr = parameter_rows is not None
     parameter = per_row(parameter_rows, parameter_stride, parameter, row, read, tl.float64)
-    soft_scale, hard_scale, (classes, smoothings, soft_weights) = loss_scales(
+    soft_scale, hard_scale, (classes, smoothings, soft_weights, all_classes) = loss_scales(
         of_loss, T, parameter, second_rows, second_stride, second,
-        target, hard_weight, soft_weight, smoothing, row, read, dtype, T_SQUARED, HARD,
+        target, hard_weight, soft_weight, smoothing, in_all, row, read, dtype, T_SQUARED, HARD,
     )  # fmt: skip
     parameters = functor_parameters(parameter, second_rows, second_stride, second, row, read, GIVEN)
     grad_scale = soft_scale * a
@@ -204,7 +204,7 @@ def rows_bwd_kernel(
         hard_scale *= tl.load(stats + 6, mask=read, other=0.0).to(dtype)
     if GIVEN == 3:
         grad_scale *= tl.load(stats + 6, mask=read, other=0.0).to(dtype)
-    hard = (classes, read, hard_scale, sum_hard, smoothings, V, soft_weights)
+    hard = (classes, read, hard_scale, sum_hard, smoothings, V, soft_weights, all_classes)
     values = whole_gradient(slopes, p, sum_slope, of_row, grad_scale, s, hard, columns, HARD)
     store(grad, grad_step, live, V, columns, values)
 

@@ -73,19 +73,19 @@ def _parted(of_row, sum_hard, sum_teacher_hard, logit, teacher_logit, HARD: tl.c
 def hard_gradient(s, of_row, hard, columns, HARD: tl.constexpr):
     """What the hard loss adds to the gradient of a tile. Nothing where no class is possible; NaN where the target is
     none of the classes: as loud as a device may be that cannot raise."""
-    target, has_target, scale, sum_hard, smoothing, V, _soft_weight = hard
+    target, has_target, scale, sum_hard, smoothing, V, _soft_weight, in_all = hard
     max_student = of_row[2]
     inv_temperature = tl.full(max_student.shape, 1.0, s.dtype)
     if HARD == 2:
         inv_temperature, sum_hard = of_row[0], of_row[3]
     scale = tl.where(sum_hard == 0.0, 0.0, scale)
-    scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
+    scale = tl.where(((target >= 0) | (in_all > V)) & (target < V), scale, float("nan"))
     scale = tl.where(has_target, scale, 0.0)[:, None]
     p = exp(s, max_student, inv_temperature)
     p *= tl.where(sum_hard == 0.0, 0.0, 1.0 / sum_hard)[:, None]
     is_target = columns[None, :] == target[:, None]
     if HARD == 1:
-        everywhere, of_target = (smoothing / V)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
+        everywhere, of_target = (smoothing / in_all)[:, None] * scale, (1.0 - smoothing)[:, None] * scale
         values = p * scale - everywhere - tl.where(is_target, of_target, 0.0)
     else:
         values = p * scale - tl.where(is_target, scale, 0.0)
@@ -95,7 +95,7 @@ def hard_gradient(s, of_row, hard, columns, HARD: tl.constexpr):
 @triton.jit
 def hard_loss(of_row, hard, hard_weight, scale, logits, logit):
     """Cross-entropy with the target. With a weight of 0 it is left out, however large it is."""
-    target, has_target, _scale, sum_hard, smoothing, V, _soft_weight = hard
+    target, has_target, _scale, sum_hard, smoothing, V, _soft_weight, _in_all = hard
     max_student = of_row[2]
     loss = log1p(sum_hard - 1.0)
     loss += tl.where(smoothing < 1.0, (1.0 - smoothing) * (max_student - logit), 0.0)

@@ -12,7 +12,8 @@ INF = tl.constexpr(float("inf"))
 #   HARD    0: rows have no target; else 1 + the number of the loss that they have of it, see TargetLoss in
 #           csrc/common/rows_params.h: from 2 on the target is parted from the other classes, whose sums of_row has
 #   hard    of rows with a target, [ROWS] each: the target, which rows have one, and what they are multiplied by in the
-#           gradient; the sum of e^(z - max) of the student; smoothing; V; and the weight of the soft loss
+#           gradient; the sum of e^(z - max) of the student; smoothing; V; the weight of the soft loss; and how many
+#           classes a row has in all: where more than V, others may have the target, which is negative here
 #   inputs  what load needs: pointers to the rows [ROWS] and the step between classes, for
 #           student and teacher; which rows to read [ROWS]; V
 #   GIVEN   what a divergence is given of a class: 0 p and q, 1 their logarithms, 2 log odds; 3: p and q, and its loss
@@ -76,11 +77,12 @@ def per_row_times(factor, value_of_all, row, read, dtype: tl.constexpr):
 
 @triton.jit
 def loss_scales(
-    of_loss, T, parameter, second_rows, second_stride, second, target, hard_weight, soft_weight, smoothing, row, read,
-    dtype: tl.constexpr, T_SQUARED: tl.constexpr, HARD: tl.constexpr,
+    of_loss, T, parameter, second_rows, second_stride, second, target, hard_weight, soft_weight, smoothing,
+    in_all, row, read, dtype: tl.constexpr, T_SQUARED: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Of each row: what its soft loss is multiplied by, and its hard loss; and of_target: the target, the smoothing and
-    the weight of the soft loss. Without targets numbers that nobody reads, and a weight of 1."""
+    """Of each row: what its soft loss is multiplied by, and its hard loss; and of_target: the target, the smoothing,
+    the weight of the soft loss, and how many classes there are in all. Without targets numbers that nobody reads, and a
+    weight of 1."""
     soft = tl.full(row.shape, 1.0, dtype)
     hard, smoothed, classes = of_loss, soft, row
     if HARD:
@@ -97,7 +99,7 @@ def loss_scales(
         of_loss *= parameter.to(dtype)
     if T_SQUARED:
         of_loss *= T * T
-    return of_loss * soft, hard, (classes, smoothed, soft)
+    return of_loss * soft, hard, (classes, smoothed, soft, per_row(None, 0, in_all, row, read, dtype))
 
 
 @triton.jit
