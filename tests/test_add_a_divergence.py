@@ -105,6 +105,9 @@ def add(folder):
         (folder / path).write_text(whole.replace(before, text + before))
 
 
+SOURCES = ("isa", "rows*", "scale", "relation_kl_few", "samples_kernel")
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """A copy with the divergence in it, and the library of the rows schedule."""
@@ -125,8 +128,8 @@ def built(tmp_path_factory):
     compiler.flags = [f"-I{folder / 'csrc'}", f"-I{generated}", "-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
     compiler.flags += ["-fopenmp-simd", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     compiler.flags += ["-DFASTKD_X86=0", "-isystem", TORCH / "include"]
-    # every file of the rows schedule, and what they share
-    sources = [path for name in ("isa", "rows*", "scale") for path in (folder / "csrc" / "cpu").glob(f"{name}.cpp")]
+    # every file of the rows schedule, what they share, and the loss of relations that walks it
+    sources = [path for name in SOURCES for path in (folder / "csrc" / "cpu").glob(f"{name}.cpp")]
     objects = [compiler.build(f"{path.stem}.o", "-c", path) for path in sources]
     links = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
     library = compiler.build("rows.so", "-shared", *objects, *links)
