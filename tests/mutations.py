@@ -264,7 +264,7 @@ MUTATIONS = [
              "(smoothing / in_all)", "(smoothing / V)", GROUP),
     Mutation("cpu relation_kl: keys have lost a mean that the gradient does not know", "csrc/cpu/relation_kl_few.cpp",
              "kernel.add(grad + i * D, student.mean.data(), D, T(kernel.sum(W + i * N_, N_)));", "(void)kernel;",
-             "tests/test_relation_kl.py"),
+             RELATIONS),
     # checks
     Mutation("check: a temperature of 0", "fastkd/_check/arguments.py",
              "if not 0 < value <= sys.float_info.max:  # false for NaN", "if not 0 <= value <= sys.float_info.max:  # false for NaN", "tests/test_errors.py"),

@@ -91,8 +91,8 @@ void symmetrize(T* G, int64_t N) {
            [&](int64_t block) { kernel.symmetrize(G, N, block * kRows, std::min((block + 1) * kRows, N)); });
 }
 
-// Loss and gradient of few samples: in the dtype that is computed in, and in that which is saved. compute(loss, grad):
-// grad is contiguous [N, D_s] in the former, or null.
+// Loss and gradient of few samples: in the dtype that is computed in, and in that which is saved. f(loss, grad): grad
+// is contiguous [N, D_s] in the former, or null.
 template <class F>
 void few_samples(StableIValue* stack, const Tensor& student, ScalarType compute, bool save, F&& f) {
   const ScalarType type = student.scalar_type();
