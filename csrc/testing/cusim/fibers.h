@@ -32,9 +32,13 @@ struct Exchange {  // the values of one warp collective, until the last lane has
   WarpSlots slots;
 };
 
+// Sets of lanes are bits, as those of a mask are.
 struct Warp {
   std::span<Fiber> lanes;
   std::vector<std::unique_ptr<Exchange>> exchanges;
+  unsigned ready = 0;  // lanes whose state is that
+  unsigned alike = 0;  // lanes that wait at one collective, with one mask; other lanes may, too
+  const Fiber* first_alike = nullptr;
 };
 
 // Two tags, by generation: a fast thread may release the next before a slow one acquires this one.
@@ -130,7 +134,10 @@ std::map<int, int> device_attributes;   // where they were set
 
 std::string site_text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 
-bool same(Site a, Site b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
+// Of lanes that do as they should the texts are one, and need not be read.
+bool same(const char* a, const char* b) { return a == b || !std::strcmp(a, b); }
+
+bool same(Site a, Site b) { return a.line == b.line && same(a.file, b.file); }
 
 std::string thread_text(const Fiber& f) {
   const uint3 b = f.block->index;
@@ -205,6 +212,12 @@ void end_thread(Block& b) {
   }
 }
 
+void set_state(Fiber& f, State state) {
+  const unsigned bit = 1u << f.lane;
+  f.state = state;
+  f.warp->ready = (f.warp->ready & ~bit) | (state == State::kReady ? bit : 0);
+}
+
 void leave_exchange(Fiber* f) {
   if (f->exchange) --f->exchange->readers;
   f->exchange = nullptr;
@@ -216,7 +229,7 @@ void fiber_main() {
   start_thread(*f->block);
   current->thunk(current->arguments);
   leave_exchange(f);
-  f->state = State::kReturned;
+  set_state(*f, State::kReturned);
   end_thread(*f->block);
   yield(true);
   __builtin_trap();

@@ -74,6 +74,8 @@ void make_cluster(uint64_t c, unsigned fiber_set) {
       Warp& warp = l.warps[rank * per_block + w];
       warp.lanes = b.barrier.threads.subspan(w * 32, std::min(32u, l.threads - w * 32));
       warp.exchanges.clear();
+      warp.ready = present(warp);
+      warp.alike = 0;
     }
     for (unsigned t = 0; t < l.threads; ++t) {
       const size_t slot = size_t(fiber_set) * l.fibers.size() + rank * l.threads + t;

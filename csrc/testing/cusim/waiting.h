@@ -16,7 +16,7 @@ void* arrive(Barrier& b, State state, const char* name, int predicate, Site site
   const Unseen unseen;
   Fiber* f = self;
   leave_exchange(f);
-  f->state = state;
+  set_state(*f, state);
   f->at = name;
   f->site = site;
   if (!b.sync.arrived) b.site = site;
@@ -28,7 +28,7 @@ void* arrive(Barrier& b, State state, const char* name, int predicate, Site site
   release(tag);
   b.count += predicate != 0;
   if (++b.sync.arrived == b.threads.size()) {
-    for (Fiber& t : b.threads) t.state = State::kReady;
+    for (Fiber& t : b.threads) set_state(t, State::kReady);
     b.last_count = b.count;
     b.count = 0;
     b.sync.arrived = 0;
@@ -47,6 +47,25 @@ int wait_at(Barrier& b, State state, const char* name, int predicate, Site site)
 
 unsigned present(const Warp& warp) { return ~0u >> (32 - warp.lanes.size()); }
 
+bool same_collective(const Fiber& f, const Fiber& other) {
+  return other.mask == f.mask && same(other.at, f.at) && same(other.site, f.site);
+}
+
+// Whether all lanes that f names, and that do not run, are at f's collective, as the first of them shows: what nearly
+// every lane finds, 32 of which would else look at each other.
+bool joins_those_alike(const Fiber& f) {
+  Warp& warp = *f.warp;
+  const unsigned bit = 1u << f.lane, others = f.mask & ~bit & present(warp) & ~warp.ready;
+  if (!(f.mask & bit) || (f.mask & ~present(warp) && f.mask != ~0u) || others & ~warp.alike) return false;
+  if (others && !same_collective(f, *warp.first_alike)) return false;
+  if (!others) {
+    warp.first_alike = &f;
+    warp.alike = 0;
+  }
+  warp.alike |= bit;
+  return true;
+}
+
 // What is wrong with the collective that f waits at; empty: nothing yet.
 std::string mismatch(const Fiber& f) {
   if (!(f.mask >> f.lane & 1)) return "the mask leaves out its own lane: " + describe(f);
@@ -59,7 +78,7 @@ std::string mismatch(const Fiber& f) {
     if (other.state != State::kInWarp) {
       return "a lane that the mask names cannot come: " + describe(f) + "; " + describe(other);
     }
-    if (other.mask != f.mask || std::strcmp(other.at, f.at) || !same(other.site, f.site)) {
+    if (!same_collective(f, other)) {
       return "lanes that the mask names are elsewhere: " + describe(f) + "; " + describe(other);
     }
   }
@@ -77,23 +96,25 @@ void complete_exchange(Warp& warp, unsigned mask, int n) {
     std::copy_n(f.words, n, e.slots[f.lane]);
     ++e.readers;
     f.exchange = &e;
-    f.state = State::kReady;
+    set_state(f, State::kReady);
   }
+  warp.alike &= ~mask;
 }
 
 void enter_exchange(const char* name, unsigned mask, const uint64_t* words, int n, Site site) {
   const Unseen unseen;
   Fiber* f = self;
   leave_exchange(f);
-  f->state = State::kInWarp;
+  set_state(*f, State::kInWarp);
   f->at = name;
   f->site = site;
   f->mask = mask;
   std::copy_n(words, n, f->words);
-  const std::string wrong = mismatch(*f);
-  if (!wrong.empty()) return set_error(wrong);
-  const auto missing = [&](const Fiber& other) { return (mask >> other.lane & 1) && other.state == State::kReady; };
-  if (std::none_of(f->warp->lanes.begin(), f->warp->lanes.end(), missing)) complete_exchange(*f->warp, mask, n);
+  if (!joins_those_alike(*f)) {
+    const std::string wrong = mismatch(*f);
+    if (!wrong.empty()) return set_error(wrong);
+  }
+  if (!(mask & f->warp->ready)) complete_exchange(*f->warp, mask, n);
 }
 
 // Whether `f`, which waits, waits for `other`.
