@@ -149,7 +149,7 @@ def is_in(part, item, covers, sweeps):
 
 
 # What is built once for the tests that share it, and by which of their parameters it differs.
-BUILT = {"compiled": "compiled", "compiler": "build", "built": None}
+BUILT = {"compiled": "compiled", "compiler": "build", "built": None, "reader": None}
 
 
 def share_what_is_built(items):

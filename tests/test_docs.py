@@ -64,13 +64,59 @@ def long_where_it_is_a_recipe(block):
     return pytest.param(block, marks=pytest.mark.long) if block.page.name == "recipes.md" else block
 
 
+# A process that has imported what blocks import, and that runs each as a script in a child of itself: to import torch,
+# or transformers, takes longer than most blocks do. It is told folders, and tells the child's exit status.
+READER = """
+import atexit, gc, importlib.util, os, runpy, sys, traceback
+import torch.distributed.tensor, fastkd  # torch.testing imports the first
+if importlib.util.find_spec("transformers"):
+    import transformers.modeling_utils
+
+def read(folder):
+    os.chdir(folder)
+    told = os.open("told", os.O_WRONLY | os.O_CREAT)
+    os.dup2(told, 1), os.dup2(told, 2)
+    sys.argv = [folder + "/block.py"]
+    try:
+        runpy.run_path(folder + "/block.py", run_name="__main__")  # as processes that it starts find it
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+    return 0
+
+gc.freeze()
+for folder in map(str.strip, sys.stdin):
+    child = os.fork()
+    if not child:
+        os._exit(read(folder))  # without taking down, object by object, what has been imported
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """Runs the script of a folder; returns its exit status and what it printed."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", READER], env=ENVIRONMENT, **pipes) as process:
+
+        def read(folder):
+            print(folder, file=process.stdin, flush=True)
+            status = process.stdout.readline()
+            return int(status), (folder / "told").read_text()
+
+        yield read
+
+
 @pytest.mark.parametrize("block", [long_where_it_is_a_recipe(block) for block in PYTHON], ids=str)
-def test_python_runs_without_a_warning(block, tmp_path):
+def test_python_runs_without_a_warning(block, reader, tmp_path):
     """As a script of its own: processes that it starts import it."""
     (tmp_path / "block.py").write_text(block.text)
-    done = run(sys.executable, "block.py", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout
-    assert not re.search("warning|deprecated", done.stdout, re.IGNORECASE), done.stdout
+    status, told = reader(tmp_path)
+    assert status == 0, told
+    assert not re.search("warning|deprecated", told, re.IGNORECASE), told
 
 
 def commands(block):
