@@ -8,9 +8,9 @@ from fastkd import functional
 from fastkd._divergences import DERIVED, REGISTRY, TARGET_LOSSES
 from fastkd.ops import standardize
 
-N, V = 512, 32000
+N, V = 256, 32000
 GRADIENT = N * V * 4
-MANY = 8192
+MANY = 6144
 SLACK = 6 << 20  # the loss per row, scratch memory of 12 bytes a class and thread, the interpreter
 
 
@@ -79,7 +79,7 @@ def test_inference_holds_none(logits):
 
 def test_maps_are_not_copied(logits):
     """The gradient lies as they do, so that none is made of it either."""
-    student, teacher = (x.view(4, 500, 64, 128) for x in logits)
+    student, teacher = (x.view(2, 500, 64, 128) for x in logits)
     used = peak(
         lambda s: (0.5 * functional.kl_div(s, teacher, dim=1)).backward(), lambda: (student.detach().requires_grad_(),)
     )
@@ -103,7 +103,7 @@ def test_similarity_preserving_holds_no_matrix_of_pairs():
 
 @pytest.mark.parametrize("clamp", [None, "both"])
 def test_gram_mse_is_linear_in_memory(clamp):
-    """N x N would be 256 MiB."""
+    """N x N would be 144 MiB."""
     student, teacher = torch.randn(MANY, 32), torch.randn(MANY, 32)
     used = peak(
         lambda s: functional.gram_mse(s, teacher, clamp=clamp).backward(), lambda: (student.detach().requires_grad_(),)
@@ -113,7 +113,7 @@ def test_gram_mse_is_linear_in_memory(clamp):
 
 @pytest.mark.parametrize("name", ["relation_kl", "pkt"])
 def test_strips_are_linear_in_memory(name):
-    """N x N would be 256 MiB."""
+    """N x N would be 144 MiB."""
     student, teacher = torch.randn(MANY, 32), torch.randn(MANY, 32)
     loss = getattr(functional, name)
     used = peak(lambda s: loss(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
@@ -122,7 +122,7 @@ def test_strips_are_linear_in_memory(name):
 
 @pytest.mark.parametrize("by", ["labels", "teacher"])
 def test_relational_triplet_is_linear_in_memory(by):
-    """N x N would be 256 MiB."""
+    """N x N would be 144 MiB."""
     student = torch.randn(MANY, 32)
     who = {"labels": torch.arange(MANY) % 100} if by == "labels" else {"teacher": torch.randn(MANY, 32)}
     used = peak(
@@ -132,7 +132,7 @@ def test_relational_triplet_is_linear_in_memory(by):
 
 
 def test_rkd_distance_is_linear_in_memory():
-    """N x N would be 256 MiB."""
+    """N x N would be 144 MiB."""
     student, teacher = torch.randn(MANY, 32), torch.randn(MANY, 32)
     used = peak(lambda s: functional.rkd_distance(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
     assert used <= 6 * student.numel() * 4 + (48 << 20)
