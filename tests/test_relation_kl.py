@@ -86,7 +86,8 @@ OPTIONS = {
 @pytest.mark.parametrize("keys", [False, True])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_heads_and_keys(backend, monkeypatch, name, keys, block):
-    monkeypatch.setattr(relation_kl, "BLOCK", {"cpu": block, "cuda": block})
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(relation_kl.BLOCK, device, block)
     check_naive(*tensors(2, 3, 20), PROMISED[torch.float32], **OPTIONS[name], **(KEYED if keys else {}))
 
 
@@ -103,7 +104,8 @@ def test_dtypes(backend, dtype, keys):
 @pytest.mark.parametrize("block", [1, 900, 2**19])
 def test_masks_weights_and_temperatures_of_rows(backend, monkeypatch, block):
     """Padded samples hold anything; masks broadcast over heads."""
-    monkeypatch.setattr(relation_kl, "BLOCK", {"cpu": block, "cuda": block})
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(relation_kl.BLOCK, device, block)
     generator = torch.Generator().manual_seed(0)
     student, teacher = tensors(2, 3, 20)
     mask = torch.rand(2, 1, 20, generator=generator) < 0.7
@@ -176,7 +178,8 @@ def test_keys_alone_may_want_a_gradient(backend):
     ("name", "case", "dtype"), [x for x in cases.each(cases.CASES) if x[0] == "relation_kl"], ids=str
 )
 def test_strips(monkeypatch, name, case, dtype, block):
-    monkeypatch.setattr(relation_kl, "BLOCK", {"cpu": block, "cuda": block})
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(relation_kl.BLOCK, device, block)
     check("cpu", name, case, dtype)
 
 

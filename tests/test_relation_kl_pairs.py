@@ -24,7 +24,8 @@ def pairs_taken(monkeypatch):
         return original(self, *arguments)
 
     monkeypatch.setattr(relation_kl._Strips, "_of_pairs", counted)
-    monkeypatch.setattr(relation_kl, "BLOCK", {"cpu": 700, "cuda": 700})
+    for device in ("cpu", "cuda"):
+        monkeypatch.setitem(relation_kl.BLOCK, device, 700)
     return taken
 
 

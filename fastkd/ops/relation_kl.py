@@ -19,42 +19,33 @@ Saved for backward: the gradients. Beside them the rows in the dtype that is com
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .. import _library
-from .._calls import InverseDivisor, RelationKLFew, RowsCall
-from .._divergences import ENTRIES, NUMBERS, REGISTRY
+from .._calls import InverseDivisor, RowsCall
+from .._divergences import NUMBERS, REGISTRY
 from .._dtypes import compute_dtype, without_autocast
 from ..reference import gradient_dtype
 from . import rows as rows_schedule
+from ._relation_kl_few import (
+    BLOCK,
+    FEW,
+    Options,
+    fake_grad,
+    few_call,
+    of_few,
+    relation_is_few,
+    with_numbers,
+    with_widths,
+)
 from ._relation_sides import HALF, Side
 from .gradient import forbid_double_backward, scaled
 from .products import blocks_of, unit_backward
 from .rows import changeable, number_or_rows, positive
-from .samples import are_few
 
-BLOCK = {"cpu": 2**21, "cuda": 2**24}  # elements of a strip: products of fewer rows are slower
 MAX_SIMILARITY = 30.0  # of similarities whose exponentials, and sums of them, are numbers without more ado
-
-
-class _Options(NamedTuple):
-    """What the op is told beside its embeddings [B, N, D]; of rows: [B, N], the keys' mask [B, M]."""
-
-    exclude_self: bool
-    normalize: bool
-    rows: str  # the namespace of the rows ops
-    divergence: int
-    parameter: float
-    parameter_rows: Any
-    temperature: float
-    temperature_rows: Any
-    teacher_temperature: float
-    teacher_temperature_rows: Any
-    mask: Any
-    key_mask: Any
-    weight: Any
 
 
 def _check_shapes(student, teacher, student_keys, teacher_keys, options):
@@ -181,51 +172,10 @@ class _Strips:
         )  # fmt: skip
 
 
-def _with_numbers(options):
-    """Rows that all have the same number have one, which is less work. On the CPU, where looking at them is cheap."""
-    changed = {}
-    for name in ("parameter", "temperature", "teacher_temperature"):
-        rows = getattr(options, f"{name}_rows")
-        if rows is not None and rows.device.type == "cpu" and bool((rows == rows.flatten()[0]).all()):
-            changed |= {name: rows.flatten()[0].item(), f"{name}_rows": None}
-    entry = ENTRIES[options.divergence].parameter
-    if entry is not None and changed.get("parameter") in entry.ends:
-        changed |= {"divergence": NUMBERS[entry.ends[changed["parameter"]]], "parameter": 0.0}
-    return options._replace(**changed)
-
-
-def _scaled(options, widths, dtype):
-    """Temperatures times sqrt(D), where similarities are divided by it."""
-    a, b = (1.0 if options.normalize else math.sqrt(D) for D in widths)
-    rows = options.temperature_rows, options.teacher_temperature_rows
-    rows = [None if x is None else (x * by).to(dtype) for x, by in zip(rows, (a, b), strict=True)]
-    return options._replace(
-        temperature=options.temperature * a,
-        temperature_rows=rows[0],
-        teacher_temperature=options.teacher_temperature * b,
-        teacher_temperature_rows=rows[1],
-    )
-
-
-def _are_few(student, options):
-    """Whether the CPU has one op for these samples."""
-    one_batch = len(student) == 1 and options.key_mask is options.mask
-    return one_batch and options.rows == "fastkd" and are_few(student[0], BLOCK)
-
-
-def _few(student, teacher, options, save):
-    """csrc/cpu/relation_kl_few.cpp"""
-    fields = ((name, getattr(options, name)) for name in RelationKLFew._fields if name in _Options._fields)
-    fields = {name: _some(x, 0) if name in _PER_SAMPLE else x for name, x in fields}
-    call = RelationKLFew(student[0], teacher[0], save=save, **fields)
-    loss, grad = torch.ops.fastkd.relation_kl_few.default(*call)
-    return loss, grad[None] if save else grad, grad.new_empty(0)
-
-
 @torch.no_grad()
 def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
     *options, save, save_keys = options
-    options = _Options(*options)
+    options = Options(*options)
     _check_shapes(student, teacher, student_keys, teacher_keys, options)
     dtype = compute_dtype(student, teacher, student_keys, teacher_keys)
     keys = student if student_keys is None else student_keys
@@ -233,9 +183,11 @@ def _relation_kl_fwd(student, teacher, student_keys, teacher_keys, *options):
     if B * N * M > 0:
         if student_keys is None and options.key_mask is None:
             options = options._replace(key_mask=options.mask)
-        options = _scaled(_with_numbers(options), (D, teacher.shape[2]), dtype)
-        if student_keys is None and _are_few(student, options):
-            return _few(student, teacher, options, save)
+        if student_keys is None and B == 1 and relation_is_few(student[0], options):
+            own = options._replace(**{name: _some(getattr(options, name), 0) for name in _PER_SAMPLE})
+            loss, grad = FEW(*few_call(student[0], teacher[0], own, save))
+            return loss, grad[None] if save else grad, grad.new_empty(0)
+        options = with_widths(with_numbers(options), (D, teacher.shape[2]), dtype)
     grad = torch.zeros(student.shape if save else (0,), dtype=gradient_dtype(student), device=student.device)
     keys_grad = torch.zeros(keys.shape if save_keys else (0,), dtype=gradient_dtype(keys), device=keys.device)
     loss = student.new_zeros((), dtype=torch.float64)
@@ -269,8 +221,8 @@ def _fake_fwd(student, teacher, student_keys, teacher_keys, *options):
     keys = student if student_keys is None else student_keys
     return (
         student.new_empty((), dtype=compute_dtype(student, teacher, student_keys, teacher_keys)),
-        student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student)),
-        student.new_empty(keys.shape if save_keys else (0,), dtype=gradient_dtype(keys)),
+        fake_grad(student, save),
+        fake_grad(keys, save_keys),
     )
 
 
@@ -331,8 +283,22 @@ def relation_kl(
     parameter, parameter_rows = number_or_rows(parameter, leading, torch.float64)
     temperature, temperature_rows = number_or_rows(temperature, leading, dtype)
     teacher_temperature, teacher_temperature_rows = number_or_rows(teacher_temperature, leading, dtype)
-    keys = student if student_keys is None else student_keys
+    weight = weight if weight is None else weight.to(dtype)
+    options = Options(
+        exclude_self, normalize, namespace, NUMBERS[divergence], parameter, parameter_rows, temperature,
+        temperature_rows, teacher_temperature, teacher_temperature_rows, mask, key_mask, weight,
+    )  # fmt: skip
+    if student.dim() == 2 and student_keys is None and not torch.compiler.is_compiling():
+        loss = of_few(scale_, student, teacher, options)
+        if loss is not None:
+            return loss
+    return _of_batches(scale_, student, student_keys, teacher, teacher_keys, options)
 
+
+def _of_batches(scale_, student, student_keys, teacher, teacher_keys, options):
+    """With one dimension [B] for all that lead, as the op takes them."""
+    leading = student.shape[:-1]
+    keys = student if student_keys is None else student_keys
     B = math.prod(leading[:-1])
 
     def per_sample(x, shape):
@@ -346,12 +312,13 @@ def relation_kl(
     def flat(x):
         return None if x is None else x.reshape(B, *x.shape[-2:])
 
-    options = (
-        exclude_self, normalize, namespace, NUMBERS[divergence], parameter, by_row(parameter_rows),
-        temperature, by_row(temperature_rows), teacher_temperature,
-        by_row(teacher_temperature_rows), per_sample(mask, leading),
-        per_sample(key_mask, keys.shape[:-1]), per_sample(weight if weight is None else weight.to(dtype), leading),
-    )  # fmt: skip
+    rows = ("parameter_rows", "temperature_rows", "teacher_temperature_rows")
+    options = options._replace(
+        **{name: by_row(getattr(options, name)) for name in rows},
+        mask=per_sample(options.mask, leading),
+        key_mask=per_sample(options.key_mask, keys.shape[:-1]),
+        weight=per_sample(options.weight, leading),
+    )
     embeddings = [flat(x) for x in (student, student_keys, teacher.detach(), teacher_keys)]
     if teacher_keys is not None:
         embeddings[3] = embeddings[3].detach()
