@@ -43,7 +43,7 @@ def with_numbers(options):
     entry = ENTRIES[options.divergence].parameter
     if entry is not None and changed.get("parameter") in entry.ends:
         changed |= {"divergence": NUMBERS[entry.ends[changed["parameter"]]], "parameter": 0.0}
-    return options._replace(**changed)
+    return options._replace(**changed) if changed else options
 
 
 def with_widths(options, widths, dtype):
@@ -105,10 +105,11 @@ class FewRelations(torch.autograd.Function):
 def of_few(scale_, student, teacher, options):
     """The loss of samples [N, D] that are few; None of others. Past the op that takes all of relation_kl, which costs
     as much as the arithmetic of 32 samples does."""
-    rows = student.shape[:1]
-    mask, weight = (x if x is None else x.expand(rows).contiguous() for x in (options.mask, options.weight))
-    key_mask = mask if options.key_mask is None else options.key_mask
-    options = options._replace(mask=mask, key_mask=key_mask, weight=weight)
+    mask, weight = options.mask, options.weight
+    if mask is not None or weight is not None:
+        mask, weight = (x if x is None else x.expand(student.shape[:1]).contiguous() for x in (mask, weight))
+        key_mask = mask if options.key_mask is None else options.key_mask
+        options = options._replace(mask=mask, key_mask=key_mask, weight=weight)
     if not relation_is_few(student, options):
         return None
     wanted = torch.is_grad_enabled() and student.requires_grad
