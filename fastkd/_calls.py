@@ -109,6 +109,16 @@ class FormOutputs(NamedTuple):
     parts: OptionalOut  # as of rows_fwd
 
 
+class FormGroup(NamedTuple):
+    """What ``form_group_rows`` is told besides a call of ``form_rows``, whose classes are split over ranks. See
+    ops/group_forms.py."""
+
+    mean: bool  # whether the divisor is to be multiplied by the number of classes
+    stats: OptionalOut  # [N, 7] float64: filled, where there is no upstream gradient; else read
+    widths: OptionalOut  # [2] float64, the same: the classes of all ranks, and of those before this one
+    upstream: Tensor | None  # [N], or one element: the gradient alone is wanted, from what forward has filled
+
+
 class FormDist(NamedTuple):
     """What ``form_dist_fwd`` and ``form_dist_bwd`` are told besides a call of the dist schedule, whose student or
     teacher are no logits. See ops/dist_forms.py, and FormRows."""

@@ -135,6 +135,13 @@ IN_PYTHON = (
     "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
     # the rows schedule of logits that are made a slab at a time; rows: the namespace whose ops compute each slab
     schema("form_rows", (_calls.RowsCall, _calls.FormRows, _calls.FormOutputs), "str rows"),
+    # the same of classes that are split over the ranks of a group, which is named
+    schema(
+        "form_group_rows",
+        (_calls.RowsCall, _calls.FormRows, _calls.FormGroup, _calls.FormOutputs),
+        "str rows",
+        "str group",
+    ),
     # the dist schedule of logits that are made a slab at a time, twice
     schema("form_dist_fwd", (_calls.DistCall, _calls.FormDist, _calls.FormDistForward), "str rows"),
     schema("form_dist_bwd", (_calls.DistCall, _calls.FormDist, _calls.FormDistBackward), "str rows"),

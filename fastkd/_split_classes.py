@@ -7,7 +7,9 @@ import torch
 from . import _backend, _transforms, reference
 from ._check import LogitsOptions
 from ._check.arguments import values_known
+from ._dtypes import compute_dtype
 from ._inplace import overwritten
+from .forms import LinearLogits, in_dtype, logits_of_rows, with_hidden
 
 
 class Ranks:
@@ -24,6 +26,19 @@ class Ranks:
         gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
         gather(out, x.contiguous(), group=self.group)
         return out.view(self.size, *x.shape)
+
+    def sum_(self, x: torch.Tensor) -> None:
+        """x becomes the sum of what each rank has."""
+        torch.distributed.all_reduce(x, group=self.group)
+
+
+def name_of(group: Any) -> str:
+    """What an op is told, which takes no process group."""
+    return group.group_name
+
+
+def group_named(name: str) -> Any:
+    return torch.distributed.distributed_c10d._resolve_process_group(name)
 
 
 def wrong_targets(target: torch.Tensor, classes: Any, mask: torch.Tensor | None) -> torch.Tensor:
@@ -55,6 +70,31 @@ class _Own(torch.autograd.Function):
 _OF_SPLIT = "of losses whose classes are split over ranks; gather the classes of a row on each of them first"
 
 
+class _Summed(torch.autograd.Function):
+    """What each rank has whole, and differentiates for its own classes: the gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx, x, ranks):
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.ranks.sum_(grad)
+        return grad, None
+
+
+def _shard(side, mask, ranks):
+    """A side's logits of this rank's classes."""
+    if not isinstance(side, LinearLogits):
+        return side
+    side = in_dtype(side, compute_dtype(side.weight))  # the sum over ranks is rounded once
+    if side.hidden.requires_grad and torch.is_grad_enabled():
+        side = with_hidden(side, _Summed.apply(side.hidden, ranks))
+    return logits_of_rows(side, mask)
+
+
 def _whole(x, widths, ranks):
     """[*, V] of all ranks' classes, of which this rank's are differentiated."""
     padded = x.new_zeros(max(widths), *x.shape[:-1])
@@ -70,8 +110,11 @@ def logits_loss(backend: str, divergence: str, student: Any, teacher: Any, optio
     gathers the logits."""
     if backend == "torch":
         ranks = Ranks(options.group)
-        for name, x in (("student", student), ("teacher", teacher)):
-            _transforms.refuse_all(name, x, _OF_SPLIT)
+        for name, side in (("student", student), ("teacher", teacher)):
+            for x in vars(side).values() if isinstance(side, LinearLogits) else (side,):
+                if isinstance(x, torch.Tensor):
+                    _transforms.refuse_all(name, x, _OF_SPLIT)
+        student, teacher = (_shard(x, options.mask, ranks) for x in (student, teacher))
         widths = ranks.gathered(torch.tensor([student.shape[-1]], device=student.device))[:, 0].tolist()
         if options.target is not None:
             wrong_targets(options.target, sum(widths), options.mask)
@@ -80,6 +123,8 @@ def logits_loss(backend: str, divergence: str, student: Any, teacher: Any, optio
         if options.inplace and student.requires_grad and torch.is_grad_enabled():
             overwritten(student)
         return loss
-    from .ops import group
+    from .ops import group, group_forms
 
-    return group.logits_loss(_backend.namespace(backend), divergence, student, teacher, options)
+    forms = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
+    loss = group_forms.logits_loss if forms else group.logits_loss
+    return loss(_backend.namespace(backend), divergence, student, teacher, options)

@@ -216,6 +216,11 @@ def in_dtype(form: LinearLogits, dtype: torch.dtype) -> LinearLogits:
     return _with_tensors(form, *(None if x is None else x.to(dtype) for x in (form.hidden, form.weight, form.bias)))
 
 
+def with_hidden(form: LinearLogits, hidden: Tensor) -> LinearLogits:
+    """The same of other hidden states."""
+    return _with_tensors(form, hidden, form.weight, form.bias)
+
+
 def with_int64(form: TopKLogProbs) -> TopKLogProbs:
     """The same with classes that can be compared with any number of them."""
     if form.indices.dtype is torch.int64:

@@ -46,6 +46,9 @@ class Ranks:
         group.meet()
         return found
 
+    def sum_(self, x):
+        x.copy_(self.gathered(x).sum(0))
+
 
 @contextlib.contextmanager
 def threads():
@@ -53,6 +56,7 @@ def threads():
     with (
         mock.patch("fastkd._split_classes.Ranks", Ranks),
         mock.patch("fastkd.ops.group.Ranks", Ranks),
+        mock.patch("fastkd.ops.group_forms.Ranks", Ranks),
         mock.patch("fastkd._check.logits.group"),
     ):
         yield

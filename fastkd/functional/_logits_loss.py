@@ -96,8 +96,10 @@ def _beside_group(called, student, teacher, options):
     """An error where classes are split over ranks, and something is given that they do not go with."""
     _check.beside_group(options)
     for name, side in (("student", student), ("teacher", teacher)):
-        if isinstance(side, FORMS) or _dtensor.given(side):
-            raise ValueError(f"{name}: a plain tensor of logits wanted beside group=, got {type(side).__name__}")
+        if isinstance(side, TopKLogProbs | Probabilities) or _dtensor.given(side):
+            raise ValueError(
+                f"{name}: a plain tensor of logits, or LinearLogits, wanted beside group=, got {type(side).__name__}"
+            )
     if called in _divergences.DERIVED or options.target_loss is not None:
         raise ValueError(f"group: not with {options.target_loss or called}: {_GATHER}")
 

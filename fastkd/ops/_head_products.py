@@ -77,8 +77,11 @@ class Head:
             for part, W in self.tiles():
                 total.addmm_(grad[:, part], W, alpha=self.scale)
             out.copy_(total)
-        else:
+        elif grad.dtype is out.dtype:
             _product(grad, self.weight, self.scale, out)
+        else:
+            torch.mm(grad, self.weight, out_dtype=out.dtype, out=out)
+            out *= self.scale
 
     def to_weight(self, grad, hidden, total, more):
         """total += scale g^T hidden, or = where there was nothing before."""
@@ -155,7 +158,7 @@ class Gradients:
         if self.outputs.grad is not None:
             into = self.outputs.grad[slab.index]
             copy = isinstance(slab, Gathered) or not into.is_contiguous()
-            out = torch.empty_like(hidden) if copy else into.view_as(hidden)
+            out = torch.empty_like(hidden, dtype=into.dtype) if copy else into.view_as(hidden)
             head.to_hidden(g, out)
             if copy:
                 self.outputs.grad[slab.index] = out.view_as(into)

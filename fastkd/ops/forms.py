@@ -75,7 +75,7 @@ def _form_rows(namespace, *arguments):
     call, linear = RowsCall(*arguments[: ends[0]]), FormRows(*arguments[ends[0] : ends[1]])
     out = FormOutputs(*arguments[ends[1] :])
     with without_autocast(call.student.device):
-        _run(namespace, call, linear, out)
+        run(namespace, call, linear, out)
 
 
 def checked(numbers_: list[float]) -> list[float]:
@@ -106,7 +106,8 @@ def _teacher(namespace, linear, given, dtype):
     return Teacher(namespace, adaptive)
 
 
-def _run(namespace, call, linear, out):
+def run(namespace: str, call: RowsCall, linear: FormRows, out: FormOutputs, of_teacher: Any = None) -> None:
+    """Fills out, slab by slab; of_teacher: what computes the loss of one, where it is not to be chosen here."""
     N = math.prod(call.student.shape[:-1])
     student_x, teacher_x, grad, indices = _flat([call.student, call.teacher, out.grad, linear.indices])
     call, out = call._replace(student=student_x, teacher=teacher_x), out._replace(grad=grad)
@@ -116,7 +117,7 @@ def _run(namespace, call, linear, out):
     student = Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)
     teacher = Side(teacher_x, linear.teacher_head, linear.teacher_bias, *given[2:4], most)
     back = None if student.head is None else Gradients(student, out)
-    of_teacher = _teacher(namespace, linear, given, out.loss.dtype)
+    of_teacher = of_teacher or _teacher(namespace, linear, given, out.loss.dtype)
     per_row = out.loss.dim() > 0
     losses = out.loss.view(-1) if per_row else None
     parts = None if out.parts is None else out.parts.view(-1, rows.PARTS_SIZE)

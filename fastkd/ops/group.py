@@ -26,10 +26,9 @@ from .gradient import forbid_double_backward, scaled
 from .saved import restored, save
 
 
-class _How(NamedTuple):
+class How(NamedTuple):
     """What is done with a call."""
 
-    group: Any
     per_row: bool  # whether the loss is one per row
     mean: bool  # whether the divisor is to be multiplied by the number of classes
     hard: tuple[float, float, float] | None  # hard_weight, soft_weight, label_smoothing of rows that have targets
@@ -39,8 +38,7 @@ class _Whole(NamedTuple):
     """What the classes of all ranks come to."""
 
     stats: torch.Tensor  # [N, 7]
-    classes: torch.Tensor | None  # [] float64, how many there are, where it was asked for
-    first: torch.Tensor | None  # [] float64, how many of them are before this rank's
+    widths: torch.Tensor | None  # [2] float64: how many there are, and how many before this rank's, where asked for
     logits: torch.Tensor | None  # [N], the sum of the student's less the maximum, where labels are smoothed
 
 
@@ -81,8 +79,7 @@ def _whole(ops, call, ranks, counts_classes, sums_logits):
     widths = parts[:, 0, -1] if counts_classes else None
     return _Whole(
         stats,
-        widths.sum() if counts_classes else None,
-        widths[: ranks.rank].sum() if counts_classes else None,
+        torch.stack([widths.sum(), widths[: ranks.rank].sum()]) if counts_classes else None,
         (parts[..., -2] + parts[..., -1] * (parts[..., 0] - stats[:, 0])).sum(0) if sums_logits else None,
     )
 
@@ -134,65 +131,69 @@ def _hard(call, numbers, whole, of_rows):
     if smoothing < 1:
         loss = loss + (1 - smoothing) * (top - logit)
     if smoothing > 0:
-        loss = loss - smoothing * (whole.logits / whole.classes)
+        loss = loss - smoothing * (whole.logits / whole.widths[0])
     loss = torch.where(total == 0, math.inf, loss) * weight * of_rows.hard_scale
     loss = torch.where(call.target < V, loss, math.nan)
     return torch.where(here, loss, 0.0)
 
 
-def _here(call, smooths, whole, size):
+def _here(call, smooths, widths, size):
     """The call with targets among the classes of this rank; negative where they are another's."""
-    V = call.student.shape[-1]
-    target = call.target - whole.first.long()
-    wrong = wrong_targets(call.target, whole.classes, call.mask)
+    V, all_classes = call.student.shape[-1], widths[0]
+    target = call.target - widths[1].long()
+    wrong = wrong_targets(call.target, all_classes, call.mask)
     target = torch.where((target >= 0) & (target < V), target, -1)
     target = torch.where(wrong, V, target)  # none of any rank's: NaN, as loud as a device may be
     # only labels that are smoothed need the number itself, for which the host waits
-    classes = whole.classes.cpu() if smooths else torch.tensor(float(V + (size > 1)), dtype=torch.float64)
+    classes = all_classes.cpu() if smooths else torch.tensor(float(V + (size > 1)), dtype=torch.float64)
     return call._replace(target=target, target_numbers=torch.cat([call.target_numbers, classes.view(1)]))
 
 
-class _Found(NamedTuple):
+class Found(NamedTuple):
+    """What a rank has found of some rows."""
+
     loss: torch.Tensor  # [N], or []
+    is_share: bool  # whether that is this rank's part of it
     stats: torch.Tensor  # [N, 7], for the third phase
     call: RowsCall  # for the third phase
+    widths: torch.Tensor | None  # [2] float64: classes of all ranks, and of those before this one, where asked for
 
 
-def _compute(namespace, how, call, grad):
-    """The loss; and its gradient, where it is wanted by now."""
-    group, per_row, mean, hard_numbers = how
+def in_group(call: RowsCall, how: How, widths: torch.Tensor | None, size: int) -> RowsCall:
+    """The call of this rank's classes, where it is known how many there are: see Found."""
+    if how.hard is not None:
+        call = _here(call, how.hard[2] > 0, widths, size)
+    if how.mean:
+        scale = call.scale if call.scale_tensor is None else call.scale_tensor
+        call = call._replace(scale=1.0, scale_tensor=scale / widths[0])
+    return call
+
+
+def of_rows(namespace: str, how: How, ranks: Any, call: RowsCall, grad: torch.Tensor | None) -> Found:
+    """The loss of some rows; and their gradient, where it is wanted by now."""
+    per_row, mean, hard_numbers = how
     ops, entry = rows.OPS[namespace], ENTRIES[call.divergence]
-    ranks = Ranks(group)
-    if math.prod(call.student.shape[:-1]) == 0:  # of no rows there is nothing to exchange
-        loss = call.student.new_zeros(call.student.shape[:-1] if per_row else (), dtype=torch.float64)
-        return _Found(loss, loss.new_zeros(0, rows.STATS_SIZE), call)
     targets = hard_numbers is not None
     smooths = targets and hard_numbers[2] > 0
     first = call._replace(target_numbers=_anywhere(call)) if targets else call
     first = first._replace(target=torch.full_like(call.target, -1)) if targets else first
     whole = _whole(ops, first, ranks, targets or mean, smooths)
-    if targets:
-        call = _here(call, smooths, whole, ranks.size)
-    if mean:
-        scale = call.scale if call.scale_tensor is None else call.scale_tensor
-        call = call._replace(scale=1.0, scale_tensor=scale / whole.classes)
+    call = in_group(call, how, whole.widths, ranks.size)
     if entry.given == "LogOdds":  # no softmax: of a row nothing else is asked for
         whole.stats[:, 1] = whole.stats[:, 3] = 1.0
     N, V = len(whole.stats), call.student.shape[-1]
-    of_rows = _Rows(call, whole.stats)
+    known = _Rows(call, whole.stats)
     sums = whole.stats.new_zeros(N, 3)
-    hard = _hard(call, hard_numbers, whole, of_rows) if targets else None  # before the logits are written over
+    hard = _hard(call, hard_numbers, whole, known) if targets else None  # before the logits are written over
     if V:
         ops.sums(*call, *RowsSums(whole.stats, sums, grad if entry.centred else None))
     soft_weight = hard_numbers[1] if targets else 1.0
     scale = call.scale if call.scale_tensor is None else call.scale_tensor
     if entry.centred:
         if entry.teacher_entropy and ranks.rank == 0:
-            sums[:, 0] += of_rows.log_teacher
-        losses = of_rows.soft(sums[:, 0], soft_weight)
+            sums[:, 0] += known.log_teacher
+        losses = known.soft(sums[:, 0], soft_weight)
         losses = losses if hard is None else losses + hard
-        mine = losses if per_row else (losses.sum() * scale).view(1)
-        loss = ranks.gathered(mine).sum(0)
     else:
         mine = sums if hard is None else torch.cat([sums, hard[:, None]], 1)
         together = ranks.gathered(mine).sum(0)
@@ -200,14 +201,29 @@ def _compute(namespace, how, call, grad):
         if entry.two_sums:
             total, whole.stats[:, 6] = _acceptance(total, together[:, 2])
             slope = torch.where(total == math.inf, math.inf, slope)
-        whole.stats[:, 4] = torch.where(of_rows.no_teacher, 0.0, slope)
-        losses = of_rows.soft(total, soft_weight)
+        whole.stats[:, 4] = torch.where(known.no_teacher, 0.0, slope)
+        losses = known.soft(total, soft_weight)
         losses = losses if hard is None else losses + together[:, 3]
-        loss = losses if per_row else losses.sum() * scale
         if grad is not None and V:
-            upstream = loss.new_ones(1, dtype=compute_dtype(call.student, call.teacher))
+            upstream = losses.new_ones(1, dtype=compute_dtype(call.student, call.teacher))
             ops.bwd(*call, *RowsBackward(whole.stats, upstream, grad))
-    return _Found(loss if per_row else loss.view(()), whole.stats, call)
+    loss = losses if per_row else losses.sum() * scale
+    return Found(loss, entry.centred, whole.stats, call, whole.widths)
+
+
+def _compute(namespace, group, how, call, grad):
+    """Found of all rows, with the whole loss."""
+    if math.prod(call.student.shape[:-1]) == 0:  # of no rows there is nothing to exchange
+        loss = call.student.new_zeros(call.student.shape[:-1] if how.per_row else (), dtype=torch.float64)
+        return Found(loss, False, loss.new_zeros(0, rows.STATS_SIZE), call, None)
+    ranks = Ranks(group)
+    found = of_rows(namespace, how, ranks, call, grad)
+    return found._replace(loss=together(ranks, found.loss)) if found.is_share else found
+
+
+def together(ranks: Any, share: torch.Tensor) -> torch.Tensor:
+    """The sum of what each rank has, in the ranks' order: the same bits on all of them."""
+    return ranks.gathered(share.reshape(-1)).sum(0).view(share.shape)
 
 
 def _anywhere(call):
@@ -220,7 +236,7 @@ class _GroupRows(torch.autograd.Function):
     """The loss of a student whose classes want a gradient: as rows._Rows."""
 
     @staticmethod
-    def forward(ctx, namespace, inplace, how, *fields):
+    def forward(ctx, namespace, inplace, group, how, *fields):
         call, per_row = RowsCall(*fields), how.per_row
         student = call.student
         ctx.ops, ctx.inplace = rows.OPS[namespace], inplace
@@ -229,7 +245,7 @@ class _GroupRows(torch.autograd.Function):
             overwritten(student)
             call = call._replace(student=student.detach())
         grad = None if ctx.recompute else call.student if inplace else rows.new_grad(student)
-        found = _compute(namespace, how, call, grad)
+        found = _compute(namespace, group, how, call, grad)
         if ctx.recompute:
             save(ctx, found.call._replace(student=call.student), found.stats)
         else:
@@ -239,7 +255,7 @@ class _GroupRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         grad = forbid_double_backward(_gradient, ctx, upstream)
-        student = 3 + RowsCall._fields.index("student")
+        student = 4 + RowsCall._fields.index("student")
         return tuple(grad if i == student else None for i in range(len(ctx.needs_input_grad)))
 
 
@@ -268,11 +284,15 @@ def logits_loss(
     if mean:  # over the classes of all ranks, which are counted with the first exchange
         options = options._replace(reduction="batchmean")
     call = rows.call_of(namespace, divergence, student.detach(), teacher.detach(), options)
+    how = how_of(options, mean)
+    if student.requires_grad and torch.is_grad_enabled():
+        return _GroupRows.apply(namespace, options.inplace, options.group, how, *call._replace(student=student))
+    with torch.no_grad():
+        return _as_loss(_compute(namespace, options.group, how, call, None).loss, call, how.per_row)
+
+
+def how_of(options: LogitsOptions, mean: bool) -> How:
     hard = None
     if options.target is not None:
         hard = options.hard_weight, options.soft_weight, options.label_smoothing
-    how = _How(options.group, options.reduction == "none", mean, hard)
-    if student.requires_grad and torch.is_grad_enabled():
-        return _GroupRows.apply(namespace, options.inplace, how, *call._replace(student=student))
-    with torch.no_grad():
-        return _as_loss(_compute(namespace, how, call, None).loss, call, how.per_row)
+    return How(options.reduction == "none", mean, hard)

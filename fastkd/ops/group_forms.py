@@ -1,0 +1,208 @@
+"""Losses of classes that are split over the ranks of a process group, where student or teacher are hidden states with a
+head: each rank has its classes of the head, and the hidden states of all rows.
+
+A slab of rows at a time, as in ops/forms.py: each rank makes its logits of these rows, and ops/group.py compares them.
+A slab has the same rows on all ranks, however many classes they have. Its statistics are exchanged, and where the
+slopes of a row do not add up to 0 its sums; the loss, which is a sum over slabs, once at the end.
+
+The gradient of hidden states is a sum over classes, and so one over ranks. It is exchanged once, in float32 at least,
+and rounded once; where forward makes it, forward exchanges it. Where backward makes the slabs once more it has the
+statistics of forward, and exchanges nothing else.
+"""
+
+import collections
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import _library
+from .._calls import FormGroup, FormOutputs, FormRows, RowsBackward, RowsCall, RowsForward
+from .._check import LogitsOptions
+from .._divergences import ENTRIES
+from .._dtypes import compute_dtype, without_autocast
+from .._inplace import overwritten
+from .._split_classes import Ranks, group_named, name_of
+from ..forms import LinearLogits, logits_of
+from . import numbers, rows
+from ._head_products import ROWS, SLAB_BYTES
+from .forms import Learns, SideParts, new_grads, parts_of, run
+from .gradient import all_scaled, forbid_double_backward
+from .group import How, how_of, in_group, of_rows, together
+from .saved import restored, save
+from .slabs import Gathered
+from .teachers import Teacher
+
+# Slabs are of as many rows as if so many classes were split evenly: how many another rank has nobody knows, and to ask
+# would make the host wait. With fewer classes they take less memory.
+CLASSES = 2**18
+
+_Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
+
+
+def rows_of_slab(sides: list[LinearLogits], ranks: int) -> int:
+    """At most; the same on every rank."""
+    found = []
+    for side in sides:
+        row = math.ceil(CLASSES / ranks) * compute_dtype(side.weight).itemsize
+        default = SLAB_BYTES.get(side.weight.device.type, SLAB_BYTES["cpu"])
+        found.append(max(default // row, ROWS) if side.slab_bytes is None else max(side.slab_bytes // row, 1))
+    return min(found)
+
+
+class _Known(NamedTuple):
+    """What is known of all rows once forward has been: what ``form_group_rows`` is told, or fills."""
+
+    stats: torch.Tensor | None
+    widths: torch.Tensor | None
+
+
+class _OfRanks(Teacher):
+    """Of a slab what ops/group.py makes of its logits."""
+
+    def __init__(self, namespace: str, ranks: Any, how: How, group: FormGroup) -> None:
+        super().__init__(namespace, False)
+        self.ranks: Any = ranks
+        self.how: How = how
+        self.group: FormGroup = group
+
+    def loss(self, part: RowsCall, slab: Any, out: RowsForward) -> None:
+        at = slab.rows if isinstance(slab, Gathered) else slice(slab.first, slab.last)
+        stats, widths, upstream = self.group.stats, self.group.widths, self.group.upstream
+        if upstream is None:
+            found = of_rows(self.namespace, self.how, self.ranks, part, out.grad)
+            out.loss.copy_(found.loss.view(out.loss.shape))
+            if stats is not None:
+                stats[at] = found.stats
+            if widths is not None:
+                widths.copy_(found.widths)
+            return
+        part = in_group(part, self.how, widths, self.ranks.size)
+        if part.student.shape[-1]:
+            upstream = upstream if upstream.numel() == 1 else upstream[at].contiguous()
+            rows.OPS[self.namespace].bwd(*part, *RowsBackward(stats[at].contiguous(), upstream, out.grad))
+
+
+@torch.no_grad()
+def _form_group_rows(namespace, group, *arguments):
+    """The implementation of the op; group: its name, or itself."""
+    of, at = [], 0
+    for kind in (RowsCall, FormRows, FormGroup, FormOutputs):
+        of.append(kind(*arguments[at : at + len(kind._fields)]))
+        at += len(kind._fields)
+    call, linear, told, out = of
+    ranks = Ranks(group_named(group) if isinstance(group, str) else group)
+    hard = None if call.target is None else tuple(call.target_numbers.tolist())
+    how = How(out.loss.dim() > 0, told.mean, hard)
+    with without_autocast(call.student.device):
+        run(namespace, call, linear, out, _OfRanks(namespace, ranks, how, told))
+        if told.upstream is None and ENTRIES[call.divergence].centred:
+            out.loss.copy_(together(ranks, out.loss))
+        if linear.student_head is not None and out.grad is not None:
+            ranks.sum_(out.grad)
+
+
+_library.fastkd.impl("form_group_rows", _form_group_rows, "CompositeExplicitAutograd")
+torch.library.register_fake("fastkd::form_group_rows", lambda *_: None)
+
+
+def _op(namespace, group, call, told, loss, grads):
+    arguments = *call, *told, *FormOutputs(loss, *grads, None)
+    if torch.compiler.is_compiling():
+        torch.ops.fastkd.form_group_rows(namespace, name_of(group), *arguments)
+    else:
+        _form_group_rows(namespace, group, *arguments)
+
+
+def _grads(call, learns, inplace):
+    """Memory for the gradients that are wanted; that of hidden states, which ranks sum up, as they are computed in."""
+    grads = new_grads(call, learns, inplace)
+    if call.student_head is not None and grads[0] is not None:
+        grads[0] = torch.empty_like(grads[0], dtype=compute_dtype(call.student_head))
+    return grads
+
+
+def _known(call, mean):
+    N = math.prod(call.student.shape[:-1])
+    stats = call.student.new_empty((N, rows.STATS_SIZE), dtype=torch.float64)
+    return stats, stats.new_empty(2) if mean or call.target is not None else None
+
+
+class _GroupForms(torch.autograd.Function):
+    """As forms._Forms."""
+
+    @staticmethod
+    def forward(ctx, namespace, inplace, group, how, learns, *fields):
+        call = _Call(*fields)
+        ctx.namespace, ctx.inplace, ctx.group, ctx.mean, ctx.learns = namespace, inplace, group, how.mean, learns
+        ctx.recompute = how.per_row or call.student.dtype is torch.float16
+        if inplace:
+            overwritten(call.student)
+            call = call._replace(student=call.student.detach())
+        loss = _new_loss(call, how.per_row)
+        if ctx.recompute:
+            stats, widths = _known(call, how.mean)
+            _op(namespace, group, call, FormGroup(how.mean, stats, widths, None), loss, (None, None, None))
+            ctx.counts = widths is not None
+            save(ctx, call, stats, *([widths] if ctx.counts else []))
+        else:
+            grads = _grads(call, learns, inplace)
+            _op(namespace, group, call, FormGroup(how.mean, None, None, None), loss, grads)
+            grads[0] = grads[0] if grads[0] is None else grads[0].to(call.student.dtype)
+            ctx.save_for_backward(*(x for x in grads if x is not None))
+        return _as_loss(call, loss)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        grads = forbid_double_backward(_gradients, ctx, upstream)
+        found = dict(zip(("student", "student_head", "student_bias"), grads, strict=True))
+        return *(None for _ in range(5)), *(found.get(name) for name in _Call._fields)
+
+
+def _gradients(ctx, upstream):
+    """Of the student's x, head and bias; None where it is not wanted."""
+    if not ctx.recompute:
+        found = iter(all_scaled(rows.OPS[ctx.namespace].scale_, list(ctx.saved_tensors), upstream))
+        return [next(found) if wanted else None for wanted in ctx.learns]
+    call, stats, *widths = restored(ctx, _Call)
+    grads = _grads(call, ctx.learns, ctx.inplace)
+    told = FormGroup(ctx.mean, stats, widths[0] if ctx.counts else None, upstream.reshape(-1).contiguous())
+    _op(ctx.namespace, ctx.group, call, told, _new_loss(call, False), grads)
+    if ctx.inplace:
+        torch.autograd.graph.increment_version(call.student)  # another backward must not read it
+    return [None if x is None else x.to(call.student.dtype) if i == 0 else x for i, x in enumerate(grads)]
+
+
+def _new_loss(call, per_row):
+    return call.student.new_zeros(call.student.shape[:-1] if per_row else (), dtype=torch.float64)
+
+
+def _as_loss(call, loss):
+    return loss.to(compute_dtype(call.student, call.teacher))
+
+
+def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions) -> torch.Tensor:
+    """As that of ops/group.py; student or teacher, or both, are LinearLogits."""
+    mean = options.reduction == "mean" and options.normalizer is None
+    if mean:
+        options = options._replace(reduction="batchmean")
+    of_student, of_teacher = parts_of(student, None), parts_of(teacher, None)
+    of_teacher = SideParts(*(x if x is None else x.detach() for x in of_teacher[:3]), of_teacher.numbers)
+    like = logits_of(student)
+    rows_call = rows.call_of(namespace, divergence, like, logits_of(teacher, None, like), options)
+    heads = [side for side in (student, teacher) if isinstance(side, LinearLogits)]
+    call = _Call(
+        *rows_call._replace(student=of_student.x, teacher=of_teacher.x),
+        *FormRows(
+            of_student.head, of_student.bias, of_teacher.head, of_teacher.bias, None, None, 0, False, None,
+            numbers.as_tensor(*of_student.numbers, *of_teacher.numbers, -math.inf),
+            rows_of_slab(heads, Ranks(options.group).size), False,
+        ),
+    )  # fmt: skip
+    learns = Learns(*(x is not None and x.requires_grad for x in of_student[:3]))
+    how = how_of(options, mean)
+    if any(learns) and torch.is_grad_enabled():
+        return _GroupForms.apply(namespace, options.inplace, options.group, how, learns, *call)
+    loss = _new_loss(call, how.per_row)
+    _op(namespace, options.group, call, FormGroup(mean, None, None, None), loss, (None, None, None))
+    return _as_loss(call, loss)
