@@ -96,7 +96,7 @@ def _beside_group(called, student, teacher, options):
     """An error where classes are split over ranks, and something is given that they do not go with."""
     _check.beside_group(options)
     for name, side in (("student", student), ("teacher", teacher)):
-        if isinstance(side, TopKLogProbs | Probabilities) or _dtensor.given(side):
+        if isinstance(side, (TopKLogProbs, Probabilities)) or _dtensor.given(side):
             raise ValueError(
                 f"{name}: a plain tensor of logits, or LinearLogits, wanted beside group=, got {type(side).__name__}"
             )
@@ -106,6 +106,15 @@ def _beside_group(called, student, teacher, options):
 
 def _logits_loss(called, student, teacher, options, dim=-1):
     """Checks what a logit loss is given, and hands it to the backend; called: the divergence, as the user names it."""
+    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
+        student, teacher, group, mesh = _sharded_heads.of_ranks(student, teacher, options.group)
+        loss = _checked_loss(called, student, teacher, options._replace(group=group), dim)
+        return loss if mesh is None else _sharded_heads.replicated(loss, mesh)
+    return _checked_loss(called, student, teacher, options, dim)
+
+
+def _checked_loss(called, student, teacher, options, dim):
+    """The same, of which heads are no DTensors that are split by classes."""
     divergence, parameters = called, _divergences.parameters_of(called)
     if options.group is not None:
         _beside_group(called, student, teacher, options)
