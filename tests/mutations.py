@@ -39,6 +39,7 @@ TOP_K = "tests/test_top_k.py tests/test_top_k_ignore.py tests/test_top_k_errors.
 PROBABILITIES = "tests/test_probabilities.py tests/test_probabilities_errors.py"
 TARGETS = "tests/test_targets.py"
 GROUP = "tests/test_group.py"
+HEADS = "tests/test_group_heads.py"
 PARTED = "tests/test_parted_targets.py"
 BEYOND = "tests/test_beyond_kl.py"
 RELATIONS = "tests/test_relations.py tests/test_relations_gradients.py tests/test_row_options.py"
@@ -254,6 +255,10 @@ MUTATIONS = [
              "target = torch.where((target >= 0) & (target < V), target, -1)", "target = target.clamp(0, max(V - 1, 0))", GROUP),
     Mutation("group: every rank adds the teacher's log sum", "fastkd/ops/group.py",
              "if entry.teacher_entropy and ranks.rank == 0:", "if entry.teacher_entropy:", GROUP),
+    Mutation("group: the gradient of hidden states is a rank's own", "fastkd/ops/group_forms.py",
+             "            ranks.sum_(out.grad)\n", "            pass\n", HEADS),
+    Mutation("group: backward of a slab has the statistics of the first one", "fastkd/ops/group_forms.py",
+             "RowsBackward(stats[at].contiguous(), upstream, out.grad)", "RowsBackward(stats[: len(stats[at])].contiguous(), upstream, out.grad)", HEADS),
     Mutation("cpu phases: a block's entropy has its own maximum", "csrc/cpu/rows.cpp",
              "std::exp(below * inv_temperature) / stats.sum_teacher;", "1 / stats.sum_teacher;", GROUP),
     Mutation("cuda phases: only those that are split count in the entropy", "csrc/cuda/rows_split.cuh",
