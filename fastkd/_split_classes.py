@@ -52,19 +52,20 @@ def wrong_targets(target: torch.Tensor, classes: Any, mask: torch.Tensor | None)
     return wrong
 
 
-class _Own(torch.autograd.Function):
-    """This rank's classes. What others have is a constant here, so that a second derivative would lack their part."""
+class Own(torch.autograd.Function):
+    """What this rank has. What others have is a constant here, so that a second derivative would lack their part."""
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: Any, x: torch.Tensor, of_split: str) -> torch.Tensor:
+        ctx.of_split = of_split
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        _transforms.refuse_all("grad_outputs", grad, _OF_SPLIT)
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        _transforms.refuse_all("grad_outputs", grad, ctx.of_split)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(f"create_graph=True: fastkd has no second derivatives {_OF_SPLIT}")
-        return grad
+            raise RuntimeError(f"create_graph=True: fastkd has no second derivatives {ctx.of_split}")
+        return grad, None
 
 
 _OF_SPLIT = "of losses whose classes are split over ranks; gather the classes of a row on each of them first"
@@ -101,7 +102,7 @@ def _whole(x, widths, ranks):
     padded[: x.shape[-1]] = x.detach().movedim(-1, 0)
     parts = ranks.gathered(padded)
     parts = [part[:width].movedim(0, -1) for part, width in zip(parts, widths, strict=True)]
-    parts[ranks.rank] = _Own.apply(x) if x.requires_grad else x
+    parts[ranks.rank] = Own.apply(x, _OF_SPLIT) if x.requires_grad else x
     return torch.cat(parts, -1)
 
 

@@ -57,7 +57,9 @@ def threads():
         mock.patch("fastkd._split_classes.Ranks", Ranks),
         mock.patch("fastkd.ops.group.Ranks", Ranks),
         mock.patch("fastkd.ops.group_forms.Ranks", Ranks),
+        mock.patch("fastkd._split_samples.Ranks", Ranks),
         mock.patch("fastkd._check.logits.group"),
+        mock.patch("fastkd._check.group"),
     ):
         yield
 

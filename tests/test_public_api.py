@@ -196,7 +196,7 @@ def test_printed_options_in_full():
         "JSDivLoss(beta=0.25, temperature=1.0, teacher_temperature=None, t_squared=True, standardize=False, dim=-1, "
         "num_classes=None, reduction='batchmean', inplace=False, group=None)"
     )
-    assert repr(fastkd.SimilarityPreservingLoss()) == "SimilarityPreservingLoss()"
+    assert repr(fastkd.SimilarityPreservingLoss()) == "SimilarityPreservingLoss(group=None)"
 
 
 def test_functions_and_modules_are_pickled():

@@ -46,6 +46,7 @@ from .logits import (
     as_classes,
     beside_group,
     class_dim,
+    group,
     hard_options,
     logits_loss,
     logits_module,
@@ -56,6 +57,7 @@ from .logits import (
     will_be_overwritten,
 )
 from .relations import (
+    INTEGERS,
     SMALLEST_EPS,
     batches_of_embeddings,
     clamp,
@@ -64,11 +66,13 @@ from .relations import (
     embeddings,
     eps,
     relation,
+    samples_of_rank,
     triplet,
 )
 
 __all__ = [
     "DTYPES",
+    "INTEGERS",
     "REDUCTIONS",
     "SMALLEST_EPS",
     "DistOptions",
@@ -97,6 +101,7 @@ __all__ = [
     "flag",
     "floating",
     "for_rows",
+    "group",
     "hard_options",
     "is_mask",
     "layer_weights",
@@ -116,6 +121,7 @@ __all__ = [
     "projector",
     "reduction",
     "relation",
+    "samples_of_rank",
     "soft_divergence",
     "target_reduction",
     "temperature",

@@ -14,6 +14,7 @@ from .arguments import (
     is_mask,
     mask,
     number,
+    rows_of_numbers,
     same_device,
     tensor,
     weight,
@@ -26,6 +27,28 @@ SMALLEST_EPS = 1e-37  # in float32 too it is a number, by which one can divide
 def embeddings(student, teacher, row_mask=None, row_weight=None):
     """Two tensors [N, D_s] and [N, D_t] on one device, of floating dtypes, finite where that can be seen; with what
     counts of their rows."""
+    _shapes(student, teacher)
+    _of_rows(student, teacher, row_mask, row_weight)
+
+
+def samples_of_rank(student, teacher, of_rows):
+    """The same of a rank's samples, but for values, of which other ranks do not know: mask, weight and labels of rows,
+    by name. A teacher may be missing."""
+    _shapes(student, student if teacher is None else teacher)
+    for name, x in of_rows.items():
+        if x is None:
+            continue
+        if name == "mask":
+            mask(x, student)
+        elif name == "labels":
+            _labels(x, student)
+        elif name == "weight":
+            weight(x, student)
+        else:
+            rows_of_numbers(name, x, student)
+
+
+def _shapes(student, teacher):
     inputs(student, teacher, "embeddings")
     for name, x in (("student", student), ("teacher", teacher)):
         if x.dim() != 2:
@@ -35,7 +58,15 @@ def embeddings(student, teacher, row_mask=None, row_weight=None):
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"teacher: the student's {student.shape[0]} rows wanted, got {teacher.shape[0]}")
     same_device(student, teacher)
-    _of_rows(student, teacher, row_mask, row_weight)
+
+
+def _labels(labels, student):
+    tensor("labels", labels)
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels: an integer dtype wanted, one class number per row; got {labels.dtype}")
+    constant("labels", labels, student)
+    if labels.shape != student.shape[:1]:
+        raise ValueError(f"labels: shape [{len(student)}] wanted, one per row; got {list(labels.shape)}")
 
 
 def triplet(student, teacher, labels, positives, row_mask, row_weight):
@@ -45,12 +76,7 @@ def triplet(student, teacher, labels, positives, row_mask, row_weight):
     embeddings(student, student if labels is not None else teacher, row_mask, row_weight)
     N = len(student)
     if labels is not None:
-        tensor("labels", labels)
-        if labels.dtype not in INTEGERS:
-            raise TypeError(f"labels: an integer dtype wanted, one class number per row; got {labels.dtype}")
-        constant("labels", labels, student)
-        if labels.shape != student.shape[:1]:
-            raise ValueError(f"labels: shape [{N}] wanted, one per row; got {list(labels.shape)}")
+        _labels(labels, student)
     if positives is None:
         return
     count_of_positives(positives)

@@ -20,6 +20,14 @@ gradient. There is no second derivative: ``create_graph=True`` is an error.
 **Memory.** No matrix ``[N, N]`` is held, forward or backward: beside the inputs there are a few arrays of their size,
 and tiles or strips that are computed one after the other.
 
+**Samples that are split over ranks**, as data parallelism leaves them. With ``group=`` each rank of a process group
+gives its own samples ``[n, D]``, as many as it has, perhaps none, and what is said of them. Every rank gets the loss of
+all samples, in the order of the ranks, and the gradient of its own. Embeddings are gathered once, after a few numbers
+that say how many there are, for which the host waits; each rank then computes the whole loss, and no gradient is
+exchanged. That gradient is one part of the whole: where ranks average the gradients of their parameters, as
+``DistributedDataParallel`` does, multiply the loss by the number of ranks. It is called outside of ``torch.compile``,
+and has first derivatives alone.
+
 **DTensors** are taken where student, teacher and keys are replicated; the loss is a replicated DTensor, and the
 gradient lies where the student does. Sums that are pending (``Partial``) are made first, and a plain tensor counts as
 whole, the same on every rank. Every sample is compared with all others, so that samples that are split over ranks are
@@ -31,8 +39,8 @@ the CPU where there is no mask. On other devices a check would have to wait for 
 
 from torch import Tensor
 
-from .. import _check, _divergences
-from .._types import Divergence, LossOrMore
+from .. import _check, _divergences, _split_samples
+from .._types import Divergence, LossOrMore, ProcessGroup
 from ._logits_loss import _of_parameter
 from ._relational_loss import _for_rows, _relational_loss
 from .rkd import rkd_angle, rkd_distance, rkd_loss
@@ -60,6 +68,7 @@ def relational_triplet(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     return_active: bool = False,
+    group: ProcessGroup | None = None,
 ) -> LossOrMore:
     r"""Contrastive relations: similar samples are nearer than all others, by a margin.
 
@@ -89,6 +98,7 @@ def relational_triplet(
             for every row.
         return_active: whether the share of active triplets, those that have a loss, is returned as well: a float32
             tensor without dimensions, for which nothing waits. Default False.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions; or the pair (loss, share).
@@ -108,6 +118,10 @@ def relational_triplet(
     Source: Schroff et al., "FaceNet", 2015; of all triplets of a batch: Hermans et al., "In Defense of the Triplet
     Loss for Person Re-Identification", 2017.
     """
+    if group is not None:
+        student, teacher, labels, mask, weight = _split_samples.of_all(
+            group, student, teacher, labels=labels, mask=mask, weight=weight
+        )
     _check.triplet(student, teacher, labels, positives, mask, weight)
     _check.number("margin", margin)
     _check.flag("return_active", return_active)
@@ -149,6 +163,7 @@ def relation_kl(
     mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     weight: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Divergence of student's and teacher's relations: a softmax over similarities for each sample.
 
@@ -188,6 +203,8 @@ def relation_kl(
             without other keys, or with ``student_keys=student``, with those of ``mask``.
         weight: float, broadcastable to ``[*, N]``, multiplies the row's loss; the divisor, the number of rows that
             count, does not change. Default: 1 for every row.
+        group: a process group over which samples ``[N, D]`` are split, of which each rank gives its own; they are
+            compared with each other, there are no other keys. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -207,6 +224,19 @@ def relation_kl(
 
     Source: Wang et al., "MiniLM", 2020, and "MiniLMv2", 2021; with keys and cosines: Fang et al., "SEED", 2021.
     """
+    if group is not None:
+        own = student_keys is student and teacher_keys is teacher
+        if key_mask is not None or not (own or (student_keys is None and teacher_keys is None)):
+            raise ValueError("group: not with keys that are not the rows themselves, nor with a mask of keys")
+        of_rows = {"temperature": temperature, "teacher_temperature": teacher_temperature, "beta": beta}
+        of_rows = {name: x for name, x in of_rows.items() if isinstance(x, Tensor) and x.dim()}
+        student, teacher, mask, weight, *numbers = _split_samples.of_all(
+            group, student, teacher, mask=mask, weight=weight, **of_rows
+        )
+        of_rows = dict(zip(of_rows, numbers, strict=True))
+        temperature, beta = of_rows.get("temperature", temperature), of_rows.get("beta", beta)
+        teacher_temperature = of_rows.get("teacher_temperature", teacher_temperature)
+        student_keys, teacher_keys = (student, teacher) if own else (None, None)
     _check.relation(student, teacher, student_keys, teacher_keys, mask, key_mask, weight)
     _check.divergence(divergence, _divergences.OF_RELATIONS)
     _check.parameter(_divergences.REGISTRY["js_div"].parameter, beta, student)

@@ -5,7 +5,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _split_samples
+from .._types import ProcessGroup
 from ._relational_loss import _for_rows, _relational_loss
 
 
@@ -17,6 +18,7 @@ def rkd_distance(
     delta: float = 1.0,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Distance-wise relational distillation: the student's samples keep the teacher's relative distances.
 
@@ -38,6 +40,7 @@ def rkd_distance(
         mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
         weight: float, broadcastable to ``[N]``, multiplies the terms ij of row i; neither the divisor nor :math:`\mu`
             changes. Default: 1 for every row.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -57,6 +60,8 @@ def rkd_distance(
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
     """
+    if group is not None:
+        student, teacher, mask, weight = _split_samples.of_all(group, student, teacher, mask=mask, weight=weight)
     _check.embeddings(student, teacher, mask, weight)
     _check.normalize(normalize)
     _check.number("delta", delta)
@@ -64,7 +69,14 @@ def rkd_distance(
     return _relational_loss("rkd_distance", student, teacher, normalize == "mean", float(delta), mask, weight)
 
 
-def rkd_angle(student: Tensor, teacher: Tensor, *, delta: float = 1.0, mask: Tensor | None = None) -> Tensor:
+def rkd_angle(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    delta: float = 1.0,
+    mask: Tensor | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
     r"""Angle-wise relational distillation: the student's triplets keep the teacher's angles.
 
     .. math:: \frac{1}{N^3} \sum_{aik} \mathrm{Huber}_\delta(\psi^s_{aik} - \psi^t_{aik}),\quad
@@ -81,6 +93,7 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, delta: float = 1.0, mask: Ten
         teacher: embeddings ``[N, D_t]``, a constant.
         delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
         mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -100,6 +113,8 @@ def rkd_angle(student: Tensor, teacher: Tensor, *, delta: float = 1.0, mask: Ten
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
     """
+    if group is not None:
+        student, teacher, mask = _split_samples.of_all(group, student, teacher, mask=mask)
     _check.embeddings(student, teacher, mask)
     _check.number("delta", delta)
     (mask,) = _for_rows(student, mask)
@@ -115,6 +130,7 @@ def rkd_loss(
     distance_delta: float = 1.0,
     angle_delta: float = 1.0,
     mask: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Relational distillation by distances and angles together, which share their work.
 
@@ -132,6 +148,7 @@ def rkd_loss(
         distance_delta: where Huber's loss of distances turns from quadratic to linear, a positive number. Default 1.
         angle_delta: the same of angles. Default 1.
         mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -151,6 +168,8 @@ def rkd_loss(
 
     Source: Park, Kim, Lu, Cho, "Relational Knowledge Distillation", 2019.
     """
+    if group is not None:
+        student, teacher, mask = _split_samples.of_all(group, student, teacher, mask=mask)
     _check.embeddings(student, teacher, mask)
     _check.at_least_zero("distance_weight", distance_weight)
     _check.at_least_zero("angle_weight", angle_weight)

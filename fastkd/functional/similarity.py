@@ -5,12 +5,18 @@ from typing import Literal
 
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _split_samples
+from .._types import ProcessGroup
 from ._relational_loss import _for_rows, _relational_loss
 
 
 def similarity_preserving(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Similarity-preserving distillation: samples that excite the teacher alike do so in the student.
 
@@ -28,6 +34,7 @@ def similarity_preserving(
         mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
         weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
             for every row.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -47,6 +54,8 @@ def similarity_preserving(
 
     Source: Tung, Mori, "Similarity-Preserving Knowledge Distillation", 2019.
     """
+    if group is not None:
+        student, teacher, mask, weight = _split_samples.of_all(group, student, teacher, mask=mask, weight=weight)
     _check.embeddings(student, teacher, mask, weight)
     mask, weight = _for_rows(student, mask, weight)
     return _relational_loss("similarity_preserving", student, teacher, mask, weight)
@@ -60,6 +69,7 @@ def gram_mse(
     clamp: Literal["both", "teacher"] | None = None,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Gram matrix distillation: similarities between samples, or between the patches of an image, are kept.
 
@@ -83,6 +93,7 @@ def gram_mse(
             such row is not there either. Default: every row counts.
         weight: float, broadcastable likewise, multiplies the terms ij of row i; the divisor does not change. Default: 1
             for every row.
+        group: a process group over which samples ``[N, D]`` are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -102,6 +113,8 @@ def gram_mse(
 
     Source: Siméoni et al., "DINOv3", 2025, as Gram anchoring.
     """
+    if group is not None:
+        student, teacher, mask, weight = _split_samples.of_all(group, student, teacher, mask=mask, weight=weight)
     _check.batches_of_embeddings(student, teacher, mask, weight)
     _check.flag("normalize", normalize)
     _check.clamp(clamp)
@@ -118,6 +131,7 @@ def pkt(
     eps: float = 1e-7,
     mask: Tensor | None = None,
     weight: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Probabilistic knowledge transfer: the student keeps the probabilities with which samples are alike.
 
@@ -139,6 +153,7 @@ def pkt(
         mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
         weight: float, broadcastable to ``[N]``, multiplies the terms of row i; the divisor does not change. Default: 1
             for every row.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -158,6 +173,8 @@ def pkt(
 
     Source: Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", 2018.
     """
+    if group is not None:
+        student, teacher, mask, weight = _split_samples.of_all(group, student, teacher, mask=mask, weight=weight)
     _check.embeddings(student, teacher, mask, weight)
     _check.eps(eps)
     mask, weight = _for_rows(student, mask, weight)

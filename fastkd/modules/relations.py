@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Divergence, LossOrMore
+from .._types import Divergence, LossOrMore, ProcessGroup
 from ._loss import _Loss
 from .rkd import RKDAngleLoss, RKDDistanceLoss, RKDLoss
 from .similarity import GramMSELoss, PKTLoss, SimilarityPreservingLoss
@@ -30,6 +30,7 @@ class RelationalTripletLoss(_Loss):
         positives: how many of the teacher's nearest neighbours are positives. Default: 5, or N - 2 in batches of fewer
             than 7.
         return_active: whether the share of active triplets is returned as well. Default False.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]``, with a teacher ``[N, D_t]`` or labels ``[N]``; the loss has no dimensions. With
@@ -44,10 +45,19 @@ class RelationalTripletLoss(_Loss):
         0.9428
     """
 
-    _options = ("margin", "positives", "return_active")
+    _options = ("margin", "positives", "return_active", "group")
 
-    def __init__(self, *, margin: float = 1.0, positives: int | None = None, return_active: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        margin: float = 1.0,
+        positives: int | None = None,
+        return_active: bool = False,
+        group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.number("margin", margin)
         if positives is not None:
             _check.count_of_positives(positives)
@@ -83,6 +93,7 @@ class RelationalTripletLoss(_Loss):
             mask=mask,
             weight=weight,
             return_active=self.return_active,
+            group=self.group,
         )
 
 
@@ -98,6 +109,7 @@ class RelationKLLoss(_Loss):
             ``"soft_cross_entropy"``. Default: ``"kl_div"``.
         beta: of ``"js_div"``, a number from 0 to 1. Default 0.5.
         normalize: whether similarities are cosines over T. Default False.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[*, N, D_s]`` and teacher ``[*, N, D_t]``; the loss has no dimensions.
@@ -112,7 +124,7 @@ class RelationKLLoss(_Loss):
         0.2528
     """
 
-    _options = ("temperature", "teacher_temperature", "divergence", "beta", "normalize")
+    _options = ("temperature", "teacher_temperature", "divergence", "beta", "normalize", "group")
 
     def __init__(
         self,
@@ -122,8 +134,11 @@ class RelationKLLoss(_Loss):
         divergence: Divergence = "kl_div",
         beta: float = 0.5,
         normalize: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.number("temperature", temperature)
         if teacher_temperature is not None:
             _check.number("teacher_temperature", teacher_temperature)
@@ -172,4 +187,5 @@ class RelationKLLoss(_Loss):
             mask=mask,
             key_mask=key_mask,
             weight=weight,
+            group=self.group,
         )

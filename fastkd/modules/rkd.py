@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _check, functional
+from .._types import ProcessGroup
 from ._loss import _Loss
 
 
@@ -16,6 +17,7 @@ class RKDDistanceLoss(_Loss):
     Args:
         normalize: ``"mean"``, where distances are divided by their mean, or None. Default: ``"mean"``.
         delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` and teacher ``[N, D_t]``; the loss has no dimensions.
@@ -30,10 +32,14 @@ class RKDDistanceLoss(_Loss):
         0.0166
     """
 
-    _options = ("normalize", "delta")
+    _options = ("normalize", "delta", "group")
 
-    def __init__(self, *, normalize: Literal["mean"] | None = "mean", delta: float = 1.0) -> None:
+    def __init__(
+        self, *, normalize: Literal["mean"] | None = "mean", delta: float = 1.0, group: ProcessGroup | None = None
+    ) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.normalize(normalize)
         _check.number("delta", delta)
         self.normalize: Literal["mean"] | None = normalize
@@ -51,7 +57,13 @@ class RKDDistanceLoss(_Loss):
             weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.rkd_distance(
-            student, teacher, normalize=self.normalize, delta=self.delta, mask=mask, weight=weight
+            student,
+            teacher,
+            normalize=self.normalize,
+            delta=self.delta,
+            mask=mask,
+            weight=weight,
+            group=self.group,
         )
 
 
@@ -62,6 +74,7 @@ class RKDAngleLoss(_Loss):
 
     Args:
         delta: where Huber's loss turns from quadratic to linear, a positive number. Default 1.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` and teacher ``[N, D_t]``; the loss has no dimensions.
@@ -76,10 +89,12 @@ class RKDAngleLoss(_Loss):
         0.0183
     """
 
-    _options = ("delta",)
+    _options = ("delta", "group")
 
-    def __init__(self, *, delta: float = 1.0) -> None:
+    def __init__(self, *, delta: float = 1.0, group: ProcessGroup | None = None) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.number("delta", delta)
         self.delta = delta
 
@@ -91,7 +106,7 @@ class RKDAngleLoss(_Loss):
             teacher: embeddings ``[N, D_t]``, a constant.
             mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
         """
-        return functional.rkd_angle(student, teacher, delta=self.delta, mask=mask)
+        return functional.rkd_angle(student, teacher, delta=self.delta, mask=mask, group=self.group)
 
 
 class RKDLoss(_Loss):
@@ -104,6 +119,7 @@ class RKDLoss(_Loss):
         angle_weight: the weight of the angles, a finite number of at least 0. Default 50.
         distance_delta: where Huber's loss of distances turns from quadratic to linear, a positive number. Default 1.
         angle_delta: where Huber's loss of angles turns from quadratic to linear, a positive number. Default 1.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` and teacher ``[N, D_t]``; the loss has no dimensions.
@@ -118,7 +134,7 @@ class RKDLoss(_Loss):
         1.332
     """
 
-    _options = ("distance_weight", "angle_weight", "distance_delta", "angle_delta")
+    _options = ("distance_weight", "angle_weight", "distance_delta", "angle_delta", "group")
 
     def __init__(
         self,
@@ -127,8 +143,11 @@ class RKDLoss(_Loss):
         angle_weight: float = 50.0,
         distance_delta: float = 1.0,
         angle_delta: float = 1.0,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.at_least_zero("distance_weight", distance_weight)
         _check.at_least_zero("angle_weight", angle_weight)
         _check.number("distance_delta", distance_delta)
@@ -154,4 +173,5 @@ class RKDLoss(_Loss):
             distance_delta=self.distance_delta,
             angle_delta=self.angle_delta,
             mask=mask,
+            group=self.group,
         )

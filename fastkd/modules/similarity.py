@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor
 
 from .. import _check, functional
+from .._types import ProcessGroup
 from ._loss import _Loss
 
 
@@ -12,6 +13,9 @@ class SimilarityPreservingLoss(_Loss):
     r"""Similarity-preserving distillation: samples that excite the teacher alike do so in the student.
 
     The formula and what the loss does are those of :func:`fastkd.functional.similarity_preserving`.
+
+    Args:
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` and teacher ``[N, D_t]``; the loss has no dimensions.
@@ -26,8 +30,12 @@ class SimilarityPreservingLoss(_Loss):
         0.0377
     """
 
-    def __init__(self) -> None:
+    _options = ("group",)
+
+    def __init__(self, *, group: ProcessGroup | None = None) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
 
     def forward(
         self, student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, weight: Tensor | None = None
@@ -40,7 +48,7 @@ class SimilarityPreservingLoss(_Loss):
             mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
             weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
-        return functional.similarity_preserving(student, teacher, mask=mask, weight=weight)
+        return functional.similarity_preserving(student, teacher, mask=mask, weight=weight, group=self.group)
 
 
 class GramMSELoss(_Loss):
@@ -52,6 +60,7 @@ class GramMSELoss(_Loss):
         normalize: whether rows are divided by their length. Default True.
         clamp: ``"both"``, where negative similarities count as 0; ``"teacher"``, where the teacher's do; or None.
             Default None.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` or ``[B, N, D_s]``, the teacher likewise; the loss has no dimensions.
@@ -66,10 +75,18 @@ class GramMSELoss(_Loss):
         0.0574
     """
 
-    _options = ("normalize", "clamp")
+    _options = ("normalize", "clamp", "group")
 
-    def __init__(self, *, normalize: bool = True, clamp: Literal["both", "teacher"] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        normalize: bool = True,
+        clamp: Literal["both", "teacher"] | None = None,
+        group: ProcessGroup | None = None,
+    ) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.flag("normalize", normalize)
         _check.clamp(clamp)
         self.normalize = normalize
@@ -87,7 +104,13 @@ class GramMSELoss(_Loss):
             weight: float, broadcastable likewise, multiplies the terms of row i. Default: 1 for every row.
         """
         return functional.gram_mse(
-            student, teacher, normalize=self.normalize, clamp=self.clamp, mask=mask, weight=weight
+            student,
+            teacher,
+            normalize=self.normalize,
+            clamp=self.clamp,
+            mask=mask,
+            weight=weight,
+            group=self.group,
         )
 
 
@@ -98,6 +121,7 @@ class PKTLoss(_Loss):
 
     Args:
         eps: what is added to probabilities and to the lengths of rows, at least 1e-37. Default 1e-7.
+        group: a process group over which samples are split, of which each rank gives its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` and teacher ``[N, D_t]``; the loss has no dimensions.
@@ -112,10 +136,12 @@ class PKTLoss(_Loss):
         0.0028
     """
 
-    _options = ("eps",)
+    _options = ("eps", "group")
 
-    def __init__(self, *, eps: float = 1e-7) -> None:
+    def __init__(self, *, eps: float = 1e-7, group: ProcessGroup | None = None) -> None:
         super().__init__()
+        _check.group(group)
+        self.group = group
         _check.eps(eps)
         self.eps = eps
 
@@ -130,4 +156,4 @@ class PKTLoss(_Loss):
             mask: bool, broadcastable to ``[N]``, True where the row counts. Default: every row counts.
             weight: float, broadcastable to ``[N]``, multiplies the terms of row i. Default: 1 for every row.
         """
-        return functional.pkt(student, teacher, eps=self.eps, mask=mask, weight=weight)
+        return functional.pkt(student, teacher, eps=self.eps, mask=mask, weight=weight, group=self.group)
