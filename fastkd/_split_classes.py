@@ -4,12 +4,12 @@ from typing import Any
 
 import torch
 
-from . import _backend, _transforms, reference
+from . import _backend, _check, _transforms, reference
 from ._check import LogitsOptions
 from ._check.arguments import values_known
 from ._dtypes import compute_dtype
 from ._inplace import overwritten
-from .forms import LinearLogits, in_dtype, logits_of_rows, with_hidden
+from .forms import LinearLogits, TopKLogProbs, in_dtype, logits_of_rows, with_hidden
 
 
 class Ranks:
@@ -112,20 +112,24 @@ def logits_loss(backend: str, divergence: str, student: Any, teacher: Any, optio
     if backend == "torch":
         ranks = Ranks(options.group)
         for name, side in (("student", student), ("teacher", teacher)):
-            for x in vars(side).values() if isinstance(side, LinearLogits) else (side,):
+            for x in (side,) if isinstance(side, torch.Tensor) else vars(side).values():
                 if isinstance(x, torch.Tensor):
                     _transforms.refuse_all(name, x, _OF_SPLIT)
         student, teacher = (_shard(x, options.mask, ranks) for x in (student, teacher))
         widths = ranks.gathered(torch.tensor([student.shape[-1]], device=student.device))[:, 0].tolist()
         if options.target is not None:
             wrong_targets(options.target, sum(widths), options.mask)
-        sides = _whole(student, widths, ranks), _whole(teacher, widths, ranks)
+        if isinstance(teacher, TopKLogProbs):
+            _check.top_k_values(teacher, sum(widths), options.mask)
+        else:
+            teacher = _whole(teacher, widths, ranks)
+        sides = _whole(student, widths, ranks), teacher
         loss = reference.logits_loss(divergence, *sides, options._replace(group=None, inplace=False))
         if options.inplace and student.requires_grad and torch.is_grad_enabled():
             overwritten(student)
         return loss
     from .ops import group, group_forms
 
-    forms = isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits)
+    forms = not (isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor))
     loss = group_forms.logits_loss if forms else group.logits_loss
     return loss(_backend.namespace(backend), divergence, student, teacher, options)

@@ -61,7 +61,9 @@ def test_every_block_is_of_a_kind_that_is_checked():
 
 def long_where_it_is_a_recipe(block):
     """They start processes, train and compile."""
-    return pytest.param(block, marks=pytest.mark.long) if block.page.name in ("recipes.md", "recipes-ranks.md") else block
+    return (
+        pytest.param(block, marks=pytest.mark.long) if block.page.name in ("recipes.md", "recipes-ranks.md") else block
+    )
 
 
 # A process that has imported what blocks import, and that runs each as a script in a child of itself: to import torch,

@@ -96,11 +96,13 @@ def _beside_group(called, student, teacher, options):
     """An error where classes are split over ranks, and something is given that they do not go with."""
     _check.beside_group(options)
     for name, side in (("student", student), ("teacher", teacher)):
-        if isinstance(side, (TopKLogProbs, Probabilities)) or _dtensor.given(side):
+        if isinstance(side, Probabilities) or _dtensor.given(side):
             raise ValueError(
-                f"{name}: a plain tensor of logits, or LinearLogits, wanted beside group=, got {type(side).__name__}"
+                f"{name}: a plain tensor of logits, LinearLogits or TopKLogProbs wanted beside group=, "
+                f"got {type(side).__name__}"
             )
-    if called in _divergences.DERIVED or options.target_loss is not None:
+    derived = called in _divergences.DERIVED and not isinstance(teacher, TopKLogProbs)
+    if derived or options.target_loss is not None:
         raise ValueError(f"group: not with {options.target_loss or called}: {_GATHER}")
 
 
@@ -149,7 +151,7 @@ def _checked_loss(called, student, teacher, options, dim):
     if ignores:
         valid = options.target != options.ignore_index
         mask = valid if mask is None else mask & valid
-    if few:
+    if few and options.group is None:  # else other ranks have classes, too
         _check.top_k_values(few, student.shape[-1] if options.num_classes is None else options.num_classes, mask)
     if given:
         _check.probabilities_teacher(given, divergence, student, options.num_classes, mask)

@@ -258,7 +258,7 @@ def _as_given(teacher, temperature, leading):
     return same if same.dim() == 0 else same.expand(leading).reshape(-1).contiguous()
 
 
-def _least(few):
+def least_of(few: Any) -> float:
     """What log-probabilities are raised to."""
     return -math.inf if few is None or few.log_prob_min is None else few.log_prob_min
 
@@ -291,7 +291,7 @@ def logits_loss(
             TAILS.index(few.tail) if few else 0,
             isinstance(teacher, Probabilities),
             _as_given(teacher, options.teacher_temperature, like.shape[:-1]),
-            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, _least(few)),
+            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, least_of(few)),
             min(heads) if heads else _rows_of_slab(like, few, options), adaptive,
         ),
     )  # fmt: skip

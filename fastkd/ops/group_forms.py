@@ -16,22 +16,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _library
+from .. import _check, _library
 from .._calls import FormGroup, FormOutputs, FormRows, RowsBackward, RowsCall, RowsForward
 from .._check import LogitsOptions
-from .._divergences import ENTRIES
+from .._check.arguments import values_known
+from .._divergences import DERIVED, ENTRIES
 from .._dtypes import compute_dtype, without_autocast
 from .._inplace import overwritten
 from .._split_classes import Ranks, group_named, name_of
-from ..forms import LinearLogits, logits_of
+from ..forms import LinearLogits, TopKLogProbs, logits_of
 from . import numbers, rows
 from ._head_products import ROWS, SLAB_BYTES
-from .forms import Learns, SideParts, new_grads, parts_of, run
+from .forms import Learns, SideParts, least_of, new_grads, parts_of, run
 from .gradient import all_scaled, forbid_double_backward
 from .group import How, how_of, in_group, of_rows, together
+from .group_top_k import FewOfRanks
 from .saved import restored, save
 from .slabs import Gathered
 from .teachers import Teacher
+from .top_k import TAILS
+from .top_k import rows_of_slab as rows_of_few
 
 # Slabs are of as many rows as if so many classes were split evenly: how many another rank has nobody knows, and to ask
 # would make the host wait. With fewer classes they take less memory.
@@ -40,14 +44,22 @@ CLASSES = 2**18
 _Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
 
 
-def rows_of_slab(sides: list[LinearLogits], ranks: int) -> int:
-    """At most; the same on every rank."""
-    found = []
-    for side in sides:
-        row = math.ceil(CLASSES / ranks) * compute_dtype(side.weight).itemsize
-        default = SLAB_BYTES.get(side.weight.device.type, SLAB_BYTES["cpu"])
-        found.append(max(default // row, ROWS) if side.slab_bytes is None else max(side.slab_bytes // row, 1))
-    return min(found)
+def rows_of_slab(x: torch.Tensor, slab_bytes: int | None, ranks: int) -> int:
+    """At most, of what is computed in the dtype of x; the same on every rank."""
+    row = math.ceil(CLASSES / ranks) * compute_dtype(x).itemsize
+    if slab_bytes is not None:
+        return max(slab_bytes // row, 1)
+    return max(SLAB_BYTES.get(x.device.type, SLAB_BYTES["cpu"]) // row, ROWS)
+
+
+def _slab_rows(student, teacher, options):
+    ranks = Ranks(options.group).size
+    heads = [x for x in (student, teacher) if isinstance(x, LinearLogits)]
+    if heads:
+        return min(rows_of_slab(x.weight, x.slab_bytes, ranks) for x in heads)
+    if options.target is None:  # of whole logits, beside a teacher's best classes, nothing is held
+        return rows_of_few(teacher.indices.shape[-1])
+    return rows_of_slab(student, None, ranks)
 
 
 class _Known(NamedTuple):
@@ -95,8 +107,14 @@ def _form_group_rows(namespace, group, *arguments):
     hard = None if call.target is None else tuple(call.target_numbers.tolist())
     how = How(out.loss.dim() > 0, told.mean, hard)
     with without_autocast(call.student.device):
-        run(namespace, call, linear, out, _OfRanks(namespace, ranks, how, told))
-        if told.upstream is None and ENTRIES[call.divergence].centred:
+        if linear.indices is None:
+            of_teacher = _OfRanks(namespace, ranks, how, told)
+        else:
+            _, _, temperature, _, least = linear.numbers.tolist()
+            dtype = compute_dtype(call.student, call.teacher)
+            of_teacher = FewOfRanks(namespace, linear, temperature, least, dtype, ranks, told.mean, told.widths)
+        run(namespace, call, linear, out, of_teacher)
+        if linear.indices is None and told.upstream is None and ENTRIES[call.divergence].centred:
             out.loss.copy_(together(ranks, out.loss))
         if linear.student_head is not None and out.grad is not None:
             ranks.sum_(out.grad)
@@ -132,7 +150,8 @@ class _GroupForms(torch.autograd.Function):
     """As forms._Forms."""
 
     @staticmethod
-    def forward(ctx, namespace, inplace, group, how, learns, *fields):
+    def forward(ctx, namespace, inplace, group, how, learns, widths, *fields):
+        """widths: of all ranks, and of those before this one, where it is known already."""
         call = _Call(*fields)
         ctx.namespace, ctx.inplace, ctx.group, ctx.mean, ctx.learns = namespace, inplace, group, how.mean, learns
         ctx.recompute = how.per_row or call.student.dtype is torch.float16
@@ -141,13 +160,14 @@ class _GroupForms(torch.autograd.Function):
             call = call._replace(student=call.student.detach())
         loss = _new_loss(call, how.per_row)
         if ctx.recompute:
-            stats, widths = _known(call, how.mean)
-            _op(namespace, group, call, FormGroup(how.mean, stats, widths, None), loss, (None, None, None))
+            stats, widths = _known(call, how.mean) if widths is None else (call.student.new_empty(0), widths)
+            of_all = None if call.indices is not None else stats
+            _op(namespace, group, call, FormGroup(how.mean, of_all, widths, None), loss, (None, None, None))
             ctx.counts = widths is not None
             save(ctx, call, stats, *([widths] if ctx.counts else []))
         else:
             grads = _grads(call, learns, inplace)
-            _op(namespace, group, call, FormGroup(how.mean, None, None, None), loss, grads)
+            _op(namespace, group, call, FormGroup(how.mean, None, widths, None), loss, grads)
             grads[0] = grads[0] if grads[0] is None else grads[0].to(call.student.dtype)
             ctx.save_for_backward(*(x for x in grads if x is not None))
         return _as_loss(call, loss)
@@ -156,7 +176,7 @@ class _GroupForms(torch.autograd.Function):
     def backward(ctx, upstream):
         grads = forbid_double_backward(_gradients, ctx, upstream)
         found = dict(zip(("student", "student_head", "student_bias"), grads, strict=True))
-        return *(None for _ in range(5)), *(found.get(name) for name in _Call._fields)
+        return *(None for _ in range(6)), *(found.get(name) for name in _Call._fields)
 
 
 def _gradients(ctx, upstream):
@@ -166,7 +186,13 @@ def _gradients(ctx, upstream):
         return [next(found) if wanted else None for wanted in ctx.learns]
     call, stats, *widths = restored(ctx, _Call)
     grads = _grads(call, ctx.learns, ctx.inplace)
-    told = FormGroup(ctx.mean, stats, widths[0] if ctx.counts else None, upstream.reshape(-1).contiguous())
+    widths = widths[0] if ctx.counts else None
+    if call.indices is None:
+        told = FormGroup(ctx.mean, stats, widths, upstream.reshape(-1).contiguous())
+    else:  # all over again, with the upstream gradient for a weight
+        upstream = upstream.expand(call.student.shape[:-1]).reshape(-1)
+        weight = upstream.contiguous() if call.weight is None else call.weight * upstream
+        call, told = call._replace(weight=weight), FormGroup(ctx.mean, None, widths, None)
     _op(ctx.namespace, ctx.group, call, told, _new_loss(call, False), grads)
     if ctx.inplace:
         torch.autograd.graph.increment_version(call.student)  # another backward must not read it
@@ -181,8 +207,20 @@ def _as_loss(call, loss):
     return loss.to(compute_dtype(call.student, call.teacher))
 
 
+def _widths(few, student, options):
+    """Of all ranks and of those before this one: what classes of a teacher are counted by. They are looked at where
+    that waits for nothing."""
+    ranks = Ranks(options.group)
+    each = ranks.gathered(torch.tensor([student.shape[-1]], dtype=torch.float64, device=student.device)).squeeze(1)
+    if values_known(few.indices):
+        _check.top_k_values(few, int(each.sum()), options.mask)
+    return torch.stack([each.sum(), each[: ranks.rank].sum()])
+
+
 def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions) -> torch.Tensor:
-    """As that of ops/group.py; student or teacher, or both, are LinearLogits."""
+    """As that of ops/group.py; student or teacher, or both, are no logits."""
+    adaptive = divergence in DERIVED
+    divergence = DERIVED[divergence].divergence if adaptive else divergence
     mean = options.reduction == "mean" and options.normalizer is None
     if mean:
         options = options._replace(reduction="batchmean")
@@ -190,19 +228,23 @@ def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, opt
     of_teacher = SideParts(*(x if x is None else x.detach() for x in of_teacher[:3]), of_teacher.numbers)
     like = logits_of(student)
     rows_call = rows.call_of(namespace, divergence, like, logits_of(teacher, None, like), options)
-    heads = [side for side in (student, teacher) if isinstance(side, LinearLogits)]
+    few = teacher if isinstance(teacher, TopKLogProbs) else None
     call = _Call(
         *rows_call._replace(student=of_student.x, teacher=of_teacher.x),
         *FormRows(
-            of_student.head, of_student.bias, of_teacher.head, of_teacher.bias, None, None, 0, False, None,
-            numbers.as_tensor(*of_student.numbers, *of_teacher.numbers, -math.inf),
-            rows_of_slab(heads, Ranks(options.group).size), False,
+            of_student.head, of_student.bias, of_teacher.head, of_teacher.bias,
+            None if few is None else few.indices.to(torch.int64),
+            None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
+            TAILS.index(few.tail) if few else 0, False, None,
+            numbers.as_tensor(*of_student.numbers, *of_teacher.numbers, least_of(few)),
+            _slab_rows(student, teacher, options), adaptive,
         ),
     )  # fmt: skip
     learns = Learns(*(x is not None and x.requires_grad for x in of_student[:3]))
     how = how_of(options, mean)
+    widths = None if few is None else _widths(few, like, options)
     if any(learns) and torch.is_grad_enabled():
-        return _GroupForms.apply(namespace, options.inplace, options.group, how, learns, *call)
+        return _GroupForms.apply(namespace, options.inplace, options.group, how, learns, widths, *call)
     loss = _new_loss(call, how.per_row)
-    _op(namespace, options.group, call, FormGroup(mean, None, None, None), loss, (None, None, None))
+    _op(namespace, options.group, call, FormGroup(mean, None, widths, None), loss, (None, None, None))
     return _as_loss(call, loss)

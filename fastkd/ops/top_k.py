@@ -123,13 +123,25 @@ class FewClasses(Apart):
         self.log_prob_min: float = log_prob_min
         self.tail: str = TAILS[call.tail]
 
+    def _classes(self, z):
+        """How many there are."""
+        return z.shape[-1]
+
+    def _over(self, part, index):
+        """The student over these classes."""
+        over = _OverThose if self.tail == "renormalize" else _OverAll
+        return over(self.namespace, part, index)
+
+    def _logits(self, student, part, index):
+        """Its logits."""
+        return student.logits()
+
     def soft(self, part: RowsCall, slab: Any, out: RowsForward, hard_grad: torch.Tensor | None) -> None:
         z, index = part.student, self.call.indices[slab.index]
         leading, wanted = z.shape[:-1], out.grad is not None
         agrees = None if out.parts is None else z.argmax(-1) == reference.forms.best_class(part.teacher, index)
-        over = _OverThose if self.tail == "renormalize" else _OverAll
-        student = over(self.namespace, part, index)
-        u = student.logits()
+        student = self._over(part, index)
+        u = self._logits(student, part, index)
         part = part._replace(
             student=u,
             teacher=part.teacher.double(),
@@ -140,7 +152,7 @@ class FewClasses(Apart):
             None if out.parts is None else torch.empty_like(out.parts),
         )  # fmt: skip
         of = self._of_terms if self.tail == "ignore" else self._of_classes
-        of(part, slab, index, z.shape[-1], found)
+        of(part, slab, index, self._classes(z), found)
         out.loss.copy_(found.loss)
         mask = None if part.mask is None else part.mask.view(leading)
         if out.parts is not None:
