@@ -133,6 +133,15 @@ def test_beside_a_students_head(backend):
     assert error(torch.cat([grads[0][1], grads[1][1]]), whole_weight.grad) <= 20 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
+def test_a_rank_without_classes(backend, tail, monkeypatch):
+    monkeypatch.setattr("test_group_top_k.BOUNDS", (0, 0, 20, V))
+    student, teacher = torch.randn(N, V), teacher_of(tail)
+    options = {"target": torch.arange(N)} if tail == "bucket" else {}
+    loss = functional.kd_loss if options else functional.js_div
+    agree(of_ranks(loss, student, teacher, **options), whole(loss, student, teacher, **options))
+
+
 def test_what_is_exchanged():
     """How many classes there are, once; and the logits of each row's classes."""
     group = Group(3)

@@ -64,7 +64,7 @@ def parts_of(side: Any, num_classes: int | None) -> SideParts:
 def _flat(tensors):
     """Rows [N, *] where all tensors [*, *] have them so without a copy."""
     if all(x is None or x.is_contiguous() for x in tensors):
-        return [x if x is None else x.view(-1, x.shape[-1]) for x in tensors]
+        return [x if x is None else x.view(math.prod(x.shape[:-1]), x.shape[-1]) for x in tensors]
     return tensors
 
 

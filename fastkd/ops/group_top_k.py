@@ -16,6 +16,20 @@ from .group import How, of_rows, together
 from .top_k import FewClasses
 
 
+class _OverNone:
+    """The student where this rank has no class at all."""
+
+    def __init__(self, like, width):
+        self.u = like.new_full((*like.shape[:-1], width), -torch.inf, dtype=torch.float64)
+        self.sums = self.u.new_zeros(self.u[..., 0].numel(), 2)
+
+    def logits(self):
+        return self.u
+
+    def gradient(self, g, hard, out):
+        """There is none."""
+
+
 class FewOfRanks(FewClasses):
     """A teacher who has K classes of each row, numbered as those of all ranks."""
 
@@ -47,6 +61,8 @@ class FewOfRanks(FewClasses):
         return self.widths[0]
 
     def _over(self, part, index):
+        if part.student.shape[-1] == 0:
+            return _OverNone(part.student, index.shape[-1] + (self.tail != "renormalize"))
         here = index - self.widths[1].long()
         here = torch.where((index >= 0) & (here >= 0) & (here < part.student.shape[-1]), here, -1)
         return super()._over(part, here)
