@@ -1,4 +1,5 @@
-"""The arguments of each op: one list, from which all else follows.
+"""The arguments of each op: one list, from which all else follows. Here those of logits; those of features are in
+_feature_calls.py, those of relations between samples in _relation_calls.py.
 
 Its order is that of the op's schema and of the C++ struct that the binding reads, both in _schemas.py, and of what
 Triton's implementation and autograd are handed. No other place knows an argument by its position. Nothing is imported
@@ -253,21 +254,8 @@ class DistBackward(NamedTuple):
     grad: Out  # [*, V], the student's dtype; may be the student itself
 
 
-class RelationKLFew(NamedTuple):
-    """The arguments of ``relation_kl_few``, on the CPU alone: relation_kl_fwd of one batch without keys. Of a row's
-    softmax as RowsCall has it; temperatures are of products, as they are multiplied."""
+class ScaleCall(NamedTuple):
+    """``scale_``: x *= factor for all x at once; nothing where it is 1, which is seen on the device."""
 
-    student: Tensor  # [N, D_s]
-    teacher: Tensor  # [N, D_t]
-    exclude_self: bool
-    normalize: bool
-    divergence: int
-    parameter: float
-    parameter_rows: Tensor | None
-    temperature: float
-    temperature_rows: Tensor | None
-    teacher_temperature: float
-    teacher_temperature_rows: Tensor | None
-    mask: Tensor | None
-    weight: Tensor | None
-    save: bool  # whether the gradient is wanted
+    x: list[Out]
+    factor: Tensor  # one element of float32 or float64

@@ -1,4 +1,5 @@
-"""The ops' schemas, and ``calls.h``: the C++ structs of what they are called with, each of which is told in _calls.py.
+"""The ops' schemas, and ``calls.h``: the C++ structs of what they are called with, each of which is told in _calls.py,
+_feature_calls.py or _relation_calls.py.
 
 The build runs this file, as a program, without torch; it prints the header.
 """
@@ -6,36 +7,74 @@ The build runs this file, as a program, without torch; it prints the header.
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 if __package__:
-    from . import _calls
+    from . import _calls, _feature_calls, _relation_calls
 else:
     import _calls
+    import _feature_calls
+    import _relation_calls
 
+
+class Op(NamedTuple):
+    """What an op is called with, one list after the other, and what it returns."""
+
+    calls: tuple[type, ...]
+    returns: str = "()"
+
+
+_LOSS = "(Tensor loss, Tensor grad)"
+
+# Every implementation has these ops, in a namespace of its own.
 OPS = {
-    "rows_fwd": (_calls.RowsCall, _calls.RowsForward),
-    "rows_bwd": (_calls.RowsCall, _calls.RowsBackward),
-    "rows_statistics": (_calls.RowsCall, _calls.RowsStatistics),
-    "rows_sums": (_calls.RowsCall, _calls.RowsSums),
-    "inverse_divisor": (_calls.InverseDivisor,),
-    "standardize_fwd": (_calls.Standardize,),
-    "standardize_bwd": (_calls.StandardizeBackward,),
-    "head_weight": (_calls.HeadWeight,),
-    "complement_fwd": (_calls.Complement,),
-    "complement_bwd": (_calls.ComplementBackward,),
-    "dist_fwd": (_calls.DistCall, _calls.DistForward),
-    "dist_bwd": (_calls.DistCall, _calls.DistBackward),
+    "rows_fwd": Op((_calls.RowsCall, _calls.RowsForward)),
+    "rows_bwd": Op((_calls.RowsCall, _calls.RowsBackward)),
+    "rows_statistics": Op((_calls.RowsCall, _calls.RowsStatistics)),
+    "rows_sums": Op((_calls.RowsCall, _calls.RowsSums)),
+    "inverse_divisor": Op((_calls.InverseDivisor,)),
+    "standardize_fwd": Op((_calls.Standardize,)),
+    "standardize_bwd": Op((_calls.StandardizeBackward,)),
+    "head_weight": Op((_calls.HeadWeight,)),
+    "complement_fwd": Op((_calls.Complement,)),
+    "complement_bwd": Op((_calls.ComplementBackward,)),
+    "dist_fwd": Op((_calls.DistCall, _calls.DistForward)),
+    "dist_bwd": Op((_calls.DistCall, _calls.DistBackward)),
+    "pairs_fwd": Op((_relation_calls.PairsCall,), _LOSS),
+    "angles_fwd": Op((_relation_calls.AnglesCall,), _LOSS),
+    "pkt_strip_": Op((_relation_calls.PktStripCall,), "Tensor loss"),
+    "triplet_strip_": Op((_relation_calls.TripletStripCall,), "Tensor sums"),
+    "features_fwd": Op(
+        (_feature_calls.LayersCall, _feature_calls.LayersForward), "(Tensor loss, Tensor layers, Tensor[] grad)"
+    ),
+    "features_bwd": Op((_feature_calls.LayersCall, _feature_calls.LayersBackward), "Tensor[] grad"),
+    "features_fwd_": Op((_feature_calls.OneLayerCall,), "Tensor loss"),
+    "attention_fwd": Op((_feature_calls.AttentionCall, _feature_calls.AttentionForward), _LOSS),
+    "attention_bwd": Op((_feature_calls.AttentionCall, _feature_calls.AttentionBackward), "Tensor grad"),
+    "scale_": Op((_calls.ScaleCall,)),
 }
 
-# By annotation: in a schema, and in C++.
+# The ops that there are once, on the CPU alone.
+CPU_OPS = {
+    "samples_fwd": Op((_relation_calls.SamplesCall,), _LOSS),
+    "relation_kl_sums": Op((_relation_calls.RelationKLSums,)),
+    "relation_kl_weights_": Op((_relation_calls.RelationKLWeights,), "Tensor loss"),
+    "relation_kl_few": Op((_relation_calls.RelationKLFew,), _LOSS),
+}
+
+# By annotation: in a schema, and in C++, where no op is handed a namespace.
 _TYPES = {
     "Tensor": ("Tensor", "Tensor"),
     "Tensor | None": ("Tensor?", "OptionalTensor"),
+    "list[Tensor]": ("Tensor[]", "std::vector<Tensor>"),
     "Out": ("Tensor({}!)", "Tensor"),
     "OptionalOut": ("Tensor({}!)?", "OptionalTensor"),
+    "list[Out]": ("Tensor({}!)[]", "std::vector<Tensor>"),
     "bool": ("bool", "bool"),
-    "int": ("SymInt", "int64_t"),  # a graph of any size is one graph
+    "int": ("SymInt", "int64_t"),  # a graph of any size is one graph; of what is but a number of a choice it is no less
+    "list[int]": ("int[]", "std::vector<int64_t>"),
     "float": ("float", "double"),
+    "str": ("str", None),
 }
 
 
@@ -45,60 +84,18 @@ def _fields(structure):
         yield name, getattr(annotation, "__forward_arg__", annotation)
 
 
-def schema(name, structures, *first, returns="()"):
+def schema(name, op, *first):
     """The schema of an op, whose first arguments may be others."""
     letters = iter("abcdefgh")
     arguments = [*first]
-    for structure in structures:
+    for structure in op.calls:
         for field, annotation in _fields(structure):
             kind = _TYPES[annotation][0]
             arguments.append(f"{kind.format(next(letters)) if '{}' in kind else kind} {field}")
-    return f"{name}({', '.join(arguments)}) -> {returns}"
+    return f"{name}({', '.join(arguments)}) -> {op.returns}"
 
 
-# Every implementation has these ops, in a namespace of its own: those that are told above, and the others.
-EVERYWHERE = (
-    *(schema(name, structures) for name, structures in OPS.items()),
-    # Numbers, such as delta, are tensors in float64 on the CPU: see ops/numbers.py.
-    # embeddings [N, D_s] and [N, D_t]; count: rows from there on are not, they hold finite numbers; weight: one per
-    # row; grad, here as below, is in float32 where the student is in float16, whose range it would leave before a
-    # loss scaler multiplies it; empty where it is not saved
-    "pairs_fwd(Tensor student, Tensor teacher, Tensor? count, Tensor? weight, int relation, Tensor delta, "
-    "bool normalize, bool save) -> (Tensor loss, Tensor grad)",
-    # the weighted sum of both losses; numbers: angle_weight, angle_delta, distance_weight, distance_delta; a loss of
-    # weight 0 is left out
-    "angles_fwd(Tensor student, Tensor teacher, Tensor? count, Tensor numbers, bool save) "
-    "-> (Tensor loss, Tensor grad)",
-    # Rows row .. row + n of all pairs of samples, in strips that become weights of the gradient; what is said of
-    # samples is [N]. pkt: cosines [n, N - row], from the diagonal on, which become weights of unit vectors;
-    # slopes += in float64; see csrc/cpu/pkt_kernel.h
-    "pkt_strip_(Tensor(a!) student, Tensor teacher, Tensor(b!) slopes, Tensor valid, Tensor student_inverse, "
-    "Tensor teacher_inverse, Tensor weight, Tensor scale, float eps, int row) -> Tensor loss",
-    # triplets: inner products [n, N] of centred rows, of which norms are the squared lengths; x: the rows as they were
-    # given, [N, D]; positives of sample i: positives[first[i] .. last[i]]; count: of those that are valid; grad, where
-    # weights are wanted: += of near pairs, whose weights in the strip are 0; sums: of the loss, the active triplets
-    # and all; see csrc/cpu/triplet_kernel.h
-    "triplet_strip_(Tensor(a!) strip, Tensor x, Tensor norms, Tensor positives, Tensor first, Tensor last, "
-    "Tensor valid, Tensor count, Tensor weight, float margin, int row, Tensor(b!)? grad) -> Tensor sums",
-    # features of one layer or more, whose rows are along feature_dim; mask, weight: one per layer, [N] each, or
-    # none at all; beta: of smooth L1, else squares; loss: of all layers, weighted, one per row where nothing is
-    # reduced; layers: each one's own
-    "features_fwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
-    "int reduction, Tensor layer_weights, Tensor? beta, bool save) -> (Tensor loss, Tensor layers, Tensor[] grad)",
-    "features_bwd(Tensor[] student, Tensor[] teacher, int[] feature_dim, int feature, Tensor[] mask, Tensor[] weight, "
-    "int reduction, Tensor layer_weights, Tensor? beta, Tensor upstream) -> Tensor[] grad",
-    # one layer; the gradient is written over the student; reduction: per row, or their sum
-    "features_fwd_(Tensor(a!) student, Tensor teacher, int feature_dim, int feature, Tensor? mask, Tensor? weight, "
-    "int reduction, Tensor? beta) -> Tensor loss",
-    # maps [B, C, H, W], whose channels may differ in number
-    "attention_fwd(Tensor student, Tensor teacher, Tensor p, bool save) -> (Tensor loss, Tensor grad)",
-    "attention_bwd(Tensor student, Tensor teacher, Tensor p, Tensor upstream) -> Tensor grad",
-    # x *= factor, of one element, for all x at once; nothing where it is 1, which is seen on the device
-    "scale_(Tensor(a!)[] x, Tensor factor) -> ()",
-)
-
-# The same on the CPU, of strips from the diagonal on, [n, N - row]: both orders of a pair at once.
-_RELATION_KL_STRIP = "Tensor valid, float student_scale, float teacher_scale, int row"
+EVERYWHERE = tuple(schema(*named) for named in OPS.items())
 
 # The ops that there are once in C++.
 ONCE = (
@@ -106,58 +103,33 @@ ONCE = (
     "cpu_calls() -> str",  # digest() of the sources that a library was built from, and that of the divergences
     "cuda_calls() -> str",
     "cuda_code() -> str",  # "": the CUDA library has code for the current GPU; else why it has none
-    # few samples on the CPU: one of similarity_fwd, gram_fwd and pkt_fwd, whole; relation: which, see ops/samples.py;
-    # the rest as there
-    "samples_fwd(Tensor student, Tensor teacher, int relation, bool normalize, int clamp, Tensor eps, Tensor? mask, "
-    "Tensor? weight, bool save) -> (Tensor loss, Tensor grad)",
-    # sums [N, 2]: += of exponentials, of student and teacher; then products become weights; see
-    # csrc/cpu/relation_kl_kernel.h
-    f"relation_kl_sums(Tensor student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor(a!) sums) -> ()",
-    f"relation_kl_weights_(Tensor(a!) student, Tensor teacher, {_RELATION_KL_STRIP}, Tensor student_inverse, "
-    "Tensor teacher_inverse, Tensor difference, Tensor weight, Tensor scale) -> Tensor loss",
-    schema("relation_kl_few", (_calls.RelationKLFew,), returns="(Tensor loss, Tensor grad)"),
+    *(schema(*named) for named in CPU_OPS.items()),
 )
 
 # The ops that are put together in ops/, of others and of matrix products, which torch has for every device.
 IN_PYTHON = (
-    # mask, weight: one per row
-    "similarity_fwd(Tensor student, Tensor teacher, Tensor? mask, Tensor? weight, bool save) "
-    "-> (Tensor loss, Tensor grad)",
-    # embeddings [N, D] or [B, N, D]; clamp: negative similarities of none, the teacher, both; mask, weight: one per row
-    "gram_fwd(Tensor student, Tensor teacher, bool normalize, int clamp, Tensor? mask, Tensor? weight, bool save) "
-    "-> (Tensor loss, Tensor grad)",
-    # embeddings [N, D]; mask, weight: one per row; strips: the namespace whose op computes each strip
-    "pkt_fwd(Tensor student, Tensor teacher, Tensor eps, Tensor? mask, Tensor? weight, str strips, bool save) "
-    "-> (Tensor loss, Tensor grad)",
-    # who is similar to whom: labels, or the positives (0: the default) nearest to each row of the teacher; strips: the
-    # namespace whose op computes each strip; active: the share of triplets that have a loss
-    "triplet_fwd(Tensor student, Tensor? teacher, Tensor? labels, int positives, Tensor margin, Tensor? mask, "
-    "Tensor? weight, str strips, bool save) -> (Tensor loss, Tensor active, Tensor grad)",
+    schema("similarity_fwd", Op((_relation_calls.SimilarityCall,), _LOSS)),
+    schema("gram_fwd", Op((_relation_calls.GramCall,), _LOSS)),
+    schema("pkt_fwd", Op((_relation_calls.PktCall,), _LOSS)),
+    schema("triplet_fwd", Op((_relation_calls.TripletCall,), "(Tensor loss, Tensor active, Tensor grad)")),
+    schema("relation_kl_fwd", Op((_relation_calls.RelationKLCall,), "(Tensor loss, Tensor grad, Tensor keys_grad)")),
     # the rows schedule of logits that are made a slab at a time; rows: the namespace whose ops compute each slab
-    schema("form_rows", (_calls.RowsCall, _calls.FormRows, _calls.FormOutputs), "str rows"),
+    schema("form_rows", Op((_calls.RowsCall, _calls.FormRows, _calls.FormOutputs)), "str rows"),
     # the same of classes that are split over the ranks of a group, which is named
     schema(
         "form_group_rows",
-        (_calls.RowsCall, _calls.FormRows, _calls.FormGroup, _calls.FormOutputs),
+        Op((_calls.RowsCall, _calls.FormRows, _calls.FormGroup, _calls.FormOutputs)),
         "str rows",
         "str group",
     ),
     # the dist schedule of logits that are made a slab at a time, twice
-    schema("form_dist_fwd", (_calls.DistCall, _calls.FormDist, _calls.FormDistForward), "str rows"),
-    schema("form_dist_bwd", (_calls.DistCall, _calls.FormDist, _calls.FormDistBackward), "str rows"),
+    schema("form_dist_fwd", Op((_calls.DistCall, _calls.FormDist, _calls.FormDistForward)), "str rows"),
+    schema("form_dist_bwd", Op((_calls.DistCall, _calls.FormDist, _calls.FormDistBackward)), "str rows"),
     # rows and dist schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
-    schema("standardized_rows_fwd", OPS["rows_fwd"], "str rows"),
-    schema("standardized_rows_bwd", OPS["rows_bwd"], "str rows"),
-    schema("standardized_head_weight", OPS["head_weight"], "str rows"),
-    schema("standardized_dist_fwd", OPS["dist_fwd"], "str rows"),
-    schema("standardized_dist_bwd", OPS["dist_bwd"], "str rows"),
-    # embeddings [B, N, D_s], [B, N, D_t], their keys [B, M, *]: none, the rows themselves; what is said of rows is
-    # [B, N]; exclude_self: key i from row i; rows: the namespace whose rows ops compute each strip of similarities
-    "relation_kl_fwd(Tensor student, Tensor teacher, Tensor? student_keys, Tensor? teacher_keys, bool exclude_self, "
-    "bool normalize, str rows, int divergence, float parameter, Tensor? parameter_rows, float temperature, "
-    "Tensor? temperature_rows, float teacher_temperature, Tensor? teacher_temperature_rows, Tensor? mask, "
-    "Tensor? key_mask, Tensor? weight, "
-    "bool save, bool save_keys) -> (Tensor loss, Tensor grad, Tensor keys_grad)",
+    *(
+        schema(f"standardized_{name}", OPS[name], "str rows")
+        for name in ("rows_fwd", "rows_bwd", "head_weight", "dist_fwd", "dist_bwd")
+    ),
 )
 
 
@@ -169,10 +141,9 @@ def digest():
 
 def header():
     """``calls.h``: the structs, and how each is read off the dispatcher's stack."""
-    structures = list(dict.fromkeys(structure for structures in OPS.values() for structure in structures))
-    structures.append(_calls.RelationKLFew)
+    structures = dict.fromkeys(structure for op in (*OPS.values(), *CPU_OPS.values()) for structure in op.calls)
     lines = [
-        "// Written by fastkd/_schemas.py; fastkd/_calls.py explains the fields.",
+        "// Written by fastkd/_schemas.py; the files that it imports explain the fields.",
         "#pragma once",
         '#include "common/arguments.h"',
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastkd import _divergences
+from fastkd import _divergences, _schemas
 
 ROOT = Path(__file__).parents[1]
 CUSIM = Path("csrc/testing/cusim")
@@ -68,6 +68,7 @@ def find_tool(name):
 
 def write_headers(folder):
     """Those that the build writes; of the sources as they are now."""
+    (folder / "calls.h").write_text(_schemas.header())
     (folder / "divergence_list.h").write_text(_divergences.list_header())
     (folder / "divergence_functors.h").write_text(_divergences.functors_header())
     return folder

@@ -9,6 +9,7 @@ triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from fastkd import _backend  # noqa: E402
+from fastkd._relation_calls import PairsCall  # noqa: E402
 from fastkd.ops.numbers import as_tensor  # noqa: E402
 from fastkd.triton.pairs import pairs_fwd  # noqa: E402
 from fastkd.triton.relations import RELATIONS, Relation  # noqa: E402
@@ -82,9 +83,8 @@ def test_a_relation_of_ones_own(monkeypatch, name, N, dtype, options):
     if options == "counted":
         n = N // 2
         of_op["count"] = torch.tensor(n, device=DEVICE)
-    loss, grad = pairs_fwd(
-        student, teacher, **of_op, relation=7, delta=as_tensor(DELTA), normalize=normalize, save=True
-    )
+    call = PairsCall(student, teacher, **of_op, relation=7, delta=as_tensor(DELTA), normalize=normalize, save=True)
+    loss, grad = pairs_fwd(*call)
     expected, expected_grad = naive(name, student[:n].cpu(), teacher[:n].cpu(), weight[:n].double())
     assert error(loss.cpu(), expected) <= PROMISED[dtype]
     assert error(grad[:n].cpu(), expected_grad) <= PROMISED[dtype]

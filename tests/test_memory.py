@@ -11,6 +11,7 @@ from fastkd.ops import standardize
 N, V = 256, 32000
 GRADIENT = N * V * 4
 MANY = 6144
+PAGES = 1 << 16  # that were the process's before
 SLACK = 6 << 20  # the loss per row, scratch memory of 12 bytes a class and thread, the interpreter
 
 
@@ -31,7 +32,7 @@ def logits():
 def test_training_holds_one_gradient(logits):
     student, teacher = logits
     used = peak(lambda s: functional.kl_div(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
-    assert GRADIENT <= used <= GRADIENT + SLACK  # the lower bound proves that the measure sees it
+    assert GRADIENT - PAGES <= used <= GRADIENT + SLACK  # the lower bound proves that the measure sees it
 
 
 @pytest.mark.parametrize("name", [*REGISTRY, *DERIVED, *TARGET_LOSSES, "kd_loss", "dist_loss"])
@@ -42,7 +43,7 @@ def test_every_loss_of_logits_holds_one_gradient(logits, name):
         more = (torch.arange(N),)
     used = peak(lambda s: loss(s, teacher, *more).backward(), lambda: (student.detach().requires_grad_(),))
     columns = 8 << 20 if name == "dist_loss" else 0  # the moments of every class
-    assert GRADIENT <= used <= GRADIENT + SLACK + columns
+    assert GRADIENT - PAGES <= used <= GRADIENT + SLACK + columns
 
 
 def test_an_upstream_factor_costs_no_second_gradient(logits):
@@ -83,7 +84,7 @@ def test_maps_are_not_copied(logits):
     used = peak(
         lambda s: (0.5 * functional.kl_div(s, teacher, dim=1)).backward(), lambda: (student.detach().requires_grad_(),)
     )
-    assert GRADIENT <= used <= GRADIENT + SLACK
+    assert GRADIENT - PAGES <= used <= GRADIENT + SLACK
     assert peak(lambda: functional.kl_div(student, teacher, dim=1), tuple) <= SLACK
 
 

@@ -1,17 +1,15 @@
 // What the attention ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
+#include "calls.h"
 #include "common/features_params.h"
 #include "common/numbers.h"
 #include "common/rows_tensor.h"
 
 namespace fastkd {
 
-struct AttentionInputs {
-  explicit AttentionInputs(Arguments& a)
-      : student(a.next<Tensor>()), teacher(a.next<Tensor>()), p(number(a.next<Tensor>(), "p")) {}
-
-  Tensor student, teacher;  // [B, C, H, W]; C may differ
-  double p;
+struct AttentionInputs : AttentionCall {
+  // the number in place of the tensor that holds it
+  double p = number(AttentionCall::p, "p");
 
   int64_t B() const { return student.size(0); }
   int64_t positions() const { return student.size(2) * student.size(3); }

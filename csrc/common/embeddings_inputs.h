@@ -1,6 +1,7 @@
 // What the pairs and the angles ops are given, on every device: read off the dispatcher's stack,
 // and checked.
 #pragma once
+#include "calls.h"
 #include "common/embeddings_params.h"
 #include "common/numbers.h"
 #include "common/rows_tensor.h"
@@ -16,14 +17,10 @@
 
 namespace fastkd {
 
-// Embeddings of both sides: what every relational op starts with. Rows from `count` on are not there: they hold
-// finite numbers, and have no gradient.
-struct RelationInputs {
-  explicit RelationInputs(Arguments& a)
-      : student(a.next<Tensor>()), teacher(a.next<Tensor>()), count(a.next<OptionalTensor>()) {}
-
-  Tensor student, teacher;  // [N, D_s], [N, D_t]
-  OptionalTensor count;     // int64, one element, where they are
+// The call of an op of embeddings of both sides, of which rows from `count` on are not there: they have no gradient.
+template <class Call>
+struct RelationInputs : Call {
+  using Call::student, Call::teacher, Call::count;
 
   int64_t N() const { return student.size(0); }
   const int64_t* count_data() const { return count ? static_cast<const int64_t*>(count->const_data_ptr()) : nullptr; }
@@ -42,31 +39,15 @@ struct RelationInputs {
   }
 };
 
-struct PairsInputs : RelationInputs {
-  explicit PairsInputs(Arguments& a)
-      : RelationInputs(a),
-        weight(a.next<OptionalTensor>()),
-        relation(a.next<int64_t>()),
-        delta(number(a.next<Tensor>(), "delta")),
-        normalize(a.next<bool>()),
-        save(a.next<bool>()) {}
-
-  OptionalTensor weight;  // [N], of the compute dtype
-  int64_t relation;
-  double delta;
-  bool normalize, save;
+// A call's numbers are read: they take the place of the tensors that hold them.
+struct PairsInputs : RelationInputs<PairsCall> {
+  double delta = number(PairsCall::delta, "delta");
 };
 
-struct AnglesInputs : RelationInputs {
-  explicit AnglesInputs(Arguments& a) : RelationInputs(a) {
-    const std::vector<double> of_both = numbers(a.next<Tensor>(), 4, "numbers");
-    angle_weight = of_both[0], angle_delta = of_both[1];
-    distance_weight = of_both[2], distance_delta = of_both[3];
-    save = a.next<bool>();
-  }
-
-  double angle_weight, angle_delta, distance_weight, distance_delta;
-  bool save;
+struct AnglesInputs : RelationInputs<AnglesCall> {
+  std::vector<double> of_both = fastkd::numbers(numbers, 4, "numbers");
+  double angle_weight = of_both[0], angle_delta = of_both[1];
+  double distance_weight = of_both[2], distance_delta = of_both[3];
 };
 
 inline Embeddings embeddings(const Tensor& x, const char* name) {
@@ -78,7 +59,8 @@ inline Embeddings embeddings(const Tensor& x, const char* name) {
           x.stride(1)};
 }
 
-inline void check_embeddings(const RelationInputs& in) {
+template <class Call>
+void check_embeddings(const RelationInputs<Call>& in) {
   const Tensor &s = in.student, &t = in.teacher;
   FASTKD_CHECK(s.dim() == 2 && t.dim() == 2, "student and teacher: embeddings [N, D] wanted");
   FASTKD_CHECK(s.size(0) == t.size(0), "student and teacher: as many rows wanted, got ", s.size(0), " and ", t.size(0));

@@ -1,7 +1,10 @@
 // What the features ops are given, on every device: read off the dispatcher's stack, and checked.
 #pragma once
 #include <optional>
+#include <utility>
+#include <vector>
 
+#include "calls.h"
 #include "common/features_params.h"
 #include "common/layout.h"
 #include "common/numbers.h"
@@ -10,29 +13,26 @@
 namespace fastkd {
 
 struct FeaturesInputs {
-  explicit FeaturesInputs(Arguments& a)
-      : student(a.next<std::vector<Tensor>>()),
-        teacher(a.next<std::vector<Tensor>>()),
-        feature_dim(a.next<std::vector<int64_t>>()),
-        feature(a.next<int64_t>()),
-        mask(a.next<std::vector<Tensor>>()),
-        weight(a.next<std::vector<Tensor>>()),
-        reduction(a.next<int64_t>()),
-        layer_weights(numbers(a.next<Tensor>(), int64_t(student.size()), "layer_weights")),
-        beta(optional(a.next<OptionalTensor>())) {}
-
-  // Of features_fwd_: one layer.
-  struct OneLayer {};
-  FeaturesInputs(Arguments& a, OneLayer)
-      : student{a.next<Tensor>()},
-        teacher{a.next<Tensor>()},
-        feature_dim{a.next<int64_t>()},
-        feature(a.next<int64_t>()),
-        mask(listed(a.next<OptionalTensor>())),
-        weight(listed(a.next<OptionalTensor>())),
-        reduction(a.next<int64_t>()),
+  explicit FeaturesInputs(LayersCall call)
+      : student(std::move(call.student)),
+        teacher(std::move(call.teacher)),
+        feature_dim(std::move(call.feature_dim)),
+        feature(call.feature),
+        mask(std::move(call.mask)),
+        weight(std::move(call.weight)),
+        reduction(call.reduction),
+        layer_weights(numbers(call.layer_weights, int64_t(student.size()), "layer_weights")),
+        beta(optional(call.beta)) {}
+  explicit FeaturesInputs(const OneLayerCall& call)
+      : student{call.student},
+        teacher{call.teacher},
+        feature_dim{call.feature_dim},
+        feature(call.feature),
+        mask(listed(call.mask)),
+        weight(listed(call.weight)),
+        reduction(call.reduction),
         layer_weights{1.0},
-        beta(optional(a.next<OptionalTensor>())) {}
+        beta(optional(call.beta)) {}
   static std::vector<Tensor> listed(const OptionalTensor& x) {
     return x ? std::vector<Tensor>{*x} : std::vector<Tensor>{};
   }
@@ -44,10 +44,10 @@ struct FeaturesInputs {
   std::vector<Tensor> student, teacher;
   std::vector<int64_t> feature_dim;
   int64_t feature;
-  std::vector<Tensor> mask, weight;  // one for each layer, [N] each; or none at all
+  std::vector<Tensor> mask, weight;
   int64_t reduction;
   std::vector<double> layer_weights;
-  std::optional<double> beta;  // of smooth L1; none: squares
+  std::optional<double> beta;
 
   size_t layers() const { return student.size(); }
   int64_t D(size_t l) const { return student[l].size(feature_dim[l]); }

@@ -1,30 +1,11 @@
-// What the op of a strip of cosines is given, on every device: read off the dispatcher's stack, and checked.
+// What the op of a strip of cosines is given, on every device, checked.
 #pragma once
+#include "calls.h"
 #include "common/rows_tensor.h"
 
 namespace fastkd {
 
-struct PktInputs {
-  explicit PktInputs(Arguments& a)
-      : student(a.next<Tensor>()),
-        teacher(a.next<Tensor>()),
-        slopes(a.next<Tensor>()),
-        valid(a.next<Tensor>()),
-        student_inverse(a.next<Tensor>()),
-        teacher_inverse(a.next<Tensor>()),
-        weight(a.next<Tensor>()),
-        scale(a.next<Tensor>()),
-        eps(a.next<double>()),
-        row(a.next<int64_t>()) {}
-
-  Tensor student, teacher;                                        // [rows, columns]
-  Tensor slopes;                                                  // float64 [N]
-  Tensor valid, student_inverse, teacher_inverse, weight, scale;  // [N], of the strip's dtype
-  double eps;
-  int64_t row;  // columns = N - row
-};
-
-inline void check(const PktInputs& in) {
+inline void check(const PktStripCall& in) {
   const ScalarType type = in.student.scalar_type();
   FASTKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "student: float32 or float64 wanted");
   for (const Tensor* x : {&in.student, &in.teacher}) {

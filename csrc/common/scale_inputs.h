@@ -1,22 +1,17 @@
-// What scale_ is given, on every device.
+// What scale_ is given, on every device, checked.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
-#include <vector>
-
+#include "calls.h"
 #include "common/rows_tensor.h"
 
 namespace fastkd {
 
-struct ScaleInputs {
-  explicit ScaleInputs(Arguments& a) : x(a.next<std::vector<Tensor>>()), factor(a.next<Tensor>()) {
-    FASTKD_CHECK(factor.numel() == 1 &&
-                     (factor.scalar_type() == ScalarType::Float || factor.scalar_type() == ScalarType::Double),
-                 "factor: one element of float32 or float64 wanted");
-  }
-  std::vector<Tensor> x;
-  Tensor factor;
-};
+inline void check(const ScaleCall& in) {
+  FASTKD_CHECK(in.factor.numel() == 1 &&
+                   (in.factor.scalar_type() == ScalarType::Float || in.factor.scalar_type() == ScalarType::Double),
+               "factor: one element of float32 or float64 wanted");
+}
 
 // x *= factor, by torch.
 inline void multiply(const Tensor& x, const Tensor& factor) {

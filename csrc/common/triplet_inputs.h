@@ -1,33 +1,11 @@
-// What the op of a strip of triplets is given, on every device: read off the dispatcher's stack, and checked.
+// What the op of a strip of triplets is given, on every device, checked.
 #pragma once
+#include "calls.h"
 #include "common/rows_tensor.h"
 
 namespace fastkd {
 
-struct TripletInputs {
-  explicit TripletInputs(Arguments& a)
-      : strip(a.next<Tensor>()),
-        x(a.next<Tensor>()),
-        norms(a.next<Tensor>()),
-        positives(a.next<Tensor>()),
-        first(a.next<Tensor>()),
-        last(a.next<Tensor>()),
-        valid(a.next<Tensor>()),
-        count(a.next<Tensor>()),
-        weight(a.next<Tensor>()),
-        margin(a.next<double>()),
-        row(a.next<int64_t>()),
-        grad(a.next<OptionalTensor>()) {}
-
-  Tensor strip, x, norms;                // [rows, N], [N, D], [N], of the compute dtype
-  Tensor positives, first, last, valid;  // int64 [positives], [N], [N]; bool [N]
-  Tensor count, weight;                  // int64, one element: of those that are valid; [N] of the compute dtype
-  double margin;
-  int64_t row;
-  OptionalTensor grad;  // [N, D] of the compute dtype
-};
-
-inline void check(const TripletInputs& in) {
+inline void check(const TripletStripCall& in) {
   const ScalarType type = in.strip.scalar_type();
   FASTKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "strip: float32 or float64 wanted");
   FASTKD_CHECK(in.strip.dim() == 2 && in.x.dim() == 2, "strip and x: [rows, N] and [N, D] wanted");

@@ -49,7 +49,7 @@ double angles_loss(const AnglesInputs& in, T* grad) {
 
 void angles_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const AnglesInputs in(arguments);
+  const AnglesInputs in{{AnglesCall::read(arguments)}};
   check(in);
   Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
   dispatch_compute(in.compute(), [&](auto zero) {

@@ -151,8 +151,8 @@ Tensor empty_grad(const Tensor& student) {
 
 void attention_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const AttentionInputs in(arguments);
-  const bool save = arguments.next<bool>();
+  const AttentionInputs in{AttentionCall::read(arguments)};
+  const bool save = AttentionForward::read(arguments).save;
   check_all(in);
   const Tensor grad = save ? empty_grad(in.student) : torch::stable::new_empty(in.student, {0});
   Tensor loss = torch::stable::new_empty(in.student, {}, in.compute());
@@ -166,8 +166,8 @@ void attention_fwd(StableIValue* stack, uint64_t, uint64_t) {
 
 void attention_bwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const AttentionInputs in(arguments);
-  const auto upstream = arguments.next<Tensor>();
+  const AttentionInputs in{AttentionCall::read(arguments)};
+  const Tensor upstream = AttentionBackward::read(arguments).upstream;
   check_all(in);
   FASTKD_CHECK(upstream.is_cpu() && upstream.numel() == 1 && upstream.scalar_type() == in.compute(),
                "upstream: one element of the loss's dtype wanted");

@@ -123,8 +123,8 @@ std::vector<Tensor> empty_grads(const FeaturesInputs& in) {
 
 void features_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const FeaturesInputs in(arguments);
-  const bool save = arguments.next<bool>();
+  const FeaturesInputs in(LayersCall::read(arguments));
+  const bool save = LayersForward::read(arguments).save;
   check_all(in);
   const bool per_row = Reduction(in.reduction) == Reduction::kNone;
   const auto empty = [&](std::vector<int64_t> shape) {
@@ -151,7 +151,7 @@ void features_fwd(StableIValue* stack, uint64_t, uint64_t) {
 
 void features_fwd_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const FeaturesInputs in(arguments, FeaturesInputs::OneLayer());
+  const FeaturesInputs in(OneLayerCall::read(arguments));
   check_all(in);
   const bool per_row = Reduction(in.reduction) == Reduction::kNone;
   FASTKD_CHECK(per_row || Reduction(in.reduction) == Reduction::kSum, "reduction: per row or the sum wanted");
@@ -168,8 +168,8 @@ void features_fwd_(StableIValue* stack, uint64_t, uint64_t) {
 
 void features_bwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const FeaturesInputs in(arguments);
-  const auto upstream = arguments.next<Tensor>();
+  const FeaturesInputs in(LayersCall::read(arguments));
+  const Tensor upstream = LayersBackward::read(arguments).upstream;
   check_all(in);
   FASTKD_CHECK(upstream.is_cpu() && upstream.scalar_type() == in.compute() && upstream.is_contiguous() &&
                    (upstream.numel() == 1 || upstream.numel() == in.rows()),

@@ -288,7 +288,7 @@ class Pairs {
 
 void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const PairsInputs in(arguments);
+  const PairsInputs in{{PairsCall::read(arguments)}};
   check(in);
   Tensor loss = in.new_loss(), grad = in.new_grad(in.save);
   dispatch_compute(in.compute(), [&](auto zero) {

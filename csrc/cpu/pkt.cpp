@@ -20,7 +20,7 @@ const PktKernel<T>& kernel() {
 }
 
 template <class T>
-double strip(const PktInputs& in) {
+double strip(const PktStripCall& in) {
   const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
   const int64_t rows = in.student.size(0), columns = in.student.size(1);
   const PktStrip<T> P{static_cast<T*>(in.student.mutable_data_ptr()),
@@ -56,7 +56,7 @@ double strip(const PktInputs& in) {
 
 void pkt_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const PktInputs in(arguments);
+  const auto in = PktStripCall::read(arguments);
   check(in);
   Tensor loss = torch::stable::new_empty(in.slopes, {});
   *static_cast<double*>(loss.mutable_data_ptr()) =

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "calls.h"
 #include "common/rows_tensor.h"
 #include "cpu/isa.h"
 #include "cpu/relation_kl_kernel.h"
@@ -22,27 +23,18 @@ const RelationKLKernel<T>& kernel() {
   return FASTKD_OF_ISA(relation_kl_kernel<T>());
 }
 
-struct StripInputs {
-  explicit StripInputs(Arguments& a)
-      : student(a.next<Tensor>()),
-        teacher(a.next<Tensor>()),
-        valid(a.next<Tensor>()),
-        student_scale(a.next<double>()),
-        teacher_scale(a.next<double>()),
-        row(a.next<int64_t>()) {}
-
-  Tensor student, teacher, valid;  // [rows, columns] twice, [N]
-  double student_scale, teacher_scale;
-  int64_t row;
-
-  int64_t N() const { return row + student.size(1); }
-};
+// Of RelationKLSums and of RelationKLWeights: the samples.
+template <class Call>
+int64_t samples(const Call& in) {
+  return in.row + in.student.size(1);
+}
 
 bool is(const Tensor& x, ScalarType type, int64_t elements) {
   return x.is_cpu() && x.is_contiguous() && x.scalar_type() == type && x.numel() == elements;
 }
 
-void check(const StripInputs& in) {
+template <class Call>
+void check(const Call& in) {
   const ScalarType type = in.student.scalar_type();
   FASTKD_CHECK(type == ScalarType::Float || type == ScalarType::Double, "student: float32 or float64 wanted");
   FASTKD_CHECK(in.student.dim() == 2 && in.teacher.dim() == 2, "student and teacher: strips [rows, columns] wanted");
@@ -50,14 +42,14 @@ void check(const StripInputs& in) {
   FASTKD_CHECK(is(in.student, type, rows * columns) && is(in.teacher, type, rows * columns) &&
                    in.teacher.size(0) == rows && in.row >= 0 && rows <= columns,
                "student and teacher: contiguous strips of one shape and dtype wanted, from the diagonal on");
-  FASTKD_CHECK(is(in.valid, type, in.N()), "valid: one per sample wanted, of the strips' dtype");
+  FASTKD_CHECK(is(in.valid, type, samples(in)), "valid: one per sample wanted, of the strips' dtype");
   FASTKD_CHECK(in.student_scale > 0 && std::isfinite(in.student_scale) && in.teacher_scale > 0 &&
                    std::isfinite(in.teacher_scale),
                "scales: positive finite numbers wanted");
 }
 
-template <class T>
-RelationStrip<T> strip(const StripInputs& in) {
+template <class T, class Call>
+RelationStrip<T> strip(const Call& in) {
   return {static_cast<T*>(in.student.mutable_data_ptr()),
           static_cast<T*>(in.teacher.mutable_data_ptr()),
           in.student.size(0),
@@ -78,11 +70,10 @@ void for_columns(int64_t columns, F&& f) {
 
 void relation_kl_sums(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const StripInputs in(arguments);
-  const Tensor out = arguments.next<Tensor>();
+  const auto in = RelationKLSums::read(arguments);
   check(in);
-  FASTKD_CHECK(is(out, ScalarType::Double, 2 * in.N()), "sums: float64 [N, 2] wanted");
-  double* sums = static_cast<double*>(out.mutable_data_ptr()) + 2 * in.row;
+  FASTKD_CHECK(is(in.sums, ScalarType::Double, 2 * samples(in)), "sums: float64 [N, 2] wanted");
+  double* sums = static_cast<double*>(in.sums.mutable_data_ptr()) + 2 * in.row;
   dispatch_compute(in.student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const RelationStrip<T> P = strip<T>(in);
@@ -99,20 +90,19 @@ void relation_kl_sums(StableIValue* stack, uint64_t, uint64_t) {
 
 void relation_kl_weights_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const StripInputs in(arguments);
-  std::vector<Tensor> rows;
-  for (int i = 0; i < 5; ++i) rows.push_back(arguments.next<Tensor>());
+  const auto in = RelationKLWeights::read(arguments);
   check(in);
-  for (const Tensor& x : rows) {
-    FASTKD_CHECK(is(x, in.student.scalar_type(), in.N()),
+  for (const Tensor* x : {&in.student_inverse, &in.teacher_inverse, &in.difference, &in.weight, &in.scale}) {
+    FASTKD_CHECK(is(*x, in.student.scalar_type(), samples(in)),
                  "inverses, difference, weight and scale: one per sample wanted, of the strips' dtype");
   }
   Tensor loss = torch::stable::new_empty(in.student, {}, ScalarType::Double);
   dispatch_compute(in.student.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const RelationStrip<T> P = strip<T>(in);
-    const auto data = [&](int i) { return static_cast<const T*>(rows[i].const_data_ptr()); };
-    const RelationRows<T> R{data(0), data(1), data(2), data(3), data(4)};
+    const auto data = [](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()); };
+    const RelationRows<T> R{data(in.student_inverse), data(in.teacher_inverse), data(in.difference), data(in.weight),
+                            data(in.scale)};
     std::vector<double> losses((P.columns + kColumns - 1) / kColumns);
     for_columns(P.columns,
                 [&](int64_t c, int64_t begin, int64_t end) { losses[c] = kernel<T>().weights(P, R, begin, end); });

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "calls.h"
 #include "common/numbers.h"
 #include "cpu/pkt_kernel.h"
 
@@ -17,25 +18,10 @@ namespace {
 // The numbers are those of fastkd/ops/samples.py.
 enum class Relation : int64_t { kSimilarity, kGram, kPkt, kCount };
 
-struct SamplesInputs {
-  explicit SamplesInputs(Arguments& a)
-      : student(a.next<Tensor>()),
-        teacher(a.next<Tensor>()),
-        relation(static_cast<Relation>(a.next<int64_t>())),
-        normalize(a.next<bool>()),
-        clamp(a.next<int64_t>()),
-        eps(number(a.next<Tensor>(), "eps")),
-        mask(a.next<OptionalTensor>()),
-        weight(a.next<OptionalTensor>()),
-        save(a.next<bool>()) {}
-
-  Tensor student, teacher;  // [N, D_s], [N, D_t]
-  Relation relation;
-  bool normalize;  // gram: rows of length 1
-  int64_t clamp;   // gram: negative similarities of none, the teacher, both
-  double eps;      // pkt
-  OptionalTensor mask, weight;
-  bool save;
+struct SamplesInputs : SamplesCall {
+  // in place of the number, and of the tensor that holds one
+  Relation relation = static_cast<Relation>(SamplesCall::relation);
+  double eps = number(SamplesCall::eps, "eps");
 
   int64_t N() const { return student.size(0); }
   ScalarType compute() const { return compute_type(student.scalar_type(), teacher.scalar_type()); }
@@ -196,7 +182,7 @@ class Samples {
 
 void samples_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const SamplesInputs in(arguments);
+  const SamplesInputs in{SamplesCall::read(arguments)};
   check(in);
   const ScalarType compute = in.compute();
   few_samples(stack, in.student, compute, in.save, [&](Tensor& loss, Tensor* grad) {

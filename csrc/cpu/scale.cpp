@@ -11,7 +11,8 @@ bool is_one(const Tensor& factor) {
 
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const ScaleInputs in(arguments);
+  const auto in = ScaleCall::read(arguments);
+  check(in);
   FASTKD_CHECK(in.factor.is_cpu(), "factor: a CPU tensor wanted");
   if (is_one(in.factor)) return;
   for (const Tensor& x : in.x) multiply(x, in.factor);

@@ -22,7 +22,7 @@ const TripletKernel<T>& kernel() {
 }
 
 template <class T>
-TripletStrip<T> strip(const TripletInputs& in) {
+TripletStrip<T> strip(const TripletStripCall& in) {
   const auto data = [](const Tensor& x, auto zero) { return static_cast<const decltype(zero)*>(x.const_data_ptr()); };
   const int64_t N = in.strip.size(1), length = in.positives.size(0);
   const TripletStrip<T> P{static_cast<T*>(in.strip.mutable_data_ptr()),
@@ -69,7 +69,7 @@ void add_near(const std::vector<std::vector<NearPair<T>>>& near, const TripletSt
 }
 
 template <class T>
-void run(const TripletInputs& in, double* total) {
+void run(const TripletStripCall& in, double* total) {
   const TripletStrip<T> P = strip<T>(in);
   std::vector<TripletSums> sums(P.rows);
   std::vector<std::vector<NearPair<T>>> near(P.rows);
@@ -86,7 +86,7 @@ void run(const TripletInputs& in, double* total) {
 
 void triplet_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const TripletInputs in(arguments);
+  const auto in = TripletStripCall::read(arguments);
   check(in);
   Tensor sums = torch::stable::new_empty(in.strip, {3}, ScalarType::Double);
   double* total = static_cast<double*>(sums.mutable_data_ptr());

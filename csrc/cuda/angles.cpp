@@ -37,7 +37,7 @@ void run_angle(const AnglesInputs& in, const Tensor& loss, const Tensor* grad, c
 
 void angles_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const AnglesInputs in(arguments);
+  const AnglesInputs in{{AnglesCall::read(arguments)}};
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
   FASTKD_CHECK(!in.count || cuda::lies_with(*in.count, in.student), "count: a tensor on the student's device wanted");

@@ -103,8 +103,8 @@ void check_all(const AttentionInputs& in) {
 
 void attention_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const AttentionInputs in(arguments);
-  const bool save = arguments.next<bool>();
+  const AttentionInputs in{AttentionCall::read(arguments)};
+  const bool save = AttentionForward::read(arguments).save;
   check_all(in);
   const Tensor grad = save ? torch::stable::empty_like(in.student) : torch::stable::new_empty(in.student, {0});
   const Tensor loss = torch::stable::new_empty(in.student, {}, in.compute());
@@ -118,8 +118,8 @@ void attention_fwd(StableIValue* stack, uint64_t, uint64_t) {
 
 void attention_bwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const AttentionInputs in(arguments);
-  const auto upstream = arguments.next<Tensor>();
+  const AttentionInputs in{AttentionCall::read(arguments)};
+  const Tensor upstream = AttentionBackward::read(arguments).upstream;
   check_all(in);
   FASTKD_CHECK(lies_with(upstream, in.student) && upstream.numel() == 1 && upstream.scalar_type() == in.compute(),
                "upstream: one element of the loss's dtype wanted");

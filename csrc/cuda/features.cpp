@@ -180,8 +180,8 @@ std::pair<Tensor, Tensor> run_forward(const FeaturesInputs& in, const std::vecto
 
 void features_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const FeaturesInputs in(arguments);
-  const bool save = arguments.next<bool>();
+  const FeaturesInputs in(LayersCall::read(arguments));
+  const bool save = LayersForward::read(arguments).save;
   check_all(in);
   const std::vector<Tensor> grads = save ? empty_grads(in) : std::vector<Tensor>{};
   const auto [loss, layers] = run_forward(in, grads);
@@ -192,7 +192,7 @@ void features_fwd(StableIValue* stack, uint64_t, uint64_t) {
 
 void features_fwd_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const FeaturesInputs in(arguments, FeaturesInputs::OneLayer());
+  const FeaturesInputs in(OneLayerCall::read(arguments));
   check_all(in);
   const Reduction reduction = Reduction(in.reduction);
   FASTKD_CHECK(reduction == Reduction::kNone || reduction == Reduction::kSum, "reduction: per row or the sum wanted");
@@ -201,8 +201,8 @@ void features_fwd_(StableIValue* stack, uint64_t, uint64_t) {
 
 void features_bwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const FeaturesInputs in(arguments);
-  const auto upstream = arguments.next<Tensor>();
+  const FeaturesInputs in(LayersCall::read(arguments));
+  const Tensor upstream = LayersBackward::read(arguments).upstream;
   check_all(in);
   FASTKD_CHECK(lies_with(upstream, in.student[0]) && upstream.scalar_type() == in.compute() &&
                    upstream.is_contiguous() && (upstream.numel() == 1 || upstream.numel() == in.rows()),

@@ -44,7 +44,7 @@ void run(cuda::PairsParams P, Relation relation, const Tensor& student, const Te
 
 void pairs_fwd(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const PairsInputs in(arguments);
+  const PairsInputs in{{PairsCall::read(arguments)}};
   FASTKD_CHECK(cuda::lies_with(in.teacher, in.student), "teacher: a tensor on the student's device wanted");
   check(in);
   FASTKD_CHECK(!in.count || cuda::lies_with(*in.count, in.student), "count: a tensor on the student's device wanted");

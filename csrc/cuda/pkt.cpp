@@ -8,7 +8,7 @@ namespace fastkd {
 namespace {
 
 template <class T>
-void run(const PktInputs& in, const Tensor& loss, const cuda::Context& context) {
+void run(const PktStripCall& in, const Tensor& loss, const cuda::Context& context) {
   const auto data = [&in](const Tensor& x) { return static_cast<const T*>(x.const_data_ptr()) + in.row; };
   cuda::PktParams<T> P{};
   P.student = static_cast<T*>(in.student.mutable_data_ptr());
@@ -30,7 +30,7 @@ void run(const PktInputs& in, const Tensor& loss, const cuda::Context& context) 
 
 void pkt_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const PktInputs in(arguments);
+  const auto in = PktStripCall::read(arguments);
   for (const Tensor* x :
        {&in.teacher, &in.slopes, &in.valid, &in.student_inverse, &in.teacher_inverse, &in.weight, &in.scale}) {
     FASTKD_CHECK(cuda::lies_with(*x, in.student), "all of a strip: tensors on the student's device wanted");

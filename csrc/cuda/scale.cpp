@@ -12,7 +12,8 @@ using cuda::lies_with;
 
 void scale_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const ScaleInputs in(arguments);
+  const auto in = ScaleCall::read(arguments);
+  check(in);
   for (const Tensor& x : in.x)
     FASTKD_CHECK(lies_with(in.factor, x) && lies_with(x, x), "x: tensors on the device of factor wanted");
   const Context context(in.factor);

@@ -9,7 +9,7 @@ namespace fastkd {
 namespace {
 
 template <class T>
-void run(const TripletInputs& in, const Tensor& sums, const cuda::Context& context) {
+void run(const TripletStripCall& in, const Tensor& sums, const cuda::Context& context) {
   const auto data = [](const Tensor& x, auto zero) { return static_cast<const decltype(zero)*>(x.const_data_ptr()); };
   cuda::TripletParams<T> P{};
   P.strip = static_cast<T*>(in.strip.mutable_data_ptr());
@@ -36,7 +36,7 @@ void run(const TripletInputs& in, const Tensor& sums, const cuda::Context& conte
 
 void triplet_strip_(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
-  const TripletInputs in(arguments);
+  const auto in = TripletStripCall::read(arguments);
   for (const Tensor* x : {&in.strip, &in.x, &in.norms, &in.positives, &in.first, &in.last, &in.valid, &in.count,
                           &in.weight, in.grad ? &*in.grad : &in.strip}) {
     FASTKD_CHECK(cuda::lies_with(*x, in.strip), "all of a strip: tensors on one GPU wanted");

@@ -1,9 +1,8 @@
 """What relation_kl multiplies: the rows and keys of a side."""
 
-from typing import Any
-
 import torch
 
+from .._relation_calls import RelationKLCall
 from .products import unit
 
 HALF = (torch.float16, torch.bfloat16)
@@ -16,20 +15,20 @@ class Side:
         self,
         x: torch.Tensor,
         keys: torch.Tensor | None,
-        options: Any,
+        call: RelationKLCall,
         dtype: torch.dtype,
         halves: tuple[torch.dtype, ...],
     ) -> None:
-        self.own_keys, normalize = keys is None, options.normalize
+        self.own_keys, normalize = keys is None, call.normalize
         self.low = x.device.type == "cuda" and not normalize and x.dtype in halves
         self.low = self.low and (self.own_keys or keys.dtype is x.dtype)
         dtype = x.dtype if self.low else dtype
-        self.x, self.through = _prepared(x.to(dtype), options.mask, normalize)
+        self.x, self.through = _prepared(x.to(dtype), call.mask, normalize)
         self.keys, self.keys_through = self.x, None
         if not self.own_keys:
-            self.keys, self.keys_through = _prepared(keys.to(dtype), options.key_mask, normalize)
+            self.keys, self.keys_through = _prepared(keys.to(dtype), call.key_mask, normalize)
         if not self.low:
-            self.keys = self.keys - _mean(self.keys, options.key_mask)
+            self.keys = self.keys - _mean(self.keys, call.key_mask)
 
     def similarities(self, rows: slice, strip: torch.Tensor) -> torch.Tensor:
         if self.low:

@@ -5,9 +5,10 @@ from typing import Any, NamedTuple
 import torch
 
 from .._dtypes import compute_dtype
+from .._feature_calls import AttentionBackward, AttentionCall, AttentionForward
 from .gradient import forbid_double_backward, scaled
 from .numbers import as_tensor
-from .saved import is_inference
+from .saved import restored, save
 
 
 class Ops(NamedTuple):
@@ -22,13 +23,15 @@ NAMES = ("attention_fwd", "attention_bwd")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
-def _fake_fwd(student, teacher, p, save):
-    loss = student.new_empty((), dtype=compute_dtype(student, teacher))
-    return loss, torch.empty_like(student) if save else student.new_empty(0)
+def _fake_fwd(*arguments):
+    call = AttentionCall(*arguments[: len(AttentionCall._fields)])
+    wanted = AttentionForward(*arguments[len(AttentionCall._fields) :]).save
+    loss = call.student.new_empty((), dtype=compute_dtype(call.student, call.teacher))
+    return loss, torch.empty_like(call.student) if wanted else call.student.new_empty(0)
 
 
-def _fake_bwd(student, *_):
-    return torch.empty_like(student)
+def _fake_bwd(*arguments):
+    return torch.empty_like(AttentionCall(*arguments[: len(AttentionCall._fields)]).student)
 
 
 def use_namespace(namespace: str) -> None:
@@ -39,6 +42,7 @@ def use_namespace(namespace: str) -> None:
 
 
 use_namespace("fastkd")
+_STUDENT = AttentionCall._fields.index("student")
 
 
 class _Attention(torch.autograd.Function):
@@ -46,33 +50,33 @@ class _Attention(torch.autograd.Function):
     would underflow before the loss scaler multiplies it, and backward computes it."""
 
     @staticmethod
-    def forward(ctx, namespace, student, teacher, p):
+    def forward(ctx, namespace, *fields):
         ctx.ops = OPS[namespace]
-        ctx.recompute = student.dtype is torch.float16
-        loss, grad = ctx.ops.fwd(student, teacher, p, not ctx.recompute)
-        if not ctx.recompute:
+        ctx.recompute = fields[_STUDENT].dtype is torch.float16
+        loss, grad = ctx.ops.fwd(*fields, *AttentionForward(not ctx.recompute))
+        if ctx.recompute:
+            save(ctx, fields)
+        else:
             ctx.save_for_backward(grad)
-            return loss
-        inference = is_inference(teacher)
-        ctx.teacher = teacher if inference else None  # autograd refuses to watch over it
-        ctx.save_for_backward(student, None if inference else teacher, p)
         return loss
 
     @staticmethod
     def backward(ctx, upstream):
-        return None, forbid_double_backward(_gradient, ctx, upstream), None, None
+        grads = [None] * len(ctx.needs_input_grad)
+        grads[1 + _STUDENT] = forbid_double_backward(_gradient, ctx, upstream)
+        return tuple(grads)
 
 
 def _gradient(ctx, upstream):
     if not ctx.recompute:
         return scaled(ctx.ops.scale_, *ctx.saved_tensors, upstream)
-    student, teacher, p = ctx.saved_tensors
-    return ctx.ops.bwd(student, teacher if ctx.teacher is None else ctx.teacher, p, upstream)
+    (call,) = restored(ctx, AttentionCall)
+    return ctx.ops.bwd(*call, *AttentionBackward(upstream))
 
 
 def attention_transfer(namespace: str, student: torch.Tensor, teacher: torch.Tensor, p: float) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`; the arguments have been checked there."""
-    teacher = teacher.detach()
+    call = AttentionCall(student=student, teacher=teacher.detach(), p=as_tensor(p))
     if student.requires_grad and torch.is_grad_enabled():
-        return _Attention.apply(namespace, student, teacher, as_tensor(p))
-    return OPS[namespace].fwd(student, teacher, as_tensor(p), False)[0]
+        return _Attention.apply(namespace, *call)
+    return OPS[namespace].fwd(*call, *AttentionForward(False))[0]

@@ -6,6 +6,7 @@ import torch
 
 from .._check import REDUCTIONS
 from .._dtypes import compute_dtype
+from .._feature_calls import LayersBackward, LayersCall, LayersForward, OneLayerCall
 from .gradient import all_scaled, forbid_double_backward, scaled
 from .numbers import as_tensor
 from .saved import is_inference
@@ -28,24 +29,24 @@ NAMES = ("features_fwd", "features_fwd_", "features_bwd")
 OPS: dict[str, Ops] = {}  # by namespace
 
 
-def _rows(student, dims):
-    return [x.numel() // x.shape[dim] for x, dim in zip(student, dims, strict=True)]
-
-
-def _fake_fwd(student, teacher, dims, feature, mask, weight, reduction, layer_weights, beta, save):
-    dtype = compute_dtype(*student, *teacher)
-    shape = (sum(_rows(student, dims)),) if reduction == 0 else ()
+def _fake_fwd(*arguments):
+    call = LayersCall(*arguments[: len(LayersCall._fields)])
+    student, dtype = call.student, compute_dtype(*call.student, *call.teacher)
+    rows = [x.numel() // x.shape[dim] for x, dim in zip(student, call.feature_dim, strict=True)]
+    shape = (sum(rows),) if call.reduction == 0 else ()
     loss, layers = student[0].new_empty(shape, dtype=dtype), student[0].new_empty(len(student), dtype=dtype)
+    save = LayersForward(*arguments[len(LayersCall._fields) :]).save
     return loss, layers, [torch.empty_like(x) for x in student] if save else []
 
 
-def _fake_fwd_(student, teacher, dim, feature, mask, weight, reduction, beta):
-    shape = (student.numel() // student.shape[dim],) if reduction == 0 else ()
-    return student.new_empty(shape, dtype=compute_dtype(student, teacher))
+def _fake_fwd_(*arguments):
+    call = OneLayerCall(*arguments)
+    shape = (call.student.numel() // call.student.shape[call.feature_dim],) if call.reduction == 0 else ()
+    return call.student.new_empty(shape, dtype=compute_dtype(call.student, call.teacher))
 
 
-def _fake_bwd(student, *_):
-    return [torch.empty_like(x) for x in student]
+def _fake_bwd(*arguments):
+    return [torch.empty_like(x) for x in LayersCall(*arguments[: len(LayersCall._fields)]).student]
 
 
 def use_namespace(namespace: str) -> None:
@@ -67,12 +68,11 @@ class _Features(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, namespace, options, count, layer_weights, beta, *tensors):
-        students, teachers = list(tensors[:count]), list(tensors[count : 2 * count])
-        ops, arguments = OPS[namespace], _arguments(options, tensors[2 * count :], layer_weights, beta)
-        ctx.ops, ctx.options, ctx.count = ops, options, count
-        ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in students)
-        loss, layers, grads = ops.fwd(students, teachers, *arguments, not ctx.recompute)
+    def forward(ctx, namespace, options, layer_weights, beta, *tensors):
+        call = _call(options, layer_weights, beta, tensors)
+        ctx.ops, ctx.options = OPS[namespace], options
+        ctx.recompute = options.reduction == 0 or any(x.dtype is torch.float16 for x in call.student)
+        loss, layers, grads = ctx.ops.fwd(*call, *LayersForward(not ctx.recompute))
         ctx.inference = tuple(x if is_inference(x) else None for x in tensors)
         if ctx.recompute:
             ctx.save_for_backward(layer_weights, beta, *(None if is_inference(x) else x for x in tensors))
@@ -84,7 +84,7 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         grads = [forbid_double_backward(lambda x: x, grad) for grad in _gradients(ctx, upstream)]
-        return None, None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[5 + ctx.count :])
+        return None, None, None, None, *grads, *(None for _ in ctx.needs_input_grad[4 + len(grads) :])
 
 
 def _gradients(ctx, upstream):
@@ -93,23 +93,28 @@ def _gradients(ctx, upstream):
             return all_scaled(ctx.ops.scale_, list(ctx.saved_tensors), upstream)
         layer_weights, beta, *saved = ctx.saved_tensors
         tensors = [x if y is None else y for x, y in zip(saved, ctx.inference, strict=True)]
-        count = ctx.count
-        arguments = _arguments(ctx.options, tensors[2 * count :], layer_weights, beta)
-        return ctx.ops.bwd(tensors[:count], tensors[count : 2 * count], *arguments, upstream.contiguous())
+        call = _call(ctx.options, layer_weights, beta, tensors)
+        return ctx.ops.bwd(*call, *LayersBackward(upstream.contiguous()))
 
 
 class Options(NamedTuple):
     """What the ops are told beside tensors."""
 
-    feature_dims: tuple[int, ...]
+    feature_dim: tuple[int, ...]
     feature: int
-    masks: int  # how many of the tensors are masks; the others are weights
     reduction: int
+    masks: int  # how many of the tensors are
 
 
-def _arguments(options, tensors, layer_weights, beta):
-    masks, weights = list(tensors[: options.masks]), list(tensors[options.masks :])
-    return list(options.feature_dims), options.feature, masks, weights, options.reduction, layer_weights, beta
+def _call(options, layer_weights, beta, tensors):
+    """Of tensors as autograd wants them, one after the other: students, teachers, masks and weights."""
+    layers = len(options.feature_dim)
+    masks = 2 * layers + options.masks
+    return LayersCall(
+        student=list(tensors[:layers]), teacher=list(tensors[layers : 2 * layers]),
+        feature_dim=list(options.feature_dim), feature=options.feature, mask=list(tensors[2 * layers : masks]),
+        weight=list(tensors[masks:]), reduction=options.reduction, layer_weights=layer_weights, beta=beta,
+    )  # fmt: skip
 
 
 def _one_each(tensors):
@@ -136,11 +141,12 @@ def feature_loss(
     teachers = [x.detach() for x in teachers]
     masks = [x.reshape(-1).contiguous() for x in masks]
     weights = [x.to(dtype).reshape(-1).contiguous() for x in weights]
-    options = Options(tuple(dims), FEATURES[feature], len(masks), REDUCTION_NUMBERS[reduction])
+    options = Options(tuple(dims), FEATURES[feature], REDUCTION_NUMBERS[reduction], len(masks))
+    tensors = (*students, *teachers, *masks, *weights)
     numbers = as_tensor(*layer_weights), None if beta is None else as_tensor(beta)
     if torch.is_grad_enabled() and any(x.requires_grad for x in students):
-        return _Features.apply(namespace, options, len(students), *numbers, *students, *teachers, *masks, *weights)
-    return OPS[namespace].fwd(students, teachers, *_arguments(options, (*masks, *weights), *numbers), False)[:2]
+        return _Features.apply(namespace, options, *numbers, *tensors)
+    return OPS[namespace].fwd(*_call(options, *numbers, tensors), *LayersForward(False))[:2]
 
 
 def _as_maps(x, dim):
@@ -175,7 +181,11 @@ class _Linear(torch.autograd.Function):
         ctx.scale_, ctx.dim = OPS[namespace].scale_, dim
         projected = _projected(student, projector_weight, projector_bias, dim)
         rows_or_sum = REDUCTION_NUMBERS["none" if reduction == "none" else "sum"]
-        loss = OPS[namespace].fwd_(projected, teacher, dim, FEATURES[feature], mask, weight, rows_or_sum, None)
+        call = OneLayerCall(
+            student=projected, teacher=teacher, feature_dim=dim, feature=FEATURES[feature], mask=mask, weight=weight,
+            reduction=rows_or_sum, beta=None,
+        )  # fmt: skip
+        loss = OPS[namespace].fwd_(*call)
         ctx.divisor = _divisor(projected, dim, mask, reduction)
         inference = is_inference(projector_weight)
         ctx.save_for_backward(projected, student, None if inference else projector_weight)

@@ -6,6 +6,12 @@ from typing import Any
 import torch
 
 from .. import _transforms
+from .._calls import ScaleCall
+
+
+def is_wanted(student: torch.Tensor) -> bool:
+    """Whether autograd asks for that of a student."""
+    return student.requires_grad and torch.is_grad_enabled()
 
 
 def all_scaled(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) -> list[torch.Tensor]:
@@ -15,7 +21,7 @@ def all_scaled(scale_: Any, grads: list[torch.Tensor], upstream: torch.Tensor) -
         return [grad * upstream for grad in grads]
     if torch._C._autograd._get_current_graph_task_keep_graph():  # there may be another backward
         return [grad * upstream for grad in grads]
-    scale_(grads, upstream)
+    scale_(*ScaleCall(x=grads, factor=upstream))
     return grads
 
 

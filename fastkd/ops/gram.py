@@ -25,6 +25,7 @@ import torch
 
 from .. import _library
 from .._dtypes import compute_dtype, without_autocast
+from .._relation_calls import GramCall
 from ..reference import gradient_dtype
 from .products import blocks_of, check_embeddings, unit, unit_backward
 from .samples import GRAM, are_few, few_samples
@@ -182,14 +183,16 @@ def _squares_and_gradient(x, y, normalize, clamp, half, scales, grad):
 
 
 @torch.no_grad()
-def _gram_fwd(student, teacher, normalize, clamp, mask, weight, save):
+def _gram_fwd(*arguments):
+    call = GramCall(*arguments)
+    student, teacher, clamp, mask, weight = call.student, call.teacher, call.clamp, call.mask, call.weight
     check_embeddings(student, teacher, (2, 3))
     by_features = not clamp and weight is None and _by_features(*student.shape[-2:], teacher.shape[-1])
     if student.dim() == 2 and are_few(student, BLOCK, by_features):
-        return few_samples(student, teacher, GRAM, mask, weight, save, normalize, clamp)
+        return few_samples(student, teacher, GRAM, mask, weight, call.save, call.normalize, clamp)
     dtype = compute_dtype(student, teacher)
     grad_dtype = gradient_dtype(student)
-    grad = torch.empty(student.shape if save else (0,), dtype=grad_dtype, device=student.device)
+    grad = torch.empty(student.shape if call.save else (0,), dtype=grad_dtype, device=student.device)
     x, y, g = (z[None] if z.dim() < 3 else z for z in (student, teacher, grad))
     mask = mask if mask is None else mask.reshape(x.shape[:2])
     half = weight if weight is None else weight.to(dtype).reshape(x.shape[:2]) / 2
@@ -206,12 +209,12 @@ def _gram_fwd(student, teacher, normalize, clamp, mask, weight, save):
                 u, v = (torch.where(mask[some, :, None], z, 0.0) for z in (u, v))
                 of_rows = of_rows if half is None else torch.where(mask[some], of_rows, 0.0)
             to = None
-            if save:
+            if call.save:
                 direct = grad_dtype is dtype
                 to = g[some] if direct else torch.empty_like(u, memory_format=torch.contiguous_format)
-            squares = _squares_and_gradient(u, v, normalize, clamp, of_rows, scales[some], to)
+            squares = _squares_and_gradient(u, v, call.normalize, clamp, of_rows, scales[some], to)
             loss += torch.where(scales[some] == 0, 0.0, squares * scales[some]).sum()
-            if save and not direct:
+            if call.save and not direct:
                 g[some] = to
     return loss.to(dtype), grad
 

@@ -19,6 +19,7 @@ import torch
 from .. import _library
 from .._check import SMALLEST_EPS
 from .._dtypes import compute_dtype, without_autocast
+from .._relation_calls import PktCall, PktStripCall
 from ..reference import gradient_dtype
 from .numbers import read
 from .products import blocks_of, check_embeddings
@@ -54,11 +55,13 @@ def _through_length(grad, x, inverse, ratio):
 
 
 @torch.no_grad()
-def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
+def _pkt_fwd(*arguments):
+    call = PktCall(*arguments)
+    student, teacher, mask, weight, save = call.student, call.teacher, call.mask, call.weight, call.save
     check_embeddings(student, teacher, (2,))
-    given, eps = eps, read("eps", eps, SMALLEST_EPS)
-    if len(student) > 1 and strips == "fastkd" and are_few(student, BLOCK):
-        return few_samples(student, teacher, PKT, mask, weight, save, eps=given)
+    eps = read("eps", call.eps, SMALLEST_EPS)
+    if len(student) > 1 and call.strips == "fastkd" and are_few(student, BLOCK):
+        return few_samples(student, teacher, PKT, mask, weight, save, eps=call.eps)
     dtype = compute_dtype(student, teacher)
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
@@ -79,26 +82,28 @@ def _pkt_fwd(student, teacher, eps, mask, weight, strips, save):
         everyone, teachers = x.sum(0), y.sum(0)
         # an error of a sum is one of all a row's probabilities: what it does to the loss is of second order
         inverses = [torch.where(valid > 0, 2 / (z @ sums + count), 0.0) for z, sums in ((x, everyone), (y, teachers))]
-        scale = 0.5 * rows * inverses[0]
         slopes = torch.zeros_like(valid, dtype=torch.float64)
-        of_samples = valid, *inverses, rows, scale
+        of_samples = {
+            "slopes": slopes, "valid": valid, "student_inverse": inverses[0], "teacher_inverse": inverses[1],
+            "weight": rows, "scale": 0.5 * rows * inverses[0],
+        }  # fmt: skip
         direct = grad.dtype is dtype
         to = (grad.zero_() if direct else torch.zeros_like(x)) if save else None
         blocks = blocks_of(BLOCK, N, N, x.device)
         memory = [x.new_empty(blocks[0].stop * N) for _ in range(2)]
-        strip_ = getattr(torch.ops, strips).pkt_strip_.default
+        strip_ = getattr(torch.ops, call.strips).pkt_strip_.default
         for some in blocks:
             n, columns = some.stop - some.start, N - some.start
             s, t = (
                 torch.mm(z[some], z[some.start :].T, out=m[: n * columns].view(n, columns))
                 for z, m in zip((x, y), memory, strict=True)
             )
-            loss += strip_(s, t, slopes, *of_samples, eps, some.start)
+            loss += strip_(*PktStripCall(student=s, teacher=t, **of_samples, eps=eps, row=some.start))
             if save:
                 to[some].addmm_(s, x[some.start :])
                 to[some.stop :].addmm_(s[:, n:].T, x[some])
         if save:
-            q = slopes.to(dtype) * scale
+            q = slopes.to(dtype) * of_samples["scale"]
             to.addr_(q, everyone, alpha=-1)
             to -= q @ x
             if mask is not None:

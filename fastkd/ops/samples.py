@@ -7,9 +7,11 @@ ops there are 20 to 30, which take longer than the arithmetic of a batch of 32 t
 import torch
 
 from .. import _library
+from .._relation_calls import SamplesCall
 from .numbers import as_tensor
 
 SIMILARITY, GRAM, PKT = range(3)  # the numbers of csrc/cpu/samples.cpp
+_NO_EPS = as_tensor(0.0)  # of relations that have none
 FEW = 128  # samples, whose products take less time than calls of a few ops
 
 
@@ -33,7 +35,9 @@ def few_samples(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and the gradient where it is saved."""
     mask = mask if mask is None else mask.contiguous()
-    eps = as_tensor(0.0) if eps is None else eps
-    return torch.ops.fastkd.samples_fwd.default(
-        student, teacher, relation, normalize, clamp, eps, mask, weight, save
+    eps = _NO_EPS if eps is None else eps
+    call = SamplesCall(
+        student=student, teacher=teacher, relation=relation, normalize=normalize, clamp=clamp, eps=eps, mask=mask,
+        weight=weight, save=save,
     )  # fmt: skip
+    return torch.ops.fastkd.samples_fwd.default(*call)

@@ -27,6 +27,7 @@ import torch
 
 from .. import _library
 from .._dtypes import compute_dtype, without_autocast
+from .._relation_calls import SimilarityCall
 from ..reference import gradient_dtype
 from .products import blocks_of, check_embeddings, row_factors
 from .samples import SIMILARITY, are_few, few_samples
@@ -112,23 +113,26 @@ def _features_in(dtype, x, y, rows, grad):
 
 
 @torch.no_grad()
-def _similarity_fwd(student, teacher, mask, weight, save):
+def _similarity_fwd(*arguments):
+    call = SimilarityCall(*arguments)
+    student, teacher = call.student, call.teacher
     check_embeddings(student, teacher)
     if are_few(student, SAMPLES_BLOCK, _by_features(*student.shape, teacher.shape[1])):
-        return few_samples(student, teacher, SIMILARITY, mask, weight, save)
+        return few_samples(student, teacher, SIMILARITY, call.mask, call.weight, call.save)
     with without_autocast(student.device):
-        return _loss_and_gradient(student, teacher, mask, weight, save)
+        return _loss_and_gradient(call)
 
 
-def _loss_and_gradient(student, teacher, mask, weight, save):
+def _loss_and_gradient(call):
+    student, teacher, mask = call.student, call.teacher, call.mask
     dtype = compute_dtype(student, teacher)
     x, y = student.to(dtype), teacher.to(dtype)
     if mask is not None:
         x, y = (torch.where(mask[:, None], z, 0.0) for z in (x, y))
-    rows = row_factors(mask, weight, x)
-    grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if save else None
+    rows = row_factors(mask, call.weight, x)
+    grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if call.save else None
     loss = x.new_zeros(()) if len(x) < 2 else _loss(x, y, rows, grad).to(dtype)
-    if not save:
+    if not call.save:
         return loss, student.new_empty((0,), dtype=gradient_dtype(student))
     return loss, grad.to(gradient_dtype(student))
 

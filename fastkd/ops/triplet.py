@@ -23,8 +23,9 @@ import torch
 
 from .. import _library
 from .._dtypes import compute_dtype, without_autocast
+from .._relation_calls import TripletCall, TripletStripCall
 from ..reference import gradient_dtype, positives_of
-from .gradient import forbid_double_backward, scaled
+from .gradient import forbid_double_backward, is_wanted, scaled
 from .numbers import as_tensor, read
 from .products import blocks_of, check_embeddings
 
@@ -69,9 +70,11 @@ def _nearest(teacher, positives, valid, count):
 
 
 @torch.no_grad()
-def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, strips, save):
+def _triplet_fwd(*arguments):
+    call = TripletCall(*arguments)
+    student, teacher, mask, save = call.student, call.teacher, call.mask, call.save
     check_embeddings(student, student if teacher is None else teacher)
-    margin = read("margin", margin)
+    margin = read("margin", call.margin)
     dtype, device = compute_dtype(*(x for x in (student, teacher) if x is not None)), student.device
     N = len(student)
     grad = student.new_empty(student.shape if save else (0,), dtype=gradient_dtype(student))
@@ -82,16 +85,16 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
         valid = torch.ones(N, dtype=torch.bool, device=device) if mask is None else mask.contiguous()
         count = valid.sum()
         of_rows = valid.to(dtype) / count.clamp(min=1)
-        if weight is not None:
-            of_rows = torch.where(valid, of_rows * weight.to(dtype), 0.0)
+        if call.weight is not None:
+            of_rows = torch.where(valid, of_rows * call.weight.to(dtype), 0.0)
         x = student.to(dtype).contiguous()
         if mask is not None:  # a row that does not count may hold anything
             x = torch.where(mask[:, None], x, 0.0)
         weights = x.new_zeros(N)  # W 1 + W^T 1
-        if labels is not None:
-            similar = _of_labels(labels, valid)
+        if call.labels is not None:
+            positives, first, last = _of_labels(call.labels, valid)
         else:
-            similar = _nearest(teacher, positives_of(positives, N), valid, count)
+            positives, first, last = _nearest(teacher, positives_of(call.positives, N), valid, count)
             # a NaN has no neighbours, and neither loss nor gradient must hide it
             nothing = 0.0 * torch.where(valid, teacher.sum(1, dtype=torch.float64), 0.0).sum()
             sums[0] += nothing
@@ -101,11 +104,15 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
         ones = x.new_ones(N)
         blocks = blocks_of(BLOCK, N, N, device)
         memory = x.new_empty(blocks[0].stop * N)
-        strip_ = getattr(torch.ops, strips).triplet_strip_.default
+        strip_ = getattr(torch.ops, call.strips).triplet_strip_.default
+        of_samples = {
+            "x": x, "norms": norms, "positives": positives, "first": first, "last": last, "valid": valid,
+            "count": count, "weight": of_rows, "margin": margin, "grad": to,
+        }  # fmt: skip
         for some in blocks:
             n = some.stop - some.start
             W = torch.mm(centred[some], centred.T, out=memory[: n * N].view(n, N))
-            sums += strip_(W, x, norms, *similar, valid, count, of_rows, margin, some.start, to)
+            sums += strip_(*TripletStripCall(strip=W, row=some.start, **of_samples))
             if save:
                 weights[some] += W.mv(ones)
                 weights += W.T.mv(ones[some])
@@ -119,8 +126,10 @@ def _triplet_fwd(student, teacher, labels, positives, margin, mask, weight, stri
     return sums[0].to(dtype), (sums[1] / sums[2].clamp(min=1)).float(), grad
 
 
-def _fake_fwd(student, teacher, labels, *options):
-    grad = student.new_empty(student.shape if options[-1] else (0,), dtype=gradient_dtype(student))
+def _fake_fwd(*arguments):
+    call = TripletCall(*arguments)
+    student, teacher = call.student, call.teacher
+    grad = student.new_empty(student.shape if call.save else (0,), dtype=gradient_dtype(student))
     loss = student.new_empty((), dtype=compute_dtype(*(x for x in (student, teacher) if x is not None)))
     return loss, student.new_empty((), dtype=torch.float32), grad
 
@@ -130,13 +139,17 @@ torch.library.register_fake("fastkd::triplet_fwd", _fake_fwd)
 FWD = torch.ops.fastkd.triplet_fwd.default
 
 
+_NONE = TripletCall(*[None] * len(TripletCall._fields))  # gradients
+
+
 class _Triplet(torch.autograd.Function):
     """The loss of a student that wants a gradient, which is computed in forward and saved; and the active share."""
 
     @staticmethod
-    def forward(ctx, scale_, student, *options):
-        loss, active, grad = FWD(student, *options, True)
-        ctx.scale_, ctx.dtype = scale_, student.dtype
+    def forward(ctx, scale_, *fields):
+        call = TripletCall(*fields)
+        loss, active, grad = FWD(*call)
+        ctx.scale_, ctx.dtype = scale_, call.student.dtype
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(active)
         return loss, active
@@ -144,7 +157,7 @@ class _Triplet(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream, _):
         grad = forbid_double_backward(scaled, ctx.scale_, *ctx.saved_tensors, upstream).to(ctx.dtype)
-        return None, grad, *(None for _ in ctx.needs_input_grad[2:])
+        return None, *_NONE._replace(student=grad)
 
 
 def relational_triplet(
@@ -155,11 +168,12 @@ def relational_triplet(
     labels: torch.Tensor | None,
     positives: int,
     margin: float,
-    *rows: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    weight: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of :mod:`fastkd.functional`, and the share of active triplets; the arguments have been checked there."""
-    teacher = teacher if teacher is None else teacher.detach()
-    arguments = (student, teacher, labels, positives, as_tensor(margin), *rows, namespace)
-    if student.requires_grad and torch.is_grad_enabled():
-        return _Triplet.apply(scale_, *arguments)
-    return FWD(*arguments, False)[:2]
+    call = TripletCall(
+        student=student, teacher=teacher if teacher is None else teacher.detach(), labels=labels, positives=positives,
+        margin=as_tensor(margin), mask=mask, weight=weight, strips=namespace, save=is_wanted(student),
+    )  # fmt: skip
+    return _Triplet.apply(scale_, *call) if call.save else FWD(*call)[:2]

@@ -17,13 +17,14 @@ Where u is close to w and v far, D_uv - D_vw is smaller than either by d_uw / d_
 sums in float64, kept as two float32: the difference of the leading ones is then exact.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from .._dtypes import compute_dtype
+from .._relation_calls import AnglesCall
 from ..ops.numbers import read
 from ..ops.relations import RKD_DISTANCE
 from ..reference import gradient_dtype
@@ -305,17 +306,12 @@ class _Angles:
         return parts
 
 
-def angles_fwd(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    count: torch.Tensor | None,
-    numbers: torch.Tensor,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def angles_fwd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The weighted losses, and the gradient for an upstream gradient of 1; empty where it is not saved."""
-    angle_weight, distance_weight = (read("weight", x, 0.0) for x in numbers[::2])
-    angle_delta, distance_delta = (read("delta", x) for x in numbers[1::2])
-    student, teacher = student.contiguous(), teacher.contiguous()
+    call = AnglesCall(*arguments)
+    angle_weight, distance_weight = (read("weight", x, 0.0) for x in call.numbers[::2])
+    angle_delta, distance_delta = (read("delta", x) for x in call.numbers[1::2])
+    student, teacher, count, save = call.student.contiguous(), call.teacher.contiguous(), call.count, call.save
     dtype, N = compute_dtype(student, teacher), len(student)
     loss = student.new_zeros((), dtype=dtype)
     grad = new_gradient(student, count, save, gradient_dtype(student))
@@ -333,8 +329,8 @@ def angles_fwd(
             if save and alone and added is not grad:
                 grad.copy_(added)
         if distance_weight != 0:
-            call = _Pairs(student, teacher, count, None, RELATIONS[RKD_DISTANCE], distance_delta, True)
-            means, totals = call.forward(distance_weight, sums, loss)
+            pairs = _Pairs(student, teacher, count, None, RELATIONS[RKD_DISTANCE], distance_delta, True)
+            means, totals = pairs.forward(distance_weight, sums, loss)
             if save:
-                call.backward(means, totals, distance_weight, added, grad)
+                pairs.backward(means, totals, distance_weight, added, grad)
     return loss, grad

@@ -9,11 +9,14 @@ the launches. Powers are taken of what is divided by a length of the row, where 
 Saved for backward: the gradient, or nothing.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from .._dtypes import compute_dtype
+from .._feature_calls import AttentionBackward, AttentionCall, AttentionForward
 from ..ops.numbers import read
 from .layout import UNFUSED, load_features, programs, row_pointers, rows_of_program, same_rows, store_features, tile_of
 
@@ -158,8 +161,9 @@ def _triton(dtype):
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-def _run(student, teacher, p, grad, upstream=None):
+def _run(call, grad, upstream=None):
     """The sum of the samples' losses."""
+    student, teacher, p = call.student, call.teacher, read("p", call.p, 1.0)
     dtype, B, positions = compute_dtype(student, teacher), len(student), student.shape[2] * student.shape[3]
     maps = student.new_empty(2, B * positions, dtype=torch.float64)
     losses = student.new_empty(B, dtype=torch.float64)
@@ -182,17 +186,16 @@ def _run(student, teacher, p, grad, upstream=None):
     return losses.sum() / (B * positions)
 
 
-def attention_fwd(
-    student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, save: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    grad = torch.empty_like(student) if save else None
-    loss = _run(student, teacher, read("p", p, 1.0), grad).to(compute_dtype(student, teacher))
-    return loss, student.new_empty(0) if grad is None else grad
+def attention_fwd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = AttentionCall(*arguments[: len(AttentionCall._fields)])
+    save = AttentionForward(*arguments[len(AttentionCall._fields) :]).save
+    grad = torch.empty_like(call.student) if save else None
+    loss = _run(call, grad).to(compute_dtype(call.student, call.teacher))
+    return loss, call.student.new_empty(0) if grad is None else grad
 
 
-def attention_bwd(
-    student: torch.Tensor, teacher: torch.Tensor, p: torch.Tensor, upstream: torch.Tensor
-) -> torch.Tensor:
-    grad = torch.empty_like(student)
-    _run(student, teacher, read("p", p, 1.0), grad, upstream)
+def attention_bwd(*arguments: Any) -> torch.Tensor:
+    call = AttentionCall(*arguments[: len(AttentionCall._fields)])
+    grad = torch.empty_like(call.student)
+    _run(call, grad, AttentionBackward(*arguments[len(AttentionCall._fields) :]).upstream)
     return grad

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .._dtypes import compute_dtype
+from .._feature_calls import LayersBackward, LayersCall, LayersForward, OneLayerCall
 from ..ops.features import FEATURES
 from ..ops.numbers import read
 from .features_kernels import count_kernel, features_kernel, finish_kernel, flat_kernel
@@ -38,12 +39,14 @@ def _smooth_l1_numbers(beta, dtype):
 class _Call:
     """One call of the ops: launches for the layers that are alike."""
 
-    def __init__(self, student, teacher, feature_dim, feature, mask, weight, reduction, layer_weights, beta):
-        self.student, self.teacher, self.dims, self.feature = student, teacher, feature_dim, feature
-        self.mask, self.weight, self.reduction, self.layer_weights = mask, weight, reduction, layer_weights
-        self.dtype = compute_dtype(*student, *teacher)
+    def __init__(self, call):
+        self.student, self.teacher, self.dims, self.feature = call.student, call.teacher, call.feature_dim, call.feature
+        self.mask, self.weight, self.reduction = call.mask, call.weight, call.reduction
+        self.layer_weights = [read("layer_weights", x, 0.0) for x in call.layer_weights]
+        beta = None if call.beta is None else read("beta", call.beta, 0.0)
+        self.dtype = compute_dtype(*call.student, *call.teacher)
         self.smooth_l1 = {"SMOOTH_L1": beta is not None, **_smooth_l1_numbers(beta or 0.0, self.dtype)}
-        self.counts = [x.numel() // x.shape[dim] for x, dim in zip(student, feature_dim, strict=True)]
+        self.counts = [x.numel() // x.shape[dim] for x, dim in zip(self.student, self.dims, strict=True)]
         self.triton_dtype = tl.float64 if self.dtype is torch.float64 else tl.float32
 
     def run(self, grads, upstream=None, reduce=True):
@@ -156,44 +159,31 @@ class _Call:
         )  # fmt: skip
 
 
-def _numbers(layer_weights, beta):
-    return [read("layer_weights", x, 0.0) for x in layer_weights], None if beta is None else read("beta", beta, 0.0)
-
-
 def _empty_grads(student):
     return [torch.empty_like(x) for x in student]
 
 
-def features_fwd(
-    student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_save: Any
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+def features_fwd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """Loss, the layers' losses and, where they are saved, the gradients."""
-    *options, layer_weights, beta, save = options_and_save
-    grads = _empty_grads(student) if save else []
-    return *_Call(student, teacher, *options, *_numbers(layer_weights, beta)).run(grads), grads
+    call = LayersCall(*arguments[: len(LayersCall._fields)])
+    save = LayersForward(*arguments[len(LayersCall._fields) :]).save
+    grads = _empty_grads(call.student) if save else []
+    return *_Call(call).run(grads), grads
 
 
-def features_fwd_(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    feature_dim: int,
-    feature: int,
-    mask: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    reduction: int,
-    beta: torch.Tensor | None,
-) -> torch.Tensor:
+def features_fwd_(*arguments: Any) -> torch.Tensor:
     """Loss of one layer; the gradient is written over the student."""
-    masks, weights = ([] if x is None else [x] for x in (mask, weight))
-    numbers = _numbers(torch.ones(1), beta)
-    call = _Call([student], [teacher], [feature_dim], feature, masks, weights, reduction, *numbers)
-    return call.run([student])[0]
+    one = OneLayerCall(*arguments)
+    mask, weight = ([] if x is None else [x] for x in (one.mask, one.weight))
+    call = LayersCall(
+        student=[one.student], teacher=[one.teacher], feature_dim=[one.feature_dim], feature=one.feature, mask=mask,
+        weight=weight, reduction=one.reduction, layer_weights=torch.ones(1), beta=one.beta,
+    )  # fmt: skip
+    return _Call(call).run(call.student)[0]
 
 
-def features_bwd(
-    student: list[torch.Tensor], teacher: list[torch.Tensor], *options_and_upstream: Any
-) -> list[torch.Tensor]:
-    *options, layer_weights, beta, upstream = options_and_upstream
-    grads = _empty_grads(student)
-    _Call(student, teacher, *options, *_numbers(layer_weights, beta)).run(grads, upstream, reduce=False)
+def features_bwd(*arguments: Any) -> list[torch.Tensor]:
+    call = LayersCall(*arguments[: len(LayersCall._fields)])
+    grads = _empty_grads(call.student)
+    _Call(call).run(grads, LayersBackward(*arguments[len(LayersCall._fields) :]).upstream, reduce=False)
     return grads

@@ -1,11 +1,12 @@
 """Launches the kernels of the pairs schedule, strip by strip."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
 from .._dtypes import compute_dtype
+from .._relation_calls import PairsCall
 from ..ops.numbers import read
 from ..reference import gradient_dtype
 from .embeddings import add_up, prepare
@@ -161,25 +162,18 @@ def new_gradient(student: torch.Tensor, count: torch.Tensor | None, save: bool, 
     return new(student.shape if save else 0, dtype=dtype)
 
 
-def pairs_fwd(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    count: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    relation: int,
-    delta: torch.Tensor,
-    normalize: bool,
-    save: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def pairs_fwd(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and its gradient for an upstream gradient of 1; empty where it is not saved."""
-    student, teacher = student.contiguous(), teacher.contiguous()
+    call = PairsCall(*arguments)
+    student, teacher, count = call.student.contiguous(), call.teacher.contiguous(), call.count
     loss = student.new_zeros((), dtype=compute_dtype(student, teacher))
-    grad = new_gradient(student, count, save, gradient_dtype(student))
+    grad = new_gradient(student, count, call.save, gradient_dtype(student))
     if len(student) < 2:
         return loss, grad.zero_()
     with torch.cuda.device_of(student):
-        call = _Pairs(student, teacher, count, weight, RELATIONS[relation], read("delta", delta), normalize)
-        means, totals = call.forward(1.0, None, loss)
-        if save:
-            call.backward(means, totals, 1.0, None, grad)
+        relation, delta = RELATIONS[call.relation], read("delta", call.delta)
+        pairs = _Pairs(student, teacher, count, call.weight, relation, delta, call.normalize)
+        means, totals = pairs.forward(1.0, None, loss)
+        if call.save:
+            pairs.backward(means, totals, 1.0, None, grad)
     return loss, grad

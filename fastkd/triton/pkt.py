@@ -9,10 +9,13 @@ others as each other's. One pass: the student's cosines are read and written onc
 has some columns of some rows; sums of both are added up by another, in the order of the tiles. Nothing is saved.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from .._relation_calls import PktStripCall
 from .divergences import log_ratio
 from .embeddings import row_pointer, sum_up, total
 from .registers import limited
@@ -111,18 +114,9 @@ def slopes_kernel(
     tl.store(slopes + j, tl.load(slopes + j, mask=there, other=0.0) + tl.sum(sums, 0), mask=there)
 
 
-def pkt_strip_(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    slopes: torch.Tensor,
-    valid: torch.Tensor,
-    student_inverse: torch.Tensor,
-    teacher_inverse: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    eps: float,
-    row: int,
-) -> torch.Tensor:
+def pkt_strip_(*arguments: Any) -> torch.Tensor:
+    call = PktStripCall(*arguments)
+    student, slopes, row = call.student, call.slopes, call.row
     rows, columns = student.shape
     height = ROWS[student.element_size()]
     steps = STEPS if rows * columns >= FEW else 1
@@ -131,10 +125,11 @@ def pkt_strip_(
         return slopes.new_zeros(())
     losses = slopes.new_empty(1, row_tiles * column_tiles)
     row_parts, column_parts = slopes.new_empty(column_tiles, rows), slopes.new_empty(row_tiles, columns)
-    of_samples = (x[row:] for x in (valid, student_inverse, teacher_inverse, weight, scale))
+    of_samples = (call.valid, call.student_inverse, call.teacher_inverse, call.weight, call.scale)
     with torch.cuda.device_of(student):
         pkt_kernel[(row_tiles, column_tiles)](
-            student, teacher, *of_samples, row_parts, column_parts, losses, rows, columns, eps,
+            student, call.teacher, *(x[row:] for x in of_samples),
+            row_parts, column_parts, losses, rows, columns, call.eps,
             STEPS=steps, ROWS=height, COLUMNS=COLUMNS, num_warps=8, **limited(student.dtype),
         )  # fmt: skip
         slopes_kernel[(triton.cdiv(columns, SUM_COLUMNS),)](

@@ -1,9 +1,12 @@
 """What backward does with gradients that forward has computed: x *= factor, which is read on the device."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from .._calls import ScaleCall
 from .layout import is_dense, one_of
 
 BLOCK = 4096
@@ -28,10 +31,12 @@ def scale_kernel(
             tl.store(x + at, values.to(x.dtype.element_ty), mask=at < n)
 
 
-def scale_(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
+def scale_(*arguments: Any) -> None:
     """Those of one size and dtype are one launch."""
+    call = ScaleCall(*arguments)
+    factor = call.factor
     alike = {}
-    for x in tensors:
+    for x in call.x:
         if not is_dense(x):
             x.mul_(factor.reshape(()))
         elif x.numel():

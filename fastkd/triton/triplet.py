@@ -13,10 +13,13 @@ they were given, first those of the strip's rows, then those of its columns, and
 any, which is known since the distances were made, are not looked at. Nothing is saved.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
+from .._relation_calls import TripletStripCall
 from .embeddings import MIN_DISTANCE, NEAR_SHARE, any_of, row_pointer, sum_up
 
 BLOCK = 512  # of a row at a time
@@ -251,43 +254,34 @@ def _add_near(strip, distances, close_blocks, x, norms, grad, row):
     apart_kernel[(rows, blocks)](strip, distances, close_blocks, norms, row, N, BLOCK=BLOCK, num_warps=4)
 
 
-def triplet_strip_(
-    strip: torch.Tensor,
-    x: torch.Tensor,
-    norms: torch.Tensor,
-    positives: torch.Tensor,
-    first: torch.Tensor,
-    last: torch.Tensor,
-    valid: torch.Tensor,
-    count: torch.Tensor | None,
-    weight: torch.Tensor,
-    margin: float,
-    row: int,
-    grad: torch.Tensor | None,
-) -> torch.Tensor:
+def triplet_strip_(*arguments: Any) -> torch.Tensor:
+    call = TripletStripCall(*arguments)
+    strip, x, norms, row = call.strip, call.x, call.norms, call.row
     (rows, N), D = strip.shape, x.shape[1]
     blocks = triton.cdiv(N, BLOCK)
     if rows == 0:
         return strip.new_zeros(3, dtype=torch.float64)
     distances, close_blocks = torch.empty_like(strip), strip.new_empty(rows, blocks, dtype=torch.int32)
     factors, triplets = strip.new_empty(rows), strip.new_empty(rows, dtype=torch.float64)
-    ends = first.new_empty(rows)
+    ends = call.first.new_empty(rows)
     parts = strip.new_empty(3, rows * blocks, dtype=torch.float64)
     options = {"BLOCK": BLOCK, "num_warps": 4}
     with torch.cuda.device_of(strip):
         distances_kernel[(rows, blocks)](
-            strip, distances, close_blocks, x, norms, valid, row, N, D, BLOCK=BLOCK, num_warps=2
+            strip, distances, close_blocks, x, norms, call.valid, row, N, D, BLOCK=BLOCK, num_warps=2
         )
         take_positives_kernel[(rows,)](
-            distances, factors, triplets, ends, positives, first, last, valid, count, weight, row, N, **options
-        )
-        negatives_kernel[(rows, blocks)](
-            strip, distances, factors, triplets, ends, parts, positives, first, valid, margin, row, rows, N,
-            SAVE=grad is not None, POSITIVES=POSITIVES, **options,
+            distances, factors, triplets, ends, call.positives, call.first, call.last, call.valid, call.count,
+            call.weight, row, N, **options,
         )  # fmt: skip
-        if grad is not None:
+        negatives_kernel[(rows, blocks)](
+            strip, distances, factors, triplets, ends, parts, call.positives, call.first, call.valid, call.margin, row,
+            rows, N, SAVE=call.grad is not None, POSITIVES=POSITIVES, **options,
+        )  # fmt: skip
+        if call.grad is not None:
             positives_kernel[(rows, SPLITS)](
-                strip, distances, factors, ends, positives, first, valid, margin, row, N, POSITIVES=POSITIVES, **options
-            )
-            _add_near(strip, distances, close_blocks, x, norms, grad, row)
+                strip, distances, factors, ends, call.positives, call.first, call.valid, call.margin, row, N,
+                POSITIVES=POSITIVES, **options,
+            )  # fmt: skip
+            _add_near(strip, distances, close_blocks, x, norms, call.grad, row)
         return sum_up(parts)
