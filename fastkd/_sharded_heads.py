@@ -59,13 +59,19 @@ def _mesh_of(side: Any) -> Any:
     return side.hidden.device_mesh if _is_split(side, side.hidden.device_mesh) else None
 
 
+def _are_ranks_of(mesh, group):
+    """Whether a mesh of one dimension has the ranks of a group, or there is none beside it."""
+    ranks_of = torch.distributed.get_process_group_ranks
+    return group is None or ranks_of(mesh.get_group()) == ranks_of(group)
+
+
 def _own(name, side, mesh, group):
     """A side as plain tensors, which are what a rank has of it; beside a group plain tensors are that already."""
     if not isinstance(side, LinearLogits):
         kinds = _layouts._dtensor()
         split = isinstance(side, kinds.DTensor) and side.placements == (kinds.Shard(side.dim() - 1),)
-        if split and side.device_mesh == mesh:
-            return side.to_local()
+        if split and side.device_mesh == mesh and _are_ranks_of(mesh, group):
+            return _dtensor._Overwritable.apply(side)
         if group is not None:
             return side
         raise ValueError(
@@ -76,12 +82,12 @@ def _own(name, side, mesh, group):
     if group is not None and not _dtensor.given(*tensors):
         return side
     found = mesh or side.weight.device_mesh if _dtensor.given(side.weight) else None
-    if found is None or not _is_split(side, found):
+    if found is None or not _is_split(side, found) or not _are_ranks_of(found, group):
         places = [getattr(x, "placements", None) for x in tensors]
         raise ValueError(
-            f"{name}: a head whose classes are split over one group, Shard(0) of a mesh of one dimension, and hidden "
-            f"states that are whole on each of its ranks wanted, got {places}; what is sharded over other ranks "
-            "besides, as by FSDP2, is gathered first"
+            f"{name}: a head whose classes are split over the group, Shard(0) of a mesh of its ranks, and hidden "
+            f"states that are whole on each of them wanted, got {places} on {found}; what is sharded over other "
+            "ranks, as by FSDP2, is gathered first"
         )
     hidden = side.hidden
     if _dtensor.given(hidden):

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import _check, _dtensor
+from . import _check, _dtensor, _transforms
 from ._check.arguments import DTYPES
 from ._split_classes import Own, Ranks
 
@@ -25,7 +25,8 @@ def _signature(x):
 
 def _as_bytes(x):
     """[n, *] of any dtype as [n, bytes]."""
-    return x.detach().reshape(len(x), x.shape[1:].numel()).contiguous().view(torch.uint8)
+    flat = x.detach().reshape(len(x), x.shape[1:].numel())
+    return flat.clone(memory_format=torch.contiguous_format).view(torch.uint8)  # whatever strides a single row has
 
 
 def _of_bytes(parts, like):
@@ -45,6 +46,9 @@ def of_all(group: Any, student: Any, teacher: Any, **of_rows: Any) -> list[Any]:
         raise RuntimeError(
             "group: how many samples each rank has is known when the loss runs; call it outside of torch.compile"
         )
+    for name, x in {"student": student, "teacher": teacher, **of_rows}.items():
+        if x is not None:
+            _transforms.refuse_all(name, x, _OF_SPLIT)
     tensors = [student, teacher, *(_check.for_rows(x, student.shape[:1]) for x in of_rows.values())]
     ranks, there = Ranks(group), [x for x in tensors if x is not None]
     told = torch.tensor([len(student), *(n for x in tensors for n in _signature(x))], device=student.device)

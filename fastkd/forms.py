@@ -37,9 +37,10 @@ class LinearLogits:
     gives the rows of weight and bias that it has, and hidden states that are the same on every rank; they want a
     gradient on all ranks or on none. Each rank's weight gets the gradient of its own rows. That of the hidden states is
     a sum over ranks, made in float32 and rounded once, which every rank gets: it is exchanged in forward, where forward
-    computes the gradient, else in backward. A weight that is a DTensor, ``Shard(0)`` on a mesh of one dimension, beside
-    hidden states that are replicated on it, finds its group itself, and the loss is a DTensor then. A slab has the same
-    rows on all ranks: as many as there would be if 262144 classes were split evenly over them.
+    computes the gradient, else in backward, which all ranks must call then. A weight that is a DTensor, ``Shard(0)`` on
+    a mesh of one dimension, beside hidden states that are replicated on it, finds its group itself, and the loss is a
+    DTensor then. A slab has the same rows on all ranks: as many as there would be if 262144 classes were split evenly
+    over them.
 
     A row that a mask leaves out may hold anything, NaN too: it reaches no gradient. On the CPU it costs nothing.
 

@@ -67,8 +67,25 @@ class SplitHeads:
         )
         bad = form(placed(hidden, Shard(0)), *split)
         self.raises(
-            "^student: a head whose classes are split over one group", functional.kl_div, bad, teacher, group=group
+            "^student: a head whose classes are split over the group", functional.kl_div, bad, teacher, group=group
         )
+
+        alone = [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+        given = form(replicated, *split), chunk(teacher, -1)
+        self.raises("^student: a head whose classes are split over the group", functional.kl_div, *given, group=alone)
+        given = chunk(teacher, -1), form(replicated, *split)
+        self.raises("^teacher: a head whose classes are split over the group", functional.kl_div, *given, group=alone)
+
+    def heads_beside_logits_in_place(self):
+        from torch.distributed.tensor import Shard
+
+        hidden, weight, logits = torch.randn(5, 6), torch.randn(7, 6), torch.randn(5, 7)
+        teacher = fastkd.LinearLogits(self.of(hidden, self.whole), self.of(weight, [Shard(0)]))
+        x = logits.clone().requires_grad_()
+        functional.kl_div(x, fastkd.LinearLogits(hidden, weight)).backward()
+        student = self.of(logits, [Shard(-1)]).requires_grad_()
+        functional.kl_div(student * 1, teacher, inplace=True).backward()
+        torch.testing.assert_close(whole(student.grad), x.grad)
 
     def heads_whose_classes_are_split_compile(self):
         hidden, weight, group = torch.randn(5, 6), torch.randn(8, 6), self.mesh.get_group()

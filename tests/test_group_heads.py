@@ -143,6 +143,34 @@ def test_a_student_of_logits(backend):
         assert error(torch.cat([grads[0], grads[1]], 1), wanted.grad) <= 8 * FLOOR[torch.float32]
 
 
+@pytest.mark.parametrize("reduction", ["none", "batchmean"])
+def test_strides_may_differ_from_rank_to_rank(backend, reduction):
+    """Slabs and what is summed over ranks follow from shapes alone."""
+    hidden, weight = torch.randn(3, 4, H), torch.randn(V, H)
+    teacher, teacher_head, logits = torch.randn(3, 4, 4), torch.randn(V, 4), torch.randn(3, 4, V)
+    sides = [LinearLogits(hidden, weight), logits]
+    for student in sides:
+        x = (student.hidden if student is sides[0] else student).detach().double().requires_grad_()
+        z = LinearLogits(x, weight.double()).logits() if student is sides[0] else x
+        loss = functional.kl_div(z, LinearLogits(teacher.double(), teacher_head.double()).logits(), reduction=reduction)
+        (wanted,) = torch.autograd.grad(loss.sum(), x)
+        group, grads = Group(2), {}
+
+        def of_rank(rank, group=group, grads=grads, of_head=student is sides[0]):
+            own = (slice(0, 20), slice(20, V))[rank]
+            x = leaf(hidden) if of_head else leaf(logits[..., own])
+            strided = x.transpose(0, 1).contiguous().transpose(0, 1) if rank else x
+            one = LinearLogits(strided, weight[own]) if of_head else strided
+            other = LinearLogits(teacher, teacher_head[own])
+            functional.kl_div(one, other, reduction=reduction, group=group).sum().backward()
+            grads[rank] = x.grad
+
+        on_ranks(group, of_rank)
+        found = [grads[0], grads[1]] if student is sides[0] else [torch.cat([grads[0], grads[1]], -1)]
+        for grad in found:
+            assert error(grad, wanted) <= 20 * FLOOR[torch.float32]
+
+
 def test_what_is_exchanged():
     """Per slab what ops/group.py sends of its rows; the loss once, and the gradient of hidden states once, in forward
     where that makes it."""

@@ -138,6 +138,43 @@ def test_ranks_that_do_not_fit_together_all_say_so(computed_by):
     assert sorted(told) == [0, 1]
 
 
+def test_rows_of_any_strides(computed_by):
+    """What a rank sends is bytes, also of one row, of none and of one feature."""
+    student, teacher = given()
+    for one, other in ((student[:, ::2], teacher[:, :1]), (student.T.contiguous().T, teacher[:, 3:8])):
+        found = of_ranks(functional.gram_mse, one, other, (1, 0, 13))
+        agree(found, whole(functional.gram_mse, one, other))
+    group, shares = Group(2), [x.split((1, 13)) for x in (student, teacher)]
+    weight = torch.tensor(2.0)  # one for all rows
+    losses = on_ranks(group, lambda r: functional.pkt(shares[0][r], shares[1][r], weight=weight, group=group))
+    assert error(losses[0], functional.pkt(student, teacher, weight=weight).double()) <= FLOOR[torch.float32]
+
+
+def test_a_number_of_rows_on_one_rank_alone_is_an_error_on_all(computed_by):
+    student, teacher = given()
+    group = Group(2)
+
+    def of_rank(rank):
+        temperature = torch.ones(N) if rank else 1.0
+        with pytest.raises(ValueError, match=r"^group: the same arguments on every rank"):
+            functional.relation_kl(student, teacher, temperature=temperature, group=group)
+
+    on_ranks(group, of_rank)
+
+
+def test_forward_mode_is_refused(computed_by):
+    student, teacher = given()
+    group = Group(1)
+
+    def of_rank(_):
+        with torch.autograd.forward_ad.dual_level():
+            x = torch.autograd.forward_ad.make_dual(student, torch.ones_like(student))
+            with pytest.raises(RuntimeError, match=r"student: fastkd.*forward-mode AD"):
+                functional.similarity_preserving(x, teacher, group=group)
+
+    on_ranks(group, of_rank)
+
+
 def test_what_is_not_finite_on_one_rank_is_an_error_on_all():
     student, teacher = given()
     student[2, 3] = torch.inf

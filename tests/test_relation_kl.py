@@ -338,3 +338,13 @@ def test_rows_as_their_own_keys_are_masked_as_rows_are(backend, detached):
         student[mask], teacher[mask], student_keys=student[mask], teacher_keys=teacher[mask]
     )  # fmt: skip
     assert error(loss, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["temperature", "beta"])
+def test_numbers_of_rows_are_not_looked_at_where_tensors_are_fake(name):
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        options = {name: torch.ones(8), "divergence": "js_div"}
+        loss = functional.relation_kl(torch.randn(8, 6), torch.randn(8, 4), **options)
+    assert loss.shape == ()

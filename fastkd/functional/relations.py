@@ -25,13 +25,14 @@ gives its own samples ``[n, D]``, as many as it has, perhaps none, and what is s
 all samples, in the order of the ranks, and the gradient of its own. Embeddings are gathered once, after a few numbers
 that say how many there are, for which the host waits; each rank then computes the whole loss, and no gradient is
 exchanged. That gradient is one part of the whole: where ranks average the gradients of their parameters, as
-``DistributedDataParallel`` does, multiply the loss by the number of ranks. It is called outside of ``torch.compile``,
-and has first derivatives alone.
+``DistributedDataParallel`` does, multiply the loss by the number of ranks. Ranks that give other arguments than the
+others, or embeddings of another width, make all of them raise; any other error that one rank alone raises leaves the
+others waiting. It is called outside of ``torch.compile``, and has first derivatives alone.
 
 **DTensors** are taken where student, teacher and keys are replicated; the loss is a replicated DTensor, and the
 gradient lies where the student does. Sums that are pending (``Partial``) are made first, and a plain tensor counts as
 whole, the same on every rank. Every sample is compared with all others, so that samples that are split over ranks are
-an error: gather them first.
+an error: gather them, or give each rank's own as plain tensors, with ``group=``.
 
 **Errors** are raised before anything is computed, and name the argument. Embeddings that are not finite are an error on
 the CPU where there is no mask. On other devices a check would have to wait for the device, so that they give NaN.
@@ -229,13 +230,14 @@ def relation_kl(
         if key_mask is not None or not (own or (student_keys is None and teacher_keys is None)):
             raise ValueError("group: not with keys that are not the rows themselves, nor with a mask of keys")
         of_rows = {"temperature": temperature, "teacher_temperature": teacher_temperature, "beta": beta}
-        of_rows = {name: x for name, x in of_rows.items() if isinstance(x, Tensor) and x.dim()}
+        of_rows = {name: x if isinstance(x, Tensor) and x.dim() else None for name, x in of_rows.items()}
         student, teacher, mask, weight, *numbers = _split_samples.of_all(
             group, student, teacher, mask=mask, weight=weight, **of_rows
         )
-        of_rows = dict(zip(of_rows, numbers, strict=True))
-        temperature, beta = of_rows.get("temperature", temperature), of_rows.get("beta", beta)
-        teacher_temperature = of_rows.get("teacher_temperature", teacher_temperature)
+        temperature, teacher_temperature, beta = (
+            x if whole is None else whole
+            for x, whole in zip((temperature, teacher_temperature, beta), numbers, strict=True)
+        )
         student_keys, teacher_keys = (student, teacher) if own else (None, None)
     _check.relation(student, teacher, student_keys, teacher_keys, mask, key_mask, weight)
     _check.divergence(divergence, _divergences.OF_RELATIONS)

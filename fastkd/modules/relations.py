@@ -109,7 +109,7 @@ class RelationKLLoss(_Loss):
             ``"soft_cross_entropy"``. Default: ``"kl_div"``.
         beta: of ``"js_div"``, a number from 0 to 1. Default 0.5.
         normalize: whether similarities are cosines over T. Default False.
-        group: a process group over which samples are split, of which each rank gives its own. Default: none.
+        group: a process group over which samples ``[N, D]`` are split, each rank giving its own. Default: none.
 
     Shape:
         student ``[*, N, D_s]`` and teacher ``[*, N, D_t]``; the loss has no dimensions.

@@ -60,7 +60,7 @@ class GramMSELoss(_Loss):
         normalize: whether rows are divided by their length. Default True.
         clamp: ``"both"``, where negative similarities count as 0; ``"teacher"``, where the teacher's do; or None.
             Default None.
-        group: a process group over which samples are split, of which each rank gives its own. Default: none.
+        group: a process group over which samples ``[N, D]`` are split, each rank giving its own. Default: none.
 
     Shape:
         student ``[N, D_s]`` or ``[B, N, D_s]``, the teacher likewise; the loss has no dimensions.

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from .._check.arguments import values_known
 from .._divergences import ENTRIES, NUMBERS
 from .._dtypes import compute_dtype
 from .._relation_calls import RelationKLFew
@@ -19,7 +20,7 @@ def with_numbers(call):
     changed = {}
     for name in ("parameter", "temperature", "teacher_temperature"):
         rows = getattr(call, f"{name}_rows")
-        if rows is not None and rows.device.type == "cpu" and bool((rows == rows.flatten()[0]).all()):
+        if rows is not None and values_known(rows) and bool((rows == rows.flatten()[0]).all()):
             changed |= {name: rows.flatten()[0].item(), f"{name}_rows": None}
     entry = ENTRIES[call.divergence].parameter
     if entry is not None and changed.get("parameter") in entry.ends:

@@ -109,9 +109,11 @@ def _teacher(namespace, linear, given, dtype):
 def run(namespace: str, call: RowsCall, linear: FormRows, out: FormOutputs, of_teacher: Any = None) -> None:
     """Fills out, slab by slab; of_teacher: what computes the loss of one, where it is not to be chosen here."""
     N = math.prod(call.student.shape[:-1])
-    student_x, teacher_x, grad, indices = _flat([call.student, call.teacher, out.grad, linear.indices])
-    call, out = call._replace(student=student_x, teacher=teacher_x), out._replace(grad=grad)
-    linear = linear._replace(indices=indices)
+    student_x, teacher_x, grad, indices = call.student, call.teacher, out.grad, linear.indices
+    if of_teacher is None:  # else slabs follow from shapes alone, which ranks have alike, and not from strides
+        student_x, teacher_x, grad, indices = _flat([student_x, teacher_x, grad, indices])
+        call, out = call._replace(student=student_x, teacher=teacher_x), out._replace(grad=grad)
+        linear = linear._replace(indices=indices)
     leading, most = student_x.shape[:-1], max(1, evenly(N, linear.slab_rows))
     given = checked(linear.numbers.tolist())
     student = Side(student_x, linear.student_head, linear.student_bias, *given[:2], most)

@@ -136,7 +136,8 @@ def _grads(call, learns, inplace):
     """Memory for the gradients that are wanted; that of hidden states, which ranks sum up, as they are computed in."""
     grads = new_grads(call, learns, inplace)
     if call.student_head is not None and grads[0] is not None:
-        grads[0] = torch.empty_like(grads[0], dtype=compute_dtype(call.student_head))
+        dtype = compute_dtype(call.student_head)
+        grads[0] = torch.empty_like(grads[0], dtype=dtype, memory_format=torch.contiguous_format)
     return grads
 
 
