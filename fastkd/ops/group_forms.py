@@ -12,7 +12,7 @@ statistics of forward, and exchanges nothing else.
 
 import collections
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -60,13 +60,6 @@ def _slab_rows(student, teacher, options):
     if options.target is None:  # of whole logits, beside a teacher's best classes, nothing is held
         return rows_of_few(teacher.indices.shape[-1])
     return rows_of_slab(student, None, ranks)
-
-
-class _Known(NamedTuple):
-    """What is known of all rows once forward has been: what ``form_group_rows`` is told, or fills."""
-
-    stats: torch.Tensor | None
-    widths: torch.Tensor | None
 
 
 class _OfRanks(Teacher):
@@ -142,6 +135,7 @@ def _grads(call, learns, inplace):
 
 
 def _known(call, mean):
+    """Room for what forward finds, and backward reads: see FormGroup."""
     N = math.prod(call.student.shape[:-1])
     stats = call.student.new_empty((N, rows.STATS_SIZE), dtype=torch.float64)
     return stats, stats.new_empty(2) if mean or call.target is not None else None
