@@ -4,7 +4,7 @@ logits stands in :mod:`fastkd.functional.logits`."""
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, Reduction, TeacherLogits
+from .._types import Logits, ProcessGroup, Reduction, TeacherLogits
 from ._logits_loss import _logits_loss
 
 
@@ -24,6 +24,7 @@ def adaptive_kl_div(
     reduction: Reduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Both Kullback-Leibler divergences, weighted in each row by where student and teacher differ.
 
@@ -70,6 +71,8 @@ def adaptive_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which the student's classes are split, beside a teacher of
+            :class:`fastkd.TopKLogProbs` alone. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -94,6 +97,6 @@ def adaptive_kl_div(
         teacher_temperature = temperature
     options = _check.LogitsOptions(
         temperature, teacher_temperature, t_squared, mask, weight, reduction, normalizer, inplace, mu,
-        standardize=standardize, num_classes=num_classes,
+        standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss("adaptive_kl_div", student, teacher, options, dim)
