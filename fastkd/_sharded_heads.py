@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import _dtensor, _layouts
-from .forms import LinearLogits
+from .forms import LinearLogits, TopKLogProbs
 
 
 class _Mean(torch.autograd.Function):
@@ -72,7 +72,7 @@ def _own(name, side, mesh, group):
         split = isinstance(side, kinds.DTensor) and side.placements == (kinds.Shard(side.dim() - 1),)
         if split and side.device_mesh == mesh and _are_ranks_of(mesh, group):
             return _dtensor._Overwritable.apply(side)
-        if group is not None:
+        if group is not None or isinstance(side, TopKLogProbs):  # which every rank has whole
             return side
         raise ValueError(
             f"{name}: beside a head whose classes are split over ranks LinearLogits, or logits that are split "

@@ -9,7 +9,7 @@ from ._check import LogitsOptions
 from ._check.arguments import values_known
 from ._dtypes import compute_dtype
 from ._inplace import overwritten
-from .forms import LinearLogits, TopKLogProbs, in_dtype, logits_of_rows, with_hidden
+from .forms import LinearLogits, Probabilities, TopKLogProbs, in_dtype, logits_of_rows, with_hidden
 
 
 class Ranks:
@@ -121,6 +121,9 @@ def logits_loss(backend: str, divergence: str, student: Any, teacher: Any, optio
             wrong_targets(options.target, sum(widths), options.mask)
         if isinstance(teacher, TopKLogProbs):
             _check.top_k_values(teacher, sum(widths), options.mask)
+        elif isinstance(teacher, Probabilities):
+            whole = _whole(teacher.probabilities, widths, ranks)
+            teacher = Probabilities(whole, temperature=teacher.temperature)
         else:
             teacher = _whole(teacher, widths, ranks)
         sides = _whole(student, widths, ranks), teacher

@@ -100,9 +100,10 @@ class Behaviours(SplitHeads):
             self.raises("^group: not with .*gather the classes", loss, split, split, target)
         self.raises("^group: not with adaptive_kl_div", functional.adaptive_kl_div, split, split)
         self.raises("^standardize: ", functional.kl_div, split, split, standardize=True)
-        self.raises("^student: a plain tensor of logits", functional.kl_div, split, self.teacher, group=group)
+        self.raises("^student: plain tensors, each rank", functional.kl_div, split, self.teacher, group=group)
         given = fastkd.Probabilities(torch.rand(5, 3, 8))
-        self.raises("^teacher: .*got Probabilities", functional.kl_div, self.student, given, group=group)
+        words = "^group: not with total_variation of Probabilities"
+        self.raises(words, functional.total_variation, self.student, given, group=group)
         with pytest.raises(TypeError, match=r"^group: a torch.distributed.ProcessGroup wanted, got str"):
             fastkd.KLDivLoss(group="tensor parallel")
         with pytest.raises(TypeError, match=r"^group: a torch.distributed.ProcessGroup wanted, got int"):

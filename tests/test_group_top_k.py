@@ -154,9 +154,6 @@ def test_bad_input(computed_by):
     teacher.indices[2, 1] = V
     with pytest.raises(ValueError, match=r"teacher.indices: classes below 40 wanted, .*row 2"):
         of_ranks(functional.kl_div, student, teacher)
-    given = fastkd.Probabilities(torch.rand(N, V))
-    with pytest.raises(ValueError, match=r"teacher: .* wanted beside group=, got Probabilities"):
-        functional.kl_div(student, given, group=Group(1))
 
 
 def test_slabs(kernel, monkeypatch):

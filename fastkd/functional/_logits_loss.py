@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .. import _backend, _check, _divergences, _dtensor, _sharded_heads, reference
+from .. import _backend, _check, _divergences, _dtensor, _masses, _sharded_heads, reference
 from ..forms import LinearLogits, Probabilities, TopKLogProbs, in_dtype, logits_of, logits_of_rows, with_int64
 
 # What each loss is with its two sides exchanged: the call that gives the teacher its gradient where both learn.
@@ -96,14 +96,13 @@ def _beside_group(called, student, teacher, options):
     """An error where classes are split over ranks, and something is given that they do not go with."""
     _check.beside_group(options)
     for name, side in (("student", student), ("teacher", teacher)):
-        if isinstance(side, Probabilities) or _dtensor.given(side):
-            raise ValueError(
-                f"{name}: a plain tensor of logits, LinearLogits or TopKLogProbs wanted beside group=, "
-                f"got {type(side).__name__}"
-            )
+        if _dtensor.given(side):
+            raise ValueError(f"{name}: plain tensors, each rank's own, wanted beside group=, got a DTensor")
     derived = called in _divergences.DERIVED and not isinstance(teacher, TopKLogProbs)
     if derived or options.target_loss is not None:
         raise ValueError(f"group: not with {options.target_loss or called}: {_GATHER}")
+    if isinstance(teacher, Probabilities) and called in _masses.WITHOUT:
+        raise ValueError(f"group: not with {called} of Probabilities: {_GATHER}")
 
 
 def _logits_loss(called, student, teacher, options, dim=-1):

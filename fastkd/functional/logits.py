@@ -32,15 +32,21 @@ gives its own classes of student and teacher, in the order of the ranks and as m
 targets, which are numbers of all classes, are the same on every rank. Every rank gets the loss of whole rows, the same
 to the last bit, and the gradient of its own classes. Of ``kl_div``, ``soft_cross_entropy`` and ``bernoulli_kl_div``
 four numbers a row are exchanged before the gradient, and one for the loss, or one a row with ``"none"``; the others
-exchange three more a row in place of that one. Targets are two or three more a row, and ``"mean"`` is one. In backward
-nothing is, of logits. All divergences and ``kd_loss`` have it, ``adaptive_kl_div`` beside a teacher's best classes
-alone. It takes logits, :class:`fastkd.LinearLogits`, whose weight has the rank's own classes and whose hidden states
-get a gradient that is summed over ranks, and :class:`fastkd.TopKLogProbs`, which are the same on every rank: their K +
-1 numbers a row are exchanged, and where backward computes the gradient once more. It takes neither ``num_classes`` nor
-``standardize`` nor ``return_parts``, and there are first derivatives alone. Smoothed labels make the host wait for the
-device once, or once a slab; plain PyTorch gathers the logits, and waits as well. Maps are read across their rows, which
-is slower than without a group. An error that one rank alone raises leaves the others waiting. A module that has a group
-can be neither copied nor pickled, as the group cannot.
+exchange three more a row in place of that one. Targets are two or three more a row, and ``"mean"`` is one. Backward
+exchanges nothing of logits. All divergences and ``kd_loss`` have it, ``adaptive_kl_div`` beside a teacher's best
+classes alone.
+
+In place of logits go :class:`fastkd.LinearLogits`, whose weight has the rank's own classes, and whose hidden states get
+a gradient that is summed over ranks; :class:`fastkd.TopKLogProbs`, the same on every rank, of whose K + 1 classes the
+student's logits are exchanged; and :class:`fastkd.Probabilities` of the rank's own classes, whose sums are exchanged,
+but not with ``total_variation``, ``negative_log_acceptance`` and ``alpha_beta_div``. With the last two backward
+exchanges the same once more where it computes the gradient, with ``"none"`` and in float16.
+
+There is neither ``num_classes`` nor ``standardize`` nor ``return_parts`` beside a group, and there are first
+derivatives alone. Smoothed labels make the host wait for the device once, or once a slab; plain PyTorch gathers the
+logits, and waits as well. Maps are read across their rows, which is slower than without a group. An error that one rank
+alone raises leaves the others waiting. A module that has a group can be neither copied nor pickled, as the group
+cannot.
 
 **Standardized logits.** With ``standardize=True`` every row of logits x becomes (x - mean) / (std + 1e-7), on both
 sides, before it is divided by the temperature: the student learns how the teacher's logits relate to each other, and

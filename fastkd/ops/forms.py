@@ -252,7 +252,7 @@ def _rows_of_slab(like, few, options):
     return standardize.rows_of_slab(like)
 
 
-def _as_given(teacher, temperature, leading):
+def as_given(teacher: Any, temperature: Any, leading: torch.Size) -> torch.Tensor | None:
     """Compared as the user gave them: what is computed in rounds them otherwise."""
     if not (isinstance(teacher, Probabilities) and isinstance(temperature, torch.Tensor)):
         return None
@@ -292,7 +292,7 @@ def logits_loss(
             None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
             TAILS.index(few.tail) if few else 0,
             isinstance(teacher, Probabilities),
-            _as_given(teacher, options.teacher_temperature, like.shape[:-1]),
+            as_given(teacher, options.teacher_temperature, like.shape[:-1]),
             numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, least_of(few)),
             min(heads) if heads else _rows_of_slab(like, few, options), adaptive,
         ),

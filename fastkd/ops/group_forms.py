@@ -24,12 +24,13 @@ from .._divergences import DERIVED, ENTRIES
 from .._dtypes import compute_dtype, without_autocast
 from .._inplace import overwritten
 from .._split_classes import Ranks, group_named, name_of
-from ..forms import LinearLogits, TopKLogProbs, logits_of
+from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of
 from . import numbers, rows
 from ._head_products import ROWS, SLAB_BYTES
-from .forms import Learns, SideParts, least_of, new_grads, parts_of, run
+from .forms import Learns, SideParts, as_given, least_of, new_grads, parts_of, run
 from .gradient import all_scaled, forbid_double_backward
 from .group import How, how_of, in_group, of_rows, together
+from .group_probabilities import ProbabilitiesOfRanks
 from .group_top_k import FewOfRanks
 from .saved import restored, save
 from .slabs import Gathered
@@ -57,7 +58,9 @@ def _slab_rows(student, teacher, options):
     heads = [x for x in (student, teacher) if isinstance(x, LinearLogits)]
     if heads:
         return min(rows_of_slab(x.weight, x.slab_bytes, ranks) for x in heads)
-    if options.target is None:  # of whole logits, beside a teacher's best classes, nothing is held
+    if (
+        isinstance(teacher, TopKLogProbs) and options.target is None
+    ):  # of whole logits, beside a teacher's best classes, nothing is held
         return rows_of_few(teacher.indices.shape[-1])
     return rows_of_slab(student, None, ranks)
 
@@ -88,6 +91,11 @@ class _OfRanks(Teacher):
             rows.OPS[self.namespace].bwd(*part, *RowsBackward(stats[at].contiguous(), upstream, out.grad))
 
 
+def _keeps_statistics(call):
+    """Whether backward knows from forward what has been exchanged: of a teacher of logits."""
+    return call.indices is None and not call.probabilities
+
+
 @torch.no_grad()
 def _form_group_rows(namespace, group, *arguments):
     """The implementation of the op; group: its name, or itself."""
@@ -100,14 +108,16 @@ def _form_group_rows(namespace, group, *arguments):
     hard = None if call.target is None else tuple(call.target_numbers.tolist())
     how = How(out.loss.dim() > 0, told.mean, hard)
     with without_autocast(call.student.device):
-        if linear.indices is None:
-            of_teacher = _OfRanks(namespace, ranks, how, told)
+        _, _, temperature, _, least = linear.numbers.tolist()
+        dtype, beside = compute_dtype(call.student, call.teacher), (ranks, told.mean, told.widths)
+        if linear.indices is not None:
+            of_teacher = FewOfRanks(namespace, linear, temperature, least, dtype, *beside)
+        elif linear.probabilities:
+            of_teacher = ProbabilitiesOfRanks(namespace, linear.as_given, temperature, dtype, *beside)
         else:
-            _, _, temperature, _, least = linear.numbers.tolist()
-            dtype = compute_dtype(call.student, call.teacher)
-            of_teacher = FewOfRanks(namespace, linear, temperature, least, dtype, ranks, told.mean, told.widths)
+            of_teacher = _OfRanks(namespace, ranks, how, told)
         run(namespace, call, linear, out, of_teacher)
-        if linear.indices is None and told.upstream is None and ENTRIES[call.divergence].centred:
+        if _keeps_statistics(linear) and told.upstream is None and ENTRIES[call.divergence].centred:
             out.loss.copy_(together(ranks, out.loss))
         if linear.student_head is not None and out.grad is not None:
             ranks.sum_(out.grad)
@@ -156,7 +166,7 @@ class _GroupForms(torch.autograd.Function):
         loss = _new_loss(call, how.per_row)
         if ctx.recompute:
             stats, widths = _known(call, how.mean) if widths is None else (call.student.new_empty(0), widths)
-            of_all = None if call.indices is not None else stats
+            of_all = stats if _keeps_statistics(call) else None
             _op(namespace, group, call, FormGroup(how.mean, of_all, widths, None), loss, (None, None, None))
             ctx.counts = widths is not None
             save(ctx, call, stats, *([widths] if ctx.counts else []))
@@ -182,7 +192,7 @@ def _gradients(ctx, upstream):
     call, stats, *widths = restored(ctx, _Call)
     grads = _grads(call, ctx.learns, ctx.inplace)
     widths = widths[0] if ctx.counts else None
-    if call.indices is None:
+    if _keeps_statistics(call):
         told = FormGroup(ctx.mean, stats, widths, upstream.reshape(-1).contiguous())
     else:  # all over again, with the upstream gradient for a weight
         upstream = upstream.expand(call.student.shape[:-1]).reshape(-1)
@@ -202,13 +212,13 @@ def _as_loss(call, loss):
     return loss.to(compute_dtype(call.student, call.teacher))
 
 
-def _widths(few, student, options):
-    """Of all ranks and of those before this one: what classes of a teacher are counted by. They are looked at where
-    that waits for nothing."""
+def _widths(teacher, student, options):
+    """Of all ranks and of those before this one: what classes are counted by beside a teacher's best classes, which are
+    looked at where that waits for nothing, or its probabilities."""
     ranks = Ranks(options.group)
     each = ranks.gathered(torch.tensor([student.shape[-1]], dtype=torch.float64, device=student.device)).squeeze(1)
-    if values_known(few.indices):
-        _check.top_k_values(few, int(each.sum()), options.mask)
+    if isinstance(teacher, TopKLogProbs) and values_known(teacher.indices):
+        _check.top_k_values(teacher, int(each.sum()), options.mask)
     return torch.stack([each.sum(), each[: ranks.rank].sum()])
 
 
@@ -230,14 +240,15 @@ def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, opt
             of_student.head, of_student.bias, of_teacher.head, of_teacher.bias,
             None if few is None else few.indices.to(torch.int64),
             None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
-            TAILS.index(few.tail) if few else 0, False, None,
+            TAILS.index(few.tail) if few else 0, isinstance(teacher, Probabilities),
+            as_given(teacher, options.teacher_temperature, like.shape[:-1]),
             numbers.as_tensor(*of_student.numbers, *of_teacher.numbers, least_of(few)),
             _slab_rows(student, teacher, options), adaptive,
         ),
     )  # fmt: skip
     learns = Learns(*(x is not None and x.requires_grad for x in of_student[:3]))
     how = how_of(options, mean)
-    widths = None if few is None else _widths(few, like, options)
+    widths = None if _keeps_statistics(call) else _widths(teacher, like, options)
     if any(learns) and torch.is_grad_enabled():
         return _GroupForms.apply(namespace, options.inplace, options.group, how, learns, widths, *call)
     loss = _new_loss(call, how.per_row)

@@ -16,6 +16,36 @@ from .group import How, of_rows, together
 from .top_k import FewClasses
 
 
+def with_mean(part: RowsCall, widths: torch.Tensor) -> RowsCall:
+    """A call whose divisor is multiplied by the number of all ranks' classes."""
+    scale = part.scale if part.scale_tensor is None else part.scale_tensor
+    return part._replace(scale=1.0, scale_tensor=scale / widths[0])
+
+
+def hard_of_ranks(
+    namespace: str, ranks: Any, part: RowsCall, out: RowsForward, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The hard loss of a call alone, and its gradient where one is wanted."""
+    x = part.student.to(dtype, copy=True)
+    numbers = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
+    part = part._replace(
+        student=x,
+        teacher=part.student,
+        target_numbers=numbers,
+        divergence=NUMBERS["kl_div"],
+        parameter=0.0,
+        parameter_rows=None,
+        second_parameter=0.0,
+        second_parameter_rows=None,
+    )
+    wanted = out.grad is not None
+    found = of_rows(
+        namespace, How(out.loss.dim() > 0, False, tuple(numbers.tolist())), ranks, part, x if wanted else None
+    )
+    loss = together(ranks, found.loss) if found.is_share else found.loss
+    return loss.view(out.loss.shape).to(out.loss.dtype), x if wanted else None
+
+
 class _OverNone:
     """The student where this rank has no class at all."""
 
@@ -52,10 +82,7 @@ class FewOfRanks(FewClasses):
         self.widths: torch.Tensor = widths
 
     def loss(self, part: RowsCall, slab: Any, out: RowsForward) -> None:
-        if self.mean:
-            scale = part.scale if part.scale_tensor is None else part.scale_tensor
-            part = part._replace(scale=1.0, scale_tensor=scale / self.widths[0])
-        super().loss(part, slab, out)
+        super().loss(with_mean(part, self.widths) if self.mean else part, slab, out)
 
     def _classes(self, z):
         return self.widths[0]
@@ -83,20 +110,4 @@ class FewOfRanks(FewClasses):
         return u
 
     def _hard(self, part, out):
-        x = part.student.to(self.dtype, copy=True)
-        numbers = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
-        part = part._replace(
-            student=x,
-            teacher=part.student,
-            target_numbers=numbers,
-            divergence=NUMBERS["kl_div"],
-            parameter=0.0,
-            parameter_rows=None,
-            second_parameter=0.0,
-            second_parameter_rows=None,
-        )
-        how = How(out.loss.dim() > 0, False, tuple(numbers.tolist()))
-        wanted = out.grad is not None
-        found = of_rows(self.namespace, how, self.ranks, part, x if wanted else None)
-        loss = together(self.ranks, found.loss) if found.is_share else found.loss
-        return loss.view(out.loss.shape).to(out.loss.dtype), x if wanted else None
+        return hard_of_ranks(self.namespace, self.ranks, part, out, self.dtype)

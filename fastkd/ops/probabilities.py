@@ -55,13 +55,18 @@ class OfProbabilities(Apart):
             per_row = out.loss.dim() > 0
             grad, parts = (x if x is None else x[few.index] for x in (out.grad, out.parts))
             of_few = RowsForward(out.loss[few.index] if per_row else torch.zeros_like(out.loss), grad, None, parts)
-            self._of_few(few.call(part), few, of_few, few.of_rows(as_given))
+            self.of_few(few.call(part), few, of_few, few.of_rows(as_given))
             if not per_row:
                 total += of_few.loss
         if out.loss.dim() == 0:
             out.loss.copy_(total)
 
-    def _of_few(self, part, slab, out, as_given):
+    def sums_of(self, q: torch.Tensor) -> torch.Tensor:
+        """Of each row, in float64."""
+        return _sum(q)
+
+    def of_few(self, part: RowsCall, slab: Any, out: RowsForward, as_given: torch.Tensor | None) -> None:
+        """Fills out, of some rows; as_given: of these."""
         q, name = part.teacher.to(self.dtype), list(NUMBERS)[part.divergence]
         coins, leading = name == "bernoulli_kl_div", part.student.shape[:-1]
         T = part.teacher_temperature
@@ -78,9 +83,9 @@ class OfProbabilities(Apart):
         if part.target_loss == TARGET_LOSSES["nkd_loss"].number:
             same = self.own == 1  # where its hard part is
         if isinstance(same, torch.Tensor):
-            self.mass = torch.where(same.squeeze(-1) if same.dim() else same, _sum(q), 1.0)
+            self.mass = torch.where(same.squeeze(-1) if same.dim() else same, self.sums_of(q), 1.0)
         else:
-            self.mass = _sum(q) if same else q.new_ones(leading, dtype=torch.float64)
+            self.mass = self.sums_of(q) if same else q.new_ones(leading, dtype=torch.float64)
         if part.mask is not None:  # of rows that do not count it may be anything, and is looked at
             self.mass = torch.where(part.mask.view(leading), self.mass, 1.0)
         if part.target_loss:
