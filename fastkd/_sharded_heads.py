@@ -76,7 +76,7 @@ def _own(name, side, mesh, group):
             return side
         raise ValueError(
             f"{name}: beside a head whose classes are split over ranks LinearLogits, or logits that are split "
-            f"likewise, wanted, got {type(side).__name__}"
+            f"likewise, wanted, got {type(side).__name__}; beside group= each rank gives its own"
         )
     tensors = side.hidden, side.weight, side.bias
     if group is not None and not _dtensor.given(*tensors):

@@ -96,9 +96,16 @@ class SplitHeads:
             student = fastkd.LinearLogits(hidden * 2, own)
             return functional.kl_div(student, teacher, group=group) + functional.js_div(student, teacher, group=group)
 
-        compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
+        def of_others(hidden, own):
+            student = fastkd.LinearLogits(hidden * 2, own)
+            losses = [functional.kl_div(student, x, group=group) for x in others]
+            return losses[0] + losses[1]
+
+        few = fastkd.TopKLogProbs(*torch.randn(5, 8).log_softmax(-1).topk(3)[::-1])
+        others = few, fastkd.Probabilities(teacher.softmax(-1))
+        compiled = torch.compile(lambda *x: loss_of(*x) + of_others(*x), fullgraph=True, backend="aot_eager")
         found = []
-        for function in (loss_of, compiled):
+        for function in (lambda *x: loss_of(*x) + of_others(*x), compiled):
             leaves = [x.clone().requires_grad_() for x in (hidden, own)]
             loss = function(*leaves)
             found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))

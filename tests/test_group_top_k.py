@@ -69,7 +69,7 @@ def agree(found, wanted, times=20):
         assert error(ours, right) <= times * floor
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", ["none", "batchmean", "mean"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
 @pytest.mark.parametrize("name", LOSSES)
@@ -131,6 +131,17 @@ def test_beside_a_students_head(backend):
     for x, _ in grads.values():
         assert error(x, whole_hidden.grad) <= 20 * FLOOR[torch.float32]
     assert error(torch.cat([grads[0][1], grads[1][1]]), whole_weight.grad) <= 20 * FLOOR[torch.float32]
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
+def test_one_row_without_a_dimension_of_its_own(backend, tail):
+    student, teacher = torch.randn(1, V), teacher_of(tail)
+    row = TopKLogProbs(teacher.indices[0], teacher.log_probs[0], tail=tail)
+
+    def of_row(x, _, **options):
+        return functional.kl_div(x[0], row, **options)
+
+    agree(of_ranks(of_row, student, row), whole(lambda x, t, **o: functional.kl_div(x[0], t, **o), student, row))
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])

@@ -37,10 +37,11 @@ exchanges nothing of logits. All divergences and ``kd_loss`` have it, ``adaptive
 classes alone.
 
 In place of logits go :class:`fastkd.LinearLogits`, whose weight has the rank's own classes, and whose hidden states get
-a gradient that is summed over ranks; :class:`fastkd.TopKLogProbs`, the same on every rank, of whose K + 1 classes the
-student's logits are exchanged; and :class:`fastkd.Probabilities` of the rank's own classes, whose sums are exchanged,
-but not with ``total_variation``, ``negative_log_acceptance`` and ``alpha_beta_div``. With the last two backward
-exchanges the same once more where it computes the gradient, with ``"none"`` and in float16.
+a gradient that is summed over ranks; :class:`fastkd.TopKLogProbs`, the same on every rank, of whose classes the
+student's logits are exchanged, K + 1 numbers a row; and :class:`fastkd.Probabilities` of the rank's own classes, whose
+sums are exchanged, but not with ``total_variation``, ``negative_log_acceptance`` and ``alpha_beta_div``. With the last
+two backward exchanges the same once more where it computes the gradient, with ``"none"`` and in float16. A rank without
+classes has no head and no probabilities, which want one at least.
 
 There is neither ``num_classes`` nor ``standardize`` nor ``return_parts`` beside a group, and there are first
 derivatives alone. Smoothed labels make the host wait for the device once, or once a slab; plain PyTorch gathers the

@@ -1,13 +1,14 @@
-"""Losses of classes that are split over the ranks of a process group, where student or teacher are hidden states with a
-head: each rank has its classes of the head, and the hidden states of all rows.
+"""Losses of classes that are split over the ranks of a process group, where student or teacher are no logits: hidden
+states of all rows with a rank's classes of the head; a teacher's best classes, or its probabilities.
 
 A slab of rows at a time, as in ops/forms.py: each rank makes its logits of these rows, and ops/group.py compares them.
 A slab has the same rows on all ranks, however many classes they have. Its statistics are exchanged, and where the
-slopes of a row do not add up to 0 its sums; the loss, which is a sum over slabs, once at the end.
+slopes of a row do not add up to 0 its sums; the loss, which is a sum over slabs, once at the end. What is exchanged
+beside best classes and probabilities, slab by slab, stands in ops/group_top_k.py and ops/group_probabilities.py.
 
 The gradient of hidden states is a sum over classes, and so one over ranks. It is exchanged once, in float32 at least,
-and rounded once; where forward makes it, forward exchanges it. Where backward makes the slabs once more it has the
-statistics of forward, and exchanges nothing else.
+and rounded once; where forward makes it, forward exchanges it. Where backward makes the slabs once more, of a teacher
+of logits, it has the statistics of forward, and exchanges nothing else; of others it exchanges all once more.
 """
 
 import collections
@@ -58,9 +59,8 @@ def _slab_rows(student, teacher, options):
     heads = [x for x in (student, teacher) if isinstance(x, LinearLogits)]
     if heads:
         return min(rows_of_slab(x.weight, x.slab_bytes, ranks) for x in heads)
-    if (
-        isinstance(teacher, TopKLogProbs) and options.target is None
-    ):  # of whole logits, beside a teacher's best classes, nothing is held
+    # of whole logits, beside a teacher's best classes, nothing is held
+    if isinstance(teacher, TopKLogProbs) and options.target is None:
         return rows_of_few(teacher.indices.shape[-1])
     return rows_of_slab(student, None, ranks)
 
@@ -213,8 +213,8 @@ def _as_loss(call, loss):
 
 
 def _widths(teacher, student, options):
-    """Of all ranks and of those before this one: what classes are counted by beside a teacher's best classes, which are
-    looked at where that waits for nothing, or its probabilities."""
+    """How many classes all ranks have, and how many there are before this rank's. A teacher's classes are checked
+    against the former where that waits for nothing."""
     ranks = Ranks(options.group)
     each = ranks.gathered(torch.tensor([student.shape[-1]], dtype=torch.float64, device=student.device)).squeeze(1)
     if isinstance(teacher, TopKLogProbs) and values_known(teacher.indices):

@@ -1,9 +1,9 @@
 """A teacher of whom the best classes are known, beside a student whose classes are split over ranks: see ops/top_k.py.
 
 Each class is some rank's. Each rank reads its logits of those of the K classes that it has, and sums its others; all of
-that is exchanged, K + 1 numbers a row. Then every rank has what one process has, and computes the same loss. Its
-gradient goes back to the classes that a rank has: those of the K, and its part of the others, which are summed over all
-ranks.
+that is exchanged, K + 1 numbers a row, or K where the others do not count. Then every rank has what one process has,
+and computes the same loss. Its gradient goes back to the classes that a rank has: those of the K, and its part of the
+others, which are summed over all ranks.
 """
 
 from typing import Any
@@ -101,7 +101,7 @@ class FewOfRanks(FewClasses):
         u[..., :K].masked_fill_(index >= self.widths[0], torch.nan)
         if own.shape[-1] > K:
             T = part.temperature if part.temperature_rows is None else part.temperature_rows.double()
-            others = parts[..., K].flatten(1)  # [ranks, rows]
+            others = parts[..., K].reshape(self.ranks.size, -1)
             whole = T * torch.logsumexp(others / T, 0)
             u[..., K] = whole.view(index.shape[:-1])
             # of e^((z - max) / T), where the maximum stays the rank's own, the sum over all ranks
