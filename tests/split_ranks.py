@@ -8,6 +8,7 @@ import threading
 from unittest import mock
 
 import torch
+from tolerances import FLOOR, error
 
 
 class Group:
@@ -86,6 +87,36 @@ def on_ranks(group, function):
     if errors:
         raise errors[0]
     return results
+
+
+def upstream_of(loss):
+    """An upstream gradient of which no two rows' are alike."""
+    return torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+
+
+def of_ranks(loss_function, student, teacher, bounds, group=None, **options):
+    """The loss and the student's gradient, by ranks that have some of the classes each. teacher: that of all ranks, or
+    a function of a rank's classes."""
+    group, grads = group or Group(len(bounds) - 1), {}
+
+    def of_rank(rank):
+        classes = slice(bounds[rank], bounds[rank + 1])
+        x = student[:, classes].clone().requires_grad_()
+        beside = teacher(classes) if callable(teacher) else teacher
+        loss = loss_function(x * 1 if options.get("inplace") else x, beside, group=group, **options)
+        (grads[rank],) = torch.autograd.grad(loss, x, upstream_of(loss))
+        return loss.detach()
+
+    losses = on_ranks(group, of_rank)
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    return losses[0], torch.cat([grads[rank] for rank in range(group.size)], 1)
+
+
+def agree(found, wanted, times=20):
+    """Losses and gradients, to some roundings of their dtype."""
+    for ours, right in zip(found, wanted, strict=True):
+        floor = FLOOR[ours.dtype if ours.dtype.itemsize == 2 else torch.float32]
+        assert error(ours, right) <= times * floor
 
 
 def shards(x, bounds):

@@ -6,7 +6,7 @@ import cases
 import pytest
 import split_ranks
 import torch
-from split_ranks import Group, on_ranks
+from split_ranks import Group, on_ranks, upstream_of
 from tolerances import FLOOR, error
 
 from fastkd import LinearLogits, functional
@@ -55,8 +55,7 @@ def whole(loss_function, x, forms, **options):
     student = LinearLogits(hidden, weight, bias, **forms).logits()
     teacher = LinearLogits(x["teacher"].double(), x["teacher_head"].double()).logits()
     loss = loss_function(student, teacher, **options)
-    upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
-    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias), upstream)
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, weight, bias), upstream_of(loss))
 
 
 def of_ranks(loss_function, x, forms, group=None, bounds=BOUNDS, teacher_is_head=True, **options):
@@ -69,8 +68,7 @@ def of_ranks(loss_function, x, forms, group=None, bounds=BOUNDS, teacher_is_head
         teacher = LinearLogits(x["teacher"], x["teacher_head"][own])
         teacher = teacher if teacher_is_head else teacher.logits()
         loss = loss_function(LinearLogits(hidden, weight, bias, **forms), teacher, group=group, **options)
-        upstream = torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
-        results[rank] = torch.autograd.grad(loss, (hidden, weight, bias), upstream)
+        results[rank] = torch.autograd.grad(loss, (hidden, weight, bias), upstream_of(loss))
         return loss.detach()
 
     losses = on_ranks(group, of_rank)
@@ -146,8 +144,9 @@ def test_a_student_of_logits(backend):
 @pytest.mark.parametrize("reduction", ["none", "batchmean"])
 def test_strides_may_differ_from_rank_to_rank(backend, reduction):
     """Slabs and what is summed over ranks follow from shapes alone."""
-    hidden, weight = torch.randn(3, 4, H), torch.randn(V, H)
-    teacher, teacher_head, logits = torch.randn(3, 4, 4), torch.randn(V, 4), torch.randn(3, 4, V)
+    # slabs of two rows: 2, 2, 1 of each of the three where rows are strided, 2, 2, 2 and so on where they are not
+    hidden, weight = torch.randn(3, 5, H), torch.randn(V, H)
+    teacher, teacher_head, logits = torch.randn(3, 5, 4), torch.randn(V, 4), torch.randn(3, 5, V)
     sides = [LinearLogits(hidden, weight), logits]
     for student in sides:
         x = (student.hidden if student is sides[0] else student).detach().double().requires_grad_()

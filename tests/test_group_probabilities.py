@@ -4,7 +4,7 @@ import cases
 import pytest
 import split_ranks
 import torch
-from split_ranks import Group, on_ranks
+from split_ranks import Group, agree, on_ranks, upstream_of
 from tolerances import FLOOR, error
 
 import fastkd
@@ -29,8 +29,11 @@ def given(dtype=torch.float32):
     return student.to(dtype), (q * torch.linspace(0.7, 1.2, N)[:, None]).to(dtype)
 
 
-def upstream_of(loss):
-    return torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+def of_ranks(loss_function, student, q, own, **options):
+    def teacher(classes):
+        return Probabilities(q[:, classes], temperature=own)
+
+    return split_ranks.of_ranks(loss_function, student, teacher, BOUNDS, **options)
 
 
 def whole(loss_function, student, q, own, **options):
@@ -38,28 +41,6 @@ def whole(loss_function, student, q, own, **options):
     with fastkd.backend("torch"):
         loss = loss_function(x, Probabilities(q.double(), temperature=own), **options)
     return loss.detach(), *torch.autograd.grad(loss, x, upstream_of(loss))
-
-
-def of_ranks(loss_function, student, q, own, group=None, **options):
-    group, grads = group or Group(len(BOUNDS) - 1), {}
-
-    def of_rank(rank):
-        classes = slice(BOUNDS[rank], BOUNDS[rank + 1])
-        x = student[:, classes].clone().requires_grad_()
-        teacher = Probabilities(q[:, classes], temperature=own)
-        loss = loss_function(x * 1 if options.get("inplace") else x, teacher, group=group, **options)
-        (grads[rank],) = torch.autograd.grad(loss, x, upstream_of(loss))
-        return loss.detach()
-
-    losses = on_ranks(group, of_rank)
-    assert all(torch.equal(loss, losses[0]) for loss in losses)
-    return losses[0], torch.cat([grads[rank] for rank in range(group.size)], 1)
-
-
-def agree(found, wanted, times=20):
-    for ours, right in zip(found, wanted, strict=True):
-        floor = FLOOR[ours.dtype if ours.dtype.itemsize == 2 else torch.float32]
-        assert error(ours, right) <= times * floor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

@@ -4,7 +4,7 @@ import cases
 import pytest
 import split_ranks
 import torch
-from split_ranks import Group, on_ranks
+from split_ranks import Group, agree, on_ranks, upstream_of
 from tolerances import FLOOR, error
 
 import fastkd
@@ -38,8 +38,8 @@ def in_double(teacher):
     return TopKLogProbs(teacher.indices, teacher.log_probs.double(), log_tail=log_tail, **options)
 
 
-def upstream_of(loss):
-    return torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+def of_ranks(loss_function, student, teacher, group=None, bounds=BOUNDS, **options):
+    return split_ranks.of_ranks(loss_function, student, teacher, bounds, group, **options)
 
 
 def whole(loss_function, student, teacher, **options):
@@ -47,26 +47,6 @@ def whole(loss_function, student, teacher, **options):
     with fastkd.backend("torch"):
         loss = loss_function(x, in_double(teacher), **options)
     return loss.detach(), *torch.autograd.grad(loss, x, upstream_of(loss))
-
-
-def of_ranks(loss_function, student, teacher, group=None, **options):
-    group, grads = group or Group(len(BOUNDS) - 1), {}
-
-    def of_rank(rank):
-        x = student[:, BOUNDS[rank] : BOUNDS[rank + 1]].clone().requires_grad_()
-        loss = loss_function(x * 1 if options.get("inplace") else x, teacher, group=group, **options)
-        (grads[rank],) = torch.autograd.grad(loss, x, upstream_of(loss))
-        return loss.detach()
-
-    losses = on_ranks(group, of_rank)
-    assert all(torch.equal(loss, losses[0]) for loss in losses)
-    return losses[0], torch.cat([grads[rank] for rank in range(group.size)], 1)
-
-
-def agree(found, wanted, times=20):
-    for ours, right in zip(found, wanted, strict=True):
-        floor = FLOOR[ours.dtype if ours.dtype.itemsize == 2 else torch.float32]
-        assert error(ours, right) <= times * floor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -145,12 +125,12 @@ def test_one_row_without_a_dimension_of_its_own(backend, tail):
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
-def test_a_rank_without_classes(backend, tail, monkeypatch):
-    monkeypatch.setattr("test_group_top_k.BOUNDS", (0, 0, 20, V))
+def test_a_rank_without_classes(backend, tail):
     student, teacher = torch.randn(N, V), teacher_of(tail)
     options = {"target": torch.arange(N)} if tail == "bucket" else {}
     loss = functional.kd_loss if options else functional.js_div
-    agree(of_ranks(loss, student, teacher, **options), whole(loss, student, teacher, **options))
+    found = of_ranks(loss, student, teacher, bounds=(0, 0, 20, V), **options)
+    agree(found, whole(loss, student, teacher, **options))
 
 
 def test_what_is_exchanged():

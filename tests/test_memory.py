@@ -8,10 +8,9 @@ from fastkd import functional
 from fastkd._divergences import DERIVED, REGISTRY, TARGET_LOSSES
 from fastkd.ops import standardize
 
-N, V = 256, 32000
+N, V = 320, 32000  # more than 32 MiB, which are always pages that were not the process's before
 GRADIENT = N * V * 4
 MANY = 6144
-PAGES = 1 << 16  # that were the process's before
 SLACK = 6 << 20  # the loss per row, scratch memory of 12 bytes a class and thread, the interpreter
 
 
@@ -32,7 +31,7 @@ def logits():
 def test_training_holds_one_gradient(logits):
     student, teacher = logits
     used = peak(lambda s: functional.kl_div(s, teacher).backward(), lambda: (student.detach().requires_grad_(),))
-    assert GRADIENT - PAGES <= used <= GRADIENT + SLACK  # the lower bound proves that the measure sees it
+    assert GRADIENT <= used <= GRADIENT + SLACK  # the lower bound proves that the measure sees it
 
 
 @pytest.mark.parametrize("name", [*REGISTRY, *DERIVED, *TARGET_LOSSES, "kd_loss", "dist_loss"])
@@ -43,7 +42,7 @@ def test_every_loss_of_logits_holds_one_gradient(logits, name):
         more = (torch.arange(N),)
     used = peak(lambda s: loss(s, teacher, *more).backward(), lambda: (student.detach().requires_grad_(),))
     columns = 8 << 20 if name == "dist_loss" else 0  # the moments of every class
-    assert GRADIENT - PAGES <= used <= GRADIENT + SLACK + columns
+    assert GRADIENT <= used <= GRADIENT + SLACK + columns
 
 
 def test_an_upstream_factor_costs_no_second_gradient(logits):
@@ -80,11 +79,11 @@ def test_inference_holds_none(logits):
 
 def test_maps_are_not_copied(logits):
     """The gradient lies as they do, so that none is made of it either."""
-    student, teacher = (x.view(2, 500, 64, 128) for x in logits)
+    student, teacher = (x.view(5, 250, 128, 64) for x in logits)
     used = peak(
         lambda s: (0.5 * functional.kl_div(s, teacher, dim=1)).backward(), lambda: (student.detach().requires_grad_(),)
     )
-    assert GRADIENT - PAGES <= used <= GRADIENT + SLACK
+    assert GRADIENT <= used <= GRADIENT + SLACK
     assert peak(lambda: functional.kl_div(student, teacher, dim=1), tuple) <= SLACK
 
 

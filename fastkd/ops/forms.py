@@ -14,6 +14,7 @@ states are taken for 0, as 0 times what they hold would be NaN where they hold t
 
 import collections
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,7 @@ from .slabs import evenly, gathered, slabs
 from .teachers import Teacher
 from .top_k import TAILS, FewClasses
 
-_Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
+Call = collections.namedtuple("Call", (*RowsCall._fields, *FormRows._fields))
 
 
 class SideParts(NamedTuple):
@@ -171,7 +172,7 @@ class _Forms(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, namespace, inplace, per_row, return_parts, num_classes, learns, *fields):
-        call = _Call(*fields)
+        call = Call(*fields)
         ctx.namespace, ctx.inplace, ctx.num_classes, ctx.learns = namespace, inplace, num_classes, learns
         loss = rows.new_loss(call, per_row)
         parts = rows.new_parts(call) if return_parts else None
@@ -193,17 +194,24 @@ class _Forms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream, *_):
-        grads = forbid_double_backward(_gradients, ctx, upstream)
-        found = dict(zip(("student", "student_head", "student_bias"), grads, strict=True))
-        return *(None for _ in range(6)), *(found.get(name) for name in _Call._fields)
+        return *(None for _ in range(6)), *gradients(ctx, upstream, _recomputed)
 
 
-def _gradients(ctx, upstream):
-    """Of the student's x, head and bias; None where it is not wanted."""
-    if not ctx.recompute:
-        found = iter(all_scaled(rows.OPS[ctx.namespace].scale_, list(ctx.saved_tensors), upstream))
-        return [next(found) if wanted else None for wanted in ctx.learns]
-    (call,) = restored(ctx, _Call)
+def gradients(ctx: Any, upstream: torch.Tensor, recomputed: Callable[..., Any]) -> list[torch.Tensor | None]:
+    """For each field of a call: those that forward has made and saved, or recomputed(ctx, upstream), of the student's
+    x, head and bias. None where none is wanted."""
+    found = forbid_double_backward(recomputed if ctx.recompute else _saved, ctx, upstream)
+    grads = dict(zip(("student", "student_head", "student_bias"), found, strict=True))
+    return [grads.get(name) for name in Call._fields]
+
+
+def _saved(ctx, upstream):
+    found = iter(all_scaled(rows.OPS[ctx.namespace].scale_, list(ctx.saved_tensors), upstream))
+    return [next(found) if wanted else None for wanted in ctx.learns]
+
+
+def _recomputed(ctx, upstream):
+    (call,) = restored(ctx, Call)
     N = math.prod(call.student.shape[:-1])
     upstream = upstream.expand(call.student.shape[:-1]).reshape(N)
     weight = upstream.contiguous() if call.weight is None else call.weight * upstream
@@ -252,7 +260,7 @@ def _rows_of_slab(like, few, options):
     return standardize.rows_of_slab(like)
 
 
-def as_given(teacher: Any, temperature: Any, leading: torch.Size) -> torch.Tensor | None:
+def _as_given(teacher, temperature, leading):
     """Compared as the user gave them: what is computed in rounds them otherwise."""
     if not (isinstance(teacher, Probabilities) and isinstance(temperature, torch.Tensor)):
         return None
@@ -260,9 +268,27 @@ def as_given(teacher: Any, temperature: Any, leading: torch.Size) -> torch.Tenso
     return same if same.dim() == 0 else same.expand(leading).reshape(-1).contiguous()
 
 
-def least_of(few: Any) -> float:
-    """What log-probabilities are raised to."""
-    return -math.inf if few is None or few.log_prob_min is None else few.log_prob_min
+def call_of(
+    rows_call: RowsCall, sides: list[SideParts], teacher: Any, teacher_temperature: Any, slab_rows: int, adaptive: bool
+) -> Any:
+    """The op's call: of what the rows schedule would be called with were both sides logits, which are on the meta
+    device; teacher: the form."""
+    few = teacher if isinstance(teacher, TopKLogProbs) else None
+    # detached also because torch.compile gives an autograd.Function no tensor twice, and both may have one head
+    teacher_x, teacher_head, teacher_bias = (x if x is None else x.detach() for x in sides[1][:3])
+    least = -math.inf if few is None or few.log_prob_min is None else few.log_prob_min
+    return Call(
+        *rows_call._replace(student=sides[0].x, teacher=teacher_x),
+        *FormRows(
+            sides[0].head, sides[0].bias, teacher_head, teacher_bias,
+            None if few is None else few.indices.to(torch.int64),
+            None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
+            TAILS.index(few.tail) if few else 0,
+            isinstance(teacher, Probabilities),
+            _as_given(teacher, teacher_temperature, rows_call.student.shape[:-1]),
+            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, least), slab_rows, adaptive,
+        ),
+    )  # fmt: skip
 
 
 def logits_loss(
@@ -276,27 +302,13 @@ def logits_loss(
     if adaptive:
         divergence = DERIVED[divergence].divergence
     count = options.num_classes
-    of_teacher = parts_of(teacher, count)
-    # detached also because torch.compile gives an autograd.Function no tensor twice, and both may have one head
-    constants = (x if x is None else x.detach() for x in of_teacher[:3])
-    sides = [parts_of(student, None), SideParts(*constants, of_teacher.numbers)]
+    sides = [parts_of(student, None), parts_of(teacher, count)]
     like = logits_of(student, count)
     rows_call = rows.call_of(namespace, divergence, like, logits_of(teacher, count, like), options)
     few = teacher if isinstance(teacher, TopKLogProbs) else None
     heads = [rows_of_slab(x) for x in (student, teacher) if isinstance(x, LinearLogits)]
-    call = _Call(
-        *rows_call._replace(student=sides[0].x, teacher=sides[1].x),
-        *FormRows(
-            sides[0].head, sides[0].bias, sides[1].head, sides[1].bias,
-            None if few is None else few.indices.to(torch.int64),
-            None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
-            TAILS.index(few.tail) if few else 0,
-            isinstance(teacher, Probabilities),
-            as_given(teacher, options.teacher_temperature, like.shape[:-1]),
-            numbers.as_tensor(*sides[0].numbers, *sides[1].numbers, least_of(few)),
-            min(heads) if heads else _rows_of_slab(like, few, options), adaptive,
-        ),
-    )  # fmt: skip
+    slab_rows = min(heads) if heads else _rows_of_slab(like, few, options)
+    call = call_of(rows_call, sides, teacher, options.teacher_temperature, slab_rows, adaptive)
     learns = Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
 
     def learned(per_row, return_parts):

@@ -163,10 +163,13 @@ def in_group(call: RowsCall, how: How, widths: torch.Tensor | None, size: int) -
     """The call of this rank's classes, where it is known how many there are: see Found."""
     if how.hard is not None:
         call = _here(call, how.hard[2] > 0, widths, size)
-    if how.mean:
-        scale = call.scale if call.scale_tensor is None else call.scale_tensor
-        call = call._replace(scale=1.0, scale_tensor=scale / widths[0])
-    return call
+    return with_mean(call, widths) if how.mean else call
+
+
+def with_mean(call: RowsCall, widths: torch.Tensor) -> RowsCall:
+    """A call whose divisor is multiplied by the number of all ranks' classes."""
+    scale = call.scale if call.scale_tensor is None else call.scale_tensor
+    return call._replace(scale=1.0, scale_tensor=scale / widths[0])
 
 
 def of_rows(namespace: str, how: How, ranks: Any, call: RowsCall, grad: torch.Tensor | None) -> Found:

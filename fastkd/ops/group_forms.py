@@ -11,7 +11,6 @@ and rounded once; where forward makes it, forward exchanges it. Where backward m
 of logits, it has the statistics of forward, and exchanges nothing else; of others it exchanges all once more.
 """
 
-import collections
 import math
 from typing import Any
 
@@ -25,25 +24,21 @@ from .._divergences import DERIVED, ENTRIES
 from .._dtypes import compute_dtype, without_autocast
 from .._inplace import overwritten
 from .._split_classes import Ranks, group_named, name_of
-from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of
-from . import numbers, rows
+from ..forms import LinearLogits, TopKLogProbs, logits_of
+from . import rows
 from ._head_products import ROWS, SLAB_BYTES
-from .forms import Learns, SideParts, as_given, least_of, new_grads, parts_of, run
-from .gradient import all_scaled, forbid_double_backward
+from .forms import Call, Learns, call_of, gradients, new_grads, parts_of, run
 from .group import How, how_of, in_group, of_rows, together
 from .group_probabilities import ProbabilitiesOfRanks
 from .group_top_k import FewOfRanks
 from .saved import restored, save
 from .slabs import Gathered
 from .teachers import Teacher
-from .top_k import TAILS
 from .top_k import rows_of_slab as rows_of_few
 
 # Slabs are of as many rows as if so many classes were split evenly: how many another rank has nobody knows, and to ask
 # would make the host wait. With fewer classes they take less memory.
 CLASSES = 2**18
-
-_Call = collections.namedtuple("_Call", (*RowsCall._fields, *FormRows._fields))
 
 
 def rows_of_slab(x: torch.Tensor, slab_bytes: int | None, ranks: int) -> int:
@@ -157,7 +152,7 @@ class _GroupForms(torch.autograd.Function):
     @staticmethod
     def forward(ctx, namespace, inplace, group, how, learns, widths, *fields):
         """widths: of all ranks, and of those before this one, where it is known already."""
-        call = _Call(*fields)
+        call = Call(*fields)
         ctx.namespace, ctx.inplace, ctx.group, ctx.mean, ctx.learns = namespace, inplace, group, how.mean, learns
         ctx.recompute = how.per_row or call.student.dtype is torch.float16
         if inplace:
@@ -179,17 +174,11 @@ class _GroupForms(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
-        grads = forbid_double_backward(_gradients, ctx, upstream)
-        found = dict(zip(("student", "student_head", "student_bias"), grads, strict=True))
-        return *(None for _ in range(6)), *(found.get(name) for name in _Call._fields)
+        return *(None for _ in range(6)), *gradients(ctx, upstream, _recomputed)
 
 
-def _gradients(ctx, upstream):
-    """Of the student's x, head and bias; None where it is not wanted."""
-    if not ctx.recompute:
-        found = iter(all_scaled(rows.OPS[ctx.namespace].scale_, list(ctx.saved_tensors), upstream))
-        return [next(found) if wanted else None for wanted in ctx.learns]
-    call, stats, *widths = restored(ctx, _Call)
+def _recomputed(ctx, upstream):
+    call, stats, *widths = restored(ctx, Call)
     grads = _grads(call, ctx.learns, ctx.inplace)
     widths = widths[0] if ctx.counts else None
     if _keeps_statistics(call):
@@ -229,24 +218,11 @@ def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, opt
     mean = options.reduction == "mean" and options.normalizer is None
     if mean:
         options = options._replace(reduction="batchmean")
-    of_student, of_teacher = parts_of(student, None), parts_of(teacher, None)
-    of_teacher = SideParts(*(x if x is None else x.detach() for x in of_teacher[:3]), of_teacher.numbers)
-    like = logits_of(student)
+    sides, like = [parts_of(student, None), parts_of(teacher, None)], logits_of(student)
     rows_call = rows.call_of(namespace, divergence, like, logits_of(teacher, None, like), options)
-    few = teacher if isinstance(teacher, TopKLogProbs) else None
-    call = _Call(
-        *rows_call._replace(student=of_student.x, teacher=of_teacher.x),
-        *FormRows(
-            of_student.head, of_student.bias, of_teacher.head, of_teacher.bias,
-            None if few is None else few.indices.to(torch.int64),
-            None if few is None or few.log_tail is None else few.log_tail.reshape(-1),
-            TAILS.index(few.tail) if few else 0, isinstance(teacher, Probabilities),
-            as_given(teacher, options.teacher_temperature, like.shape[:-1]),
-            numbers.as_tensor(*of_student.numbers, *of_teacher.numbers, least_of(few)),
-            _slab_rows(student, teacher, options), adaptive,
-        ),
-    )  # fmt: skip
-    learns = Learns(*(x is not None and x.requires_grad for x in of_student[:3]))
+    slab_rows = _slab_rows(student, teacher, options)
+    call = call_of(rows_call, sides, teacher, options.teacher_temperature, slab_rows, adaptive)
+    learns = Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
     how = how_of(options, mean)
     widths = None if _keeps_statistics(call) else _widths(teacher, like, options)
     if any(learns) and torch.is_grad_enabled():

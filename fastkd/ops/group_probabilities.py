@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from .._calls import RowsCall, RowsForward
-from .group import How, of_rows, together
-from .group_top_k import hard_of_ranks, with_mean
+from .group import How, of_rows, together, with_mean
+from .group_top_k import hard_of_ranks
 from .probabilities import OfProbabilities
 
 

@@ -12,38 +12,29 @@ import torch
 
 from .._calls import FormRows, RowsCall, RowsForward
 from .._divergences import NUMBERS
-from .group import How, of_rows, together
+from .group import How, of_rows, together, with_mean
+from .teachers import hard_call
 from .top_k import FewClasses
-
-
-def with_mean(part: RowsCall, widths: torch.Tensor) -> RowsCall:
-    """A call whose divisor is multiplied by the number of all ranks' classes."""
-    scale = part.scale if part.scale_tensor is None else part.scale_tensor
-    return part._replace(scale=1.0, scale_tensor=scale / widths[0])
 
 
 def hard_of_ranks(
     namespace: str, ranks: Any, part: RowsCall, out: RowsForward, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The hard loss of a call alone, and its gradient where one is wanted."""
-    x = part.student.to(dtype, copy=True)
-    numbers = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
-    part = part._replace(
-        student=x,
-        teacher=part.student,
-        target_numbers=numbers,
+    hard = hard_call(part, dtype)
+    grad = hard.student if out.grad is not None else None
+    hard = hard._replace(
+        teacher=part.student,  # of which statistics are made
         divergence=NUMBERS["kl_div"],
         parameter=0.0,
         parameter_rows=None,
         second_parameter=0.0,
         second_parameter_rows=None,
     )
-    wanted = out.grad is not None
-    found = of_rows(
-        namespace, How(out.loss.dim() > 0, False, tuple(numbers.tolist())), ranks, part, x if wanted else None
-    )
+    how = How(out.loss.dim() > 0, False, tuple(hard.target_numbers.tolist()))
+    found = of_rows(namespace, how, ranks, hard, grad)
     loss = together(ranks, found.loss) if found.is_share else found.loss
-    return loss.view(out.loss.shape).to(out.loss.dtype), x if wanted else None
+    return loss.view(out.loss.shape).to(out.loss.dtype), grad
 
 
 class _OverNone:

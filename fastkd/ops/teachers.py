@@ -75,13 +75,19 @@ class Apart(Teacher):
 
     def _hard(self, part, out):
         """The hard loss, and its gradient where one is wanted."""
-        x = part.student.to(self.dtype, copy=True)
-        numbers = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
-        # the soft loss is left out: the teacher is one that has been read already
-        part = part._replace(student=x, teacher=x, target_numbers=numbers)
-        hard = RowsForward(torch.empty_like(out.loss), x if out.grad is not None else None, None, out.parts)
-        rows.OPS[self.namespace].fwd(*part, *hard)
+        call = hard_call(part, self.dtype)
+        grad = call.student if out.grad is not None else None
+        hard = RowsForward(torch.empty_like(out.loss), grad, None, out.parts)
+        rows.OPS[self.namespace].fwd(*call, *hard)
         return hard.loss, hard.grad
+
+
+def hard_call(part: RowsCall, dtype: torch.dtype) -> RowsCall:
+    """The hard loss of a call alone, whose gradient may be written over its student: a copy."""
+    x = part.student.to(dtype, copy=True)
+    numbers = part.target_numbers * part.target_numbers.new_tensor([1, 0, 1])
+    # the soft loss is left out: the teacher is one that is read anyway
+    return part._replace(student=x, teacher=x, target_numbers=numbers)
 
 
 def with_parts(part: RowsCall) -> RowsCall:
