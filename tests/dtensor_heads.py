@@ -43,18 +43,23 @@ class SplitHeads:
 
         split = placed(weight, Shard(0)), placed(bias, Shard(0))
         replicated = placed(hidden, *self.whole)
+        few = fastkd.TopKLogProbs(*teacher.log_softmax(-1).topk(3)[::-1])
+        q = teacher.softmax(-1)
+        mine, double = chunk(teacher, -1), form(hidden, weight * 2)
         cases = (
-            ((hidden, chunk(weight), chunk(bias)), chunk(teacher, -1), {"group": group}),
-            ((hidden, *split), chunk(teacher, -1), {"group": group}),
-            ((replicated, *split), chunk(teacher, -1), {"group": group}),
-            ((replicated, *split), placed(teacher, Shard(-1)), {}),
-            ((replicated, *split), form(replicated, placed(weight * 2, Shard(0))), {}),
+            ((hidden, chunk(weight), chunk(bias)), mine, teacher, {"group": group}),
+            ((hidden, *split), mine, teacher, {"group": group}),
+            ((replicated, *split), mine, teacher, {"group": group}),
+            ((replicated, *split), placed(teacher, Shard(-1)), teacher, {}),
+            ((replicated, *split), form(replicated, placed(weight * 2, Shard(0))), double, {}),
+            ((hidden, *split), few, few, {"group": group}),
+            ((replicated, *split), few, few, {}),
+            ((hidden, *split), fastkd.Probabilities(chunk(q, -1)), fastkd.Probabilities(q), {"group": group}),
         )
         for name, options in (("kl_div", {}), ("js_div", {"reduction": "none"}), ("kd_loss", {"target": target})):
             for backend in ("cpu", "torch"):
                 loss_function = functools.partial(getattr(functional, name), **options)
-                for tensors, beside, more in cases:
-                    of_whole = form(hidden, weight * 2) if isinstance(beside, form) else teacher
+                for tensors, beside, of_whole, more in cases:
                     expected = results(loss_function, (hidden, weight, bias), of_whole)
                     with fastkd.backend(backend):
                         found = results(loss_function, tensors, beside, **more)
