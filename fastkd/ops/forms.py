@@ -35,7 +35,7 @@ from .slabs import evenly, gathered, slabs
 from .teachers import Teacher
 from .top_k import TAILS, FewClasses
 
-Call = collections.namedtuple("Call", (*RowsCall._fields, *FormRows._fields))
+Call: Any = collections.namedtuple("Call", (*RowsCall._fields, *FormRows._fields))
 
 
 class SideParts(NamedTuple):
