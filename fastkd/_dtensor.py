@@ -25,6 +25,7 @@ from ._inplace import overwritten
 from ._layouts import _GATHER, _dtensor, _first, _is_plain, _is_split, _layout, _list, _local, _mesh, _whole
 
 _CLASSES = f"Classes may be split by one dimension of the mesh, on both sides alike; else {_GATHER}"
+_ROWS = f"Classes may be split by one dimension of the mesh, on both sides alike; rows not: {_GATHER}"
 _OTHERS = frozenset((torch.Tensor, torch.nn.Parameter, float, int, bool, str, type(None)))
 
 
@@ -220,15 +221,22 @@ def logits_loss(again, divergence, student, teacher, options, dim):
 
 
 def dist_loss(again, student, teacher, options, dim):
-    """The columns need all rows and the rows need all columns: both tensors are whole on every rank."""
+    """The columns need all rows, on every rank; the rows need all columns, which may be split."""
     mesh = _mesh(student=student, teacher=teacher, mask=options.mask)
-    layout = _layout(mesh, None)
+    over = _splits_classes(student, dim)
     for name, x in (("student", student), ("teacher", teacher)):
         if isinstance(x, torch.Tensor):
-            _refuse_split(name, x, (), "all rows and all classes", "logits", _GATHER)
-    here = _student_here(mesh, layout, student, options.inplace) if isinstance(student, torch.Tensor) else student
-    local = [_local(x, layout) if isinstance(x, torch.Tensor) else x for x in (teacher, options.mask)]
-    return _sum(again(here, local[0], options._replace(mask=local[1]), dim), layout)
+            may_be_split = [dim % x.dim()] if over is not None and _splits_classes(x, dim) == over else []
+            _refuse_split(name, x, may_be_split, "all rows", "logits", _ROWS)
+    layout = of_logits = _layout(mesh, None)
+    if over is not None:
+        of_logits = _layout(mesh, student)
+        layout, options = of_logits.whole_over(over), options._replace(group=mesh.get_group(over))
+    tensor = isinstance(student, torch.Tensor)
+    here = _student_here(mesh, of_logits, student, options.inplace) if tensor else student
+    teacher = _local(teacher, of_logits) if isinstance(teacher, torch.Tensor) else teacher
+    mask = options.mask if options.mask is None else _local(options.mask, layout)
+    return _sum(again(here, teacher, options._replace(mask=mask), dim), layout)
 
 
 def _feature_layouts(mesh, dims, student, teacher):

@@ -125,6 +125,18 @@ IN_PYTHON = (
     # the dist schedule of logits that are made a slab at a time, twice
     schema("form_dist_fwd", Op((_calls.DistCall, _calls.FormDist, _calls.FormDistForward)), "str rows"),
     schema("form_dist_bwd", Op((_calls.DistCall, _calls.FormDist, _calls.FormDistBackward)), "str rows"),
+    schema(
+        "form_group_dist_fwd",
+        Op((_calls.DistCall, _calls.FormDist, _calls.FormDistForward)),
+        "str rows",
+        "str group",
+    ),
+    schema(
+        "form_group_dist_bwd",
+        Op((_calls.DistCall, _calls.FormDist, _calls.FormDistBackward)),
+        "str rows",
+        "str group",
+    ),
     # rows and dist schedule of standardized logits, in slabs; rows: the namespace whose ops compute each slab
     *(
         schema(f"standardized_{name}", OPS[name], "str rows")

@@ -7,6 +7,7 @@ import torch
 from . import _backend, _check, _transforms, reference
 from ._check import LogitsOptions
 from ._check.arguments import values_known
+from ._divergences import DERIVED
 from ._dtypes import compute_dtype
 from ._inplace import overwritten
 from .forms import LinearLogits, Probabilities, TopKLogProbs, in_dtype, logits_of_rows, with_hidden
@@ -106,33 +107,53 @@ def _whole(x, widths, ranks):
     return torch.cat(parts, -1)
 
 
+def _whole_sides(student, teacher, options):
+    """Student and teacher of all ranks' classes, and how many these are."""
+    ranks = Ranks(options.group)
+    for name, side in (("student", student), ("teacher", teacher)):
+        for x in (side,) if isinstance(side, torch.Tensor) else vars(side).values():
+            if isinstance(x, torch.Tensor):
+                _transforms.refuse_all(name, x, _OF_SPLIT)
+    student, teacher = (_shard(x, options.mask, ranks) for x in (student, teacher))
+    widths = ranks.gathered(torch.tensor([student.shape[-1]], device=student.device))[:, 0].tolist()
+    if isinstance(teacher, Probabilities):
+        whole = _whole(teacher.probabilities, widths, ranks)
+        teacher = Probabilities(whole, temperature=teacher.temperature)
+    elif not isinstance(teacher, TopKLogProbs):
+        teacher = _whole(teacher, widths, ranks)
+    return _whole(student, widths, ranks), teacher, sum(widths)
+
+
+def _after(loss, student, options):
+    if options.inplace and student.requires_grad and torch.is_grad_enabled():
+        overwritten(student)
+    return loss
+
+
 def logits_loss(backend: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions) -> torch.Tensor:
     """The loss of :mod:`fastkd.functional`, of what each rank has; the arguments have been checked there. Plain PyTorch
     gathers the logits."""
     if backend == "torch":
-        ranks = Ranks(options.group)
-        for name, side in (("student", student), ("teacher", teacher)):
-            for x in (side,) if isinstance(side, torch.Tensor) else vars(side).values():
-                if isinstance(x, torch.Tensor):
-                    _transforms.refuse_all(name, x, _OF_SPLIT)
-        student, teacher = (_shard(x, options.mask, ranks) for x in (student, teacher))
-        widths = ranks.gathered(torch.tensor([student.shape[-1]], device=student.device))[:, 0].tolist()
+        *sides, classes = _whole_sides(student, teacher, options)
         if options.target is not None:
-            wrong_targets(options.target, sum(widths), options.mask)
+            wrong_targets(options.target, classes, options.mask)
         if isinstance(teacher, TopKLogProbs):
-            _check.top_k_values(teacher, sum(widths), options.mask)
-        elif isinstance(teacher, Probabilities):
-            whole = _whole(teacher.probabilities, widths, ranks)
-            teacher = Probabilities(whole, temperature=teacher.temperature)
-        else:
-            teacher = _whole(teacher, widths, ranks)
-        sides = _whole(student, widths, ranks), teacher
+            _check.top_k_values(teacher, classes, options.mask)
         loss = reference.logits_loss(divergence, *sides, options._replace(group=None, inplace=False))
-        if options.inplace and student.requires_grad and torch.is_grad_enabled():
-            overwritten(student)
-        return loss
+        return _after(loss, student, options)
     from .ops import group, group_forms
 
-    forms = not (isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor))
-    loss = group_forms.logits_loss if forms else group.logits_loss
+    logits = isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor)
+    more = options.standardize or options.target_loss is not None or divergence in DERIVED
+    loss = group.logits_loss if logits and not more else group_forms.logits_loss
     return loss(_backend.namespace(backend), divergence, student, teacher, options)
+
+
+def dist_loss(backend: str, student: Any, teacher: Any, options: Any) -> torch.Tensor:
+    """The same of ``dist_loss``."""
+    if backend == "torch":
+        *sides, _ = _whole_sides(student, teacher, options)
+        return _after(reference.dist_loss(*sides, options._replace(group=None, inplace=False)), student, options)
+    from .ops import dist_forms
+
+    return dist_forms.dist_loss(_backend.namespace(backend), student, teacher, options)

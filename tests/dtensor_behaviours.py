@@ -96,10 +96,8 @@ class Behaviours(SplitHeads):
 
         split, group = self.of(self.student, [Shard(-1)]), self.mesh.get_group()
         target = torch.zeros(5, 3, dtype=torch.int64)
-        for loss in (functional.dkd_loss, functional.nkd_loss):
-            self.raises("^group: not with .*gather the classes", loss, split, split, target)
-        self.raises("^group: not with adaptive_kl_div", functional.adaptive_kl_div, split, split)
-        self.raises("^standardize: ", functional.kl_div, split, split, standardize=True)
+        self.raises("^return_parts: ", functional.kd_loss, split, split, target, return_parts=True)
+        self.raises("^num_classes: ", functional.kl_div, split, split, num_classes=5)
         self.raises("^student: plain tensors, each rank", functional.kl_div, split, self.teacher, group=group)
         given = fastkd.Probabilities(torch.rand(5, 3, 8))
         words = "^group: not with total_variation of Probabilities"
@@ -112,15 +110,41 @@ class Behaviours(SplitHeads):
         loss = module(self.student, self.teacher, target)
         torch.testing.assert_close(loss, functional.kd_loss(self.student, self.teacher, target, group=group))
 
-    def rows_or_classes_that_are_split_are_an_error_of_dist_loss(self):
+    def rows_that_are_split_are_an_error_of_dist_loss(self):
         from torch.distributed.tensor import Shard
 
         whole = self.of(self.student, self.whole)
         for dim in range(self.student.dim()):
             split = self.of(self.student, [Shard(dim)])
-            words = ": all rows and all classes wanted on every rank, got logits that are split over ranks.*full_tensor"
-            self.raises(f"^student{words}", functional.dist_loss, split, whole)
+            words = ": all rows wanted on every rank, got logits that are split over ranks.*full_tensor"
+            if dim < self.student.dim() - 1:
+                self.raises(f"^student{words}", functional.dist_loss, split, whole)
             self.raises(f"^teacher{words}", functional.dist_loss, whole, split, dim=1)
+
+    def losses_that_exchange_more_take_classes_that_are_split(self):
+        from torch.distributed.tensor import Shard
+
+        target = torch.arange(15).view(5, 3) % self.student.shape[-1]
+        for name, options in (
+            ("dist_loss", {}),
+            ("dist_loss", {"standardize": True, "mask": torch.arange(3) != 1}),
+            ("adaptive_kl_div", {}),
+            ("dkd_loss", {"target": target}),
+            ("nkd_loss", {"target": target}),
+            ("js_div", {"standardize": True, "reduction": "none"}),
+        ):
+            for inplace in (False, True):
+                found = []
+                for split in (False, True):
+                    x, t = self.student.clone(), self.teacher
+                    if split:
+                        x, t = (self.of(y, [Shard(-1)]) for y in (x, t))
+                    x.requires_grad_()
+                    loss = getattr(functional, name)(x * 1 if inplace else x, t, inplace=inplace, **options)
+                    (whole(loss) if loss.dim() == 0 else loss.sum()).backward()
+                    found.append((whole(loss).detach(), whole(x.grad)))
+                for x, y in zip(*found, strict=True):
+                    torch.testing.assert_close(x, y)
 
     def heads_in_place_of_logits_have_plain_hidden_states(self):
         """What such heads learn: tests/test_sharded_heads.py."""

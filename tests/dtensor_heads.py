@@ -104,7 +104,10 @@ class SplitHeads:
         def of_others(hidden, own):
             student = fastkd.LinearLogits(hidden * 2, own)
             losses = [functional.kl_div(student, x, group=group) for x in others]
-            return losses[0] + losses[1]
+            losses.append(functional.dist_loss(student, teacher, group=group))
+            losses.append(functional.dkd_loss(student, teacher, torch.arange(5), group=group))
+            losses.append(functional.adaptive_kl_div(student, teacher, standardize=True, group=group))
+            return sum(losses)
 
         few = fastkd.TopKLogProbs(*torch.randn(5, 8).log_softmax(-1).topk(3)[::-1])
         others = few, fastkd.Probabilities(teacher.softmax(-1))

@@ -40,6 +40,7 @@ PROBABILITIES = "tests/test_probabilities.py tests/test_probabilities_errors.py"
 TARGETS = "tests/test_targets.py"
 GROUP = "tests/test_group.py"
 HEADS = "tests/test_group_heads.py"
+GROUP_LOGITS = "tests/test_group_logits.py"
 PARTED = "tests/test_parted_targets.py"
 BEYOND = "tests/test_beyond_kl.py"
 RELATIONS = "tests/test_relations.py tests/test_relations_gradients.py tests/test_row_options.py"
@@ -264,6 +265,23 @@ MUTATIONS = [
     Mutation("group: probabilities sum to what a rank has", "fastkd/ops/group_probabilities.py",
              "return self.ranks.gathered(super().sums_of(q).reshape(-1)).sum(0).view(q.shape[:-1])", "return super().sums_of(q)",
              "tests/test_group_probabilities.py"),
+    Mutation("group: a head's bound is the rank's own", "fastkd/ops/group_logits.py",
+             "bins = ranks.gathered(bins).sum(0).flip(1)", "bins = bins.flip(1)", GROUP_LOGITS),
+    Mutation("group: equals of a head's bound are in it", "fastkd/ops/group_logits.py",
+             "everything | (key > bound)", "everything | (key >= bound)", GROUP_LOGITS),
+    Mutation("group: means of ranks count alike", "fastkd/ops/group_standardize.py",
+             "beyond = squares.sum(0) + (n * torch", "beyond = squares.sum(0) + (1 * torch", GROUP_LOGITS),
+    Mutation("group: a standardized row's gradient has the rank's own sums", "fastkd/ops/group_standardize.py",
+             "sums = ranks.gathered(sums.view(-1, 2)).sum(0).view(sums.shape)", "", GROUP_LOGITS),
+    Mutation("group: another rank's target is among the other classes", "fastkd/ops/group_targets.py",
+             "here = (at >= 0) & (at < V) & ~wrong", "here = (at > 0) & (at < V) & ~wrong", GROUP_LOGITS),
+    Mutation("group: what the target loses nobody gains", "fastkd/ops/group_targets.py",
+             "        grad.sub_(slope * two.among_others(sides[0]))\n", "", GROUP_LOGITS),
+    Mutation("group: a row's correlation has the rank's own classes", "fastkd/ops/dist_forms.py",
+             "of_each if runs.ranks is None else of_all_ranks(of_each, runs.ranks)", "of_each", "tests/test_group_dist.py"),
+    Mutation("group: backward of dist has the rank's own sum", "fastkd/ops/dist_forms.py",
+             "total = runs.ranks.gathered(G.sum(-1, keepdim=True).double()).sum(0).to(dtype)",
+             "total = G.sum(-1, keepdim=True)", "tests/test_group_dist.py"),
     Mutation("group: a rank's samples come first", "fastkd/_split_samples.py",
              "torch.cat([whole[:before], Own.apply(x, _OF_SPLIT), whole[before + len(x) :]])",
              "torch.cat([Own.apply(x, _OF_SPLIT), whole[:before], whole[before + len(x) :]])", "tests/test_group_samples.py"),

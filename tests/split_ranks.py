@@ -58,8 +58,10 @@ def threads():
         mock.patch("fastkd._split_classes.Ranks", Ranks),
         mock.patch("fastkd.ops.group.Ranks", Ranks),
         mock.patch("fastkd.ops.group_forms.Ranks", Ranks),
+        mock.patch("fastkd.ops.dist_forms.Ranks", Ranks),
         mock.patch("fastkd._split_samples.Ranks", Ranks),
         mock.patch("fastkd._check.logits.group"),
+        mock.patch("fastkd._check.dist.group"),
         mock.patch("fastkd._check.group"),
     ):
         yield
@@ -94,6 +96,11 @@ def upstream_of(loss):
     return torch.linspace(0.5, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
 
 
+def same_bits(x, y):
+    """Whether two losses are the same on all ranks; NaN is."""
+    return torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(), y.nan_to_num())
+
+
 def of_ranks(loss_function, student, teacher, bounds, group=None, **options):
     """The loss and the student's gradient, by ranks that have some of the classes each. teacher: that of all ranks, or
     a function of a rank's classes."""
@@ -108,7 +115,7 @@ def of_ranks(loss_function, student, teacher, bounds, group=None, **options):
         return loss.detach()
 
     losses = on_ranks(group, of_rank)
-    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert all(same_bits(loss, losses[0]) for loss in losses)
     return losses[0], torch.cat([grads[rank] for rank in range(group.size)], 1)
 
 
@@ -148,8 +155,7 @@ class _Split(torch.autograd.Function):
 
         ctx.losses, ctx.students = on_ranks(group, of_rank), students
         first, *others = ctx.losses
-        assert all(torch.equal(first.isnan(), x.isnan()) for x in others)
-        assert all(torch.equal(first.nan_to_num(), x.nan_to_num()) for x in others), "each rank has another loss"
+        assert all(same_bits(first, x) for x in others), "each rank has another loss"
         return first.detach().clone()
 
     @staticmethod

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import at_least_zero, flag, mask, number, whole_number
-from .logits import count_of_classes, first_classes, inplace, logits
+from .logits import count_of_classes, first_classes, group, inplace, logits
 from .relations import eps
 
 
@@ -20,6 +20,7 @@ class DistOptions(NamedTuple):
     mask: Any
     inplace: bool
     num_classes: Any = None  # that count, of both sides the first; None: all
+    group: Any = None  # the ranks over which classes are split
 
 
 def numbers(options):
@@ -39,7 +40,7 @@ def dist_loss(student, teacher, options, dim, forms):
     """Of tensors whose classes have been brought from dim to the end; forms: they stand for what is no logits."""
     whole = student
     student, teacher = first_classes(student, teacher, options.num_classes)
-    logits(student, teacher, dim)
+    logits(student, teacher, dim, some=options.group is not None)
     numbers(options)
     if options.mask is not None:
         mask(options.mask, student)
@@ -54,3 +55,4 @@ def dist_module(options, dim):
     count_of_classes(options.num_classes)
     numbers(options)
     flag("inplace", options.inplace)
+    group(options.group)

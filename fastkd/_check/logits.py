@@ -195,9 +195,8 @@ def beside_group(options):
             "num_classes: not with classes that are split over ranks; beside group= each rank gives those of its own "
             "that count, logits[..., :n]"
         )
-    for name in ("standardize", "return_parts"):
-        if getattr(options, name):
-            raise ValueError(f"{name}: not with classes that are split over ranks")
+    if getattr(options, "return_parts", False):
+        raise ValueError("return_parts: not with classes that are split over ranks")
 
 
 def class_dim(dim, student, teacher):

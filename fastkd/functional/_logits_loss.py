@@ -92,16 +92,13 @@ def _exchanged(called, options):
     return exchanged, note + ", without inplace" * options.inplace
 
 
-def _beside_group(called, student, teacher, options):
+def beside_group(called, student, teacher, options):
     """An error where classes are split over ranks, and something is given that they do not go with."""
     _check.beside_group(options)
     for name, side in (("student", student), ("teacher", teacher)):
         if _dtensor.given(side):
             raise ValueError(f"{name}: plain tensors, each rank's own, wanted beside group=, got a DTensor")
-    derived = called in _divergences.DERIVED and not isinstance(teacher, TopKLogProbs)
-    if derived or options.target_loss is not None:
-        raise ValueError(f"group: not with {options.target_loss or called}: {_GATHER}")
-    if isinstance(teacher, Probabilities) and called in _masses.WITHOUT:
+    if isinstance(teacher, Probabilities) and called in (*_masses.WITHOUT, *_divergences.DERIVED):
         raise ValueError(f"group: not with {called} of Probabilities: {_GATHER}")
 
 
@@ -118,7 +115,7 @@ def _checked_loss(called, student, teacher, options, dim):
     """The same, of which heads are no DTensors that are split by classes."""
     divergence, parameters = called, _divergences.parameters_of(called)
     if options.group is not None:
-        _beside_group(called, student, teacher, options)
+        beside_group(called, student, teacher, options)
     forms = of_forms(student, teacher, options, dim)
     if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
         student = logits_of(forms[0])

@@ -71,8 +71,8 @@ def adaptive_kl_div(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
-        group: a process group over which the student's classes are split, beside a teacher of
-            :class:`fastkd.TopKLogProbs` alone. Default: none.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says; not with
+            :class:`fastkd.Probabilities`. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.

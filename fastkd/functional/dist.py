@@ -2,14 +2,25 @@ r"""The DIST loss: the student's probabilities correlate with the teacher's, in 
 
 from torch import Tensor
 
-from .. import _backend, _check, _dtensor, reference
-from .._types import Logits, WholeTeacher
+from .. import _backend, _check, _dtensor, _sharded_heads, reference
+from .._types import Logits, ProcessGroup, WholeTeacher
 from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of, logits_of_rows
-from ._logits_loss import of_forms
+from ._logits_loss import beside_group, of_forms
 
 
 def _dist_loss(student, teacher, options, dim):
     """Checks what the loss is given, and hands it to the backend."""
+    if isinstance(student, LinearLogits) or isinstance(teacher, LinearLogits):
+        student, teacher, group, mesh = _sharded_heads.of_ranks(student, teacher, options.group)
+        loss = _checked_loss(student, teacher, options._replace(group=group), dim)
+        return loss if mesh is None else _sharded_heads.replicated(loss, mesh)
+    return _checked_loss(student, teacher, options, dim)
+
+
+def _checked_loss(student, teacher, options, dim):
+    """The same, of which heads are no DTensors that are split by classes."""
+    if options.group is not None:
+        beside_group("dist_loss", student, teacher, options)
     forms = of_forms(student, teacher, options, dim)
     if forms:  # in checks, and where only shape, dtype and device matter, tensors that hold nothing stand for them
         if isinstance(forms[1], TopKLogProbs):
@@ -36,6 +47,10 @@ def _computed(student, teacher, options, device):
     if isinstance(teacher, Tensor):
         teacher = teacher[..., : options.num_classes]
     backend = _backend.select(device)
+    if options.group is not None:
+        from .. import _split_classes
+
+        return _split_classes.dist_loss(backend, student, teacher, options)
     if backend == "torch":
         sides = [logits_of_rows(x, options.mask) if isinstance(x, LinearLogits) else x for x in (student, teacher)]
         if isinstance(sides[1], Tensor):
@@ -60,6 +75,7 @@ def dist_loss(
     num_classes: int | None = None,
     mask: Tensor | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""One less the correlation of the student's probabilities with the teacher's, along rows and along columns.
 
@@ -84,8 +100,8 @@ def dist_loss(
     for all rows and both sides; there is no weight, reduction or normalizer, as a column is of all rows at once; both
     forward and backward read student and teacher, which are saved for it, with 48 bytes a row and 12 a class (24 in
     float64), but no gradient; forward takes 72 bytes a class, and besides 44 for each thread of the CPU (88 in
-    float64), or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes; DTensors are
-    taken where they are replicated, while those that are split are an error.
+    float64), or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes; DTensors have
+    all rows on every rank.
 
     Args:
         student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be. Of these each slab is
@@ -107,6 +123,8 @@ def dist_loss(
         inplace: whether the gradient is written over the student's logits, in backward, which saves its memory. Such
             logits must not be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is
             refused. Default False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says. Thirteen numbers a
+            row are exchanged forward, and one in the end; and one a row backward. Default: none.
 
     Returns:
         The loss, a tensor without dimensions.
@@ -126,5 +144,7 @@ def dist_loss(
 
     Source: Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", 2022.
     """
-    options = _check.DistOptions(inter_weight, intra_weight, temperature, eps, standardize, mask, inplace, num_classes)
+    options = _check.DistOptions(
+        inter_weight, intra_weight, temperature, eps, standardize, mask, inplace, num_classes, group
+    )
     return _dist_loss(student, teacher, options, dim)

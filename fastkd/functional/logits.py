@@ -31,20 +31,24 @@ may differ then. The gradient of the others is 0. They are no part of any sum, m
 gives its own classes of student and teacher, in the order of the ranks and as many as it has; rows, mask, weights and
 targets, which are numbers of all classes, are the same on every rank. Every rank gets the loss of whole rows, the same
 to the last bit, and the gradient of its own classes. Of ``kl_div``, ``soft_cross_entropy`` and ``bernoulli_kl_div``
-four numbers a row are exchanged before the gradient, and one for the loss, or one a row with ``"none"``; the others
-exchange three more a row in place of that one. Targets are two or three more a row, and ``"mean"`` is one. Backward
-exchanges nothing of logits. All divergences and ``kd_loss`` have it, ``adaptive_kl_div`` beside a teacher's best
-classes alone.
+24 bytes a row are exchanged before the gradient, 32 in float64, and one number for the loss, or one a row with
+``"none"``; the others exchange three numbers a row in place of that one. Targets are one or two more a row. Backward
+exchanges nothing of logits.
+
+Every loss of logits has it. Those that need more of a row go over slabs of rows and exchange more, all of it once again
+where backward computes the gradient, with ``"none"`` and in float16: ``standardize`` six numbers a row before and two
+after; ``adaptive_kl_div`` four counts of 256 numbers a row, eight in float64, by which the teacher's head is found;
+``dkd_loss`` the target's two logits, and ``nkd_loss`` these and the statistics at temperature 1; ``dist_loss`` thirteen
+numbers a row, and one a row in backward.
 
 In place of logits go :class:`fastkd.LinearLogits`, whose weight has the rank's own classes, and whose hidden states get
 a gradient that is summed over ranks; :class:`fastkd.TopKLogProbs`, the same on every rank, of whose classes the
 student's logits are exchanged, K + 1 numbers a row; and :class:`fastkd.Probabilities` of the rank's own classes, whose
-sums are exchanged, but not with ``total_variation``, ``negative_log_acceptance`` and ``alpha_beta_div``. With the last
-two backward exchanges the same once more where it computes the gradient, with ``"none"`` and in float16. A rank without
-classes has no head and no probabilities, which want one at least.
+sums are exchanged, but not with ``total_variation``, ``negative_log_acceptance``, ``alpha_beta_div`` and
+``adaptive_kl_div``. With the last two forms backward exchanges the same once more where it computes the gradient. A
+rank without classes has no head and no probabilities, which want one at least.
 
-There is neither ``num_classes`` nor ``standardize`` nor ``return_parts`` beside a group, and there are first
-derivatives alone. Smoothed labels make the host wait for the device once, or once a slab; plain PyTorch gathers the
+There is neither ``num_classes`` nor ``return_parts`` beside a group, and there are first derivatives alone. Smoothed labels make the host wait for the device once, or once a slab; plain PyTorch gathers the
 logits, and waits as well. Maps are read across their rows, which is slower than without a group. An error that one rank
 alone raises leaves the others waiting. A module that has a group can be neither copied nor pickled, as the group
 cannot.

@@ -15,7 +15,7 @@ student's, the loss is +inf and the gradient 0.
 from torch import Tensor
 
 from .. import _check
-from .._types import Logits, TargetReduction, WholeTeacher
+from .._types import Logits, ProcessGroup, TargetReduction, WholeTeacher
 from ._logits_loss import _logits_loss
 
 
@@ -38,6 +38,7 @@ def dkd_loss(
     reduction: TargetReduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Decoupled knowledge distillation: the target and the other classes are weighed by themselves.
 
@@ -83,6 +84,8 @@ def dkd_loss(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says; targets are
+            numbers of all classes. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -104,7 +107,7 @@ def dkd_loss(
     """
     return _parted_target(
         "dkd_loss", student, teacher, target, beta, alpha, temperature, teacher_temperature, t_squared, standardize,
-        ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace,
+        ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace, group,
     )  # fmt: skip
 
 
@@ -126,6 +129,7 @@ def nkd_loss(
     reduction: TargetReduction = "batchmean",
     normalizer: Tensor | float | None = None,
     inplace: bool = False,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Normalized knowledge distillation: the target as the teacher sees it, and the other classes by themselves.
 
@@ -170,6 +174,8 @@ def nkd_loss(
         inplace: whether the gradient is written over the student's logits, which saves its memory. Such logits must not
             be a leaf, a later differentiable use of them raises in backward, and ``torch.compile`` is refused. Default
             False.
+        group: a process group over which classes are split, as :mod:`fastkd.functional.logits` says; targets are
+            numbers of all classes. Default: none.
 
     Returns:
         The loss, a tensor without dimensions, or ``[*]`` with ``reduction="none"``.
@@ -192,18 +198,18 @@ def nkd_loss(
     """
     return _parted_target(
         "nkd_loss", student, teacher, target, gamma, None, temperature, teacher_temperature, t_squared, standardize,
-        ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace,
+        ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace, group,
     )  # fmt: skip
 
 
 def _parted_target(
     name, student, teacher, target, parameter, second, temperature, teacher_temperature, t_squared, standardize,
-    ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace,
+    ignore_index, dim, num_classes, mask, weight, reduction, normalizer, inplace, group,
 ):  # fmt: skip
     """A loss that parts the target from the other classes."""
     options = _check.LogitsOptions(
         temperature, temperature if teacher_temperature is None else teacher_temperature, t_squared, mask, weight,
         reduction, normalizer, inplace, parameter, _check.as_classes(target), ignore_index, target_loss=name,
-        second=second, standardize=standardize, num_classes=num_classes,
+        second=second, standardize=standardize, num_classes=num_classes, group=group,
     )  # fmt: skip
     return _logits_loss(name, student, teacher, options, dim)

@@ -26,7 +26,7 @@ class AdaptiveKLDivLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"``, ``"batchmean"`` or ``"mean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
-        group: a process group over which the student's classes are split, beside :class:`fastkd.TopKLogProbs`.
+        group: a process group over which classes are split, not with :class:`fastkd.Probabilities`.
             Default: none.
 
     Shape:

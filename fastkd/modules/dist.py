@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, functional
-from .._types import Logits, WholeTeacher
+from .._types import Logits, ProcessGroup, WholeTeacher
 from ._loss import _Loss
 
 
@@ -24,6 +24,7 @@ class DISTLoss(_Loss):
         dim: where the classes are: 1 for maps ``[B, V, H, W]``. Default: the last.
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``; the loss has no dimensions.
@@ -39,7 +40,17 @@ class DISTLoss(_Loss):
         33.4998
     """
 
-    _options = ("inter_weight", "intra_weight", "temperature", "eps", "standardize", "dim", "num_classes", "inplace")
+    _options = (
+        "inter_weight",
+        "intra_weight",
+        "temperature",
+        "eps",
+        "standardize",
+        "dim",
+        "num_classes",
+        "inplace",
+        "group",
+    )
 
     def __init__(
         self,
@@ -52,10 +63,11 @@ class DISTLoss(_Loss):
         dim: int = -1,
         num_classes: int | None = None,
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         options = _check.DistOptions(
-            inter_weight, intra_weight, temperature, eps, standardize, None, inplace, num_classes
+            inter_weight, intra_weight, temperature, eps, standardize, None, inplace, num_classes, group
         )
         _check.dist_module(options, dim)
         self.inter_weight = inter_weight
@@ -66,6 +78,7 @@ class DISTLoss(_Loss):
         self.dim = dim
         self.num_classes = num_classes
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -95,4 +108,5 @@ class DISTLoss(_Loss):
             num_classes=self.num_classes,
             mask=mask,
             inplace=self.inplace,
+            group=self.group,
         )

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from .. import _check, _divergences, functional
-from .._types import Logits, TargetReduction, WholeTeacher
+from .._types import Logits, ProcessGroup, TargetReduction, WholeTeacher
 from ._loss import _Loss
 
 
@@ -26,6 +26,7 @@ class DKDLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``, and target ``[*]``; the loss has no dimensions, or ``[*]``
@@ -54,6 +55,7 @@ class DKDLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -70,13 +72,14 @@ class DKDLoss(_Loss):
         num_classes: int | None = None,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.parameter(_divergences.TARGET_LOSSES["dkd_loss"].second, alpha)
         _check.parameter(_divergences.TARGET_LOSSES["dkd_loss"].parameter, beta)
         _check.target_reduction(reduction)
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace, group
         )
         _check.whole_number("ignore_index", ignore_index)
         self.alpha = alpha
@@ -90,6 +93,7 @@ class DKDLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -133,6 +137,7 @@ class DKDLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )
 
 
@@ -154,6 +159,7 @@ class NKDLoss(_Loss):
         num_classes: how many classes count, the first ones of both sides, whose widths may differ then. Default: all.
         reduction: ``"none"``, ``"sum"`` or ``"batchmean"``. Default: ``"batchmean"``.
         inplace: whether the gradient is written over the student's logits. Default False.
+        group: a process group over which classes are split. Default: none.
 
     Shape:
         student and teacher ``[*, V]``, or with V at ``dim``, and target ``[*]``; the loss has no dimensions, or ``[*]``
@@ -181,6 +187,7 @@ class NKDLoss(_Loss):
         "num_classes",
         "reduction",
         "inplace",
+        "group",
     )
 
     def __init__(
@@ -196,12 +203,13 @@ class NKDLoss(_Loss):
         num_classes: int | None = None,
         reduction: TargetReduction = "batchmean",
         inplace: bool = False,
+        group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         _check.parameter(_divergences.TARGET_LOSSES["nkd_loss"].parameter, gamma)
         _check.target_reduction(reduction)
         _check.logits_module(
-            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace
+            temperature, teacher_temperature, t_squared, standardize, dim, num_classes, reduction, inplace, group
         )
         _check.whole_number("ignore_index", ignore_index)
         self.gamma = gamma
@@ -214,6 +222,7 @@ class NKDLoss(_Loss):
         self.num_classes = num_classes
         self.reduction: TargetReduction = reduction
         self.inplace = inplace
+        self.group = group
 
     def forward(
         self,
@@ -256,4 +265,5 @@ class NKDLoss(_Loss):
             reduction=self.reduction,
             normalizer=normalizer,
             inplace=self.inplace,
+            group=self.group,
         )

@@ -1,13 +1,19 @@
 """The DIST loss of what stands in place of logits: hidden states with a head, or a teacher's probabilities.
 
 A column's correlation follows from all rows, so that no gradient is known before the last one has been read: each slab
-of logits is made twice. Forward sums up what rows and columns come to, by plain PyTorch, as the correlations of
-csrc/math/correlation.h have it; backward makes the slabs again, and the dist schedule writes the gradient over them.
+of logits is made twice. Forward sums up what rows and columns come to, by plain PyTorch (ops/_correlations.py);
+backward makes the slabs again, and the dist schedule writes the gradient over them.
+
+Of classes that are split over ranks, of whichever form, forward exchanges what slabs of rows come to: four numbers a
+row, the maxima and sums of both sides, and nine, the sums of products. Columns are a rank's own, and the sum of their
+losses is exchanged once. A row's gradient has a sum over its classes, one number a row that backward exchanges; so
+plain PyTorch computes it.
 """
 
 import collections
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -16,111 +22,27 @@ from .._calls import DistBackward, DistCall, FormDist, FormDistBackward, FormDis
 from .._check import DistOptions
 from .._dtypes import compute_dtype, without_autocast
 from .._inplace import overwritten
+from .._split_classes import Ranks, group_named, name_of
 from ..forms import LinearLogits, Probabilities, logits_of
 from . import dist, numbers, rows, standardize
+from ._correlations import compared, compared_again, correlations, moments, of_all_ranks
 from ._head_products import Gradients, Side, rows_of_slab
-from .forms import Learns, checked, new_grads, of_first_classes, parts_of
+from .forms import Learns, checked, new_grads, of_first_classes, parts_of, rounded
 from .gradient import forbid_double_backward
+from .group_forms import rows_of_slab as rows_of_ranks
+from .group_standardize import standardized
 from .saved import restored, save
 from .slabs import evenly, slabs
 
 _Call = collections.namedtuple("_Call", (*DistCall._fields, *FormDist._fields))
 
 
-class _Moments(NamedTuple):
-    """Of n values of p, of D = p - q and of q: their means, and sums of products of what they are beyond these."""
-
-    n: Any
-    p: Any
-    D: Any
-    q: Any
-    sums: Any  # [5, *]: of a a, b b, a b, a D and D D, where a is of p and b of q
-
-    def merged(self, x):
-        """With those of other values."""
-        total = self.n + x.n
-        share = x.n / torch.clamp(total, min=1)
-        p, D, q = (y - z for y, z in zip(x[1:4], self[1:4], strict=True))
-        beyond = torch.stack([p * p, q * q, p * q, p * D, D * D]) * (self.n * share)
-        means = (z + y * share for y, z in zip((p, D, q), self[1:4], strict=True))
-        return _Moments(total, *means, self.sums + x.sums + beyond)
-
-
-def _moments(p, D, q, dim, counts=None):
-    """Along a dimension; counts: which of the values do. In float64, from sums of what is computed in."""
-    given = [x if counts is None else torch.where(counts, x, 0.0) for x in (p, D, q)]
-    n = p.shape[dim] if counts is None else counts.sum()
-    n = torch.as_tensor(n, dtype=torch.float64, device=p.device)
-    at_least_one = n.clamp(min=1)
-    means = [(x.sum(dim, keepdim=True).double() / at_least_one).to(x.dtype) for x in given]
-    a, D_, b = (x - mean for x, mean in zip(given, means, strict=True))
-    if counts is not None:
-        a, D_, b = (torch.where(counts, x, 0.0) for x in (a, D_, b))
-    # the mean was rounded: what is left of it is taken away from the sums of products
-    left = [x.sum(dim).double() / at_least_one for x in (a, D_, b)]
-    pairs = (a, a, 0, 0), (b, b, 2, 2), (a, b, 0, 2), (a, D_, 0, 1), (D_, D_, 1, 1)
-    sums = torch.stack([(x * y).sum(dim).double() - left[i] * left[j] * n for x, y, i, j in pairs])
-    sums[[0, 1, 4]] = torch.where(sums[[0, 1, 4]] < 0, 0.0, sums[[0, 1, 4]])  # rounding may leave less; NaN stays
-    means = (mean.squeeze(dim).double() + rest for mean, rest in zip(means, left, strict=True))
-    return _Moments(n, *means, sums)
-
-
-def _correlations(m, eps, dtype):
-    """See csrc/math/correlation.h: of each row or column its loss, its slope and its own."""
-    aa, bb, ab, aD, DD = m.sums.unbind(0)
-    finfo = torch.finfo(dtype)
-    constant = torch.zeros_like(aa, dtype=torch.bool)
-    for squares, mean in ((aa, m.p), (bb, m.q)):
-        rounding = (4 * finfo.eps) ** 2 * (squares + m.n * mean * mean)
-        constant = constant | (squares <= finfo.tiny) | (squares <= rounding)
-    a, b = (torch.where(constant, 1.0, x).sqrt() for x in (aa, bb))
-    inverse = 1 / (a * b + eps)
-    far = ~(a * b / 2 > DD)
-    apart = (2 * aD - DD) / (a + b)
-    rest = DD - apart * apart
-    rest = torch.where(rest < 0, 0.0, rest) / 2
-    loss = (torch.where(far, a * b - ab, rest) + eps) * inverse
-    slope = torch.where(far, -inverse, inverse)
-    own = torch.where(far, ab * b / a, -(b / a * aD + eps)) * inverse * inverse
-    return torch.where(constant, 1.0, loss), *(torch.where(constant, 0.0, x) for x in (slope, own))
-
-
-class _Slab(NamedTuple):
-    """What forward finds of a slab."""
-
-    p: torch.Tensor
-    D: torch.Tensor
-    q: torch.Tensor
-    stats: list[torch.Tensor]  # [*, 1] in float64: maximum and sum of the student, those of the teacher
-
-
-def _softmax(z, T):
-    """Probabilities, and the maximum and the sum in float64."""
-    top = z.amax(-1, keepdim=True)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    e = ((z - top) / T).exp()
-    return e, top.double(), e.sum(-1, keepdim=True).double()
-
-
-def _sides(s, t, T, as_given):
-    """as_given: whether t / T are logarithms of probabilities that are not to be normalized."""
-    p, top, total = _softmax(s, T)
-    q, teacher_top, teacher_total = _softmax(t, T)
-    if as_given:
-        teacher_total = torch.where(teacher_total == 0, 0.0, torch.exp(-teacher_top / T))
-    p, q = (x * torch.where(y == 0, 0.0, 1 / y).to(x.dtype) for x, y in ((p, total), (q, teacher_total)))
-    offset = (top - teacher_top) / T + torch.log(total / teacher_total)
-    w = (s - t) / T - offset.to(s.dtype)
-    w = torch.where((p == 0) | (q == 0), torch.inf, w)
-    D = torch.where(w.abs() < 1, q * torch.expm1(w.clamp(-1, 1)), p - q)
-    return _Slab(p, D, q, [top, total, teacher_top, teacher_total])
-
-
 class _Runs:
     """The slabs of a call, forward or backward."""
 
-    def __init__(self, namespace, call, form):
+    def __init__(self, namespace, group, call, form):
         self.namespace, self.call, self.form = namespace, call, form
+        self.ranks = None if group is None else Ranks(group)
         given = checked(form.form_numbers.tolist())
         leading, self.own = call.student.shape[:-1], given[2]
         N = math.prod(leading)
@@ -139,6 +61,20 @@ class _Runs:
             t = reference.forms.logits(t.to(compute_dtype(s, t)), self.own, False)
         return s, t, mask
 
+    def compared(self, s, t, mask, dtype):
+        """Both sides as they are compared, [n, V]; and what brings a gradient back to the student's logits of several
+        ranks, or None."""
+        back = None
+        if self.standardizes and self.ranks is None:
+            s, t = (_standardized(self.namespace, x, mask, dtype) for x in (s, t))
+        elif self.standardizes:
+            back, teacher = standardized(self.call._replace(student=s, teacher=t, mask=mask), self.ranks, dtype)
+            s, t = back.values(), teacher.values()
+        s, t = (x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1]) for x in (s, t))
+        if mask is not None:
+            s, t = (torch.where(mask[:, None], x, 0.0) for x in (s, t))
+        return s, t, back
+
 
 def _standardized(namespace, x, mask, dtype):
     out = torch.empty_like(x, dtype=dtype)
@@ -148,87 +84,133 @@ def _standardized(namespace, x, mask, dtype):
 
 
 @torch.no_grad()
-def _form_dist_fwd(namespace, *arguments):
+def _form_dist_fwd(namespace, group, *arguments):
     ends = len(DistCall._fields), len(DistCall._fields) + len(FormDist._fields)
     call, form = DistCall(*arguments[: ends[0]]), FormDist(*arguments[ends[0] : ends[1]])
     out = FormDistForward(*arguments[ends[1] :])
     with without_autocast(call.student.device):
-        runs = _Runs(namespace, call, form)
+        runs = _Runs(namespace, group, call, form)
         dtype, scale = out.loss.dtype, call.scale if call.scale_tensor is None else call.scale_tensor
         columns, losses = None, call.student.new_zeros((), dtype=torch.float64)
+        classes = call.student.new_ones((), dtype=torch.float64)
         of_rows = out.of_rows.view(-1, dist.STATS_SIZE)
         for slab in runs.slabs:
             s, t, mask = runs.sides(slab)
-            if runs.standardizes:
-                s, t = (_standardized(namespace, x, mask, dtype) for x in (s, t))
             as_given = form.probabilities and not runs.standardizes and runs.own == runs.T
-            s, t = (x.to(dtype).reshape(-1, x.shape[-1]) for x in (s, t))
-            if mask is not None:
-                s, t = (torch.where(mask[:, None], x, 0.0) for x in (s, t))
-            found = _sides(s, t, runs.T, as_given)
-            loss, slope, own = _correlations(_moments(*found[:3], -1), runs.eps, dtype)
+            s, t, _ = runs.compared(s, t, mask, dtype)
+            found = compared(s, t, runs.T, as_given, runs.ranks)
+            of_each = moments(*found[:3], -1)
+            of_each = of_each if runs.ranks is None else of_all_ranks(of_each, runs.ranks)
+            classes = of_each.n.max()
+            loss, slope, own = correlations(of_each, runs.eps, dtype)
             possible = ~((found.stats[1] == 0) | (found.stats[3] == 0)).squeeze(-1)
             loss = torch.where(possible, loss, 1.0)
             losses += (loss if mask is None else torch.where(mask, loss, 0.0)).sum()
             by = runs.inter * runs.T**2 * scale
             slopes = [torch.where(possible, x, 0.0)[:, None] * by for x in (slope, own)]
             of_rows[slab.first : slab.last] = torch.cat([*found.stats, *slopes], -1)
-            of_slab = _moments(*found[:3], 0, None if mask is None else mask[:, None])
+            of_slab = moments(*found[:3], 0, None if mask is None else mask[:, None])
             columns = of_slab if columns is None else columns.merged(of_slab)
-        _finish(runs, columns, losses * scale, scale, out)
+        _finish(runs, columns, classes, losses * scale, scale, out)
 
 
-def _finish(runs, columns, inter, scale, out):
-    """The loss, and the slopes of the columns."""
-    V = out.columns.shape[1] if columns is None else columns.p.shape[0]
+def _finish(runs, columns, classes, inter, scale, out):
+    """The loss, and the slopes of the columns. classes: how many there are."""
     out.columns.zero_()
     out.loss.zero_()
     if columns is None:
         return
-    loss, slope, own = _correlations(columns, runs.eps, out.loss.dtype)
+    loss, slope, own = correlations(columns, runs.eps, out.loss.dtype)
     constant = -(slope * torch.where(slope < 0, columns.q, columns.D) + own * columns.p)
-    by = runs.intra * runs.T**2 / V
-    out.columns[:, :V] = torch.stack([slope, own, constant]) * by
-    found = runs.T**2 * (runs.inter * inter + runs.intra * loss.sum() / V)
+    by = runs.intra * runs.T**2 / classes
+    out.columns[:, : len(slope)] = torch.stack([slope, own, constant]) * by
+    intra = loss.sum().view(1)
+    intra = (intra if runs.ranks is None else runs.ranks.gathered(intra).sum(0)).squeeze(0)
+    found = runs.T**2 * (runs.inter * inter + runs.intra * intra / classes)
     out.loss.copy_(torch.where(torch.as_tensor(scale != 0, device=found.device) & (columns.n > 0), found, 0.0))
 
 
 @torch.no_grad()
-def _form_dist_bwd(namespace, *arguments):
+def _form_dist_bwd(namespace, group, *arguments):
     ends = len(DistCall._fields), len(DistCall._fields) + len(FormDist._fields)
     call, form = DistCall(*arguments[: ends[0]]), FormDist(*arguments[ends[0] : ends[1]])
     rest = FormDistBackward(*arguments[ends[1] :])
     with without_autocast(call.student.device):
-        runs = _Runs(namespace, call, form)
+        runs = _Runs(namespace, group, call, form)
         back = None if runs.student.head is None else Gradients(runs.student, rest)
         for slab in runs.slabs:
             s, t, mask = runs.sides(slab)
             grad = back.of(s) if back else rest.grad[slab.index]
             part = call._replace(student=s, teacher=t, mask=mask)
             of_slab = rest.of_rows[slab.index]
-            dist.OPS[namespace].bwd(*part, *DistBackward(of_slab, rest.columns, rest.upstream, grad))
+            of_slab = DistBackward(of_slab, rest.columns, rest.upstream, grad)
+            if runs.ranks is None:
+                dist.OPS[namespace].bwd(*part, *of_slab)
+            else:
+                _gradient_of_ranks(runs, part, of_slab)
             if back:
                 back.add(slab, s, grad)
         if back:
             back.finish()
+            if runs.ranks is not None and rest.grad is not None:
+                runs.ranks.sum_(rest.grad)
 
 
-for _name, _implementation in (("form_dist_fwd", _form_dist_fwd), ("form_dist_bwd", _form_dist_bwd)):
-    _library.fastkd.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastkd::{_name}", lambda *_: None)
+def _gradient_of_ranks(runs, part, rest):
+    """Fills rest.grad, of a slab."""
+    V, dtype = part.student.shape[-1], compute_dtype(part.student, part.teacher)
+    s, t, back = runs.compared(part.student, part.teacher, part.mask, dtype)
+    *stats, slope, own = rest.rows.reshape(len(s), dist.STATS_SIZE).unsqueeze(-1).unbind(1)
+    p, D, q, _ = compared_again(s, t, runs.T, stats)
+    of_class, own_of_class, constant = rest.columns[:, :V]
+    G = slope.to(dtype) * torch.where(slope < 0, q, D) + own.to(dtype) * p
+    G = p * (G + of_class * torch.where(of_class < 0, q, D) + own_of_class * p + constant)
+    total = runs.ranks.gathered(G.sum(-1, keepdim=True).double()).sum(0).to(dtype)
+    grad = (G - p * total) * (rest.upstream.to(dtype) / runs.T)
+    if part.mask is not None:
+        grad = torch.where(part.mask[:, None], grad, 0.0)
+    grad = grad.view(part.student.shape)
+    rest.grad.copy_(grad if back is None else back.gradient(grad, runs.ranks))
+
+
+def _op(name, namespace, group, *arguments):
+    """Calls the op; of ranks outside of graphs its implementation, which takes a group that has no name."""
+    if group is None:
+        getattr(torch.ops.fastkd, f"form_dist_{name}")(namespace, *arguments)
+    elif torch.compiler.is_compiling():
+        getattr(torch.ops.fastkd, f"form_group_dist_{name}")(namespace, name_of(group), *arguments)
+    else:
+        _IMPLEMENTATIONS[name](namespace, group, *arguments)
+
+
+def _of_one(implementation, namespace, *arguments):
+    implementation(namespace, None, *arguments)
+
+
+def _of_named(implementation, namespace, name, *arguments):
+    implementation(namespace, group_named(name), *arguments)
+
+
+_IMPLEMENTATIONS = {"fwd": _form_dist_fwd, "bwd": _form_dist_bwd}
+for _kind, _called in (("form_dist", _of_one), ("form_group_dist", _of_named)):
+    for _name, _implementation in _IMPLEMENTATIONS.items():
+        _called_so = functools.partial(_called, _implementation)
+        _library.fastkd.impl(f"{_kind}_{_name}", _called_so, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastkd::{_kind}_{_name}", lambda *_: None)
 
 
 class _DistForms(torch.autograd.Function):
     """The loss of a student that wants a gradient. Backward makes the slabs once more."""
 
     @staticmethod
-    def forward(ctx, namespace, inplace, num_classes, learns, *fields):
+    def forward(ctx, namespace, inplace, group, num_classes, learns, *fields):
         call = _Call(*fields)
         if inplace:
             overwritten(call.student)
             call = call._replace(student=call.student.detach())
         ctx.namespace, ctx.inplace, ctx.num_classes, ctx.learns = namespace, inplace, num_classes, learns
-        out = _forward(namespace, call, num_classes)
+        ctx.group = group
+        out = _forward(namespace, group, call, num_classes)
         save(ctx, call, out.of_rows, out.columns)
         return out.loss
 
@@ -236,15 +218,15 @@ class _DistForms(torch.autograd.Function):
     def backward(ctx, upstream):
         grads = forbid_double_backward(_gradients, ctx, upstream)
         found = dict(zip(("student", "student_head", "student_bias"), grads, strict=True))
-        return *(None for _ in range(4)), *(found.get(name) for name in _Call._fields)
+        return *(None for _ in range(5)), *(found.get(name) for name in _Call._fields)
 
 
-def _forward(namespace, call, num_classes):
+def _forward(namespace, group, call, num_classes):
     call, _ = of_first_classes(call, num_classes, (None, None, None))
     like = DistCall(*call[: len(DistCall._fields)])._replace(student=_like(call), teacher=_like(call))
     loss, of_rows, columns = dist.new_outputs(like)
     out = FormDistForward(loss.to(compute_dtype(call.student, call.teacher)), of_rows, columns.to(loss.dtype))
-    torch.ops.fastkd.form_dist_fwd(namespace, *call, *out)
+    _op("fwd", namespace, group, *call, *out)
     return out
 
 
@@ -258,18 +240,17 @@ def _like(call):
 
 def _gradients(ctx, upstream):
     call, of_rows, columns = restored(ctx, _Call)
-    grads = new_grads(call, ctx.learns, ctx.inplace)
+    grads = new_grads(call, ctx.learns, ctx.inplace, ctx.group is not None)
     counted, of_counted = of_first_classes(call, ctx.num_classes, grads)
-    torch.ops.fastkd.form_dist_bwd(
-        ctx.namespace, *counted, *FormDistBackward(of_rows, columns, upstream.contiguous(), *of_counted)
-    )
+    told = FormDistBackward(of_rows, columns, upstream.contiguous(), *of_counted)
+    _op("bwd", ctx.namespace, ctx.group, *counted, *told)
     if ctx.inplace:
         torch.autograd.graph.increment_version(call.student)  # another backward must not read it
-    return grads
+    return rounded(grads, call.student.dtype)
 
 
 def dist_loss(namespace: str, student: Any, teacher: Any, options: DistOptions) -> torch.Tensor:
-    """As that of the dist schedule; student or teacher, or both, are no logits."""
+    """As that of the dist schedule; student or teacher, or both, are no logits, or a rank has some of the classes."""
     if options.standardize:
         namespace = rows.standardized(namespace)
     count = options.num_classes
@@ -281,15 +262,20 @@ def dist_loss(namespace: str, student: Any, teacher: Any, options: DistOptions) 
     mask = None if options.mask is None else options.mask.reshape(-1).contiguous()
     dtype = compute_dtype(of_student.x, constants[0])
     scale, scale_tensor = rows.inverse_divisor(rows.OPS[namespace], like, "batchmean", mask, None, dtype)
-    heads = [rows_of_slab(x) for x in (student, teacher) if isinstance(x, LinearLogits)]
+    heads = [x for x in (student, teacher) if isinstance(x, LinearLogits)]
+    if options.group is not None:  # of as many rows on all ranks
+        ranks = Ranks(options.group).size
+        each = [rows_of_ranks(x.weight, x.slab_bytes, ranks) for x in heads] or [rows_of_ranks(like, None, ranks)]
+    else:
+        each = [rows_of_slab(x) for x in heads] or [standardize.rows_of_slab(like)]
     call = _Call(
         of_student.x, constants[0], mask, scale, scale_tensor,
         numbers.as_tensor(options.inter_weight, options.intra_weight, options.temperature, options.eps),
         of_student.head, of_student.bias, *constants[1:], isinstance(teacher, Probabilities),
         numbers.as_tensor(*of_student.numbers, *of_teacher.numbers, -math.inf),
-        min(heads) if heads else standardize.rows_of_slab(like),
+        min(each),
     )  # fmt: skip
     learns = Learns(*(x is not None and x.requires_grad for x in of_student[:3]))
     if any(learns) and torch.is_grad_enabled():
-        return _DistForms.apply(namespace, options.inplace, count, learns, *call)
-    return _forward(namespace, call, count).loss
+        return _DistForms.apply(namespace, options.inplace, options.group, count, learns, *call)
+    return _forward(namespace, options.group, call, count).loss

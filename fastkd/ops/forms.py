@@ -23,7 +23,7 @@ from .. import _library
 from .._calls import FormOutputs, FormRows, RowsCall, RowsForward
 from .._check import LogitsOptions
 from .._divergences import DERIVED
-from .._dtypes import without_autocast
+from .._dtypes import compute_dtype, without_autocast
 from .._inplace import overwritten
 from ..forms import LinearLogits, Probabilities, TopKLogProbs, logits_of
 from . import numbers, rows, standardize, top_k
@@ -222,11 +222,19 @@ def _recomputed(ctx, upstream):
     return grads
 
 
-def new_grads(call: Any, learns: Learns, inplace: bool) -> list[torch.Tensor | None]:
-    """Memory for the gradients that are wanted."""
+def new_grads(call: Any, learns: Learns, inplace: bool, of_ranks: bool = False) -> list[torch.Tensor | None]:
+    """Memory for the gradients that are wanted; that of hidden states, where ranks sum it up, as it is computed in."""
     x = call.student if inplace else rows.new_grad(call.student) if learns.x else None
+    if of_ranks and x is not None and call.student_head is not None:
+        dtype = compute_dtype(call.student_head)
+        x = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return [x, *(torch.empty_like(y) if wanted else None for y, wanted in
                  zip((call.student_head, call.student_bias), learns[1:], strict=True))]  # fmt: skip
+
+
+def rounded(grads: list[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
+    """That of the student's x in its dtype."""
+    return [x if x is None or i else x.to(dtype) for i, x in enumerate(grads)]
 
 
 def of_first_classes(call: Any, num_classes: int | None, grads: Any) -> tuple[Any, Any]:

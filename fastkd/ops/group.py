@@ -1,10 +1,11 @@
 """Losses of logits whose classes are split over the ranks of a process group: each rank has its classes of every row.
 
-The rows schedule in its phases. Each rank's statistics are gathered, maxima and sums of four numbers a row, and merged:
-a sum of e^((z - m) / T) times e^((m - M) / T) is one of e^((z - M) / T). With those of the whole row each rank knows p
-and q of its classes. Where the slopes of a row add up to 0 it computes its gradient together with its share of the
-loss, and one number is exchanged for that; else the sums of loss and slopes are, of each row, and the gradient comes
-after. The loss is summed from terms of one sign, as in one process: nothing cancels near convergence.
+The rows schedule in its phases. Each rank's statistics are gathered, the maximum and the sum of both sides, and merged:
+a sum of e^((z - m) / T) times e^((m - M) / T) is one of e^((z - M) / T). Sums are in float64, and maxima in float32
+where logits are: 24 bytes a row. With those of the whole row each rank knows p and q of its classes. Where the slopes
+of a row add up to 0 it computes its gradient together with its share of the loss, and one number is exchanged for that;
+else the sums of loss and slopes are, of each row, and the gradient comes after. The loss is summed from terms of one
+sign, as in one process: nothing cancels near convergence.
 
 What is gathered is summed in the ranks' order, so that the loss is the same on all of them, to the last bit. Backward
 exchanges nothing.
@@ -34,7 +35,7 @@ class How(NamedTuple):
     hard: tuple[float, float, float] | None  # hard_weight, soft_weight, label_smoothing of rows that have targets
 
 
-class _Whole(NamedTuple):
+class Whole(NamedTuple):
     """What the classes of all ranks come to."""
 
     stats: torch.Tensor  # [N, 7]
@@ -56,32 +57,53 @@ def _inverse(rows_, number):
     return 1 / number if rows_ is None else 1 / rows_.double()
 
 
-def _whole(ops, call, ranks, counts_classes, sums_logits):
-    """Phase one, and what the ranks have found together."""
+def _packed(stats, dtype):
+    """Maxima and sums of both sides, of what is computed in dtype: [N, 3], or [N, 4] in float64."""
+    if dtype is torch.float64:
+        return stats[:, :4]
+    maxima = stats[:, [0, 2]].to(torch.float32).view(torch.float64)  # two in the place of one
+    return torch.cat([maxima, stats[:, [1, 3]]], 1)
+
+
+def _unpacked(parts, dtype):
+    """[..., 4] of what was packed."""
+    if dtype is torch.float64:
+        return parts
+    maxima = parts[..., :1].contiguous().view(torch.float32).double()
+    return torch.stack([maxima[..., 0], parts[..., 1], maxima[..., 1], parts[..., 2]], -1)
+
+
+def whole(ops: rows.Ops, call: RowsCall, ranks: Any, counts_classes: bool = False, sums_logits: bool = False) -> Whole:
+    """Phase one, and what the ranks have found together. Who sums logits counts classes."""
     N, V = math.prod(call.student.shape[:-1]), call.student.shape[-1]
     own = call.student.new_zeros((N, rows.STATS_SIZE), dtype=torch.float64)
     if V:
         ops.statistics(*call, *RowsStatistics(own))
-    columns = [own[:, :4]]
+    dtype = compute_dtype(call.student, call.teacher)
+    columns = [_packed(own, dtype)]
+    packed = columns[0].shape[1]
     if call.target is not None:
         columns.append(own[:, 5:6])
     if sums_logits:
         columns.append(own[:, 6:7])
+    sent = torch.cat(columns, 1).reshape(-1)
     if counts_classes:
-        columns.append(own.new_full((N, 1), V))
-    parts = ranks.gathered(torch.cat(columns, 1))
+        sent = torch.cat([sent, own.new_full((1,), V)])
+    received = ranks.gathered(sent)
+    parts = received[:, : N * sum(x.shape[1] for x in columns)].reshape(ranks.size, N, -1)
+    more = iter(parts[..., packed:].unbind(-1))
+    parts = _unpacked(parts[..., :packed], dtype)
     stats = torch.zeros_like(own)
     stats[:, 0], stats[:, 1], below = _moved(parts, 0, _inverse(call.temperature_rows, call.temperature))
     stats[:, 2], stats[:, 3], _ = _moved(parts, 2, _inverse(call.teacher_temperature_rows, call.teacher_temperature))
     if call.target is not None:
-        hard = parts[..., 4]
+        hard = next(more)
         stats[:, 5] = torch.where(hard == 0, 0.0, hard * torch.exp(below)).sum(0)
-    widths = parts[:, 0, -1] if counts_classes else None
-    return _Whole(
-        stats,
-        torch.stack([widths.sum(), widths[: ranks.rank].sum()]) if counts_classes else None,
-        (parts[..., -2] + parts[..., -1] * (parts[..., 0] - stats[:, 0])).sum(0) if sums_logits else None,
-    )
+    widths = received[:, -1] if counts_classes else None
+    logits = None
+    if sums_logits:
+        logits = (next(more) + widths[:, None] * (parts[..., 0] - stats[:, 0])).sum(0)
+    return Whole(stats, None if widths is None else torch.stack([widths.sum(), widths[: ranks.rank].sum()]), logits)
 
 
 def _acceptance(total, accepted):
@@ -172,24 +194,28 @@ def with_mean(call: RowsCall, widths: torch.Tensor) -> RowsCall:
     return call._replace(scale=1.0, scale_tensor=scale / widths[0])
 
 
-def of_rows(namespace: str, how: How, ranks: Any, call: RowsCall, grad: torch.Tensor | None) -> Found:
-    """The loss of some rows; and their gradient, where it is wanted by now."""
+def of_rows(
+    namespace: str, how: How, ranks: Any, call: RowsCall, grad: torch.Tensor | None, found: Whole | None = None
+) -> Found:
+    """The loss of some rows; and their gradient, where it is wanted by now. found: what has been exchanged already, of
+    a call without targets."""
     per_row, mean, hard_numbers = how
     ops, entry = rows.OPS[namespace], ENTRIES[call.divergence]
     targets = hard_numbers is not None
     smooths = targets and hard_numbers[2] > 0
     first = call._replace(target_numbers=_anywhere(call)) if targets else call
     first = first._replace(target=torch.full_like(call.target, -1)) if targets else first
-    whole = _whole(ops, first, ranks, targets or mean, smooths)
-    call = in_group(call, how, whole.widths, ranks.size)
+    found = found or whole(ops, first, ranks, targets or mean, smooths)
+    stats, widths = found.stats, found.widths
+    call = in_group(call, how, widths, ranks.size)
     if entry.given == "LogOdds":  # no softmax: of a row nothing else is asked for
-        whole.stats[:, 1] = whole.stats[:, 3] = 1.0
-    N, V = len(whole.stats), call.student.shape[-1]
-    known = _Rows(call, whole.stats)
-    sums = whole.stats.new_zeros(N, 3)
-    hard = _hard(call, hard_numbers, whole, known) if targets else None  # before the logits are written over
+        stats[:, 1] = stats[:, 3] = 1.0
+    N, V = len(stats), call.student.shape[-1]
+    known = _Rows(call, stats)
+    sums = stats.new_zeros(N, 3)
+    hard = _hard(call, hard_numbers, found, known) if targets else None  # before the logits are written over
     if V:
-        ops.sums(*call, *RowsSums(whole.stats, sums, grad if entry.centred else None))
+        ops.sums(*call, *RowsSums(stats, sums, grad if entry.centred else None))
     soft_weight = hard_numbers[1] if targets else 1.0
     scale = call.scale if call.scale_tensor is None else call.scale_tensor
     if entry.centred:
@@ -202,16 +228,16 @@ def of_rows(namespace: str, how: How, ranks: Any, call: RowsCall, grad: torch.Te
         together = ranks.gathered(mine).sum(0)
         total, slope = together[:, 0], together[:, 1]
         if entry.two_sums:
-            total, whole.stats[:, 6] = _acceptance(total, together[:, 2])
+            total, stats[:, 6] = _acceptance(total, together[:, 2])
             slope = torch.where(total == math.inf, math.inf, slope)
-        whole.stats[:, 4] = torch.where(known.no_teacher, 0.0, slope)
+        stats[:, 4] = torch.where(known.no_teacher, 0.0, slope)
         losses = known.soft(total, soft_weight)
         losses = losses if hard is None else losses + together[:, 3]
         if grad is not None and V:
             upstream = losses.new_ones(1, dtype=compute_dtype(call.student, call.teacher))
-            ops.bwd(*call, *RowsBackward(whole.stats, upstream, grad))
+            ops.bwd(*call, *RowsBackward(stats, upstream, grad))
     loss = losses if per_row else losses.sum() * scale
-    return Found(loss, entry.centred, whole.stats, call, whole.widths)
+    return Found(loss, entry.centred, stats, call, widths)
 
 
 def _compute(namespace, group, how, call, grad):
@@ -222,6 +248,14 @@ def _compute(namespace, group, how, call, grad):
     ranks = Ranks(group)
     found = of_rows(namespace, how, ranks, call, grad)
     return found._replace(loss=together(ranks, found.loss)) if found.is_share else found
+
+
+def loss_of_rows(
+    namespace: str, how: How, ranks: Any, call: RowsCall, grad: torch.Tensor | None, found: Whole | None = None
+) -> torch.Tensor:
+    """The same, of all ranks."""
+    own = of_rows(namespace, how, ranks, call, grad, found)
+    return together(ranks, own.loss) if own.is_share else own.loss
 
 
 def together(ranks: Any, share: torch.Tensor) -> torch.Tensor:
@@ -296,6 +330,6 @@ def logits_loss(
 
 def how_of(options: LogitsOptions, mean: bool) -> How:
     hard = None
-    if options.target is not None:
+    if options.target is not None and options.target_loss is None:
         hard = options.hard_weight, options.soft_weight, options.label_smoothing
     return How(options.reduction == "none", mean, hard)

@@ -1,5 +1,6 @@
 """Losses of classes that are split over the ranks of a process group, where student or teacher are no logits: hidden
-states of all rows with a rank's classes of the head; a teacher's best classes, or its probabilities.
+states of all rows with a rank's classes of the head; a teacher's best classes, or its probabilities. And of logits,
+where more is asked for than ops/group.py exchanges: ops/group_logits.py.
 
 A slab of rows at a time, as in ops/forms.py: each rank makes its logits of these rows, and ops/group.py compares them.
 A slab has the same rows on all ranks, however many classes they have. Its statistics are exchanged, and where the
@@ -27,8 +28,9 @@ from .._split_classes import Ranks, group_named, name_of
 from ..forms import LinearLogits, TopKLogProbs, logits_of
 from . import rows
 from ._head_products import ROWS, SLAB_BYTES
-from .forms import Call, Learns, call_of, gradients, new_grads, parts_of, run
+from .forms import Call, Learns, call_of, gradients, new_grads, parts_of, rounded, run
 from .group import How, how_of, in_group, of_rows, together
+from .group_logits import LogitsOfRanks
 from .group_probabilities import ProbabilitiesOfRanks
 from .group_top_k import FewOfRanks
 from .saved import restored, save
@@ -86,9 +88,10 @@ class _OfRanks(Teacher):
             rows.OPS[self.namespace].bwd(*part, *RowsBackward(stats[at].contiguous(), upstream, out.grad))
 
 
-def _keeps_statistics(call):
-    """Whether backward knows from forward what has been exchanged: of a teacher of logits."""
-    return call.indices is None and not call.probabilities
+def _keeps_statistics(namespace, call):
+    """Whether backward knows from forward what has been exchanged: of rows of logits as they are."""
+    more = call.adaptive or call.target_loss or namespace.startswith(rows.standardized(""))
+    return call.indices is None and not call.probabilities and not more
 
 
 @torch.no_grad()
@@ -99,8 +102,9 @@ def _form_group_rows(namespace, group, *arguments):
         of.append(kind(*arguments[at : at + len(kind._fields)]))
         at += len(kind._fields)
     call, linear, told, out = of
+    form = Call(*call, *linear)
     ranks = Ranks(group_named(group) if isinstance(group, str) else group)
-    hard = None if call.target is None else tuple(call.target_numbers.tolist())
+    hard = None if call.target is None or call.target_loss else tuple(call.target_numbers.tolist())
     how = How(out.loss.dim() > 0, told.mean, hard)
     with without_autocast(call.student.device):
         _, _, temperature, _, least = linear.numbers.tolist()
@@ -109,10 +113,12 @@ def _form_group_rows(namespace, group, *arguments):
             of_teacher = FewOfRanks(namespace, linear, temperature, least, dtype, *beside)
         elif linear.probabilities:
             of_teacher = ProbabilitiesOfRanks(namespace, linear.as_given, temperature, dtype, *beside)
+        elif not _keeps_statistics(namespace, form):
+            of_teacher = LogitsOfRanks(namespace, linear.adaptive, dtype, *beside)
         else:
             of_teacher = _OfRanks(namespace, ranks, how, told)
         run(namespace, call, linear, out, of_teacher)
-        if _keeps_statistics(linear) and told.upstream is None and ENTRIES[call.divergence].centred:
+        if _keeps_statistics(namespace, form) and told.upstream is None and ENTRIES[call.divergence].centred:
             out.loss.copy_(together(ranks, out.loss))
         if linear.student_head is not None and out.grad is not None:
             ranks.sum_(out.grad)
@@ -128,15 +134,6 @@ def _op(namespace, group, call, told, loss, grads):
         torch.ops.fastkd.form_group_rows(namespace, name_of(group), *arguments)
     else:
         _form_group_rows(namespace, group, *arguments)
-
-
-def _grads(call, learns, inplace):
-    """Memory for the gradients that are wanted; that of hidden states, which ranks sum up, as they are computed in."""
-    grads = new_grads(call, learns, inplace)
-    if call.student_head is not None and grads[0] is not None:
-        dtype = compute_dtype(call.student_head)
-        grads[0] = torch.empty_like(grads[0], dtype=dtype, memory_format=torch.contiguous_format)
-    return grads
 
 
 def _known(call, mean):
@@ -161,15 +158,14 @@ class _GroupForms(torch.autograd.Function):
         loss = _new_loss(call, how.per_row)
         if ctx.recompute:
             stats, widths = _known(call, how.mean) if widths is None else (call.student.new_empty(0), widths)
-            of_all = stats if _keeps_statistics(call) else None
+            of_all = stats if _keeps_statistics(namespace, call) else None
             _op(namespace, group, call, FormGroup(how.mean, of_all, widths, None), loss, (None, None, None))
             ctx.counts = widths is not None
             save(ctx, call, stats, *([widths] if ctx.counts else []))
         else:
-            grads = _grads(call, learns, inplace)
+            grads = new_grads(call, learns, inplace, True)
             _op(namespace, group, call, FormGroup(how.mean, None, widths, None), loss, grads)
-            grads[0] = grads[0] if grads[0] is None else grads[0].to(call.student.dtype)
-            ctx.save_for_backward(*(x for x in grads if x is not None))
+            ctx.save_for_backward(*(x for x in rounded(grads, call.student.dtype) if x is not None))
         return _as_loss(call, loss)
 
     @staticmethod
@@ -179,9 +175,9 @@ class _GroupForms(torch.autograd.Function):
 
 def _recomputed(ctx, upstream):
     call, stats, *widths = restored(ctx, Call)
-    grads = _grads(call, ctx.learns, ctx.inplace)
+    grads = new_grads(call, ctx.learns, ctx.inplace, True)
     widths = widths[0] if ctx.counts else None
-    if _keeps_statistics(call):
+    if _keeps_statistics(ctx.namespace, call):
         told = FormGroup(ctx.mean, stats, widths, upstream.reshape(-1).contiguous())
     else:  # all over again, with the upstream gradient for a weight
         upstream = upstream.expand(call.student.shape[:-1]).reshape(-1)
@@ -190,7 +186,7 @@ def _recomputed(ctx, upstream):
     _op(ctx.namespace, ctx.group, call, told, _new_loss(call, False), grads)
     if ctx.inplace:
         torch.autograd.graph.increment_version(call.student)  # another backward must not read it
-    return [None if x is None else x.to(call.student.dtype) if i == 0 else x for i, x in enumerate(grads)]
+    return rounded(grads, call.student.dtype)
 
 
 def _new_loss(call, per_row):
@@ -212,7 +208,9 @@ def _widths(teacher, student, options):
 
 
 def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, options: LogitsOptions) -> torch.Tensor:
-    """As that of ops/group.py; student or teacher, or both, are no logits."""
+    """As that of ops/group.py; student or teacher, or both, are no logits, or more is asked for than it exchanges."""
+    if options.standardize:
+        namespace = rows.standardized(namespace)
     adaptive = divergence in DERIVED
     divergence = DERIVED[divergence].divergence if adaptive else divergence
     mean = options.reduction == "mean" and options.normalizer is None
@@ -224,7 +222,7 @@ def logits_loss(namespace: str, divergence: str, student: Any, teacher: Any, opt
     call = call_of(rows_call, sides, teacher, options.teacher_temperature, slab_rows, adaptive)
     learns = Learns(*(x is not None and x.requires_grad for x in sides[0][:3]))
     how = how_of(options, mean)
-    widths = None if _keeps_statistics(call) else _widths(teacher, like, options)
+    widths = None if _keeps_statistics(namespace, call) else _widths(teacher, like, options)
     if any(learns) and torch.is_grad_enabled():
         return _GroupForms.apply(namespace, options.inplace, options.group, how, learns, widths, *call)
     loss = _new_loss(call, how.per_row)

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from .._calls import RowsCall, RowsForward
-from .group import How, of_rows, together, with_mean
+from . import rows
+from .group import How, loss_of_rows, with_mean
+from .group_logits import LogitsOfRanks
 from .group_top_k import hard_of_ranks
 from .probabilities import OfProbabilities
 
@@ -27,8 +29,11 @@ class ProbabilitiesOfRanks(OfProbabilities):
         mean: bool,
         widths: torch.Tensor,
     ) -> None:
-        """mean, widths: as of FewOfRanks."""
-        super().__init__(namespace, False, as_given, own, dtype, False)
+        """namespace: that of standardized rows, where they are to be. mean, widths: as of FewOfRanks."""
+        plain = namespace.removeprefix(rows.standardized(""))
+        super().__init__(plain, False, as_given, own, dtype, namespace != plain)
+        # of their logarithms
+        self.logits: LogitsOfRanks = LogitsOfRanks(namespace, False, dtype, ranks, False, widths)
         self.ranks: Any = ranks
         self.mean: bool = mean
         self.widths: torch.Tensor = widths
@@ -41,10 +46,16 @@ class ProbabilitiesOfRanks(OfProbabilities):
     def sums_of(self, q: torch.Tensor) -> torch.Tensor:
         return self.ranks.gathered(super().sums_of(q).reshape(-1)).sum(0).view(q.shape[:-1])
 
+    def of_logits(self, part: RowsCall, out: RowsForward) -> None:
+        if self.standardizes or part.target_loss:
+            self.logits.loss(part, None, out)
+        else:
+            super().of_logits(part, out)
+
     def of_distributions(self, part: RowsCall, out: RowsForward) -> None:
         hard = None if part.target is None else tuple(part.target_numbers.tolist())
-        found = of_rows(self.namespace, How(out.loss.dim() > 0, False, hard), self.ranks, part, out.grad)
-        loss = together(self.ranks, found.loss) if found.is_share else found.loss
+        how = How(out.loss.dim() > 0, False, hard)
+        loss = loss_of_rows(self.namespace, how, self.ranks, part, out.grad)
         out.loss.copy_(loss.view(out.loss.shape))
 
     def _hard(self, part, out):

@@ -12,7 +12,7 @@ import torch
 
 from .._calls import FormRows, RowsCall, RowsForward
 from .._divergences import NUMBERS
-from .group import How, of_rows, together, with_mean
+from .group import How, loss_of_rows, with_mean
 from .teachers import hard_call
 from .top_k import FewClasses
 
@@ -32,8 +32,7 @@ def hard_of_ranks(
         second_parameter_rows=None,
     )
     how = How(out.loss.dim() > 0, False, tuple(hard.target_numbers.tolist()))
-    found = of_rows(namespace, how, ranks, hard, grad)
-    loss = together(ranks, found.loss) if found.is_share else found.loss
+    loss = loss_of_rows(namespace, how, ranks, hard, grad)
     return loss.view(out.loss.shape).to(out.loss.dtype), grad
 
 

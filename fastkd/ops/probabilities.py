@@ -20,8 +20,8 @@ from .teachers import Apart, Weights, of_rows, parameters, tell, with_parts
 COLUMNS = 4096  # of probabilities that are summed in float64 at a time
 
 
-def _sum(x):
-    """Of each row, in float64: what is 1 but for rounding is not rounded once more."""
+def sum_in_double(x: torch.Tensor) -> torch.Tensor:
+    """Of each row: what is 1 but for rounding is not rounded once more."""
     if x.is_cuda:
         return x.sum(-1, dtype=torch.float64)
     parts = (part.double().sum(-1) for part in x.split(COLUMNS, -1))  # else a copy of all in float64 is summed
@@ -63,7 +63,7 @@ class OfProbabilities(Apart):
 
     def sums_of(self, q: torch.Tensor) -> torch.Tensor:
         """Of each row, in float64."""
-        return _sum(q)
+        return sum_in_double(q)
 
     def of_few(self, part: RowsCall, slab: Any, out: RowsForward, as_given: torch.Tensor | None) -> None:
         """Fills out, of some rows; as_given: of these."""
