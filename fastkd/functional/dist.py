@@ -100,8 +100,8 @@ def dist_loss(
     for all rows and both sides; there is no weight, reduction or normalizer, as a column is of all rows at once; both
     forward and backward read student and teacher, which are saved for it, with 48 bytes a row and 12 a class (24 in
     float64), but no gradient; forward takes 72 bytes a class, and besides 44 for each thread of the CPU (88 in
-    float64), or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes; DTensors have
-    all rows on every rank.
+    float64), or on a GPU 72 for each of 8 chunks of rows, or more where there are fewer than 8192 classes; DTensors
+    have all rows on every rank.
 
     Args:
         student: raw logits ``[*, V]``, or :class:`fastkd.LinearLogits`, as the teacher may be. Of these each slab is
