@@ -2,12 +2,13 @@
 
 import itertools
 
-from covering import KERNEL, LONG, ON_HOST, covering
+from covering import KERNEL, LONG, ON_HOST, covering, family
 
 
 def feasible():
     """Parameters that may not be combined freely, as those of tests: a case names its losses, and a loss its dtypes."""
-    for backend, name, dtype, case in itertools.product("abcde", range(7), range(4), range(20)):
+    backends = "cpu-a", "cpu-b", "c", "d", "e"
+    for backend, name, dtype, case in itertools.product(backends, range(7), range(4), range(20)):
         if (name + case) % 3 and (name + dtype) % 5:
             yield {"backend": backend, "name": name, "dtype": dtype, "case": case}
 
@@ -16,8 +17,8 @@ CASES = list(feasible())
 COSTS = [{"d": ON_HOST, "e": LONG}.get(case["backend"], 1) for case in CASES]
 
 
-def kernels(cases):
-    return {tuple((x, case[x]) for x in KERNEL) for case in cases if case["backend"] != "e"}
+def kernels(cases, of=lambda _, value: value):
+    return {tuple((x, of(x, case[x])) for x in KERNEL) for case in cases if case["backend"] != "e"}
 
 
 def test_every_pair_that_exists_is_covered():
@@ -30,10 +31,11 @@ def test_every_pair_that_exists_is_covered():
 
 
 def test_every_triple_that_exists_is_covered_by_more():
-    """But for those of a loss and a backend that takes long."""
+    """But for those of a loss and a backend that takes long; the CPU's instruction sets count as one."""
 
     def triples(cases):
-        found = {triple for case in cases for triple in itertools.combinations(case.items(), 3)}
+        alike = [{name: family(name, value) for name, value in case.items()} for case in cases]
+        found = {triple for case in alike for triple in itertools.combinations(case.items(), 3)}
         return {x for x in found if "name" not in dict(x) or dict(x).get("backend") not in ("d", "e")} | kernels(cases)
 
     pairs = covering(CASES, COSTS)
@@ -44,7 +46,8 @@ def test_every_triple_that_exists_is_covered_by_more():
 
 
 def test_every_kernel_is_covered_where_kernels_are_compiled():
-    assert kernels([CASES[i] for i in covering(CASES, COSTS)]) == kernels(CASES)
+    """By pairs on the CPU with one instruction set or another, and by triples with all of them."""
+    assert kernels([CASES[i] for i in covering(CASES, COSTS)], family) == kernels(CASES, family)
 
 
 def test_the_choice_is_always_the_same_and_leaves_what_is_long_to_others():

@@ -207,9 +207,6 @@ def relation_launches(pairs, angles):
             name = f"relation/{str(dtype)[6:]}/{N}/{int(save)}"
             calls[name + "/pairs/both"] = lambda x=x, c=count, w=weight: pairs.pairs_fwd(x, x, c, w, 0, ONE, True, True)
             calls[name + "/angles/counted"] = lambda x=x, c=count, s=save: angles.angles_fwd(x, x, c, BOTH, s)
-            if N == 64 and of_its_own:
-                calls[name + "/pairs"] = lambda x=x: pairs.pairs_fwd(x, x, None, None, 0, ONE, True, True)
-                calls[name + "/angles"] = lambda x=x, s=save: angles.angles_fwd(x, x, None, BOTH, s)
     x, teacher = torch.empty(33, 70)[:, 1:], torch.empty(33, 30, dtype=torch.bfloat16)
     calls["other/pairs"] = lambda: pairs.pairs_fwd(x, teacher, None, None, 0, ONE, False, True)
     calls["other/pairs/weighted"] = lambda: pairs.pairs_fwd(x, teacher, None, torch.empty(33), 0, ONE, False, True)
