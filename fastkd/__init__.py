@@ -2,10 +2,10 @@
 
 ``fastkd.functional`` has the losses as functions; each has a module of its own here. Which
 kernels compute them is chosen per device; ``fastkd.backend`` overrides the choice and
-``python -m fastkd`` shows it.
+``python -m fastkd`` shows it. ``fastkd.metrics`` measures what a student has learned.
 """
 
-from . import functional
+from . import functional, metrics
 from ._backend import backend
 from .forms import LinearLogits, Probabilities, TopKLogProbs
 from .modules import (
@@ -75,5 +75,6 @@ __all__ = [
     "TotalVariationLoss",
     "backend",
     "functional",
+    "metrics",
 ]
 __version__ = "0.1.0"

@@ -96,7 +96,7 @@ def of(function, module):
 def test_every_loss_is_a_function_and_a_module():
     assert sorted(MODULES) == sorted(name for name in functional.__all__ if name.islower())  # but for results of theirs
     assert sorted(MODULES.values()) == sorted(modules.__all__)
-    others = {"LinearLogits", "Probabilities", "TopKLogProbs", "backend", "functional"}
+    others = {"LinearLogits", "Probabilities", "TopKLogProbs", "backend", "functional", "metrics"}
     assert set(modules.__all__) | others == set(fastkd.__all__)
     for function, module in MODULES.items():
         found, made = of(function, module)
