@@ -201,6 +201,32 @@ def test_half_precision_logits():
     assert metrics.agreement(logits, logits) == 1
 
 
+def test_batches_of_other_widths_change_nothing():
+    x, y, target = torch.randn(20, 4), torch.randn(20, 6), torch.arange(20) % 4
+    for measure, batch, other in (
+        (metrics.CKA(), (x, y), (x[:, :3], y)),
+        (metrics.Neighbours(3), (x, y), (x[:, :3], y)),
+        (metrics.DivergenceByClass(), (x, x + 1, target), (y, y, target)),
+    ):
+        measure.update(*batch)
+        before = measure.compute()
+        with pytest.raises(ValueError, match="student: the width of the batches before, 4, wanted, got"):
+            measure.update(*other)
+        torch.testing.assert_close(measure.compute(), before, rtol=0, atol=0)
+        measure.reset()
+        measure.update(*other)
+
+
+def test_autocast_rounds_nothing():
+    x, y = torch.randn(50, 4), torch.randn(50, 6)
+    right = metrics.cka(x, y), metrics.neighbours(x, y, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (metrics.cka(x, y), metrics.neighbours(x, y, 3)) == right
+        measure = metrics.CKA()
+        measure.update(x, y)
+        assert abs(measure.compute() - right[0]) <= 1e-6
+
+
 def test_a_collection_of_torchmetrics():
     """What each of them takes is found by name."""
     kinds = {
@@ -246,6 +272,7 @@ X = torch.randn(6, 3)
         (lambda: metrics.cka([1.0], X), TypeError, "student: a torch.Tensor wanted, got list"),
         (lambda: metrics.neighbours(X, X, 6), ValueError, "k: fewer neighbours than the 6 samples wanted, got 6"),
         (lambda: metrics.neighbours(X, X, 0), ValueError, "k: at least 1 wanted, got 0"),
+        (lambda: metrics.neighbours(X, X / 0, 2), ValueError, "teacher: finite embeddings wanted"),
         (lambda: metrics.Neighbours(2.0), TypeError, "k: a whole number wanted, got float"),
         (lambda: metrics.agreement(X, X[:, :2]), ValueError, r"teacher: the student's shape \[6, 3\] wanted"),
         (lambda: metrics.agreement(X, X, 4), ValueError, "k: no more classes than the 3 wanted, got 4"),

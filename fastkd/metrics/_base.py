@@ -51,6 +51,7 @@ class Metric:
     def reset(self) -> None:
         """Begins again, as if no batch had been given."""
         self.sums: dict[str, Any] = {}
+        self.widths: dict[str, int] = {}
 
     def update(self, *batch: Any) -> None:
         """Takes a batch."""
@@ -59,6 +60,13 @@ class Metric:
     def compute(self) -> Any:
         """The measure of all batches since the beginning."""
         raise NotImplementedError
+
+    def _same_widths(self, **tensors):
+        """An error before anything is added, where a batch has another width than those before it."""
+        for name, x in tensors.items():
+            wanted = self.widths.setdefault(name, x.shape[-1])
+            if x.shape[-1] != wanted:
+                raise ValueError(f"{name}: the width of the batches before, {wanted}, wanted, got {x.shape[-1]}")
 
     def _add(self, **sums):
         for name, x in sums.items():

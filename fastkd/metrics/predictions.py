@@ -111,6 +111,7 @@ class DivergenceByClass(Metric):
         """Takes logits ``[*, V]`` of both, and the class of each row, ``[*]``."""
         _logits(student, teacher)
         plain(target=target)
+        self._same_widths(student=student)
         V, dtype = student.shape[-1], wide(student)
         options: Any = {"ignore_index": self.ignore_index, "reduction": "none"}
         nothing = {"temperature": 1.0, **options}

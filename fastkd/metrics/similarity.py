@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._dtypes import without_autocast
 from ._base import Metric, pair, slabs, wide
 
 LEAST = 4  # rows, of which the unbiased estimate exists
@@ -53,8 +54,13 @@ class CKA(Metric):
     def update(self, student: Tensor, teacher: Tensor) -> None:
         """Takes embeddings ``[N, D_s]`` and ``[N, D_t]`` of the same samples."""
         _embeddings(student, teacher)
+        self._same_widths(student=student, teacher=teacher)
         if len(student) == 0:
             return
+        with without_autocast(student.device):
+            self._add_batch(student, teacher)
+
+    def _add_batch(self, student, teacher):
         dtypes = [wide(x) if self.of_many else _dtype(x) for x in (student, teacher)]
         sides = [(x, dtype) for x, dtype in zip((student, teacher), dtypes, strict=True)]
         if self._origins is None:
@@ -68,6 +74,10 @@ class CKA(Metric):
     def compute(self) -> Tensor:
         """The measure, a tensor without dimensions."""
         s = self._found()
+        with without_autocast(s["n"].device):
+            return self._of_sums(s)
+
+    def _of_sums(self, s):
         n = s["n"]
         if n < LEAST:
             raise ValueError(f"student: at least {LEAST} rows wanted, got {int(n)}")
@@ -157,7 +167,8 @@ def cka(student: Tensor, teacher: Tensor) -> Tensor:
     # what is taken away from all rows changes nothing, and keeps digits
     sides = [(x, x.to(_dtype(x)).mean(0)) for x in (student, teacher)]
     if N * sum(widths) < sum(a * b for a, b in ((widths[0], widths[0]), (widths[1], widths[1]), widths)):
-        return _by_rows(*(x.to(mean.dtype) - mean for x, mean in sides))
+        with without_autocast(student.device):
+            return _by_rows(*(x.to(mean.dtype) - mean for x, mean in sides))
     metric = CKA()
     metric._origins = [mean for _, mean in sides]
     metric.update(student, teacher)
@@ -204,6 +215,7 @@ class Neighbours(Metric):
     def update(self, student: Tensor, teacher: Tensor) -> None:
         """Takes embeddings ``[N, D_s]`` and ``[N, D_t]`` of the same samples."""
         _embeddings(student, teacher)
+        self._same_widths(student=student, teacher=teacher)
         self._add(student=student.detach(), teacher=teacher.detach())
 
     @torch.no_grad()
@@ -243,7 +255,8 @@ def neighbours(student: Tensor, teacher: Tensor, k: int = 10) -> Tensor:
         A tensor without dimensions, from 0 to 1, in float64.
 
     Raises:
-        TypeError, ValueError: an argument is not as described; the message names it.
+        TypeError, ValueError: an argument is not as described, or embeddings are not finite, which is seen on the CPU;
+            elsewhere the measure is NaN. The message names the argument.
 
     Example:
         >>> import torch
@@ -257,7 +270,13 @@ def neighbours(student: Tensor, teacher: Tensor, k: int = 10) -> Tensor:
     N = len(student)
     if k >= N:
         raise ValueError(f"k: fewer neighbours than the {N} samples wanted, got {k}")
-    sides = []
+    _check.finite(student=student, teacher=teacher)
+    with without_autocast(student.device):
+        return _neighbours(student, teacher, k)
+
+
+def _neighbours(student, teacher, k):
+    N, sides = len(student), []
     for given in (student, teacher):
         x = given if given.dtype is torch.float64 else given.float()
         x = x - x.mean(0)
@@ -278,4 +297,5 @@ def neighbours(student: Tensor, teacher: Tensor, k: int = 10) -> Tensor:
             found.append(_smallest(part, k))
         for part in slabs(len(found[0]), k * k):
             common += (found[0][part, :, None] == found[1][part, None, :]).sum()
-    return common.to(wide(student)) / (N * k)
+    loud = sum(0.0 * halves.sum() for _, halves in sides)  # where no check could look
+    return common.to(wide(student)) / (N * k) + loud
