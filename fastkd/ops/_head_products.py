@@ -18,6 +18,7 @@ from .slabs import Gathered
 ROWS = 64
 SLAB_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}
 TILE = 2**20  # elements of a head that are widened at a time
+CAPPED = 2**18  # logits that are capped at a time on the CPU, where its caches hold them between two passes
 
 
 def rows_of_slab(side: LinearLogits) -> int:
@@ -34,6 +35,7 @@ class Head:
     def __init__(self, weight, bias, scale, softcap):
         self.weight, self.bias, self.scale, self.softcap = weight, bias, scale, softcap
         self.dtype = compute_dtype(weight)
+        self.capped = softcap < math.inf
         self.wide = weight.dtype is self.dtype
         self.widened = not self.wide and not weight.is_cuda
 
@@ -45,26 +47,32 @@ class Head:
             yield part, self.weight[part].to(self.dtype)
 
     def logits(self, hidden, out):
-        """scale (hidden W^T + b), capped."""
+        """scale (hidden W^T + b); where there is a softcap a softcap-th of that."""
+        scale = self.scale / self.softcap if self.capped else self.scale
         if self.wide:
-            _product(hidden, self.weight.T, self.scale, out)
+            _product(hidden, self.weight.T, scale, out)
         elif self.widened:
             x = hidden.to(self.dtype)
             for part, W in self.tiles():
-                _product(x, W.T, self.scale, out[:, part])
+                _product(x, W.T, scale, out[:, part])
         else:
             torch.mm(hidden, self.weight.T, out_dtype=self.dtype, out=out)
-            if self.scale != 1:
-                out *= self.scale
+            if scale != 1:
+                out *= scale
         if self.bias is not None:
-            out.add_(self.bias, alpha=self.scale)
-        if self.softcap < math.inf:
-            out.div_(self.softcap).tanh_().mul_(self.softcap)
+            out.add_(self.bias, alpha=scale)
 
-    def uncapped(self, grad, logits):
-        """grad, with respect to the logits before the softcap; the logits are lost."""
-        if self.softcap < math.inf:
-            grad.addcmul_(grad, logits.square_(), value=-1 / (self.softcap * self.softcap))
+    def cap(self, logits, out):
+        """out = softcap tanh(logits), which are a softcap-th of what they were; it may be these, and else has left
+        the tanh in their place."""
+        step = len(logits) if logits.is_cuda else max(CAPPED // max(logits.shape[-1], 1), 1)
+        for first in range(0, len(logits), max(step, 1)):
+            tanh = logits[first : first + step].tanh_()
+            torch.mul(tanh, self.softcap, out=out[first : first + step])
+
+    def uncap(self, grad, tanh):
+        """From the gradient of capped logits to that of logits as they were, in its place."""
+        torch.ops.aten.tanh_backward.grad_input(grad, tanh, grad_input=grad)
 
     def rounded(self, grad):
         """As the products back take it."""
@@ -103,6 +111,7 @@ class Side:
         self.x = x
         self.head = None if weight is None else Head(weight, bias, scale, softcap)
         self.room = None if weight is None else x.new_empty(slab_rows, len(weight), dtype=self.head.dtype)
+        self.capped = None  # where capped logits go, if what they were made of is needed after them
         self.hidden = None  # of the slab, [n, H]
 
     def logits(self, slab, mask):
@@ -115,7 +124,14 @@ class Side:
             self.hidden = self.hidden.masked_fill(~mask[:, None], 0)
         z = self.room[: len(self.hidden)]
         self.head.logits(self.hidden, z)
+        if self.head.capped:
+            before, z = z, z if self.capped is None else self.capped[: len(z)]
+            self.head.cap(before, z)
         return z.view(*leading, -1)
+
+    def tanh(self):
+        """Of the slab's logits over the softcap, where there is room for capped ones."""
+        return self.room[: len(self.hidden)]
 
 
 class Gradients:
@@ -125,9 +141,8 @@ class Gradients:
         self.student, self.outputs, self.head = student, outputs, student.head
         self.totals = [self._total(x) for x in (outputs.head_grad, outputs.bias_grad)]
         self.slabs = 0
-        self.room = None
-        if self.head.softcap < math.inf and self.wanted:
-            self.room = torch.empty_like(student.room)
+        if self.head.capped and self.wanted:
+            student.capped = torch.empty_like(student.room)
 
     def _total(self, out):
         """Room for a sum over slabs: that of the gradient, where it has the type."""
@@ -138,16 +153,15 @@ class Gradients:
         return any(x is not None for x in (self.outputs.grad, self.outputs.head_grad, self.outputs.bias_grad))
 
     def of(self, z):
-        """Where a slab's gradient goes: over its logits, unless these are needed after it."""
-        if not self.wanted:
-            return None
-        return z if self.room is None else self.room[: z.numel() // z.shape[-1]].view_as(z)
+        """Where a slab's gradient goes, if it is wanted: over its logits."""
+        return z if self.wanted else None
 
-    def add(self, slab, z, grad):
+    def add(self, slab, grad):
         """Takes the gradient of a slab's logits back through the head."""
         head, hidden = self.head, self.student.hidden
-        z, g = z.view(len(hidden), -1), grad.view(len(hidden), -1)
-        head.uncapped(g, z)
+        g = grad.view(len(hidden), -1)
+        if head.capped:
+            head.uncap(g, self.student.tanh())
         of_weight, of_bias = self.totals
         self.slabs += 1
         if of_bias is not None:

@@ -149,7 +149,7 @@ def _form_dist_bwd(namespace, group, *arguments):
             else:
                 _gradient_of_ranks(runs, part, of_slab)
             if back:
-                back.add(slab, s, grad)
+                back.add(slab, grad)
         if back:
             back.finish()
             if runs.ranks is not None and rest.grad is not None:

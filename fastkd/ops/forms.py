@@ -147,7 +147,7 @@ def run(namespace: str, call: RowsCall, linear: FormRows, out: FormOutputs, of_t
         if parts is not None:
             parts[at] = of_parts.view(-1, rows.PARTS_SIZE)
         if back and back.wanted:
-            back.add(slab, s, grad)
+            back.add(slab, grad)
         del s, t, part, grad  # not two of them at a time, where they are copies
     if not per_row:
         out.loss.copy_(sums.sum(dtype=torch.float64))
