@@ -91,7 +91,9 @@ def provide(label, loss, hidden, weight, teacher):
         h, w, _ = leaves()
         found = loss(h, w, teacher)
         found.backward()
-        return found.detach(), (h.grad, w.grad)
+        # a cross-entropy is judged as the divergence that it differs from by what nothing can change
+        beside = loss.beside(teacher) if hasattr(loss, "beside") else 0
+        return found.detach() - beside, (h.grad, w.grad)
 
     return Provider(label, leaves, lambda *inputs: loss(*inputs).backward(), answer)
 

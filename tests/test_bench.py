@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 for tool in ("pytest_benchmark", "rich"):  # `make test` installs them; `make gpu` takes what is there
     pytest.importorskip(tool)
 
-from bench import bench_heads, bench_top_k, measure, peers, relations_truth, report, tables  # noqa: E402
+from bench import bench_heads, bench_teachers, measure, peers, relations_truth, report, tables  # noqa: E402
 
 
 def bench(*arguments):
@@ -77,14 +77,17 @@ def test_truth_of_heads_in_blocks_is_the_reference(monkeypatch, name):
     assert max(truth.errors(loss.detach(), (h.grad, w.grad)).values()) < 1e-13
 
 
-def test_truth_of_the_best_classes_in_blocks_is_the_reference(monkeypatch):
-    monkeypatch.setattr(bench_top_k, "ELEMENTS", 200)
+@pytest.mark.parametrize("what", list(bench_teachers.KINDS))
+def test_truth_of_teachers_in_blocks_is_the_reference(monkeypatch, what):
+    monkeypatch.setattr(bench_teachers, "ELEMENTS", 200)
+    monkeypatch.setattr(bench_teachers, "K", 4)
     student, teacher = torch.randn(13, 40), torch.randn(13, 40)
-    log_probs, indices = teacher.log_softmax(-1).topk(4)
-    truth = bench_top_k.Truth(student, indices, log_probs, teacher)
-    for loss, most in ((bench_top_k.own(), 1e-6), (bench_top_k.eager, 1e-5)):
+    given, form, eager = bench_teachers.KINDS[what]
+    of_teacher = given(teacher)
+    truth = bench_teachers.Truth(form, student, *of_teacher)
+    for loss, most in ((bench_teachers.own(form), 1e-6), (eager, 1e-5)):
         leaf = student.clone().requires_grad_()
-        found = loss(leaf, indices, log_probs, teacher)
+        found = loss(leaf, *of_teacher)
         found.backward()
         assert max(truth.errors(found.detach(), leaf.grad).values()) < most
 

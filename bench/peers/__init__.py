@@ -10,9 +10,9 @@ import importlib.metadata
 
 from fastkd import _backend
 
-from . import cut_cross_entropy, keops, liger, metric_learning, orda, torchdistill, trl
+from . import cut_cross_entropy, keops, liger, metric_learning, orda, torchdistill, torchtune, trl
 
-LIBRARIES = (torchdistill, metric_learning, keops, liger, orda, cut_cross_entropy, trl)
+LIBRARIES = (torchdistill, metric_learning, keops, liger, orda, cut_cross_entropy, trl, torchtune)
 
 
 def first_line(error):

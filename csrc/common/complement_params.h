@@ -24,9 +24,13 @@ struct ComplementParams {
   ComplementSums* sums;    // [N]
   const double* upstream;  // [N, K + 1], backward
   bool addend;
-  const int64_t*
-      sorted;  // [N, K], on the CPU: class K + k of those that there are, in their order, and kNoClass behind
+  const int64_t* sorted;  // [N, K], on the CPU: keys of those that there are, in their order, and kNoClass behind
 };
+
+// A class and which of the K it is, for sorting: neither is ever as large as 2^31.
 inline constexpr int64_t kNoClass = INT64_MAX;
+inline int64_t key_of(int64_t of_class, int64_t k) { return of_class << 31 | k; }
+inline int64_t class_of(int64_t key) { return key >> 31; }
+inline int64_t place_of(int64_t key) { return key & ((int64_t(1) << 31) - 1); }
 
 }  // namespace fastkd

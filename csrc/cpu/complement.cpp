@@ -42,7 +42,7 @@ struct Cpu {
                                     int64_t *const first = sorted.data() + row * K, *last = first;
                                     for (int64_t k = 0; k < K; ++k) {
                                       const int64_t v = P.indices[row * K + k];
-                                      if (v >= 0 && v < P.rows.V) *last++ = v * K + k;
+                                      if (v >= 0 && v < P.rows.V) *last++ = key_of(v, k);
                                     }
                                     std::sort(first, last);
                                   }

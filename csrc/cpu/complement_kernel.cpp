@@ -1,10 +1,11 @@
 // Sums the classes of a row beside K of them, on the CPU, and takes a gradient back to all: see fastkd/ops/top_k.py.
 // Compiled once per instruction set. The K classes come sorted, so that each block of a row knows which are in it;
-// such a block is copied, and they are -inf in the copy. A row's result depends on that row alone.
+// such a chunk of it is copied, and they are -inf in the copy. A row's result depends on that row alone.
 #include "cpu/complement_kernel.h"
 
 #include <cmath>
 
+#include "cpu/prefetch.h"
 #include "cpu/rows_chunks.h"
 
 namespace fastkd::FASTKD_ISA {
@@ -12,11 +13,34 @@ namespace {
 
 constexpr int64_t kBlock = 1024;  // classes that are walked at once
 inline int64_t part(int64_t begin, int64_t end) { return end - begin < kBlock ? end - begin : kBlock; }
+inline int64_t chunk(int64_t begin, int64_t end) { return end - begin < kChunk ? end - begin : kChunk; }
+
+// Asks for the block after one, a chunk of it beside each chunk of this one, so that memory and arithmetic overlap;
+// left alone the core does one, then the other.
+class NextBlock {
+ public:
+  NextBlock(const RowsTensor& x, const char* row, int64_t begin, int64_t V) {
+    if (x.stride_v != 1) return;
+    at_ = row + (begin + kBlock) * x.element_size;
+    end_ = at_ + part(begin + kBlock, V) * x.element_size;
+    chunk_ = kChunk * x.element_size;
+  }
+  void some() {
+    const char* to = end_ - at_ < chunk_ ? end_ : at_ + chunk_;
+    for (; at_ < to; at_ += 64) __builtin_prefetch(at_);
+  }
+
+ private:
+  const char *at_ = nullptr, *end_ = nullptr;
+  int64_t chunk_ = 0;
+};
 
 // f(index in the block, which of the K) of those that are in a block; next: the first that is not before it.
 template <class F>
 void each_in(const int64_t* sorted, int64_t K, int64_t& next, int64_t begin, int64_t n, F&& f) {
-  for (; next < K && sorted[next] < (begin + n) * K; ++next) f(sorted[next] / K - begin, sorted[next] % K);
+  for (; next < K && sorted[next] < key_of(begin + n, 0); ++next) {
+    f(class_of(sorted[next]) - begin, place_of(sorted[next]));
+  }
 }
 
 template <class T>
@@ -40,20 +64,33 @@ void forward_row(const ComplementParams<T>& P, int64_t row) {
   for (int64_t begin = 0; begin < P.rows.V; begin += kBlock) {
     const int64_t n = part(begin, P.rows.V), m = padded(n);
     const T* z = load_block(P.rows.student, student, begin, n, buffer);
+    const T* chunks[kBlock / kChunk];
+    for (int64_t c = 0; c < kBlock / kChunk; ++c) chunks[c] = z + c * kChunk;
     int64_t before = -1;  // a class may stand twice
     each_in(sorted, P.K, next, begin, n, [&](int64_t i, int64_t k) {
-      if (z != buffer) {
-        std::memcpy(buffer, z, size_t(m) * sizeof(T));
-        z = buffer;
+      const int64_t c = i / kChunk, first = c * kChunk;
+      if (chunks[c] != buffer + first) {
+        std::memcpy(buffer + first, z + first, size_t(chunk(first, m)) * sizeof(T));
+        chunks[c] = buffer + first;
       }
       if (i != before) value = double(buffer[i]);
       logits[k] = value;
       buffer[before = i] = -kInf<T>;
     });
-    const T own = finite_max(maximum(z, m));
+    T own = -kInf<T>;
+    for (int64_t first = 0; first < m; first += kChunk) {
+      const T of_chunk = maximum(chunks[first / kChunk], chunk(first, m));
+      own = of_chunk > own ? of_chunk : own;
+    }
+    own = finite_max(own);
+    NextBlock ahead(P.rows.student, student, begin, P.rows.V);
     T sum = 0;
+    for (int64_t first = 0; first < m; first += kChunk) {
+      const T* of_chunk = chunks[first / kChunk];
+      ahead.some();
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < m; ++i) sum += exp2_scaled(z[i] - own, scale, lowest);
+      for (int64_t i = 0; i < chunk(first, m); ++i) sum += exp2_scaled(of_chunk[i] - own, scale, lowest);
+    }
     if (sum == T(0)) continue;
     if (double(own) > max) {
       total *= total == 0 ? 0 : rebase(max, double(own), inverse);
@@ -84,8 +121,13 @@ void backward_row(const ComplementParams<T>& P, int64_t row) {
       for (int64_t i = 0; i < m; ++i) result[i] = T(0);
     } else {
       const T* z = load_block(x, student, begin, n, buffer);
+      NextBlock ahead(x, student, begin, P.rows.V);
+      for (int64_t first = 0; first < m; first += kChunk) {
+        const int64_t last = first + chunk(first, m);
+        ahead.some();
 #pragma omp simd
-      for (int64_t i = 0; i < m; ++i) result[i] = exp2_scaled(z[i] - max, scale, lowest) * share;
+        for (int64_t i = first; i < last; ++i) result[i] = exp2_scaled(z[i] - max, scale, lowest) * share;
+      }
       int64_t before = -1;
       each_in(sorted, P.K, next, begin, n, [&](int64_t i, int64_t k) {
         result[i] = (i == before ? result[i] : T(0)) + T(upstream[k]);

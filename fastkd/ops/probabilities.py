@@ -13,7 +13,7 @@ import torch
 from .. import _masses, _terms, reference
 from .._calls import RowsCall, RowsForward
 from .._divergences import NUMBERS, TARGET_LOSSES
-from .slabs import slabs
+from .slabs import Room, slabs
 from .standardize import rows_of_slab
 from .teachers import Apart, Weights, of_rows, parameters, tell, with_parts
 
@@ -46,6 +46,7 @@ class OfProbabilities(Apart):
         self.own: float = own
         self.standardizes: bool = standardizes
         self.mass: Any = None  # of the slab: what its rows sum to, [*] in float64
+        self.room: Room = Room(dtype)
 
     def loss(self, part: RowsCall, slab: Any, out: RowsForward) -> None:
         """A few rows at a time: what is made of them is of their size, several times."""
@@ -76,7 +77,7 @@ class OfProbabilities(Apart):
         if as_given is not None:  # the user's numbers have been rounded since
             same = of_rows(as_given, leading)
         own = torch.where(same, T, self.own) if isinstance(same, torch.Tensor) else self.own
-        part = part._replace(teacher=reference.forms.logits(q, own, coins))
+        part = part._replace(teacher=self._logarithms(q, own, coins))
         if coins or self.standardizes:
             self.of_logits(part, out)
             return
@@ -92,6 +93,13 @@ class OfProbabilities(Apart):
             self._with_target(part, out)
         else:
             super().loss(part, slab, out)
+
+    def _logarithms(self, q, own, coins):
+        """As reference.forms.logits, in memory that the caches hold already: own times log q, or their log odds."""
+        out = torch.log(q, out=self.room.of("teacher", q))
+        if coins:
+            out.sub_(torch.log1p(-q))
+        return out.mul_(own) if isinstance(own, torch.Tensor) or own != 1 else out
 
     def _with_target(self, part, out):
         """Losses that part the target from the other classes: the hard part is of the two, which sum to the mass."""
