@@ -1,6 +1,6 @@
 // Sums the classes of a row beside K of them, on the CPU, and takes a gradient back to all: see fastkd/ops/top_k.py.
 // Compiled once per instruction set. The K classes come sorted, so that each block of a row knows which are in it;
-// such a chunk of it is copied, and they are -inf in the copy. A row's result depends on that row alone.
+// such a block is copied, and they are -inf in the copy. A row's result depends on that row alone.
 #include "cpu/complement_kernel.h"
 
 #include <cmath>
@@ -12,10 +12,10 @@ namespace fastkd::FASTKD_ISA {
 namespace {
 
 constexpr int64_t kBlock = 1024;  // classes that are walked at once
+constexpr int64_t kPart = 512;    // that are summed at once
 inline int64_t part(int64_t begin, int64_t end) { return end - begin < kBlock ? end - begin : kBlock; }
-inline int64_t chunk(int64_t begin, int64_t end) { return end - begin < kChunk ? end - begin : kChunk; }
 
-// Asks for the block after one, a chunk of it beside each chunk of this one, so that memory and arithmetic overlap;
+// Asks for the block after one, a part of it beside each part of this one, so that memory and arithmetic overlap;
 // left alone the core does one, then the other.
 class NextBlock {
  public:
@@ -23,16 +23,16 @@ class NextBlock {
     if (x.stride_v != 1) return;
     at_ = row + (begin + kBlock) * x.element_size;
     end_ = at_ + part(begin + kBlock, V) * x.element_size;
-    chunk_ = kChunk * x.element_size;
+    size_ = x.element_size;
   }
-  void some() {
-    const char* to = end_ - at_ < chunk_ ? end_ : at_ + chunk_;
+  void some(int64_t classes) {
+    const char* to = end_ - at_ < classes * size_ ? end_ : at_ + classes * size_;
     for (; at_ < to; at_ += 64) __builtin_prefetch(at_);
   }
 
  private:
   const char *at_ = nullptr, *end_ = nullptr;
-  int64_t chunk_ = 0;
+  int64_t size_ = 0;
 };
 
 // f(index in the block, which of the K) of those that are in a block; next: the first that is not before it.
@@ -64,32 +64,24 @@ void forward_row(const ComplementParams<T>& P, int64_t row) {
   for (int64_t begin = 0; begin < P.rows.V; begin += kBlock) {
     const int64_t n = part(begin, P.rows.V), m = padded(n);
     const T* z = load_block(P.rows.student, student, begin, n, buffer);
-    const T* chunks[kBlock / kChunk];
-    for (int64_t c = 0; c < kBlock / kChunk; ++c) chunks[c] = z + c * kChunk;
     int64_t before = -1;  // a class may stand twice
     each_in(sorted, P.K, next, begin, n, [&](int64_t i, int64_t k) {
-      const int64_t c = i / kChunk, first = c * kChunk;
-      if (chunks[c] != buffer + first) {
-        std::memcpy(buffer + first, z + first, size_t(chunk(first, m)) * sizeof(T));
-        chunks[c] = buffer + first;
+      if (z != buffer) {
+        std::memcpy(buffer, z, size_t(m) * sizeof(T));
+        z = buffer;
       }
       if (i != before) value = double(buffer[i]);
       logits[k] = value;
       buffer[before = i] = -kInf<T>;
     });
-    T own = -kInf<T>;
-    for (int64_t first = 0; first < m; first += kChunk) {
-      const T of_chunk = maximum(chunks[first / kChunk], chunk(first, m));
-      own = of_chunk > own ? of_chunk : own;
-    }
-    own = finite_max(own);
+    const T own = finite_max(maximum(z, m));
     NextBlock ahead(P.rows.student, student, begin, P.rows.V);
     T sum = 0;
-    for (int64_t first = 0; first < m; first += kChunk) {
-      const T* of_chunk = chunks[first / kChunk];
-      ahead.some();
+    for (int64_t first = 0; first < m; first += kPart) {
+      const int64_t last = m - first < kPart ? m : first + kPart;
+      ahead.some(kPart);
 #pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < chunk(first, m); ++i) sum += exp2_scaled(of_chunk[i] - own, scale, lowest);
+      for (int64_t i = first; i < last; ++i) sum += exp2_scaled(z[i] - own, scale, lowest);
     }
     if (sum == T(0)) continue;
     if (double(own) > max) {
@@ -123,8 +115,8 @@ void backward_row(const ComplementParams<T>& P, int64_t row) {
       const T* z = load_block(x, student, begin, n, buffer);
       NextBlock ahead(x, student, begin, P.rows.V);
       for (int64_t first = 0; first < m; first += kChunk) {
-        const int64_t last = first + chunk(first, m);
-        ahead.some();
+        const int64_t last = m - first < kChunk ? m : first + kChunk;
+        ahead.some(kChunk);
 #pragma omp simd
         for (int64_t i = first; i < last; ++i) result[i] = exp2_scaled(z[i] - max, scale, lowest) * share;
       }
