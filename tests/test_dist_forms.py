@@ -86,6 +86,21 @@ def test_probabilities(backend, own, T):
     assert error(*grads) <= 400 * FLOOR[torch.float32]
 
 
+def test_a_teacher_of_a_wider_type(backend):
+    """The loss is in float64, the gradient in the student's own type."""
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(*LEADING, V, generator=generator).requires_grad_()
+    hidden, weight, _ = heads(learns=False)
+    logits = hidden.double() @ weight.double().T
+    for teacher in (LinearLogits(hidden.double(), weight.double()), Probabilities(logits.softmax(-1))):
+        loss, right = dist_loss(student, teacher), dist_loss(student.double(), logits)
+        assert loss.dtype is torch.float64
+        torch.testing.assert_close(loss, right, rtol=1e-12, atol=0)
+        grads = [torch.autograd.grad(x, student)[0] for x in (loss, right)]
+        assert grads[0].dtype is torch.float32
+        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-9)
+
+
 def test_near_convergence(kernel):
     hidden, weight, bias = heads()
     near = hidden + 1e-3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(3))

@@ -214,6 +214,25 @@ def test_rows_without_a_target_or_without_other_classes(backend, name):
     options |= {"beta": 0.0, "alpha": 0.0} if name == "dkd_loss" else {"gamma": 0.0}
     found = of_ranks(loss_function, student, teacher, **options)
     assert_alike(found, run_whole(loss_function, student, teacher, **options))
+    if name == "dkd_loss":  # nothing is left that a row without any class could be far from
+        student[:] = -torch.inf
+        assert_alike(of_ranks(loss_function, student, teacher, **options)[:1], [torch.zeros(N)])
+        assert_alike(run_whole(loss_function, student, teacher, **options)[:1], [torch.zeros(N)])
+
+
+@pytest.mark.parametrize("name", ["dkd_loss", "nkd_loss"])
+def test_a_row_of_weight_0_may_be_infinite(kernel, name):
+    loss_function, options = LOSSES[name]
+    student, teacher = given()
+    student[0, 1] = -torch.inf
+    weight = torch.ones(N)
+    found = of_ranks(loss_function, student, teacher, weight=weight, **options)
+    assert found[0].isinf()
+    weight[0] = 0
+    found = of_ranks(loss_function, student, teacher, weight=weight, **options)
+    right = run_whole(loss_function, student, teacher, weight=weight, **options)
+    assert right[0].isfinite()
+    assert_alike(found, right)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -51,7 +51,8 @@ rank without classes has no head and no probabilities, which want one at least.
 There is neither ``num_classes`` nor ``return_parts`` beside a group, and there are first derivatives alone. Smoothed
 labels make the host wait for the device once, or once a slab; plain PyTorch gathers the logits, and waits as well. Maps
 are read across their rows, which is slower than without a group. An error that one rank alone raises leaves the others
-waiting. A module that has a group can be neither copied nor pickled, as the group cannot.
+waiting, and so do ranks of which some want a gradient of the student and others do not: what is exchanged for it
+they exchange alike. A module that has a group can be neither copied nor pickled, as the group cannot.
 
 **Standardized logits.** With ``standardize=True`` every row of logits x becomes (x - mean) / (std + 1e-7), on both
 sides, before it is divided by the temperature: the student learns how the teacher's logits relate to each other, and

@@ -225,7 +225,8 @@ def _forward(namespace, group, call, num_classes):
     call, _ = of_first_classes(call, num_classes, (None, None, None))
     like = DistCall(*call[: len(DistCall._fields)])._replace(student=_like(call), teacher=_like(call))
     loss, of_rows, columns = dist.new_outputs(like)
-    out = FormDistForward(loss.to(compute_dtype(call.student, call.teacher)), of_rows, columns.to(loss.dtype))
+    dtype = compute_dtype(call.student, call.teacher)
+    out = FormDistForward(loss.to(dtype), of_rows, columns.to(dtype))
     _op("fwd", namespace, group, *call, *out)
     return out
 

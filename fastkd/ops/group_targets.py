@@ -52,7 +52,7 @@ def parted_loss(namespace: str, ranks: Any, widths: torch.Tensor, part: RowsCall
     if decoupled:
         two, weights = _TwoClasses(of_target, found.stats, part, wrong), Weights(part)
         alpha = part.second_parameter if part.second_parameter_rows is None else part.second_parameter_rows
-        hard, slope = two.divergence(in_range(entry.second, alpha))
+        hard, slope = two.divergence(in_range(entry.second, alpha), soft_weight)
     else:  # temperature 1, and no square of one
         at_1 = others._replace(
             temperature=1.0, temperature_rows=None, teacher_temperature=1.0, teacher_temperature_rows=None
@@ -61,11 +61,9 @@ def parted_loss(namespace: str, ranks: Any, widths: torch.Tensor, part: RowsCall
         two, weights = _TwoClasses(of_target, stats, at_1, wrong), Weights(at_1._replace(t_squared=False))
         hard, slope = two.normalized()
     soft_weight = torch.as_tensor(soft_weight, dtype=dtype, device=here.device).expand(here.shape)
-    counts = ~two.nothing & (soft_weight != 0)  # what has no weight may be infinite
-    others = others._replace(
-        mask=counts if part.mask is None else counts & part.mask,
-        weight=soft_weight.contiguous() if part.weight is None else part.weight * soft_weight,
-    )
+    weight = soft_weight.contiguous() if part.weight is None else part.weight * soft_weight
+    counts = ~two.nothing & (weight != 0)  # what has no weight may be infinite
+    others = others._replace(mask=counts if part.mask is None else counts & part.mask, weight=weight)
     grad = None if out.grad is None else torch.empty_like(sides[0])
     loss = loss_of_rows(namespace, How(out.loss.dim() > 0, False, None), ranks, others, grad, found)
     out.loss.copy_(loss.view(out.loss.shape))
@@ -122,8 +120,8 @@ class _TwoClasses:
         self.loud = torch.where(loud, torch.nan, 0.0)
         self.a, self.b = (torch.where(self.nothing, 0.0, x - y) for x, y in zip(own, others, strict=True))
 
-    def divergence(self, alpha):
-        """alpha KL(q || p)"""
+    def divergence(self, alpha, beta):
+        """alpha KL(q || p); beta: the weight of what there is beside it, which rows of no class at all may have."""
         a, b = self.a, self.b
         sure = (a == torch.inf) | (b == torch.inf)  # without other classes
         x, y = (torch.where(sure, 0.0, z)[:, None] for z in (a, b))
@@ -134,7 +132,8 @@ class _TwoClasses:
         near = torch.sigmoid(b) * torch.sigmoid(-a) * torch.expm1(d.clamp(-1, 1))
         slope = torch.where(d.abs() < 1, near, torch.sigmoid(a) - torch.sigmoid(b))
         slope = torch.where(a == torch.inf, 0.0, slope)
-        alpha = torch.as_tensor(alpha, dtype=torch.float64, device=a.device)
+        alpha, beta = (torch.as_tensor(x, dtype=torch.float64, device=a.device) for x in (alpha, beta))
+        self.endless = self.endless & ((alpha != 0) | (beta != 0))
         return self._rows(*(torch.where(alpha == 0, 0.0, alpha * x) for x in (loss, slope)))
 
     def normalized(self):

@@ -73,6 +73,9 @@ def _parted_target(s, t, temperature, teacher_temperature, options, mass):
     first, second = (x.to(s.dtype) if isinstance(x, torch.Tensor) else x for x in (options.parameter, options.second))
     rows = _weighted(first, soft) * squared
     rows = rows + (_weighted(second, hard) * squared if decoupled else hard)
-    rows = torch.where(no_q, 0.0, torch.where(no_p, torch.inf, rows))
+    endless = torch.full_like(rows, torch.inf)
+    if decoupled:  # of which both parts may be left out
+        endless = _weighted(first, endless) + _weighted(second, endless)
+    rows = torch.where(no_q, 0.0, torch.where(no_p, endless, rows))
     rows = rows + torch.where(loud, torch.nan, 0.0) * torch.where(loud[..., None], s, 0.0).sum(-1)
     return rows * torch.where(known, rows.new_ones(()), torch.nan)
