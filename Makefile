@@ -6,6 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # Of the libraries that fastkd is measured beside.
 PEERS  := .venv-peers
+# Of the libraries whose training loops fastkd.integrations is for.
+HOSTS  := .venv-hosts
 # For `make gpu`: a Python with a torch of its own; nothing is installed into it.
 GPU_PYTHON ?= python3
 # Processes that run tests.
@@ -16,7 +18,7 @@ GPUS   := $(or $(TORCH_CUDA_ARCH_LIST),$(GPU),9.0)
 SOURCES := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .PHONY: help setup distill distill-text distill-recommend test test-sweep test-gates test-sanitizers \
-        test-products mutations bench report docs gpu gpu-test gpu-bench lint format types wheel clean
+        test-products test-hosts mutations bench report docs gpu gpu-test gpu-bench lint format types wheel clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -28,6 +30,7 @@ help:
 	@echo "  test-sweep       more cases, which cover all triples"
 	@echo "  test-products    losses made of matrix products, as other processors' BLAS multiply"
 	@echo "  test-sanitizers  CUDA kernels as host code, under sanitizers"
+	@echo "  test-hosts       fastkd.integrations beside the libraries they are for, in an environment of its own"
 	@echo "  test-gates       what the compilers make of the kernels of every GPU; NVIDIA's where nvcc is"
 	@echo "  mutations        plants faults, one at a time, and tells whether the tests find them"
 	@echo "make bench    fastkd beside PyTorch and other libraries, in an environment of its own: JSON in bench/results/"
@@ -42,7 +45,7 @@ help:
 	@echo "  gpu-bench   builds in place, every backend beside PyTorch and, of the wheels in build/peers, other libraries"
 	@echo "make build/peers  these wheels, where there is a network"
 	@echo "make setup    the virtual environment $(VENV) with fastkd in it, as the others make it"
-	@echo "make clean    removes what was built, $(VENV) and $(PEERS) too"
+	@echo "make clean    removes what was built, and environments"
 	@echo "PYTHON=python3.12 and TORCH=torch==2.11.0 choose others than $(PYTHON) and $(TORCH);"
 	@echo "GPU_PYTHON=/path/to/python does for make gpu. ARGS=\"-k llama\" goes to pytest, the bench or the example."
 
@@ -91,6 +94,16 @@ test-gates test-sanitizers: $(VENV)/ready
 
 test-products: $(VENV)/ready
 	bash .ci/products $(BIN)/python $(ARGS)
+
+$(HOSTS)/ready: hosts/requirements.txt
+	test -x $(HOSTS)/bin/python || $(PYTHON) -m venv $(HOSTS)
+	$(HOSTS)/bin/python -m pip install --quiet --upgrade "pip>=23"
+	$(HOSTS)/bin/python -m pip install --quiet "$(TORCH)"
+	$(HOSTS)/bin/python -m pip install --quiet "$(TORCH)" "pytest>=8" -r hosts/requirements.txt
+	@touch $@
+
+test-hosts: $(VENV)/ready $(HOSTS)/ready
+	$(HOSTS)/bin/python -m pytest -c hosts/pytest.ini hosts $(ARGS)
 
 mutations: $(VENV)/ready
 	$(BIN)/python -m tests.mutations $(ARGS)
@@ -170,4 +183,4 @@ wheel: $(VENV)/torch $(VENV)/auditwheel
 	@ls -l dist
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist outputs fastkd/lib fastkd.egg-info
+	rm -rf $(VENV) $(PEERS) $(HOSTS) build dist outputs fastkd/lib fastkd.egg-info
