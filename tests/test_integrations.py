@@ -175,6 +175,16 @@ def test_models_of_ones_own(tmp_path):
     torch.testing.assert_close(*found)
 
 
+def test_a_teacher_that_a_device_map_has_placed_stays_there():
+    student, teacher = Classifier(4), Teacher(8)
+    teacher.layers.to("meta")
+    loss, pixels = TeacherLoss(student, teacher, LOSSES["kl_div"]), torch.randn(7, 6)
+    teacher.hf_device_map = {"": "meta"}
+    teacher.layers.forward = lambda x: torch.zeros(len(x), 5)
+    assert loss(student(pixels), None) > 0
+    assert next(teacher.parameters()).is_meta
+
+
 def test_without_labels_every_row_counts():
     torch.manual_seed(0)
     student, teacher, pixels = Classifier(4), Teacher(8), torch.randn(7, 6)

@@ -28,13 +28,14 @@ class TeacherLoss:
     processes with ``average_tokens_across_devices=True``, the Trainer's default. So a step has the same gradient
     however its samples are divided into micro-batches and among processes. Where there are no labels every row counts,
     the divisor is the loss's own, and the loss is divided by ``gradient_accumulation_steps``, which the Trainer leaves
-    to its ``compute_loss_func``.
+    to its ``compute_loss_func``. ``torch.nn.DataParallel``, which splits a batch inside the model, is not supported.
 
     Args:
         student: the model that the Trainer trains. A hook on it remembers what it was last called with, until
             :meth:`remove`.
-        teacher: called as the student is. It is moved to the device of the student's logits, and to evaluation, when it
-            is first needed; what it returns are logits ``[*, V]``, or has them as ``logits``.
+        teacher: called as the student is. It is put in evaluation mode, and moved to the device of the student's
+            logits, unless a ``device_map`` has placed it; what it returns are logits ``[*, V]``, or has them as
+            ``logits``.
         loss: a loss of logits of fastkd: a module or a function, with its options. One that takes a target, such as
             ``fastkd.KDLoss``, is given the labels; ``ignore_index`` of the loss and of this must be the same.
         shift: whether logits at a position are about the next label, as a causal language model's are; then the last
@@ -114,7 +115,9 @@ class TeacherLoss:
 
     def _of_teacher(self, batch: Mapping[str, Any], like: Tensor) -> Tensor:
         """Its logits."""
-        teacher = self.teacher.to(like.device).eval()
+        teacher, first = self.teacher.eval(), next(self.teacher.parameters(), like)
+        if first.device != like.device and not hasattr(teacher, "hf_device_map"):
+            teacher.to(like.device)
         given = {name: x for name, x in batch.items() if name not in _OF_THE_LOSS}
         takes = inspect.signature(teacher.forward).parameters
         if not any(x.kind is inspect.Parameter.VAR_KEYWORD for x in takes.values()):
