@@ -100,6 +100,7 @@ $(HOSTS)/ready: hosts/requirements.txt
 	$(HOSTS)/bin/python -m pip install --quiet --upgrade "pip>=23"
 	$(HOSTS)/bin/python -m pip install --quiet "$(TORCH)"
 	$(HOSTS)/bin/python -m pip install --quiet "$(TORCH)" "pytest>=8" -r hosts/requirements.txt
+	$(HOSTS)/bin/python -m pip install --quiet --no-deps "torchdistill==1.1.5"
 	@touch $@
 
 test-hosts: $(VENV)/ready $(HOSTS)/ready
