@@ -79,6 +79,13 @@ def test_heads_that_are_sharded(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_heads_that_deepspeed_has_sharded_are_an_error():
+    hidden, weight = drawn(B, L, 8), torch.nn.Parameter(torch.empty(0))
+    weight.ds_id = 3
+    with pytest.raises(RuntimeError, match="lm_head: DeepSpeed's ZeRO-3 has sharded it"):
+        ours.chunked_divergence_loss(hidden, hidden, weight, weight, LABELS != -100, 0.5)
+
+
 def test_nothing_counts():
     hidden, weight = drawn(B, L, 8), drawn(V, 8, seed=1)
     loss, entropy, valid = ours.chunked_divergence_loss(hidden, hidden, weight, weight, torch.zeros(B, L), 0.5)

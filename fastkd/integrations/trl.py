@@ -12,7 +12,7 @@ or taken with a subclass, which patches nothing else: ``from fastkd.integrations
 
 What differs: of logits nothing is held but the gradient, of a head nothing but a slab of rows at a time; the divergence
 is computed in float32 at least, also of logits in half precision; ``reduction="none"`` of ``generalized_jsd_loss``,
-which gives an element a class there, is an error.
+which gives an element a class there, and heads that DeepSpeed's ZeRO-3 has sharded are errors.
 """
 
 import contextlib
@@ -142,6 +142,10 @@ def _divisor(count: Tensor | int, like: Tensor) -> Tensor | int:
 
 def _whole(hidden: Tensor, *head: Tensor | None) -> list[Tensor | None]:
     """Weight and bias. Those that FSDP2 has sharded are gathered, as by TRL, in the dtype of the hidden states."""
+    if any(hasattr(x, "ds_id") for x in head):  # of which a rank has nothing outside a context of DeepSpeed's
+        raise RuntimeError(
+            "lm_head: DeepSpeed's ZeRO-3 has sharded it, which fastkd does not gather; unpatch() leaves the loss to TRL"
+        )
     return [x.full_tensor().to(hidden.dtype) if hasattr(x, "full_tensor") else x for x in head]  # a DTensor has that
 
 
